@@ -1,0 +1,210 @@
+"""The typed recipe: every option of every stage, its default, its range and what it means.
+
+A recipe is YAML with these sections; `rlhf/recipe.py` loads it. Nothing here is read from the environment.
+Figures called "paper" are from Ouyang et al. 2022 (arXiv 2203.02155), Appendix C.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+class Section(BaseModel):
+    """A section of the recipe: unknown keys are errors and values are frozen once loaded."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """Where the run lives and what it executes."""
+
+    name: str = Field("demo", min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="name of the run folder")
+    dir: str = Field("runs", min_length=1, description="folder that holds the run folders")
+    seed: int = Field(1, ge=0, lt=2**31, description="seed of every random draw of the run")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
+    stages: list[Literal["sft", "rank", "reward", "ppo-ptx", "ppo", "evaluate"]] = Field(
+        ["sft", "rank", "reward", "ppo-ptx", "evaluate"], min_length=1, description="stages of `rlhf run`, in order"
+    )
+
+
+class LoraSection(Section):
+    """Low-rank adapters (Hu et al. 2021) through peft; the base stays frozen."""
+
+    enabled: bool = Field(False, description="train adapters instead of all weights")
+    rank: int = Field(16, ge=1, le=1024)
+    alpha: float = Field(32.0, gt=0)
+    last_layers: int = Field(0, ge=0, description="adapters on the last N layers only; 0 means every layer")
+
+
+class ModelSection(Section):
+    """The language model that everything starts from."""
+
+    name: str = Field("smollm2-135m", min_length=1, description="smollm2-135m, tiny, a local folder or a Hub name")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the weights in memory")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel")
+    trust_remote_code: bool = Field(False, description="run code that a Hub repository brings")
+    prompt_format: Literal["auto", "plain", "verbatim"] = Field(
+        "auto", description="auto: the tokenizer's chat template, else plain; plain: Human:/Assistant:; verbatim: as is"
+    )
+    lora: LoraSection = LoraSection()
+
+
+class DataSection(Section):
+    """Files (JSONL, parquet, .txt), Hub names, or `embedded:NAME` for the data shipped here."""
+
+    demonstrations: list[str] = Field(["embedded:demonstrations"], min_length=1)
+    prompts: list[str] = Field(["embedded:prompts"], description="prompts for rank and PPO")
+    prompts_heldout: list[str] = Field(["embedded:prompts_heldout"], description="evaluate's prompts, never trained on")
+    rankings: list[str] = Field([], description="ranking files for rank.labeler=file, or extra rankings for reward")
+    pretraining: list[str] = Field(["embedded:corpus"], description="text for the ptx loss and the SFT mix")
+    pretraining_heldout: list[str] = Field(["embedded:corpus_heldout"], description="text for the alignment tax")
+    cloze: list[str] = Field(["embedded:cloze"], description="multiple-choice questions for the alignment tax")
+    max_prompt_tokens: int = Field(64, ge=4, description="longer prompts are dropped and counted, never cut")
+    max_response_tokens: int = Field(40, ge=1, description="rollout length; longer demonstrations are dropped, counted")
+    validation_fraction: float = Field(0.15, ge=0, lt=1, description="share of prompts held out by hash")
+
+
+class SftSection(Section):
+    """Supervised fine-tuning on demonstrations (paper section 3.5 and C.1)."""
+
+    epochs: float = Field(2, gt=0)
+    batch_size: int = Field(16, ge=1, description="sequences per optimiser step, over all processes")
+    micro_batch_size: int = Field(8, ge=1, description="sequences per forward and process")
+    lr: float = Field(9.65e-6, gt=0)
+    schedule: Schedule = "cosine"
+    final_lr_fraction: float = Field(0.1, ge=0, le=1, description="the schedule ends at this share of lr (paper: 10 %)")
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    packing: bool = Field(True, description="several demonstrations in one row, attention kept apart")
+    max_tokens: int = Field(512, ge=8, description="tokens of a packed row; longer demonstrations are dropped, counted")
+    pretraining_mix: float = Field(0.0, ge=0, lt=1, description="share of pretraining rows in the data (paper: 0.1)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="residual dropout where the architecture has it (paper: 0.2)")
+    save_every: int = Field(0, ge=0, description="optimiser steps between checkpoints; 0 saves at the end only")
+
+
+class RankSection(Section):
+    """Sample K outputs per prompt from the SFT policy and have them ranked (paper sections 3.4 and 3.5)."""
+
+    labeler: Literal["rubric", "reward_model", "file", "human"] = "rubric"
+    prompts: int = Field(0, ge=0, description="how many prompts to rank; 0 means all")
+    outputs_per_prompt: int = Field(4, ge=2, le=16, description="K (paper: 4 to 9)")
+    temperature: float = Field(1.0, gt=0)
+    batch_size: int = Field(64, ge=1, description="sequences decoded together")
+    agreement: float = Field(0.73, gt=0.5, le=1, description="pair agreement of two simulated labelers (paper: 0.726)")
+    tie_margin: float = Field(0.05, ge=0, description="outputs whose noisy scores differ by no more than this tie")
+    reward_model: str = Field("", description="folder of the reward model for labeler=reward_model")
+
+
+class RewardSection(Section):
+    """Reward model on K-way rankings (paper section 3.5, equation 1, and C.2)."""
+
+    model: str = Field("sft", min_length=1, description="what to start from: sft, a local folder or a Hub name")
+    keep_layers: int = Field(0, ge=0, description="keep the first N layers: a smaller model, as in the paper; 0: all")
+    lora: LoraSection = LoraSection()
+    epochs: int = Field(1, ge=1)
+    batch_size: int = Field(16, ge=1, description="prompts per optimiser step, each with all its outputs (paper: 64)")
+    micro_batch_size: int = Field(4, ge=1, description="prompts per forward and process")
+    lr: float = Field(9e-6, gt=0)
+    schedule: Schedule = "cosine"
+    final_lr_fraction: float = Field(0.1, ge=0, le=1)
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    ties: Literal["drop", "half"] = Field("drop", description="drop tied pairs (paper) or train them to 0.5")
+    max_tokens: int = Field(512, ge=8, description="prompt and response together; longer rankings are dropped, counted")
+    normalise_scale: bool = Field(True, description="also scale the scores of ranked outputs to unit variance")
+    save_every: int = Field(0, ge=0, description="optimiser steps between checkpoints; 0 saves at the end only")
+
+
+class PpoSection(Section):
+    """PPO and PPO-ptx (paper section 3.5, equation 2, and C.4)."""
+
+    episodes: int = Field(256, ge=1, description="sampled responses in all")
+    batch_size: int = Field(64, ge=1, description="episodes per iteration, over all processes (paper: 512)")
+    minibatch_size: int = Field(16, ge=1, description="episodes per optimiser step (paper: 64)")
+    micro_batch_size: int = Field(8, ge=1, description="episodes per forward and process")
+    epochs: int = Field(1, ge=1, description="passes over each batch (paper: 1)")
+    temperature: float = Field(1.0, gt=0)
+    rollout: Literal["native", "generate"] = Field("native", description="engine that samples the responses")
+    rollout_batch_size: int = Field(64, ge=1, description="sequences decoded together")
+    score_tokens: int = Field(2048, ge=16, description="tokens per scoring forward")
+    lr: float = Field(1e-5, gt=0, description="learning rate of the policy")
+    value_lr: float = Field(9e-6, gt=0, description="learning rate of the value model")
+    warmup_iterations: int = Field(10, ge=0, description="linear warm-up from a tenth (paper: 10), then schedule")
+    schedule: Schedule = "constant"
+    final_lr_fraction: float = Field(0.0, ge=0, le=1)
+    max_grad_norm: float = Field(1.0, gt=0, description="clip per group: policy and value separately")
+    adam_beta2: float = Field(0.95, gt=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    clip: float = Field(0.2, gt=0, lt=1)
+    value_clip: float = Field(0.2, gt=0)
+    vf_coef: float = Field(1.0, ge=0)
+    gamma: float = Field(1.0, gt=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1)
+    kl_control: Literal["fixed", "adaptive"] = "fixed"
+    kl_coef: float = Field(0.02, ge=0, description="beta (paper: 0.02)")
+    kl_target: float = Field(6.0, gt=0, description="adaptive: nats per response (Ziegler et al. 2019)")
+    kl_horizon: int = Field(10000, ge=1, description="adaptive: episodes (Ziegler et al. 2019)")
+    whiten_rewards: bool = Field(False, description="divide rewards by their deviation before GAE")
+    missing_eos_penalty: float = Field(0.0, ge=0, description="taken off the score of a response without EOS")
+    ptx_coef: float = Field(27.8, ge=0, description="gamma of equation 2; multiplies the mean per-token NLL")
+    ptx_examples_per_episode: float = Field(8.0, ge=0, description="pretraining rows per episode (paper: 8)")
+    ptx_tokens: int = Field(64, ge=4, description="tokens of a pretraining row")
+    ema_decay: float = Field(0.992, ge=0, lt=1, description="0 keeps no average (paper: 0.992)")
+    max_kl: float = Field(100.0, gt=0, description="stop when the mean KL per response passes this")
+    ratio_tolerance: float = Field(1e-3, gt=0, description="first-minibatch check of ratio = 1 and KL = 0")
+    max_skipped_steps: int = Field(3, ge=1, description="non-finite steps in a row before the run stops")
+    save_every: int = Field(4, ge=0, description="iterations between checkpoints; 0 saves at the end only")
+    samples_logged: int = Field(4, ge=0, description="rows of the samples table per iteration")
+
+
+class EvaluateSection(Section):
+    """Win rates, KL, length, diversity and the alignment tax on held-out prompts (paper section 4)."""
+
+    labeler: Literal["rubric", "reward_model"] = "rubric"
+    prompts: int = Field(0, ge=0, description="how many held-out prompts; 0 means all")
+    samples_per_prompt: int = Field(1, ge=1, le=64)
+    temperature: float = Field(1.0, gt=0)
+    bootstrap: int = Field(2000, ge=100, description="resamples of the 95 % interval")
+    ema: bool = Field(False, description="also evaluate the averaged policy")
+    cloze_questions: int = Field(0, ge=0, description="how many cloze questions; 0 means all")
+
+
+class TrackingSection(Section):
+    """wandb and the local metrics file."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = Field(
+        "auto", description="auto: online with a key, else offline; never fatal"
+    )
+    project: str = "rlhf"
+    entity: str = ""
+
+
+class LaunchSection(Section):
+    """How stages are started; one process on a CPU needs no launcher."""
+
+    processes: int = Field(1, ge=1, description="processes on this machine")
+    hostfile: str = Field("", description="DeepSpeed hostfile for several machines")
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    deepspeed_config: str = Field("", description="own DeepSpeed JSON instead of launch/deepspeed/zeroN.json")
+    gradient_checkpointing: bool = False
+
+
+class Recipe(Section):
+    """The whole recipe."""
+
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    sft: SftSection = SftSection()
+    rank: RankSection = RankSection()
+    reward: RewardSection = RewardSection()
+    ppo: PpoSection = PpoSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    tracking: TrackingSection = TrackingSection()
+    launch: LaunchSection = LaunchSection()

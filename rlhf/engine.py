@@ -1,0 +1,172 @@
+"""One small training engine for the reward and PPO loops, on Accelerate: accumulate, backward, step, sum, save.
+
+The loops say what a step is; the engine knows about devices, processes, clipping by group, skipped steps and state.
+Losses come in already divided by the token or prompt count of the global minibatch, so gradients are summed over
+micro-batches and processes, never averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlhf.errors import UserError
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that share a learning rate and are clipped together."""
+
+    name: str
+    module: nn.Module
+    lr: float
+    max_grad_norm: float
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+
+@dataclass
+class StepResult:
+    """What an optimiser step did: `grad_norms` by group before clipping, and the first non-finite gradient if any."""
+
+    grad_norms: dict[str, float] = field(default_factory=dict)
+    non_finite: str = ""
+
+
+class Engine:
+    """Holds the prepared model and its optimiser; see the module's text for the contract of the losses."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: list[ParamGroup],
+        *,
+        device: str = "auto",
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_skipped_steps: int = 3,
+    ) -> None:
+        self.accelerator = Accelerator(cpu=device == "cpu")
+        self.groups = groups
+        optimizer = torch.optim.AdamW(
+            [{"params": g.parameters(), "lr": g.lr} for g in groups], betas=betas, eps=eps, weight_decay=weight_decay
+        )
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.max_skipped_steps = max_skipped_steps
+        self.skipped_in_a_row = 0
+        self.skipped_steps = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def module(self) -> nn.Module:
+        """The model without the wrappers of a distributed run."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum of a tensor over processes."""
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        """Around the forward and backward of a micro-batch; gradients meet across processes in the last one only."""
+        with nullcontext() if last else self.accelerator.no_sync(self.model):
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, this process's share of the global loss."""
+        # Data-parallel reduction averages; our losses are shares of a global sum.
+        self.accelerator.backward(loss * self.accelerator.num_processes)
+
+    def grads(self, group: str) -> list[Tensor]:
+        """Gradients accumulated so far in a group (not copies)."""
+        return [p.grad for g in self.groups if g.name == group for p in g.parameters() if p.grad is not None]
+
+    def step(self, lr_factor: float = 1.0) -> StepResult:
+        """Clip each group, step, clear the gradients; a non-finite gradient skips the step and is counted.
+
+        Raises:
+            UserError: after `max_skipped_steps` skipped steps in a row, naming the first bad tensor.
+        """
+        result = StepResult()
+        for group, state in zip(self.groups, self.optimizer.param_groups, strict=True):
+            state["lr"] = group.lr * lr_factor
+            norm = torch.nn.utils.clip_grad_norm_(group.parameters(), group.max_grad_norm)
+            result.grad_norms[group.name] = float(norm)
+            if not torch.isfinite(norm) and not result.non_finite:
+                result.non_finite = f"{group.name}.{_first_non_finite(group.module)}"
+        if result.non_finite:
+            self.skipped_in_a_row += 1
+            self.skipped_steps += 1
+        else:
+            self.skipped_in_a_row = 0
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.skipped_in_a_row >= self.max_skipped_steps:
+            raise UserError(
+                f"{self.skipped_in_a_row} optimiser steps in a row had a non-finite gradient; the first bad tensor is "
+                f"{result.non_finite}",
+                fix="lower the learning rate, use float32, or look for broken rows in the data; "
+                "the last checkpoint is from before these steps",
+            )
+        return result
+
+    def trainable(self) -> dict[str, Tensor]:
+        """Trainable parameters by name (not copies)."""
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def save(self, folder: Path) -> None:
+        """Write trainable weights and optimiser state; frozen weights are inputs of the stage and are not copied."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.detach().contiguous() for k, v in self.trainable().items()}, folder / "trainable.safetensors")
+        state: dict[str, Any] = {
+            "optimizer": self.optimizer.state_dict(),
+            "skipped": [self.skipped_in_a_row, self.skipped_steps],
+            "torch_rng": torch.get_rng_state(),
+        }
+        torch.save(state, folder / "optimizer.pt")
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote.
+
+        Raises:
+            UserError: when the checkpoint holds other parameters than this recipe trains.
+        """
+        saved = load_file(folder / "trainable.safetensors")
+        ours = self.trainable()
+        if saved.keys() != ours.keys():
+            odd = sorted(saved.keys() ^ ours.keys())[0]
+            raise UserError(
+                f"the checkpoint does not fit the recipe: parameter {odd} is in one of them only", where=str(folder)
+            )
+        with torch.no_grad():
+            for name, parameter in ours.items():
+                parameter.copy_(saved[name])
+        state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.skipped_in_a_row, self.skipped_steps = state["skipped"]
+        torch.set_rng_state(state["torch_rng"])
+
+
+def grad_norm(grads: list[Tensor]) -> float:
+    """Euclidean norm over all of them."""
+    return float(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads]))) if grads else 0.0
+
+
+def _first_non_finite(module: nn.Module) -> str:
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            return f"{name}.grad"
+    return "gradient norm overflow"

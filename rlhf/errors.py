@@ -1,0 +1,24 @@
+"""The one exception for mistakes a user can mend: it says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Bad input, told once and clearly.
+
+    Args:
+        what: what is wrong, in one sentence.
+        where: file, line and field, or the dotted name of a recipe field.
+        fix: what to do about it.
+
+    The command line prints `str(error)` without a traceback and exits with 2.
+    """
+
+    def __init__(self, what: str, where: str | None = None, fix: str | None = None) -> None:
+        self.what, self.where, self.fix = what, where, fix
+        parts = [what]
+        if where:
+            parts.append(f"  where: {where}")
+        if fix:
+            parts.append(f"  fix:   {fix}")
+        super().__init__("\n".join(parts))

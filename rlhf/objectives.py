@@ -1,0 +1,185 @@
+"""The arithmetic of PPO and PPO-ptx: rewards, advantages, losses, KL control. Pure functions of tensors.
+
+Notation: B episodes, R response positions (right-padded), T_i the length of response i including its EOS when it has
+one. `lengths` [B] int64 holds the T_i; `mask` [B, R] bool is True on the T_i real positions. Masks come from lengths,
+never from token ids. All log-probabilities are natural logarithms at the sampling temperature; all KL are in nats.
+Losses are returned as sums over tokens: the caller divides by the token count of the global minibatch, so that neither
+micro-batches nor the number of processes changes the gradient.
+
+Sources: Ouyang et al. 2022 (arXiv 2203.02155) for the objective, Schulman et al. 2016 (1506.02438) for GAE,
+Schulman et al. 2017 (1707.06347) for the clipped loss, Ziegler et al. 2019 (1909.08593) for the adaptive KL
+coefficient, and Schulman's note "Approximating KL divergence" (2020) for the k1 and k3 estimators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+def length_mask(lengths: Tensor, width: int) -> Tensor:
+    """Mask [B, width], True on the first `lengths[i]` positions of row i."""
+    return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum over the True positions; junk (also inf and nan) elsewhere has no effect."""
+    return torch.where(mask, values, torch.zeros_like(values)).sum()
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the True positions; 0 when there are none."""
+    return masked_sum(values, mask) / mask.sum().clamp(min=1)
+
+
+def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Per-token estimate log p - log q of KL(p || q) on samples of p: unbiased, can be negative."""
+    return logprobs - ref_logprobs
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Per-token estimate (q/p - 1) - log(q/p) of KL(p || q) on samples of p: unbiased and never negative."""
+    log_ratio = ref_logprobs - logprobs
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def per_token_rewards(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    scores: Tensor,
+    lengths: Tensor,
+    finished: Tensor,
+    kl_coef: float,
+    missing_eos_penalty: float = 0.0,
+) -> Tensor:
+    """R_t = -beta (log pi_old - log pi_ref) + [t = T] (r(x, y) - penalty if y has no EOS).
+
+    Args:
+        logprobs, ref_logprobs: [B, R], of the sampled tokens under the sampling policy and the reference.
+        scores: [B], normalised reward-model scores.
+        finished: [B] bool, whether the response ended with EOS.
+        kl_coef: beta, per nat.
+
+    Returns:
+        [B, R], zero on padding (paper section 3.5, equation 2, written per token).
+    """
+    mask = length_mask(lengths, logprobs.shape[1])
+    rewards = torch.where(mask, -kl_coef * kl_k1(logprobs, ref_logprobs), torch.zeros_like(logprobs))
+    final = scores - missing_eos_penalty * (~finished).to(scores.dtype)
+    return rewards.scatter_add(1, (lengths - 1)[:, None], final[:, None].to(rewards.dtype))
+
+
+def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation.
+
+    delta_t = R_t + gamma V_{t+1} - V_t with V_{T+1} = 0, and A_t = sum_l (gamma lam)^l delta_{t+l}.
+
+    Args:
+        rewards, values: [B, R]; V_t is the value of the state in which token t is chosen.
+
+    Returns:
+        advantages [B, R] and returns A_t + V_t [B, R], both zero on padding.
+    """
+    mask = length_mask(lengths, rewards.shape[1])
+    zeros = torch.zeros_like(rewards)
+    rewards, values = torch.where(mask, rewards, zeros), torch.where(mask, values, zeros)
+    advantages = torch.zeros_like(rewards)
+    running = torch.zeros_like(rewards[:, 0])
+    next_value = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        # Padding has zero reward, value and running advantage, so that the last real token sees V_{T+1} = 0.
+        running = torch.where(mask[:, t], delta + gamma * lam * running, torch.zeros_like(running))
+        advantages[:, t] = running
+        next_value = values[:, t]
+    return advantages, advantages + values
+
+
+def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Reduce | None = None) -> Tensor:
+    """Unit variance, and zero mean unless `shift_mean` is False (then the mean is put back).
+
+    Moments are taken over the True positions of every process: `reduce` sums a tensor over processes.
+    The variance is the population one. Padding is zero in the result.
+    """
+    reduce = reduce or (lambda tensor: tensor)
+    count = reduce(mask.sum().to(torch.float64)).clamp(min=1)
+    mean = reduce(masked_sum(values.double(), mask)) / count
+    variance = reduce(masked_sum((values.double() - mean) ** 2, mask)) / count
+    whitened = (values.double() - mean) * torch.rsqrt(variance + 1e-8)
+    if not shift_mean:
+        whitened = whitened + mean
+    return torch.where(mask, whitened, torch.zeros_like(whitened)).to(values.dtype)
+
+
+@dataclass
+class PolicyLoss:
+    """Sums over the real tokens of a micro-batch; `loss` carries the gradient."""
+
+    loss: Tensor
+    clipped: Tensor  # tokens whose clipped branch was the larger
+    ratio_max: Tensor
+    ratio_error: Tensor  # largest |ratio - 1|
+    approx_kl: Tensor  # sum of k3 between the new and the sampling policy
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> PolicyLoss:
+    """Clipped surrogate, summed: max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip)) over tokens [B, R]."""
+    log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
+    ratio = log_ratio.exp()
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    with torch.no_grad():
+        stats = (
+            masked_sum((clipped > plain).to(ratio.dtype), mask),
+            ratio.max(),
+            (ratio - 1).abs().max(),
+            masked_sum(kl_k3(old_logprobs, logprobs), mask),
+        )
+    return PolicyLoss(masked_sum(torch.maximum(plain, clipped), mask), *stats)
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
+    """Sum of 0.5 max((V - G)^2, (clamp(V, V_old - clip, V_old + clip) - G)^2) over tokens [B, R]."""
+    bounded = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
+    error = torch.maximum((values - returns) ** 2, (bounded - returns) ** 2)
+    return masked_sum(0.5 * error, mask)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(G - V) / Var(G) over the real tokens; 0 when the returns do not vary."""
+    if int(mask.sum()) == 0:
+        return torch.zeros((), dtype=values.dtype)
+    target, error = returns[mask], (returns - values)[mask]
+    variance = target.var(unbiased=False)
+    return torch.where(
+        variance > 0, 1 - error.var(unbiased=False) / variance.clamp(min=1e-12), torch.zeros_like(variance)
+    )
+
+
+def ptx_loss(token_nll: Tensor, mask: Tensor, ptx_coef: float) -> Tensor:
+    """ptx_coef times the sum of -log p(token) over pretraining tokens [B, L]; the caller divides by their count.
+
+    Equation 2 of the paper subtracts gamma E[log pi(x)] from the reward-side objective, a plus sign in the loss.
+    """
+    return ptx_coef * masked_sum(token_nll, mask)
+
+
+def adaptive_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
+    """Next beta: beta (1 + clamp((KL - target) / target, -0.2, 0.2) episodes / horizon), KL in nats per response.
+
+    Ziegler et al. 2019, section 2.2.
+    """
+    error = min(max((kl - target) / target, -0.2), 0.2)
+    return kl_coef * (1 + error * episodes / horizon)
+
+
+@torch.no_grad()
+def ema_update(average: dict[str, Tensor], parameters: dict[str, Tensor], decay: float) -> None:
+    """average <- decay average + (1 - decay) parameters, in place (paper C.4: decay 0.992)."""
+    for name, mean in average.items():
+        mean.mul_(decay).add_(parameters[name].detach().to(mean.device, mean.dtype), alpha=1 - decay)

@@ -1,0 +1,77 @@
+"""Policy and value model under one engine, and the frozen reference.
+
+DeepSpeed drives one engine a process, so the two networks sit in one module whose `forward` dispatches: every pass, PPO
+or ptx, is one forward of the engine and one backward. Calling an inner model directly would skip the engine's hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.scoring import Pair, SequenceBatch, response_logprobs, response_values, token_logprobs
+
+
+class PpoForward(NamedTuple):
+    """Per response token, flat [N]: log-probabilities, entropies (no gradient) and values."""
+
+    logprobs: Tensor
+    entropies: Tensor
+    values: Tensor
+
+
+class PolicyValue(nn.Module):
+    """The two trained networks of PPO."""
+
+    def __init__(self, policy: nn.Module, value: nn.Module) -> None:
+        super().__init__()
+        self.policy = policy
+        self.value = value
+
+    def forward(
+        self, mode: Literal["ppo", "ptx"], batch: SequenceBatch, temperature: float = 1.0
+    ) -> PpoForward | Tensor:
+        """`ppo`: a PpoForward. `ptx`: negative log-likelihoods [N] of all tokens but the first of each row."""
+        logprobs, entropies = response_logprobs(self.policy, batch, temperature)
+        if mode == "ptx":
+            return -logprobs
+        return PpoForward(logprobs, entropies, response_values(self.value, batch))
+
+
+def text_pairs(rows: Sequence[Sequence[int]]) -> list[Pair]:
+    """Pretraining rows as pairs: every token but the first is predicted, as a response to the first."""
+    return [(row[:1], row[1:]) for row in rows]
+
+
+def reference_logprobs(
+    policy: nn.Module, reference: nn.Module | None, temperature: float
+) -> Callable[..., list[Tensor]]:
+    """Log-probabilities under the SFT policy: a model of its own, or (None) the policy with its adapter off."""
+
+    def with_model(pairs: Sequence[Pair], tokens: int) -> list[Tensor]:
+        return token_logprobs(reference, pairs, temperature, tokens)  # type: ignore[arg-type]
+
+    def with_adapter_off(pairs: Sequence[Pair], tokens: int) -> list[Tensor]:
+        with policy.disable_adapter():  # type: ignore[operator]
+            return token_logprobs(policy, pairs, temperature, tokens)
+
+    return with_model if reference is not None else with_adapter_off
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """No gradients, no dropout."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.eval()
+
+
+@torch.no_grad()
+def swap_in(parameters: dict[str, Tensor], replacement: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put `replacement` into the live parameters; returns what was there."""
+    before = {name: parameters[name].detach().clone() for name in replacement}
+    for name, value in replacement.items():
+        parameters[name].copy_(value)
+    return before

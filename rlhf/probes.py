@@ -1,0 +1,59 @@
+"""Probe texts with their scores, stored beside a reward model and checked whenever it is loaded.
+
+A reward or value head that is lost on the way (a known defect of many systems) changes these scores, so a run stops
+before PPO instead of optimising noise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.errors import UserError
+from rlhf.scoring import Pair, scores
+
+FILE = "probes.json"
+TOLERANCE = 0.02  # normalised score; float32 reloads agree to 1e-5, bfloat16 kernels to a few thousandths
+
+
+def write_probes(model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], folder: Path) -> None:
+    """Score the pairs (prompt ids, response ids) and write them to folder/probes.json."""
+    rows = [
+        {
+            "prompt": tokenizer.decode(list(prompt)),
+            "response": tokenizer.decode(list(response)),
+            "prompt_ids": list(prompt),
+            "response_ids": list(response),
+            "score": float(score),
+        }
+        for (prompt, response), score in zip(pairs, scores(model, pairs), strict=True)
+    ]
+    (folder / FILE).write_text(json.dumps(rows, indent=1))
+
+
+def check_probes(model: nn.Module, folder: Path) -> None:
+    """Score the stored probes again.
+
+    Raises:
+        UserError: when there are none, or a score differs from the stored one.
+    """
+    path = folder / FILE
+    if not path.exists():
+        raise UserError(
+            "the reward model has no stored probe scores, so nothing shows that its head was loaded",
+            where=str(path),
+            fix="train it with the reward stage, which writes them",
+        )
+    rows = json.loads(path.read_text())
+    again = scores(model, [(row["prompt_ids"], row["response_ids"]) for row in rows])
+    for row, score in zip(rows, again.tolist(), strict=True):
+        if not abs(score - row["score"]) <= TOLERANCE:
+            raise UserError(
+                f"the reward model scores a stored probe {score:.4f}; when it was saved it scored {row['score']:.4f}",
+                where=str(path),
+                fix="weights or head in this folder are not those that were trained: run the reward stage again",
+            )

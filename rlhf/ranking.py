@@ -1,0 +1,117 @@
+"""The K-way ranking objective of the reward model and its measures. Pure functions; nothing of ours is imported.
+
+A batch holds G prompts; prompt g has K_g outputs, whose scores lie one after the other in a flat tensor [sum K_g].
+Ranks: 1 is best, equal ranks are a tie, only order and equality matter.
+Source: Ouyang et al. 2022, equation 1: the mean over the C(K, 2) pairs of a prompt of -log sigmoid(r_w - r_l); "ties
+were dropped" (Appendix C.2), so the mean is over the pairs that remain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+Ties = Literal["drop", "half"]
+
+
+class RankingLoss(NamedTuple):
+    """`loss` is the sum over prompts of each prompt's mean pair loss; divide by the prompts of the global batch."""
+
+    loss: Tensor
+    prompts: int  # prompts with at least one pair; the others contribute nothing
+
+
+def ordered_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
+    """Pairs (better, worse) of output indices with different ranks."""
+    return [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
+
+
+def tied_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
+    """Pairs (i, j), i < j, of output indices with equal ranks."""
+    return [(i, j) for i in range(len(ranks)) for j in range(i + 1, len(ranks)) if ranks[i] == ranks[j]]
+
+
+def has_pairs(ranks: Sequence[int], ties: Ties) -> bool:
+    """Whether a prompt contributes to the objective."""
+    return len(ranks) > 1 if ties == "half" else len(set(ranks)) > 1
+
+
+def ranking_loss(scores: Tensor, ranks: Sequence[Sequence[int]], ties: Ties = "drop") -> RankingLoss:
+    """Sum over prompts of the mean pair loss.
+
+    Args:
+        scores: [sum K_g], one score per output, prompt after prompt.
+        ranks: G rank lists whose lengths are the K_g.
+        ties: "drop" leaves tied pairs out; "half" trains them to probability one half and counts them in the mean.
+
+    Raises:
+        ValueError: when the number of scores is not the number of ranks.
+    """
+    sizes = [len(group) for group in ranks]
+    if scores.shape != (sum(sizes),):
+        raise ValueError(f"{tuple(scores.shape)} scores for {sum(sizes)} ranks")
+    total, prompts = scores.new_zeros((), dtype=torch.float32), 0
+    # One group of scores serves all its pairs: K forwards, not K (K - 1).
+    for group_scores, group in zip(scores.float().split(sizes), ranks, strict=True):
+        if not has_pairs(group, ties):
+            continue
+        rank = torch.tensor(group, device=scores.device)
+        margin = group_scores[:, None] - group_scores[None, :]
+        better = rank[:, None] < rank[None, :]
+        losses = -logsigmoid(margin[better])
+        if ties == "half":
+            tied = torch.triu(rank[:, None] == rank[None, :], diagonal=1)
+            losses = torch.cat([losses, -0.5 * (logsigmoid(margin[tied]) + logsigmoid(-margin[tied]))])
+        total = total + losses.mean()
+        prompts += 1
+    return RankingLoss(total, prompts)
+
+
+class PairCounts(NamedTuple):
+    """Of one prompt: pairs that the scores order as the labeler did (equal scores count half), all pairs, margins."""
+
+    correct: float
+    pairs: int
+    margins: list[float]  # r_w - r_l of each pair
+
+
+def count_pairs(scores: Sequence[float], ranks: Sequence[int]) -> PairCounts:
+    """Compare scores with ranks over the pairs that are not tied in rank."""
+    margins = [scores[i] - scores[j] for i, j in ordered_pairs(ranks)]
+    correct = sum(1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins)
+    return PairCounts(correct, len(margins), margins)
+
+
+def accuracy_interval(counts: Sequence[PairCounts], seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:
+    """Pair accuracy and its 95 % bootstrap interval over prompts (pairs of one prompt are not independent)."""
+    correct = np.array([c.correct for c in counts], dtype=np.float64)
+    pairs = np.array([c.pairs for c in counts], dtype=np.float64)
+    if pairs.sum() == 0:
+        return float("nan"), float("nan"), float("nan")
+    draws = np.random.default_rng(seed).integers(0, len(counts), size=(resamples, len(counts)))
+    drawn = pairs[draws].sum(1)
+    rates = correct[draws].sum(1)[drawn > 0] / drawn[drawn > 0]
+    low, high = np.quantile(rates, [0.025, 0.975])
+    return float(correct.sum() / pairs.sum()), float(low), float(high)
+
+
+def calibration(margins: Sequence[float], bins: int = 5) -> list[dict[str, float]]:
+    """Confidence against accuracy: pairs in equal-sized bins of sigmoid(|margin|).
+
+    Each row has the mean `confidence` of the bin, the share `accuracy` ordered as the labeler did, and `n` pairs.
+    """
+    margin = np.asarray(margins, dtype=np.float64)
+    order = np.argsort(np.abs(margin), kind="stable")
+    rows = []
+    for chunk in np.array_split(order, bins):
+        if len(chunk):
+            m = margin[chunk]
+            right = (m > 0) + 0.5 * (m == 0)
+            confidence = 1 / (1 + np.exp(-np.abs(m)))
+            rows.append({"confidence": float(confidence.mean()), "accuracy": float(right.mean()), "n": len(chunk)})
+    return rows

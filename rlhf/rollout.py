@@ -1,0 +1,228 @@
+"""Sampling responses: one interface, two engines.
+
+`native` is our decode loop: the prompts are prefilled once, every row draws with its own seed by inverse CDF, rows
+leave the batch when they finish, and only the sampled token's log-probability is kept. `generate` is transformers'
+generate, for models that the loop does not cover. Both sample from the plain softmax at the given temperature: no
+top-k, no top-p, no minimum length, so that the policy's own log-probabilities are those of the sampling distribution.
+
+Shapes: B rows, P the longest prompt, R the longest response that was sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.scoring import token_logprobs
+
+Engine = Literal["native", "generate"]
+
+
+@dataclass
+class Rollout:
+    """Prompts and what the policy answered; all tensors are on the CPU."""
+
+    prompt_ids: Tensor  # [B, P] int64, left-padded
+    prompt_lengths: Tensor  # [B] int64
+    response_ids: Tensor  # [B, R] int64, right-padded
+    lengths: Tensor  # [B] int64, tokens of the response including its EOS when it has one
+    finished: Tensor  # [B] bool, whether the response ended with EOS
+    logprobs: Tensor  # [B, R] float32, of the sampled tokens at the sampling temperature, 0 on padding
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def prompt(self, i: int) -> list[int]:
+        """Token ids of prompt i, without padding."""
+        return self.prompt_ids[i, self.prompt_ids.shape[1] - int(self.prompt_lengths[i]) :].tolist()
+
+    def response(self, i: int) -> list[int]:
+        """Token ids of response i including its EOS when it has one."""
+        return self.response_ids[i, : int(self.lengths[i])].tolist()
+
+    def pairs(self) -> list[tuple[list[int], list[int]]]:
+        """(prompt ids, response ids) of every row, as the scorer takes them."""
+        return [(self.prompt(i), self.response(i)) for i in range(len(self))]
+
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """The responses as text, special tokens left out."""
+        return [tokenizer.decode(self.response(i), skip_special_tokens=True) for i in range(len(self))]
+
+
+def row_seed(*parts: int | str) -> int:
+    """A 64-bit seed that depends on its parts alone, e.g. (run seed, "ppo", iteration, row)."""
+    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
+def row_uniforms(seeds: Sequence[int], steps: int) -> Tensor:
+    """Uniform numbers [B, steps] in [0, 1), float64; row i depends on seeds[i] alone."""
+    return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(key=s)).random(steps) for s in seeds]))
+
+
+def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """One draw per row from softmax(logits [B, V]): the first token whose cumulative probability passes u [B]."""
+    cumulative = torch.softmax(logits.float(), dim=-1).double().cumsum(-1)
+    # The sum is 1 only up to rounding: scale u to it, so that the last token with any mass is the last reachable.
+    target = uniforms.to(logits.device)[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+
+
+def sample(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seeds: Sequence[int],
+    stop_ids: Sequence[int],
+    engine: Engine = "native",
+    batch_size: int = 64,
+    advance: Callable[[int], None] | None = None,
+) -> Rollout:
+    """Sample one response for each prompt (token ids); repeat a prompt to sample it several times.
+
+    Args:
+        temperature: above 0; 0 is greedy decoding (then log-probabilities are at temperature 1).
+        seeds: one per row (`row_seed`); a native row's draw depends on its seed, not on its batch mates.
+        stop_ids: tokens that end a response and belong to it.
+        advance: called with the number of responses finished, for progress.
+
+    Returns:
+        Rows in the order of `prompts`.
+    """
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+    decode = {"native": _decode_native, "generate": _decode_generate}[engine]
+    rows: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
+    # Prompts of like length share a batch, so that little is spent on padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    training = policy.training
+    policy.eval()
+    try:
+        with torch.no_grad():
+            for first in range(0, len(order), batch_size):
+                chosen = order[first : first + batch_size]
+                out = decode(
+                    policy,
+                    [list(prompts[i]) for i in chosen],
+                    int(tokenizer.pad_token_id),
+                    max_new_tokens,
+                    temperature,
+                    [seeds[i] for i in chosen],
+                    list(stop_ids),
+                )
+                for i, row in zip(chosen, out, strict=True):
+                    rows[i] = row
+                if advance:
+                    advance(len(chosen))
+    finally:
+        policy.train(training)
+    return _assemble(prompts, rows, int(tokenizer.pad_token_id), set(stop_ids))
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Ids [B, P] padded on the left, and the attention mask [B, P] from the lengths."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def _decode_native(
+    policy: PreTrainedModel,
+    prompts: list[list[int]],
+    pad_id: int,
+    max_new_tokens: int,
+    temperature: float,
+    seeds: list[int],
+    stop_ids: list[int],
+) -> list[tuple[list[int], list[float]]]:
+    """The decode loop; returns (token ids, log-probabilities) of each row."""
+    device = policy.device
+    ids, mask = (t.to(device) for t in left_pad(prompts, pad_id))
+    uniforms = row_uniforms(seeds, max_new_tokens).to(device)
+    stops = torch.tensor(stop_ids, device=device)
+    out: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
+    alive = torch.arange(len(prompts), device=device)
+    # Positions are explicit: a left-padded GPT-2 answers differently without them.
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=policy.config)
+    for step in range(max_new_tokens):
+        logits = policy(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        if temperature > 0:
+            tokens = inverse_cdf(logits.float() / temperature, uniforms[alive, step])
+        else:
+            tokens = logits.argmax(-1)
+        logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), -1).gather(1, tokens[:, None]).squeeze(1)
+        for row, token, logprob in zip(alive.tolist(), tokens.tolist(), logprobs.tolist(), strict=True):
+            out[row][0].append(token)
+            out[row][1].append(logprob)
+        going = ~torch.isin(tokens, stops)
+        if not bool(going.any()):
+            break
+        positions = positions[:, -1:] + 1
+        if not bool(going.all()):
+            # A finished row costs as much as a live one: take it out of the batch and of the cache.
+            keep = going.nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            alive, tokens, mask, positions = alive[keep], tokens[keep], mask[keep], positions[keep]
+        ids = tokens[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    return out
+
+
+def _decode_generate(
+    policy: PreTrainedModel,
+    prompts: list[list[int]],
+    pad_id: int,
+    max_new_tokens: int,
+    temperature: float,
+    seeds: list[int],
+    stop_ids: list[int],
+) -> list[tuple[list[int], list[float]]]:
+    """transformers' generate; log-probabilities come from a second, full forward. Seeded by the batch's first row."""
+    ids, mask = (t.to(policy.device) for t in left_pad(prompts, pad_id))
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    # The caller's random streams stay as they were.
+    with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []):
+        torch.manual_seed(seeds[0] % 2**63)
+        full = policy.generate(
+            ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=stop_ids, **how
+        )
+    responses = []
+    for row in full[:, ids.shape[1] :].tolist():
+        end = next((t for t, token in enumerate(row) if token in stop_ids), len(row) - 1)
+        responses.append(row[: end + 1])
+    pairs = list(zip(prompts, responses, strict=True))
+    logprobs = token_logprobs(policy, pairs, temperature or 1.0)
+    return [(response, lp.tolist()) for response, lp in zip(responses, logprobs, strict=True)]
+
+
+def _assemble(
+    prompts: Sequence[Sequence[int]], rows: list[tuple[list[int], list[float]]], pad_id: int, stops: set[int]
+) -> Rollout:
+    prompt_ids, _ = left_pad(prompts, pad_id)
+    width = max(len(ids) for ids, _ in rows)
+    return Rollout(
+        prompt_ids=prompt_ids,
+        prompt_lengths=torch.tensor([len(p) for p in prompts]),
+        response_ids=torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in rows]),
+        lengths=torch.tensor([len(ids) for ids, _ in rows]),
+        finished=torch.tensor([ids[-1] in stops for ids, _ in rows]),
+        logprobs=torch.tensor([lps + [0.0] * (width - len(lps)) for _, lps in rows], dtype=torch.float32),
+    )

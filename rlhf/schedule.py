@@ -1,0 +1,24 @@
+"""Learning-rate factors by step, as pure arithmetic, so that a resumed run needs the step number alone."""
+
+from __future__ import annotations
+
+import math
+
+from rlhf.config import Schedule
+
+WARMUP_START = 0.1  # the paper warms up from a tenth of the peak (Appendix C.4)
+
+
+def lr_factor(step: int, total: int, schedule: Schedule, warmup: int, final_fraction: float) -> float:
+    """Share of the peak learning rate at `step` (0-based) of `total`.
+
+    Linear warm-up from a tenth of the peak over the first `warmup` steps; then constant, or linear or cosine decay that
+    reaches `final_fraction` at the last step.
+    """
+    if step < warmup:
+        return WARMUP_START + (1 - WARMUP_START) * step / warmup
+    if schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1, total - 1 - warmup))
+    shape = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return final_fraction + (1 - final_fraction) * shape

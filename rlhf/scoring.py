@@ -1,0 +1,226 @@
+"""Log-probabilities, values and rewards of given responses, by one code path for every stage.
+
+A batch of (prompt ids, response ids) pairs becomes one padded tensor with explicit positions. Hidden states are taken
+at the positions that matter first; only those go through a head, in chunks, so that no [batch, length, vocabulary]
+tensor exists. Batches are cut by token count after sorting by length.
+
+Shapes: B rows of L tokens, N response tokens in all, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from rlhf.errors import UserError
+
+Pair = tuple[Sequence[int], Sequence[int]]
+HEAD_CHUNK = 512  # positions per pass through the LM head: 100 MB of logits at V = 49152 in float32
+
+
+@dataclass
+class SequenceBatch:
+    """Prompts and responses as one tensor; `rows`, `slots` say which response token each flat entry is."""
+
+    input_ids: Tensor  # [B, L]
+    attention_mask: Tensor  # [B, L]
+    position_ids: Tensor  # [B, L]
+    rows: Tensor  # [N] row of each response token
+    slots: Tensor  # [N] its index in the response
+    before: Tensor  # [N] column of the token before it: where it is predicted and where its state value is read
+    targets: Tensor  # [N] its id
+    last: Tensor  # [B] column of the last response token
+
+    def to(self, device: torch.device) -> SequenceBatch:
+        return SequenceBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
+    def unflatten(self, flat: Tensor, width: int) -> Tensor:
+        """Flat values [N] as [B, width], zero on padding (differentiable)."""
+        return flat.new_zeros(len(self.last), width).index_put((self.rows, self.slots), flat)
+
+
+def build_batch(pairs: Sequence[Pair], pad_id: int, side: Literal["left", "right"] = "right") -> SequenceBatch:
+    """One padded batch; masks and positions come from lengths, so `pad_id` may be any token, EOS included."""
+    width = max(len(p) + len(r) for p, r in pairs)
+    ids = torch.full((len(pairs), width), pad_id)
+    mask, positions = torch.zeros_like(ids), torch.zeros_like(ids)
+    rows, slots, before, targets, last = [], [], [], [], []
+    for row, (prompt, response) in enumerate(pairs):
+        n = len(prompt) + len(response)
+        first = width - n if side == "left" else 0
+        ids[row, first : first + n] = torch.tensor([*prompt, *response])
+        mask[row, first : first + n] = 1
+        positions[row, first : first + n] = torch.arange(n)
+        start = first + len(prompt)
+        rows += [row] * len(response)
+        slots += range(len(response))
+        before += range(start - 1, start - 1 + len(response))
+        targets += response
+        last.append(first + n - 1)
+    flat = [torch.tensor(x, dtype=torch.long) for x in (rows, slots, before, targets, last)]
+    return SequenceBatch(ids, mask, positions, *flat)
+
+
+def token_budget_batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of like length whose padded size stays within `tokens` (one row at least)."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and (len(batch) + 1) * lengths[i] > tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value]
+
+
+def hidden_states(model: nn.Module, batch: SequenceBatch) -> Tensor:
+    """Last hidden states [B, L, H] of the backbone, without any head."""
+    base = base_model(model)
+    backbone = getattr(base, base.base_model_prefix)
+    return backbone(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+
+
+def _head_chunk(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logp = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
+    entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+    return logp.gather(1, targets[:, None]).squeeze(1), entropy
+
+
+def head_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [N] of `targets` [N] given hidden states [N, H], and the entropies [N] (no gradient), in nats.
+
+    Runs in chunks; with gradients each chunk is recomputed in the backward pass instead of kept.
+    """
+    logps, entropies = [], []
+    for h, t in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
+        if torch.is_grad_enabled() and hidden.requires_grad and len(hidden) > HEAD_CHUNK:
+            logp, entropy = checkpoint(_head_chunk, head, h, t, temperature, use_reentrant=False)
+        else:
+            logp, entropy = _head_chunk(head, h, t, temperature)
+        logps.append(logp)
+        entropies.append(entropy)
+    return torch.cat(logps), torch.cat(entropies)
+
+
+def response_logprobs(policy: nn.Module, batch: SequenceBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [N] of the response tokens and the entropies [N] of the distributions they came from."""
+    hidden = hidden_states(policy, batch)[batch.rows, batch.before]
+    return head_logprobs(base_model(policy).get_output_embeddings(), hidden, batch.targets, temperature)
+
+
+def normalised(model: nn.Module, raw: Tensor) -> Tensor:
+    """(raw score - reward_mean) / reward_std, both kept in the model's config since the head has no bias."""
+    config = base_model(model).config
+    return (raw.float() - config.reward_mean) / config.reward_std
+
+
+def response_values(value_model: nn.Module, batch: SequenceBatch) -> Tensor:
+    """Values [N] of the states in which each response token was chosen, on the scale of normalised scores."""
+    hidden = hidden_states(value_model, batch)[batch.rows, batch.before]
+    return normalised(value_model, base_model(value_model).score(hidden).squeeze(-1))
+
+
+def raw_scores(reward_model: nn.Module, batch: SequenceBatch) -> Tensor:
+    """Scores [B] of whole responses, read at the last response token by index, before normalisation."""
+    hidden = hidden_states(reward_model, batch)
+    final = hidden[torch.arange(len(hidden), device=hidden.device), batch.last]
+    return base_model(reward_model).score(final).squeeze(-1).float()
+
+
+def _over_batches(
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    tokens: int,
+    forward: Callable[[SequenceBatch], list[Tensor]],
+    advance: Callable[[int], None] | None,
+) -> list[Tensor]:
+    """Run `forward` without gradients over length-sorted batches; results come back in the order of `pairs`."""
+    results: list[Tensor] = [torch.empty(0)] * len(pairs)
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            for indices in token_budget_batches([len(p) + len(r) for p, r in pairs], tokens):
+                batch = build_batch([pairs[i] for i in indices], 0).to(device)
+                for i, result in zip(indices, forward(batch), strict=True):
+                    results[i] = result.cpu()
+                if advance:
+                    advance(len(indices))
+    finally:
+        model.train(training)
+    return results
+
+
+def _by_row(batch: SequenceBatch, flat: Tensor) -> list[Tensor]:
+    return list(flat.split(torch.bincount(batch.rows, minlength=len(batch.last)).tolist()))
+
+
+def token_logprobs(
+    policy: nn.Module,
+    pairs: Sequence[Pair],
+    temperature: float = 1.0,
+    tokens: int = 2048,
+    advance: Callable[[int], None] | None = None,
+) -> list[Tensor]:
+    """Log-probability of every response token: one float32 tensor [T_i] for each pair, on the CPU."""
+    return _over_batches(
+        policy, pairs, tokens, lambda b: _by_row(b, response_logprobs(policy, b, temperature)[0]), advance
+    )
+
+
+def token_values(
+    value_model: nn.Module, pairs: Sequence[Pair], tokens: int = 2048, advance: Callable[[int], None] | None = None
+) -> list[Tensor]:
+    """Value of the state before every response token: one float32 tensor [T_i] for each pair, on the CPU."""
+    return _over_batches(value_model, pairs, tokens, lambda b: _by_row(b, response_values(value_model, b)), advance)
+
+
+def scores(
+    reward_model: nn.Module, pairs: Sequence[Pair], tokens: int = 2048, advance: Callable[[int], None] | None = None
+) -> Tensor:
+    """Normalised scores [B] float32 of whole responses, on the CPU."""
+    rows = _over_batches(
+        reward_model, pairs, tokens, lambda b: list(normalised(reward_model, raw_scores(reward_model, b))), advance
+    )
+    return torch.stack(rows)
+
+
+def check_plain_head(policy: nn.Module) -> None:
+    """Refuse a model whose logits are more than head(hidden): soft caps or scales would silently be left out.
+
+    Raises:
+        UserError: when the two disagree on a probe of eight tokens.
+    """
+    base = base_model(policy)
+    vocabulary = base.get_output_embeddings().weight.shape[0]
+    ids = (torch.arange(8, device=base.device) * 7 + 3).remainder(vocabulary)[None]
+    training = policy.training
+    policy.eval()
+    with torch.no_grad():
+        whole = policy(input_ids=ids, use_cache=False).logits.float()
+        ours = base.get_output_embeddings()(getattr(base, base.base_model_prefix)(ids, use_cache=False)[0]).float()
+    policy.train(training)
+    if not torch.allclose(whole, ours, rtol=1e-3, atol=1e-3):
+        raise UserError(
+            f"{type(base).__name__} changes its logits after the LM head (largest difference "
+            f"{(whole - ours).abs().max():.3g})",
+            where="model.name",
+            fix="use an architecture whose logits are the LM head's output (Llama, Qwen, GPT-2, GPT-NeoX, OPT, ...)",
+        )

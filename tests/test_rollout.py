@@ -1,0 +1,113 @@
+"""Sampling: the distribution is the softmax, log-probabilities are the model's, rows do not depend on their mates."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from test_scoring import EOS, by_hand, gpt2, llama
+from transformers import LlamaForCausalLM
+
+from rlhf.rollout import Rollout, inverse_cdf, row_seed, row_uniforms, sample
+
+
+class Tokenizer:
+    """The two members that sampling needs of a tokenizer."""
+
+    pad_token_id = 0
+
+    def decode(self, ids, skip_special_tokens=True):
+        return " ".join(str(i) for i in ids if i != EOS)
+
+
+PROMPTS = [[5, 6, 7], [10], [15, 16, 17, 18, 19], [3, 4], [21, 22, 23]]
+
+
+def run(model, prompts=PROMPTS, seed=1, engine="native", **options) -> Rollout:
+    defaults = {"max_new_tokens": 12, "temperature": 1.0, "stop_ids": [EOS], "batch_size": 64}
+    seeds = [row_seed(seed, i) for i in range(len(prompts))]
+    return sample(model, Tokenizer(), prompts, seeds=seeds, engine=engine, **(defaults | options))
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("engine", ["native", "generate"])
+def test_logprobs_are_those_of_a_full_forward(make, engine):
+    model = make()
+    out = run(model, engine=engine, temperature=0.8)
+    for i in range(len(PROMPTS)):
+        expected = by_hand(model, PROMPTS[i], out.response(i), 0.8)
+        assert out.prompt(i) == PROMPTS[i]
+        assert out.logprobs[i, : int(out.lengths[i])].tolist() == pytest.approx(expected, abs=1e-4)
+        assert out.logprobs[i, int(out.lengths[i]) :].abs().sum() == 0
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_greedy_equals_generate(make):
+    model = make()
+    ours, theirs = run(model, temperature=0.0), run(model, temperature=0.0, engine="generate")
+    assert [ours.response(i) for i in range(5)] == [theirs.response(i) for i in range(5)]
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_a_row_does_not_depend_on_its_batch_mates(make):
+    model = make()
+    together, apart = run(model, max_new_tokens=30), run(model, max_new_tokens=30, batch_size=1)
+    assert len(set(together.lengths.tolist())) > 1, "rows should finish at different steps for this test to mean anything"
+    assert [together.response(i) for i in range(5)] == [apart.response(i) for i in range(5)]
+
+
+def test_finished_means_that_it_ends_with_eos():
+    out = run(llama(), prompts=[[i] for i in range(3, 33)], max_new_tokens=20)
+    assert bool(out.finished.any()) and not bool(out.finished.all())
+    for i in range(30):
+        response = out.response(i)
+        assert (response[-1] == EOS) == bool(out.finished[i])
+        assert EOS not in response[:-1]
+        assert bool(out.finished[i]) or len(response) == 20
+
+
+def test_the_first_token_is_drawn_from_the_softmax():
+    """Chi-square of 6,000 draws against the softmax of the model, cells under 5 expected draws merged."""
+    model, n = llama(), 6000
+    out = run(model, prompts=[[5, 6, 7]] * n, max_new_tokens=1, batch_size=2000, temperature=1.3)
+    with torch.no_grad():
+        p = torch.softmax(model(torch.tensor([[5, 6, 7]])).logits[0, -1].double() / 1.3, 0).numpy()
+    counts = np.bincount(out.response_ids[:, 0].numpy(), minlength=50)
+    small = p * n < 5
+    observed = np.append(counts[~small], counts[small].sum())
+    expected = np.append(p[~small], p[small].sum()) * n
+    statistic = float(((observed - expected) ** 2 / np.maximum(expected, 1e-9)).sum())
+    degrees = len(observed) - 1
+    # Mean k, deviation sqrt(2 k): four deviations are passed once in about 10,000 seeds, and the seed is fixed.
+    assert statistic < degrees + 4 * (2 * degrees) ** 0.5
+
+
+def test_inverse_cdf_by_hand():
+    logits = torch.log(torch.tensor([[0.1, 0.2, 0.7]])).repeat(6, 1)
+    uniforms = torch.tensor([0.0, 0.09, 0.11, 0.29, 0.31, 0.999999], dtype=torch.float64)
+    assert inverse_cdf(logits, uniforms).tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_inverse_cdf_never_draws_an_impossible_token():
+    logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]]).repeat(3, 1)
+    assert inverse_cdf(logits, torch.tensor([0.0, 0.5, 1 - 1e-16], dtype=torch.float64)).tolist() == [1, 3, 3]
+
+
+def test_seeds_are_stable_and_rows_differ():
+    assert row_seed(1, "ppo", 3) == row_seed(1, "ppo", 3) != row_seed(1, "ppo", 4)
+    u = row_uniforms([row_seed(1), row_seed(2)], 4)
+    assert torch.equal(row_uniforms([row_seed(2)], 4)[0], u[1]) and not torch.equal(u[0], u[1])
+
+
+def test_the_model_keeps_its_mode_and_the_caller_its_random_stream():
+    model = llama().train()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    run(model, engine="generate")
+    run(model)
+    assert model.training and torch.equal(before, torch.get_rng_state())
+
+
+def test_texts_leave_special_tokens_out():
+    out = run(llama(LlamaForCausalLM))
+    assert all(str(EOS) not in text.split() for text in out.texts(Tokenizer()))

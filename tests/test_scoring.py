@@ -1,0 +1,163 @@
+"""Scoring: padding side, pad = eos, junk in padding, head chunks and batches never change a number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from rlhf import scoring
+from rlhf.errors import UserError
+from rlhf.scoring import (
+    build_batch,
+    check_plain_head,
+    raw_scores,
+    response_logprobs,
+    response_values,
+    scores,
+    token_budget_batches,
+    token_logprobs,
+)
+
+EOS = 2
+PAIRS = [([5, 6, 7], [8, 9, EOS]), ([10], [11, 12, 13, 14, EOS]), ([15, 16, 17, 18, 19], [20])]
+
+
+def llama(cls: type = LlamaForCausalLM, **extra: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        eos_token_id=EOS,
+        initializer_range=0.3,
+        **extra,
+    )
+    return cls(config).eval()
+
+
+def gpt2() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
+    return GPT2LMHeadModel(config).eval()
+
+
+def by_hand(model: torch.nn.Module, prompt: list[int], response: list[int], temperature: float) -> list[float]:
+    """One row without padding, the whole logits, a Python loop over positions."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + response])).logits[0].double() / temperature
+    out = []
+    for t, token in enumerate(response):
+        row = logits[len(prompt) + t - 1]
+        out.append(float(row[token] - torch.logsumexp(row, 0)))
+    return out
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pad", [0, EOS])
+def test_logprobs_match_an_unpadded_loop(make, side, pad):
+    model = make()
+    batch = build_batch(PAIRS, pad, side)
+    with torch.no_grad():
+        flat, _ = response_logprobs(model, batch, 0.7)
+    expected = [x for prompt, response in PAIRS for x in by_hand(model, prompt, response, 0.7)]
+    assert torch.allclose(flat, torch.tensor(expected), atol=1e-5)
+
+
+def test_results_come_back_in_order_whatever_the_batches():
+    model = llama()
+    for budget in (1, 8, 10_000):
+        rows = token_logprobs(model, PAIRS, 1.0, tokens=budget)
+        for (prompt, response), row in zip(PAIRS, rows, strict=True):
+            assert torch.allclose(row, torch.tensor(by_hand(model, prompt, response, 1.0)), atol=1e-5)
+
+
+def test_head_chunks_and_recomputation_change_nothing(monkeypatch):
+    results = []
+    for chunk in (1000, 2):
+        monkeypatch.setattr(scoring, "HEAD_CHUNK", chunk)
+        model = llama()
+        flat, entropy = response_logprobs(model, build_batch(PAIRS, 0), 1.0)
+        flat.sum().backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        results.append((flat.detach(), entropy, grads))
+    for one, two in zip(*results, strict=True):
+        assert float((one - two).norm() / one.norm()) < 1e-5
+
+
+def test_entropy_is_that_of_the_softmax():
+    model = llama()
+    _, entropy = response_logprobs(model, build_batch(PAIRS[:1], 0), 1.0)
+    with torch.no_grad():
+        p = model(torch.tensor([[5, 6, 7, 8, 9, EOS]])).logits[0, 2].double().softmax(0)
+    assert float(entropy[0]) == pytest.approx(float(-(p * p.log()).sum()), abs=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pad", [0, EOS])
+def test_score_is_read_at_the_last_response_token(side, pad):
+    model = llama(LlamaForSequenceClassification, num_labels=1)
+    with torch.no_grad():
+        got = raw_scores(model, build_batch(PAIRS, pad, side))
+        for (prompt, response), score in zip(PAIRS, got, strict=True):
+            hidden = model.model(torch.tensor([prompt + response])).last_hidden_state[0, -1]
+            assert float(score) == pytest.approx(float(model.score(hidden)), abs=1e-5)
+
+
+def test_the_model_sees_whether_the_answer_ended_even_with_pad_equal_to_eos():
+    model = llama(LlamaForSequenceClassification, num_labels=1)
+    model.config.reward_mean, model.config.reward_std = 0.0, 1.0
+    ended, cut = scores(model, [([5, 6], [7, EOS]), ([5, 6], [7])]).tolist()
+    assert abs(ended - cut) > 1e-3
+
+
+def test_values_are_those_before_each_token_and_normalised():
+    model = llama(LlamaForSequenceClassification, num_labels=1)
+    model.config.reward_mean, model.config.reward_std = 0.5, 2.0
+    prompt, response = PAIRS[0]
+    with torch.no_grad():
+        got = response_values(model, build_batch([PAIRS[0]], 0))
+        hidden = model.model(torch.tensor([prompt + response])).last_hidden_state[0]
+        expected = (model.score(hidden[2:5]).squeeze(-1) - 0.5) / 2.0
+    assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_batches_hold_the_token_budget_and_every_row_once():
+    lengths = [5, 1, 9, 3, 3, 8]
+    batches = list(token_budget_batches(lengths, 10))
+    assert sorted(i for b in batches for i in b) == list(range(6))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 10
+
+
+def test_unflatten_places_each_token():
+    batch = build_batch(PAIRS, 0)
+    grid = batch.unflatten(batch.targets.float(), 5)
+    assert grid.tolist() == [[8, 9, 2, 0, 0], [11, 12, 13, 14, 2], [20, 0, 0, 0, 0]]
+
+
+def test_a_model_with_more_than_a_head_is_refused():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    check_plain_head(llama())
+    model = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            final_logit_softcapping=0.5,
+            initializer_range=0.5,
+        )
+    )
+    with pytest.raises(UserError, match="changes its logits after the LM head"):
+        check_plain_head(model)
