@@ -166,7 +166,9 @@ class PpoSection(Section):
 class EvaluateSection(Section):
     """Win rates, KL, length, diversity and the alignment tax on held-out prompts (paper section 4)."""
 
-    labeler: Literal["rubric", "reward_model"] = "rubric"
+    labeler: Literal["rubric", "reward_model"] = Field(
+        "rubric", description="who judges; reward_model is rank.reward_model where set, else the one trained here"
+    )
     prompts: int = Field(0, ge=0, description="how many held-out prompts; 0 means all")
     samples_per_prompt: int = Field(1, ge=1, le=64)
     temperature: float = Field(1.0, gt=0)

@@ -1,0 +1,100 @@
+"""`rlhf chat RUN`: the SFT and the aligned policy answer the same prompt side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.columns import Columns
+from rich.panel import Panel
+from rich.text import Text
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.errors import UserError
+from rlhf.models import load_policy, load_tokenizer
+from rlhf.progress import console
+from rlhf.prompting import encode_prompt, stop_ids
+from rlhf.recipe import load_recipe
+from rlhf.records import Prompt
+from rlhf.rollout import row_seed, sample
+
+
+def chat(run: Path, stage: str, temperature: float, max_tokens: int, once: str) -> None:
+    """Answer typed prompts until an empty line, or `once` alone.
+
+    Args:
+        run: run folder with sft/model and an aligned policy.
+        stage: which aligned policy; empty for the first there is of ppo-ptx and ppo.
+        temperature: 0 is greedy. max_tokens: longest response.
+    """
+    recipe = load_recipe(str(_existing(run / "recipe.yaml", "a run folder has its recipe")))
+    names = ["sft", stage or _aligned(run)]
+    folders = [_existing(run / name / "model", f"run the {name} stage first") for name in names]
+    console.print(f"loading {' and '.join(names)} from {run}", style="dim")
+    tokenizer = load_tokenizer(str(folders[0]), recipe.model.prompt_format)
+    policies = {name: load_policy(str(folder), recipe.model) for name, folder in zip(names, folders, strict=True)}
+    if once:
+        _show(policies, tokenizer, once, temperature, max_tokens, turn=0)
+        return
+    console.print("Type a prompt; an empty line ends.", style="dim")
+    turn = 0
+    while text := _typed():
+        _show(policies, tokenizer, text, temperature, max_tokens, turn)
+        turn += 1
+
+
+def answer(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    temperature: float,
+    max_tokens: int,
+    seed: int,
+) -> str:
+    """One response as text."""
+    rollout = sample(
+        policy,
+        tokenizer,
+        [encode_prompt(tokenizer, prompt)],
+        max_new_tokens=max_tokens,
+        temperature=temperature,
+        seeds=[seed],
+        stop_ids=stop_ids(tokenizer, policy),
+    )
+    return rollout.texts(tokenizer)[0]
+
+
+def _show(
+    policies: dict[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    temperature: float,
+    max_tokens: int,
+    turn: int,
+) -> None:
+    prompt = Prompt.from_text(text)
+    width = max(20, console.width // len(policies) - 1)
+    panels = []
+    for name, policy in policies.items():
+        response = answer(policy, tokenizer, prompt, temperature, max_tokens, row_seed(0, "chat", turn))
+        panels.append(Panel(Text(response.strip()), title=name, width=width))
+    console.print(Columns(panels))
+
+
+def _typed() -> str:
+    try:
+        return console.input("[bold]> [/bold]").strip()
+    except EOFError:
+        return ""
+
+
+def _aligned(run: Path) -> str:
+    for name in ("ppo-ptx", "ppo"):
+        if (run / name / "model").is_dir():
+            return name
+    raise UserError("the run has no aligned policy yet", str(run), "run the ppo-ptx or the ppo stage first")
+
+
+def _existing(path: Path, fix: str) -> Path:
+    if not path.exists():
+        raise UserError("there is no such file or folder", str(path), fix)
+    return path

@@ -1,0 +1,166 @@
+"""The `rlhf` command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from rlhf.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="""The complete InstructGPT recipe: demonstrations -> SFT -> rankings -> reward model -> PPO-ptx -> evaluation.
+
+A RECIPE is a name from `rlhf recipes` or the path of a YAML file; every field can be set behind it.
+
+[bold]Examples[/bold]
+
+rlhf run demo                        every stage; again to go on
+
+rlhf run demo run.name=b run.seed=2  another run, in runs/b
+
+rlhf plan instructgpt-1.3b           derived numbers, nothing loaded
+
+rlhf ppo demo --variant ppo          one stage alone
+
+rlhf chat runs/demo                  SFT and aligned side by side
+""",
+)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Name from `rlhf recipes`, or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Set fields: sft.lr=1e-5 run.stages=\\[sft,rank]"),
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, such as runs/demo.")]
+
+
+def _stage(name: str, recipe: str, overrides: list[str] | None) -> None:
+    from launch.pipeline import run_one
+
+    raise typer.Exit(run_one(name, recipe, overrides or []))
+
+
+@app.command()
+def run(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Run the stages of a recipe in order, and end with a table and an HTML report.
+
+    Finished stages are skipped and the interrupted one resumes, so the same command always goes on where it stopped.
+    Writes runs/NAME; a changed recipe needs another run.name.
+    """
+    from launch.pipeline import run as run_pipeline
+
+    raise typer.Exit(run_pipeline(recipe, overrides or []))
+
+
+@app.command()
+def sft(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Supervised fine-tuning. Reads data.demonstrations; writes runs/NAME/sft/model."""
+    _stage("sft", recipe, overrides)
+
+
+@app.command()
+def rank(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Sample K outputs per prompt and rank them. Reads sft/model, data.prompts; writes rank/rankings.jsonl."""
+    _stage("rank", recipe, overrides)
+
+
+@app.command()
+def reward(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Train the reward model on K-way rankings. Reads rank/rankings.jsonl and sft/model; writes reward/model."""
+    _stage("reward", recipe, overrides)
+
+
+@app.command()
+def ppo(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    variant: Annotated[
+        Literal["ppo-ptx", "ppo"] | None,
+        typer.Option(help="ppo-ptx mixes pretraining gradients in; default where ppo.ptx_coef is above 0."),
+    ] = None,
+) -> None:
+    """Align the policy. Reads sft/model, reward/model, data.prompts, data.pretraining; writes VARIANT/model.
+
+    The averaged policy goes to ema/ beside model/ where ppo.ema_decay is above 0.
+    """
+    from rlhf.recipe import load_recipe
+
+    if variant is None:
+        variant = "ppo-ptx" if load_recipe(recipe, overrides or []).ppo.ptx_coef > 0 else "ppo"
+    _stage(variant, recipe, overrides)
+
+
+@app.command()
+def evaluate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Win rate, KL, length, alignment tax. Reads the policies, data.prompts_heldout; writes evaluate/results.json."""
+    _stage("evaluate", recipe, overrides)
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """Draw the report of a run again: RUN/report.html."""
+    from launch.pipeline import report as write
+
+    if not run.is_dir():
+        raise UserError("there is no such run folder", str(run), "give one that `rlhf run` made, such as runs/demo")
+    write(run)
+
+
+@app.command()
+def chat(
+    run: RunArgument,
+    stage: Annotated[str, typer.Option(help="Aligned policy: ppo-ptx or ppo; default the one there is.")] = "",
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 128,
+    once: Annotated[str, typer.Option(metavar="PROMPT", help="Answer this prompt and end, for scripts.")] = "",
+) -> None:
+    """Type prompts and see the SFT and the aligned policy answer side by side."""
+    from launch.chat import chat as talk
+
+    talk(run, stage, temperature, max_tokens, once)
+
+
+@app.command()
+def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Print what follows from a recipe: iterations, steps, micro-batches. Loads and writes nothing."""
+    from launch.pipeline import show_plan
+    from rlhf.plan import check
+    from rlhf.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    check(loaded)
+    show_plan(loaded, loaded.run.stages)
+
+
+@app.command()
+def recipes() -> None:
+    """List the shipped recipes."""
+    from rlhf.recipe import RECIPES, recipe_names
+
+    names = recipe_names()
+    width = max(len(name) for name in names)
+    for name, description in names.items():
+        typer.echo(f"{name:<{width}}  {description}")
+    typer.echo(f"\nTheir files, to copy and change: {RECIPES}")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is told in a few lines and exits with 2; Ctrl-C exits with 130."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

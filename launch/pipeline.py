@@ -1,0 +1,210 @@
+"""`rlhf run`: show the plan, then start every stage as a program of its own, one after the other.
+
+The stage programs skip themselves when they are finished and resume where they stopped, so running again is always the
+way to go on. One process needs no launcher; more of them, or several machines, are started by DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from rlhf.config import Recipe
+from rlhf.errors import UserError
+from rlhf.plan import check, plan_rows, world_size
+from rlhf.progress import console, table
+from rlhf.recipe import load_recipe, recipe_names
+
+ROOT = Path(__file__).resolve().parent.parent  # holds rlhf/, stages/ and launch/, in a checkout and when installed
+LAUNCHED = ("sft", "reward", "ppo-ptx", "ppo")  # trained over all processes; rank and evaluate sample on one device
+SMOLLM2_BYTES = 540_000_000  # the embedded model as float32 safetensors
+
+
+def run(name_or_path: str, overrides: Sequence[str]) -> int:
+    """Run all stages of `run.stages`; returns the exit code of the one that stopped, or 0.
+
+    Raises:
+        UserError: a recipe that cannot run, told before anything is loaded.
+    """
+    recipe = load_recipe(name_or_path, overrides)
+    check(recipe)
+    show_plan(recipe, recipe.run.stages)
+    check_disk(recipe)
+    for number, stage in enumerate(recipe.run.stages, 1):
+        console.rule(f"stage {number} of {len(recipe.run.stages)}: {stage}", align="left")
+        code = start(stage, recipe, name_or_path, overrides)
+        if code:
+            again = shlex.join(["rlhf", "run", name_or_path, *overrides])
+            how = "stopped" if code in (130, 143) else f"failed (exit code {code}): mend the cause named above"
+            console.print(f"stage {stage} {how}. To go on where it stopped: {again}", markup=False, soft_wrap=True)
+            return code
+    if "evaluate" in recipe.run.stages:
+        report(Path(recipe.run.dir) / recipe.run.name)
+    return 0
+
+
+def run_one(stage: str, name_or_path: str, overrides: Sequence[str]) -> int:
+    """Run a single stage, whatever `run.stages` says; returns its exit code."""
+    recipe = load_recipe(name_or_path, overrides)
+    check(recipe, [stage])
+    show_plan(recipe, [stage])
+    return start(stage, recipe, name_or_path, overrides)
+
+
+def show_plan(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Print the derived numbers of the given stages."""
+    table(f"Plan of {recipe.run.dir}/{recipe.run.name}", ["", ""], [list(row) for row in plan_rows(recipe, stages)])
+
+
+def report(run_dir: Path) -> Path:
+    """Write the report of a run, print its headline table and path."""
+    from rlhf.report import print_summary, write_report  # draws plots: seconds to import
+
+    path = write_report(run_dir)
+    print_summary(run_dir)
+    console.print(f"report: {path}", markup=False, soft_wrap=True)
+    return path
+
+
+# --- disk ------------------------------------------------------------------------------------------------------------
+
+
+def check_disk(recipe: Recipe) -> None:
+    """Refuse to start what the disk cannot hold; a model that is still on the Hub has no known size and is let pass."""
+    need = disk_need(recipe)
+    folder = Path(recipe.run.dir).resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise UserError(
+            f"the run needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free",
+            str(folder),
+            "free some space, or choose another place with run.dir=FOLDER",
+        )
+
+
+def disk_need(recipe: Recipe) -> int:
+    """Bytes that the unfinished stages write, about: models, averages and two checkpoints of full training."""
+    size = _model_bytes(recipe.model.name)
+    run_dir = Path(recipe.run.dir) / recipe.run.name
+    copies = 0
+    for stage in recipe.run.stages:
+        if stage not in LAUNCHED or (run_dir / stage / "model").is_dir():
+            continue
+        ppo = stage.startswith("ppo")
+        copies += 2 if ppo and recipe.ppo.ema_decay > 0 else 1
+        lora = recipe.reward.lora.enabled if stage == "reward" else recipe.model.lora.enabled
+        if not lora:  # weights and two moments, of the value model too; the old checkpoint stays until the new is whole
+            copies += 2 * 3 * (2 if ppo else 1)
+    return copies * size
+
+
+def _model_bytes(name: str) -> int:
+    if name == "smollm2-135m":
+        return SMOLLM2_BYTES
+    folder = Path(name).expanduser()
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def start(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str]) -> int:
+    """Run a stage program to its end; returns its exit code, 128 + N when signal N ended it."""
+    launched = stage in LAUNCHED and world_size(recipe) > 1
+    local_ranks = launched and not recipe.launch.hostfile  # a runner of several machines passes signals on itself
+    return _supervise(command(stage, recipe, name_or_path, overrides), environment(recipe, launched), local_ranks)
+
+
+def command(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str]) -> list[str]:
+    """The command line of a stage: the program itself, or DeepSpeed's launcher around it."""
+    program, *options = stage_program(stage)
+    where = name_or_path if name_or_path in recipe_names() else str(Path(name_or_path).expanduser().resolve())
+    arguments = [program, where, *overrides, *options]
+    if stage not in LAUNCHED or world_size(recipe) == 1:
+        return [sys.executable, "-m", *arguments]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
+    if recipe.launch.hostfile:
+        if any("'" in argument for argument in arguments):
+            # The launcher quotes arguments for the remote shells with single quotes and does not escape them.
+            raise UserError("a quote cannot be passed to other machines", "the command line", "put it in a recipe file")
+        launcher += ["--hostfile", str(Path(recipe.launch.hostfile).expanduser().resolve())]
+    else:
+        launcher += ["--master_port", str(_free_port())]  # so that two runs on one machine do not meet
+    return [*launcher, "--num_gpus", str(recipe.launch.processes), "--module", "--no_local_rank", *arguments]
+
+
+def stage_program(stage: str) -> list[str]:
+    """Module of a stage and the options that select its variant."""
+    if stage in ("ppo", "ppo-ptx"):
+        return ["stages.ppo", "--variant", stage]
+    return [f"stages.{stage}"]
+
+
+def environment(recipe: Recipe, launched: bool) -> dict[str, str]:
+    """Variables of a stage program: this installation's code, quiet libraries, threads that share the cores."""
+    env = dict(os.environ)
+    env["PYTHONSAFEPATH"] = "1"  # a folder called stages or launch where the user stands is not ours
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")])  # ninja, for DeepSpeed
+    env["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    env["TOKENIZERS_PARALLELISM"] = "false"
+    threads = max(1, (os.cpu_count() or 1) // (recipe.launch.processes if launched else 1))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        env.setdefault(name, str(threads))
+    if recipe.run.device == "cpu":
+        env["DS_ACCELERATOR"] = "cpu"
+    return env
+
+
+def _supervise(arguments: list[str], env: dict[str, str], local_ranks: bool) -> int:
+    """Run a command in a session of its own and hand Ctrl-C, SIGTERM and a closed terminal on to it, once each.
+
+    The stage seals a checkpoint and ends; a second Ctrl-C kills it.
+    """
+    process = subprocess.Popen(arguments, env=env, start_new_session=True)
+    received: list[int] = []
+
+    def forward(signum: int, frame: object) -> None:
+        if received and signum == signal.SIGINT:
+            os.killpg(process.pid, signal.SIGKILL)
+        elif not received:
+            wanted = signal.SIGINT if signum == signal.SIGINT else signal.SIGTERM
+            for target in _ranks(process.pid) if local_ranks else [process.pid]:
+                os.kill(target, wanted)
+        received.append(signum)
+
+    before = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        code = process.wait()
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    if received:
+        return 128 + (signal.SIGINT if received[0] == signal.SIGINT else signal.SIGTERM)
+    return code if code >= 0 else 128 - code
+
+
+def _ranks(launcher: int) -> list[int]:
+    """Process ids of the ranks under DeepSpeed's launcher (runner, then launch, then they); itself while it has none.
+
+    They seal a checkpoint and end when signalled; the launcher would be gone at once and leave them behind.
+    """
+    ranks = [rank.pid for child in psutil.Process(launcher).children() for rank in child.children()]
+    return ranks or [launcher]
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]

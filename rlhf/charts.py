@@ -1,0 +1,145 @@
+"""Charts of the report as inline SVG that follows the page: its font, and its colours in light and dark mode.
+
+matplotlib draws with placeholder colours, which become CSS variables of the page afterwards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from io import StringIO
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+Series = tuple[Sequence[float], Sequence[float]]  # x and y
+
+# Placeholder -> what the page calls it. matplotlib writes hex colours in lower case.
+COLOURS = {
+    "#010101": "var(--muted)",
+    "#020202": "var(--rule)",
+    "#0a0001": "var(--sft)",
+    "#0a0002": "var(--ppo)",
+    "#0a0003": "var(--ptx)",
+    "#0a0004": "var(--other)",
+}
+MUTED, RULE, SFT, PPO, PTX, OTHER = COLOURS
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "rlhf",
+    "font.size": 8.5,
+    "axes.edgecolor": RULE,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "text.color": MUTED,
+    "axes.labelcolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+}
+
+
+def series_colour(name: str) -> str:
+    """The placeholder of a stage's or policy's colour: the same everywhere on the page."""
+    return {"sft": SFT, "ppo": PPO, "ppo-ptx": PTX}.get(name, OTHER)
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Centred moving average over up to `window` values on each side, fewer at the ends, so that it does not lag."""
+    out = []
+    for i in range(len(values)):
+        reach = min(window, i, len(values) - 1 - i)
+        near = values[i - reach : i + reach + 1]
+        out.append(sum(near) / len(near))
+    return out
+
+
+def line_chart(series: Mapping[str, Series], x_label: str) -> str:
+    """One metric over training, one line per series; long series get a smooth line over a faint raw one.
+
+    The page shows which colour is which: charts have no legend.
+    """
+    with rc_context(STYLE):
+        figure, axes = _figure()
+        for name, (x, y) in series.items():
+            colour = series_colour(name)
+            long = len(y) > 30
+            if long:
+                axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.28)
+            marker = None if len(y) > 12 else "o"
+            line = smooth(y, max(2, len(y) // 16)) if long else y
+            axes.plot(x, line, color=colour, linewidth=1.7, marker=marker, markersize=3)
+        axes.set_xlabel(x_label)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.margins(x=0.02, y=0.12)
+        return _svg(figure)
+
+
+def frontier_chart(series: Mapping[str, Series], x_label: str, y_label: str) -> str:
+    """y against x as a path in training order; the last point is marked."""
+    with rc_context(STYLE):
+        figure, axes = _figure()
+        for name, (x, y) in series.items():
+            colour = series_colour(name)
+            axes.plot(x, y, color=colour, linewidth=0.9, alpha=0.45, marker="o", markersize=2.5)
+            axes.plot(x[-1:], y[-1:], color=colour, marker="o", markersize=6, linestyle="none")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.margins(0.06)
+        return _svg(figure)
+
+
+def calibration_chart(rows: Sequence[Mapping[str, float]]) -> str:
+    """Share of pairs the reward model ordered right, against the confidence it had; the diagonal is perfect.
+
+    Args:
+        rows: bins with `confidence`, `accuracy` and `n`, the number of pairs, which sets the size of the dot.
+    """
+    with rc_context(STYLE):
+        figure, axes = _figure()
+        low = min([0.5, *(row["accuracy"] for row in rows)])
+        axes.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        x, y = [row["confidence"] for row in rows], [row["accuracy"] for row in rows]
+        most = max(row["n"] for row in rows)
+        axes.plot(x, y, color=PTX, linewidth=1.2, alpha=0.5)
+        axes.scatter(x, y, s=[14 + 90 * row["n"] / most for row in rows], color=PTX, linewidths=0)
+        axes.set_xlim(0.49, 1.01)
+        axes.set_ylim(low - 0.04, 1.04)
+        axes.set_xlabel("confidence")
+        axes.set_ylabel("accuracy")
+        return _svg(figure)
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.3, 2.35), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure, figure.add_subplot()
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an <svg> element that takes its size, font and colours from the page."""
+    out = StringIO()
+    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'^<svg (.*?) width="[^"]*" height="[^"]*"', r'<svg \1 role="img"', svg)
+    svg = re.sub(r"font-family: [^;]*; ", "", svg)
+    # Ids are unique in a figure, not on a page; those that clip paths and markers are used by name their content.
+    used = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', svg))
+    names = {name for pair in used for name in pair}
+    svg = re.sub(r' id="([^"]*)"', lambda match: match.group(0) if match.group(1) in names else "", svg)
+    svg = re.sub(r"\s+", " ", svg)
+    for placeholder, variable in COLOURS.items():
+        svg = svg.replace(placeholder, variable)
+    return svg

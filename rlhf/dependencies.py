@@ -1,0 +1,146 @@
+"""What the result of each stage depends on: recipe fields, data files and what other stages have written.
+
+A finished stage is skipped while all of that is as it was. Fields that only say where or how fast (run.dir, run.device,
+launch.*, tracking.*) are not among it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.checkpoint import list_checkpoints
+from rlhf.config import Recipe
+from rlhf.errors import UserError
+from rlhf.recipe import changed_keys, fields, load_recipe, recipe_to_yaml
+from rlhf.rundir import RunFolder, hash_path, write_atomic
+
+ABSENT = "absent"  # recorded for what a stage would have read, had it been there
+SHARED = ("run.seed", "model", "data.max_prompt_tokens", "data.max_response_tokens", "data.validation_fraction")
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Recipe sections or fields besides SHARED, fields of `data` that name files, paths in the run folder."""
+
+    recipe: tuple[str, ...]
+    data: tuple[str, ...]
+    upstream: tuple[str, ...] = ()
+
+
+_PPO = Reads(("ppo", "reward.lora"), ("prompts", "pretraining"), ("sft/model", "reward/model"))
+READS = {
+    "sft": Reads(("sft",), ("demonstrations", "pretraining")),
+    "rank": Reads(("rank",), ("prompts", "rankings"), ("sft/model",)),
+    "reward": Reads(("reward", "rank.labeler"), ("demonstrations", "rankings"), ("sft/model", "rank/rankings.jsonl")),
+    "ppo-ptx": _PPO,
+    "ppo": _PPO,
+    "evaluate": Reads(
+        ("evaluate", "rank", "ppo.ptx_tokens", "ppo.score_tokens", "ppo.rollout", "ppo.rollout_batch_size"),
+        ("prompts_heldout", "pretraining_heldout", "cloze"),
+        (
+            "sft/model",
+            "rank/summary.json",
+            "reward/model",
+            *(f"{stage}/{what}" for stage in ("ppo-ptx", "ppo") for what in ("model", "ema")),
+        ),
+    ),
+}
+
+
+def depends_on(stage: str, key: str) -> bool:
+    """Whether the stage's result depends on a recipe field, given by its dotted name."""
+    reads = READS[stage]
+    prefixes = (*SHARED, *reads.recipe, *(f"data.{name}" for name in reads.data))
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def fingerprint(recipe: Recipe, stage: str) -> str:
+    """SHA-256 (hex) of the recipe fields that the stage depends on."""
+    values: dict[str, Any] = {}
+    for key, _ in fields():
+        if depends_on(stage, key):
+            value: Any = recipe
+            for part in key.split("."):
+                value = getattr(value, part)
+            values[key] = value
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def declared_inputs(recipe: Recipe, stage: str, run: RunFolder) -> dict[str, str]:
+    """Hashes of the inputs that can be known before the stage runs; "absent" for what is not there.
+
+    Local data files are among them; Hub names and embedded data are identified by the recipe alone.
+    """
+    inputs = {}
+    for name in READS[stage].data:
+        for entry in getattr(recipe.data, name):
+            path = Path(entry).expanduser()
+            if path.exists():
+                inputs[run.key(path)] = hash_path(path)
+    for key in READS[stage].upstream:
+        path = run.from_key(key)
+        inputs[key] = hash_path(path) if path.exists() else ABSENT
+    return inputs
+
+
+def changes(record: dict[str, Any], recipe: Recipe, stage: str, run: RunFolder, now: dict[str, str]) -> list[str]:
+    """What differs, in words, from when the stage recorded its inputs.
+
+    An input that is gone has not changed: the stage's result stands without it.
+
+    Args:
+        record: stage.json of the earlier run.
+        now: what `declared_inputs` returns.
+    """
+    found = [] if record.get("fingerprint") == fingerprint(recipe, stage) else ["the recipe"]
+    before: dict[str, str] = record.get("inputs", {})
+    for key, digest in before.items():
+        path = run.from_key(key)
+        current = now.get(key) or (hash_path(path) if path.exists() else ABSENT)
+        if current not in (digest, ABSENT):
+            found.append(key)
+    return found + [key for key in now if key not in before and now[key] != ABSENT]
+
+
+def check_recipe(recipe: Recipe, run: RunFolder, redo: str | None) -> None:
+    """Hold the recipe to the run's recipe.yaml, and write it there.
+
+    Fields that only stages yet to come depend on may change.
+
+    Args:
+        redo: a stage that is done from scratch; neither it nor what comes after it binds the recipe.
+
+    Raises:
+        UserError: when a stage that is finished, or has checkpoints, depends on a field that has changed.
+    """
+    path = run.path / "recipe.yaml"
+    if path.exists():
+        changed = changed_keys(load_recipe(str(path)), recipe)
+        order = ["sft", "rank", "reward", "ppo", "evaluate"]
+        rank = {stage: order.index("ppo" if stage == "ppo-ptx" else stage) for stage in READS}
+        bound = [s for s in READS if (redo is None or (s != redo and rank[s] <= rank[redo])) and is_started(run, s)]
+        affected = [s for s in bound if any(depends_on(s, key) for key, _, _ in changed)]
+        if affected:
+            lines = [
+                f"  {key}: {old} -> {new}"
+                for key, old, new in changed
+                if any(depends_on(stage, key) for stage in affected)
+            ]
+            raise UserError(
+                f"the recipe has changed since these stages of the run began: {', '.join(affected)}\n"
+                + "\n".join(lines),
+                str(path),
+                f"give the changed run another name (run.name=...), or redo it from {affected[0]} on with --fresh",
+            )
+    text = recipe_to_yaml(recipe)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_atomic(path, text)
+
+
+def is_started(run: RunFolder, stage: str) -> bool:
+    """Whether the stage is finished or holds checkpoints to go on from."""
+    return run.is_done(stage) or bool(list_checkpoints(run.stage_dir(stage) / "checkpoints"))

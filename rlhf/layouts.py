@@ -1,0 +1,254 @@
+"""Published layouts of ranking data, read as they were released: each row becomes rows of our own contract.
+
+A layout is known by its keys (first line of each); 1 is the best rank and equal ranks are a tie.
+
+    Anthropic HH-RLHF       chosen, rejected: both transcripts, and no prompt
+    (arXiv 2204.05862)      the prompt is what both share, up to the last "Assistant:"; chosen 1, rejected 2
+    OpenAI summarize-       info, summaries, choice
+    from-feedback           "SUBREDDIT: r/.. TITLE: .. POST: .. TL;DR:", or "Article: .. TL;DR:" for news;
+    (arXiv 2009.01325)      summaries[].text, the one at index `choice` 1, the other 2
+    WebGPT comparisons      question, answer_0, answer_1, score_0, score_1
+    (arXiv 2112.09332)      question.full_text; the higher score first, equal scores tie
+    UltraFeedback           instruction, completions
+    (arXiv 2310.01377)      completions[].response, by fine-grained_score where all have it, else by overall_score
+                            (which a bug of early releases made 10 where it was 1: OpenBMB/UltraFeedback issue 8)
+    Nectar                  prompt (a transcript), answers
+    (Zhu et al. 2023)       answers[].answer, by answers[].rank
+    OpenAssistant trees     prompt (an object)
+    (arXiv 2304.07327)      one ranking for each prompter's message with ranked replies: the messages from the root
+                            down to it, its replies by rank (0 is the best); replies without a rank are left out
+    SHP                     history, human_ref_A, human_ref_B, labels
+    (Ethayarajh 2022)       history; labels 1: A first, 0: B first
+
+A field that is missing or of the wrong type is the user's error, as everywhere. Known blemishes of the releases (empty
+responses, equal texts ranked apart, too few responses, a dialogue that parts early) are dropped and counted by reason.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from rlhf.sources import Row, check_list, check_object, check_text, check_whole
+
+MIN_K, MAX_K = 2, 16
+_MARKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+
+
+class Counter(Protocol):
+    """What counts dropped rows: `rlhf.records.Drops`."""
+
+    def add(self, reason: str, n: int = 1) -> None: ...
+
+
+class Ranked(NamedTuple):
+    """A ranking before it is checked: the prompt as the contract has it (text or messages), texts, ranks."""
+
+    prompt: str | list[dict[str, str]]
+    responses: list[str]
+    ranks: list[int]
+
+
+class Layout(NamedTuple):
+    """A published layout: its name, whether a row has it, and how the row is read."""
+
+    name: str
+    matches: Callable[[dict[str, Any]], bool]
+    read: Callable[[Row, Counter], Iterator[Ranked]]
+
+
+def split_transcript(text: str) -> list[tuple[str, str]] | None:
+    """Turns (speaker, words) of "Human: .. Assistant: ..", words stripped; None when it does not begin with "Human:".
+
+    A speaker's name counts where it begins the text or follows a blank line, and when the other speaker spoke last: a
+    second "Human:" in a row is part of what the human said, so that turns alternate and no character is lost.
+    """
+    text = text.strip()
+    turns: list[list[Any]] = []  # [speaker, start of the words, end of the words]
+    for marker in _MARKER.finditer(text):
+        if not turns and (marker.start() > 0 or marker[1] != "Human"):
+            return None
+        if not turns or turns[-1][0] != marker[1]:
+            if turns:
+                turns[-1][2] = marker.start()
+            turns.append([marker[1], marker.end(), len(text)])
+    return [(speaker, text[start:end].strip()) for speaker, start, end in turns] or None
+
+
+def ranks_of_scores(scores: Sequence[float]) -> list[int]:
+    """Ranks of scores, the highest 1, equal scores tied, no rank left out: [7, 9, 7, 1] gives [2, 1, 2, 3]."""
+    order = sorted(set(scores), reverse=True)
+    return [order.index(score) + 1 for score in scores]
+
+
+def find_layout(fields: dict[str, Any]) -> Layout | None:
+    """The published layout that a row has, if any."""
+    return next((layout for layout in LAYOUTS if layout.matches(fields)), None)
+
+
+def read_published(layout: Layout, row: Row, drops: Counter) -> Iterator[Ranked]:
+    """Rankings of a published row; those with a known blemish are dropped and counted.
+
+    Raises:
+        UserError: for a field that is missing or of the wrong type.
+    """
+    for ranked in layout.read(row, drops):
+        if reason := _blemish(ranked):
+            drops.add(f"{layout.name}: {reason}")
+        else:
+            yield ranked
+
+
+def contradiction(responses: Sequence[str], ranks: Sequence[int]) -> tuple[int, int] | None:
+    """The first two equal responses with different ranks, as indices."""
+    first: dict[str, int] = {}
+    for i, response in enumerate(responses):
+        if ranks[first.setdefault(response, i)] != ranks[i]:
+            return first[response], i
+    return None
+
+
+def _blemish(ranked: Ranked) -> str | None:
+    if len(ranked.responses) < MIN_K:
+        return f"fewer than {MIN_K} ranked responses"
+    if len(ranked.responses) > MAX_K:
+        return f"more than {MAX_K} responses"
+    if not all(response.strip() for response in ranked.responses):
+        return "an empty response"
+    if contradiction(ranked.responses, ranked.ranks):
+        return "equal responses ranked apart"
+    contents = [m["content"] for m in ranked.prompt] if isinstance(ranked.prompt, list) else [ranked.prompt]
+    return None if all(content.strip() for content in contents) else "an empty prompt or turn"
+
+
+def _hh(row: Row, drops: Counter) -> Iterator[Ranked]:
+    heads, tails = [], []
+    for field in ("chosen", "rejected"):
+        turns = split_transcript(check_text(row, field, row.need(field)))
+        if turns is None:
+            what = f"there is no `prompt`, and `{field}` is no dialogue that begins with Human:"
+            raise row.fail(field, what, 'add `prompt`, or write "\\n\\nHuman: ... \\n\\nAssistant: ..."')
+        if turns[-1][0] != "Assistant":
+            drops.add("HH-RLHF: the dialogue does not end with the assistant")
+            return
+        heads.append(turns[:-1])
+        tails.append(turns[-1][1])
+    if heads[0] != heads[1]:
+        drops.add("HH-RLHF: the dialogues part before the last answer")
+        return
+    yield Ranked(_messages(heads[0]), tails, [1, 2])
+
+
+def _messages(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"role": "user" if speaker == "Human" else "assistant", "content": words} for speaker, words in turns]
+
+
+def _summarize(row: Row, drops: Counter) -> Iterator[Ranked]:
+    info = check_object(row, "info", row.need("info"))
+    if info.get("post") is not None:
+        subreddit, title, post = (check_text(row, f"info.{k}", info.get(k)) for k in ("subreddit", "title", "post"))
+        prompt = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
+    else:
+        article = check_text(row, "info.article", info.get("article"))
+        prompt = f"Article:\n{article}\n\nTL;DR:"
+    # The texts begin with the blank that follows "TL;DR:".
+    texts = [text.strip() for text in _column(row, "summaries", "text")]
+    choice = check_whole(row, "choice", row.need("choice"))
+    if not 0 <= choice < len(texts):
+        raise row.fail("choice", f"`choice` is {choice}, and there are {len(texts)} summaries", "count from 0")
+    yield Ranked(prompt, texts, [1 if i == choice else 2 for i in range(len(texts))])
+
+
+def _webgpt(row: Row, drops: Counter) -> Iterator[Ranked]:
+    question = check_object(row, "question", row.need("question"))
+    prompt = check_text(row, "question.full_text", question.get("full_text"))
+    answers = [_text(row, field, row.need(field)) for field in ("answer_0", "answer_1")]
+    scores = [_number(row, field, row.need(field)) for field in ("score_0", "score_1")]
+    yield Ranked(prompt, answers, ranks_of_scores(scores))
+
+
+def _ultrafeedback(row: Row, drops: Counter) -> Iterator[Ranked]:
+    prompt = check_text(row, "instruction", row.need("instruction"))
+    completions = _objects(row, "completions")
+    fine = all(item.get("fine-grained_score") is not None for _, item in completions)
+    score = "fine-grained_score" if fine else "overall_score"
+    scores = [_number(row, f"{place}.{score}", item.get(score)) for place, item in completions]
+    yield Ranked(prompt, _column(row, "completions", "response"), ranks_of_scores(scores))
+
+
+def _nectar(row: Row, drops: Counter) -> Iterator[Ranked]:
+    prompt = check_text(row, "prompt", row.need("prompt"))
+    turns = split_transcript(prompt)
+    answers = _column(row, "answers", "answer")
+    # The released ranks are floats, 1.0 to 7.0; only their order and equality matter.
+    ranks = [_number(row, f"{place}.rank", item.get("rank")) for place, item in _objects(row, "answers")]
+    dialogue = _messages(turns[:-1]) if turns and turns[-1] == ("Assistant", "") else prompt
+    yield Ranked(dialogue, answers, ranks_of_scores([-rank for rank in ranks]))
+
+
+def _oasst(row: Row, drops: Counter) -> Iterator[Ranked]:
+    # A tree is walked with a list of its own: a thread may be deeper than Python's recursion.
+    todo: list[tuple[str, dict[str, Any], list[dict[str, str]]]] = [("prompt", row.fields["prompt"], [])]
+    while todo:
+        place, node, above = todo.pop()
+        text, role = _text(row, f"{place}.text", node.get("text")), node.get("role")
+        if role not in ("prompter", "assistant"):
+            raise row.fail(f"{place}.role", f"the role is {role!r}", "it is prompter or assistant")
+        thread = [*above, {"role": "user" if role == "prompter" else "assistant", "content": text}]
+        replies = _objects(row, f"{place}.replies", node.get("replies") or [])
+        ranked = [(where, r) for where, r in replies if r.get("rank") is not None and not r.get("deleted")]
+        if role == "prompter" and ranked:
+            texts = [_text(row, f"{where}.text", r.get("text")) for where, r in ranked]
+            ranks = [check_whole(row, f"{where}.rank", r["rank"]) for where, r in ranked]
+            yield Ranked(thread, texts, [rank + 1 for rank in ranks])
+        todo += [(where, reply, thread) for where, reply in reversed(replies)]
+
+
+def _shp(row: Row, drops: Counter) -> Iterator[Ranked]:
+    prompt = check_text(row, "history", row.need("history"))
+    answers = [_text(row, field, row.need(field)) for field in ("human_ref_A", "human_ref_B")]
+    label = check_whole(row, "labels", row.need("labels"))
+    if label not in (0, 1):
+        raise row.fail("labels", f"`labels` is {label}", "it is 1 when A is preferred and 0 when B is")
+    yield Ranked(prompt, answers, [1, 2] if label == 1 else [2, 1])
+
+
+def _objects(row: Row, field: str, value: Any = None) -> list[tuple[str, dict[str, Any]]]:
+    items = check_list(row, field, row.need(field) if value is None else value)
+    return [(f"{field}[{i}]", check_object(row, f"{field}[{i}]", item)) for i, item in enumerate(items)]
+
+
+def _column(row: Row, field: str, name: str) -> list[str]:
+    return [_text(row, f"{place}.{name}", item.get(name)) for place, item in _objects(row, field)]
+
+
+def _text(row: Row, field: str, value: Any) -> str:
+    """Text that may be empty: releases have such responses, and they are dropped and counted."""
+    return "" if isinstance(value, str) and not value.strip() else check_text(row, field, value)
+
+
+def _number(row: Row, field: str, value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise row.fail(field, f"`{field}` is {value!r}, not a number", "write it as a number without quotes")
+    return float(value)
+
+
+def _has(*names: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda fields: all(name in fields for name in names)
+
+
+LAYOUTS = (
+    Layout("Nectar", _has("prompt", "answers"), _nectar),
+    Layout("UltraFeedback", _has("instruction", "completions"), _ultrafeedback),
+    Layout("summarize-from-feedback", _has("info", "summaries"), _summarize),
+    Layout("WebGPT", _has("question", "answer_0", "answer_1"), _webgpt),
+    Layout("SHP", _has("history", "human_ref_A", "human_ref_B"), _shp),
+    Layout("OpenAssistant", lambda fields: isinstance(fields.get("prompt"), dict), _oasst),
+    Layout(
+        "HH-RLHF",
+        lambda f: "prompt" not in f and isinstance(f.get("chosen"), str) and isinstance(f.get("rejected"), str),
+        _hh,
+    ),
+)

@@ -1,0 +1,140 @@
+"""What a PPO run is made of, how it is put together from the earlier stages, and its checkpoints.
+
+The program that uses it is stages/ppo.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.checkpoint import keep_last, sealed_write
+from rlhf.config import Recipe
+from rlhf.engine import Engine, ParamGroup
+from rlhf.errors import UserError
+from rlhf.models import add_lora, load_policy, load_reward_model, load_tokenizer, same_tokenizer
+from rlhf.plan import PpoPlan, plan_ppo
+from rlhf.policy_value import PolicyValue, freeze, reference_logprobs
+from rlhf.probes import check_probes
+from rlhf.prompting import fit_prompts, stop_ids
+from rlhf.records import Drops, read_prompts, read_texts
+from rlhf.scoring import check_plain_head
+from rlhf.tax import blocks
+
+
+@dataclass
+class Ppo:
+    """Everything an iteration works on."""
+
+    recipe: Recipe
+    plan: PpoPlan
+    ptx_coef: float
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[list[int]]  # token ids
+    ptx_rows: list[list[int]]  # token ids
+    stop_ids: list[int]
+    engine: Engine
+    reference: Callable[..., list[Tensor]]  # (pairs, tokens per batch) -> log-probabilities
+    reward_model: nn.Module
+    ema: dict[str, Tensor]  # of the policy's trainable weights, on the CPU; empty without average
+    kl_coef: float
+    drops: Drops
+    iteration: int = 0
+
+    @property
+    def networks(self) -> PolicyValue:
+        return self.engine.module  # type: ignore[return-value]
+
+
+def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
+    """Load the models and data of a PPO run.
+
+    The policy starts from the SFT model and the reference is that same model: frozen apart, or the policy's base with
+    the adapter off. The value model starts from the reward model, head and normalisation included.
+    """
+    cfg, plan = recipe.ppo, plan_ppo(recipe)
+    tokenizer = load_tokenizer(str(sft_dir))
+    same_tokenizer(tokenizer, load_tokenizer(str(reward_dir)))
+    drops = Drops()
+    prompts = fit_prompts(read_prompts(recipe.data.prompts, drops), tokenizer, recipe.data.max_prompt_tokens, drops)
+    if not prompts:
+        raise UserError("no prompt is left for PPO", where="data.prompts", fix="raise data.max_prompt_tokens")
+    ptx_rows = blocks(read_texts(recipe.data.pretraining, drops), tokenizer, cfg.ptx_tokens) if ptx else []
+    if ptx and not ptx_rows:
+        raise UserError("PPO-ptx has no pretraining text", where="data.pretraining", fix="name a text file or run ppo")
+
+    torch.manual_seed(recipe.run.seed)  # adapters are drawn from the global generator
+    policy = load_policy(str(sft_dir), recipe.model)
+    check_plain_head(policy)
+    lora = recipe.model.lora.enabled
+    reference = None if lora else freeze(load_policy(str(sft_dir), recipe.model))
+    if lora:
+        policy = add_lora(policy, recipe.model.lora, "CAUSAL_LM")
+    reward_model = freeze(load_reward_model(str(reward_dir), recipe.model))
+    check_probes(reward_model, reward_dir)
+    value = copy.deepcopy(reward_model)
+    value.requires_grad_(True)
+    if recipe.reward.lora.enabled:
+        value = add_lora(value, recipe.reward.lora, "SEQ_CLS")
+    networks = PolicyValue(policy.eval(), value.eval())
+    engine = Engine(
+        networks,
+        [
+            ParamGroup("policy", networks.policy, cfg.lr, cfg.max_grad_norm),
+            ParamGroup("value", networks.value, cfg.value_lr, cfg.max_grad_norm),
+        ],
+        device=recipe.run.device,
+        betas=(0.9, cfg.adam_beta2),
+        eps=cfg.adam_eps,
+        max_skipped_steps=cfg.max_skipped_steps,
+    )
+    for frozen in filter(None, (reference, reward_model)):
+        frozen.to(engine.device)
+    ema = {}
+    if cfg.ema_decay > 0:
+        ema = {n: p.detach().cpu().clone() for n, p in engine.trainable().items() if n.startswith("policy.")}
+    return Ppo(
+        recipe=recipe,
+        plan=plan,
+        ptx_coef=cfg.ptx_coef if ptx else 0.0,
+        tokenizer=tokenizer,
+        prompts=[row.prompt for row in prompts],
+        ptx_rows=ptx_rows,
+        stop_ids=stop_ids(tokenizer, policy),
+        engine=engine,
+        reference=reference_logprobs(networks.policy, reference, cfg.temperature),
+        reward_model=reward_model,
+        ema=ema,
+        kl_coef=cfg.kl_coef,
+        drops=drops,
+    )
+
+
+def save_checkpoint(ppo: Ppo, folder: Path) -> None:
+    """Seal all state under step-NNNNNN, named by the iterations done."""
+
+    def write(staged: Path) -> None:
+        ppo.engine.save(staged / "engine")
+        if ppo.ema:
+            save_file(ppo.ema, staged / "ema.safetensors")
+        (staged / "state.json").write_text(json.dumps({"iteration": ppo.iteration, "kl_coef": ppo.kl_coef}))
+
+    sealed_write(folder / f"step-{ppo.iteration:06d}", write)
+    keep_last(folder, 2)
+
+
+def load_checkpoint(ppo: Ppo, folder: Path) -> None:
+    """Restore what `save_checkpoint` sealed."""
+    ppo.engine.load(folder / "engine")
+    if ppo.ema:
+        ppo.ema = load_file(folder / "ema.safetensors")
+    state = json.loads((folder / "state.json").read_text())
+    ppo.iteration, ppo.kl_coef = state["iteration"], state["kl_coef"]

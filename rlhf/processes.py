@@ -1,0 +1,102 @@
+"""Signals, and what the processes of a distributed run must agree on before and while they work."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from rlhf.progress import is_main_process
+
+T = TypeVar("T")
+
+
+class StopNow(BaseException):
+    """Raised by the second signal, wherever the work stands."""
+
+
+@dataclass
+class Signals:
+    """Notes the first SIGINT or SIGTERM; the second raises StopNow and the third ends the process whatever it is in."""
+
+    received: int = 0  # number of the first signal
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Catch the signals while the block lasts."""
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def agreed(self) -> int:
+        """`received`, on all processes as soon as one has it; all of them must ask at the same places."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            flag = torch.tensor(self.received, device=_collective_device())
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self.received = int(flag)
+        return self.received
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.received:
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, signal.SIG_DFL)
+            raise StopNow
+        self.received = number
+        if is_main_process():
+            # Not through a buffered stream: the signal may have come while one was being written to.
+            os.write(2, b"\nstopping after this step; again to stop at once\n")
+
+
+def world_size() -> int:
+    """How many processes the launcher started, 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Be in one group with the processes that a launcher started; nothing for a single process."""
+    if world_size() == 1 or dist.is_initialized():
+        yield
+        return
+    if device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    yield
+    dist.destroy_process_group()  # not after an error: the others may hang in a collective, and the launcher ends them
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` returns on the first process, on all of them; where it raises there, all of them end.
+
+    Raises:
+        SystemExit: (2) on the other processes when `make` raised.
+    """
+    answer: list = [None, False]
+    failure: BaseException | None = None
+    if is_main_process():
+        try:
+            answer = [make(), False]
+        except BaseException as error:
+            failure, answer = error, [None, True]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer, src=0, device=_collective_device())
+    if failure:
+        raise failure
+    if answer[1]:
+        raise SystemExit(2)  # the first process tells why
+    return answer[0]
+
+
+def _collective_device() -> torch.device:
+    """Where small tensors of a collective must be: a group with NCCL alone takes GPU tensors only."""
+    return torch.device("cpu" if "gloo" in str(dist.get_backend_config()) else "cuda")

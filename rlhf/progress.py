@@ -1,0 +1,209 @@
+"""What a person sees of a run: progress bars with rate and time left, tables, warnings.
+
+On a terminal progress is a bar; elsewhere it is a plain line at the start, about every ten seconds, and at the end:
+`sampling 64/256 12.3 responses/s 0:15 left`. Only the first process of a distributed run shows anything.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+from rich import progress as bars
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+T = TypeVar("T")
+PLAIN_INTERVAL = 10.0  # seconds between lines when the output is not a terminal
+
+
+def is_main_process() -> bool:
+    """Whether this is the first process of the run: the one that shows, logs and seals."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+# Without a terminal rich assumes 80 columns, which breaks tables of a log file for no reason.
+_width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+console = Console(quiet=not is_main_process(), width=_width, highlight=False)
+_errors = Console(stderr=True, quiet=not is_main_process(), highlight=False, soft_wrap=True)
+_display: bars.Progress | None = None  # rich draws one live display at a time: nested bars share it
+_open_bars = 0
+
+
+def warn(text: str) -> None:
+    """One yellow line on standard error."""
+    _errors.print(f"warning: {text}", style="yellow", markup=False)
+
+
+def duration(seconds: float) -> str:
+    """0:15, 12:03 or 1:02:45."""
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def number(value: Any) -> str:
+    """A table cell: floats with four significant digits, whole numbers with separators, None as a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() and 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table; cells are shown as they are (no markup), columns of numbers to the right.
+
+    The header is left out when all column names are empty.
+    """
+    rows = [list(row) for row in rows]
+    view = Table(title=Text(title), title_justify="left", show_header=any(columns))
+    for i, column in enumerate(columns):
+        numeric = bool(rows) and all(row[i] is None or isinstance(row[i], int | float) for row in rows)
+        view.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        view.add_row(*(Text(number(cell)) for cell in row))
+    console.print(view)
+
+
+class Progress:
+    """Progress of a loop, as a context manager; `advance(n)` says that n more are done.
+
+    Args:
+        description: what is going on.
+        total: how many there will be in all, None when nobody knows.
+        unit: what is counted, in the plural.
+        initial: how many were done before, by a run that is resumed; they do not count for the rate.
+    """
+
+    def __init__(self, description: str, total: int | None = None, unit: str = "it", initial: int = 0) -> None:
+        self.description, self.total, self.unit, self.done = description, total, unit, initial
+        self._initial = initial
+        self._task: bars.TaskID | None = None
+        self._first: tuple[float, int] | None = None  # time and count at the first advance
+
+    def __enter__(self) -> Progress:
+        self._start = self._last = self._printed = time.monotonic()
+        if not is_main_process():
+            return self
+        if console.is_terminal:
+            self._task = _show(self)
+        else:
+            self._line(f"{self._count()} {self.unit}")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._task is not None:
+            _hide()
+        elif is_main_process():
+            took = f"{'done' if kind is None else 'broken off'} in {duration(time.monotonic() - self._start)}"
+            self._line(" ".join(filter(None, [self._count(), self.rate_text(), took])))
+
+    def advance(self, n: int = 1) -> None:
+        """Count n more as done."""
+        self.done += n
+        self._last = time.monotonic()
+        if self._first is None:
+            self._first = (self._last, self.done)
+        if self._task is not None and _display is not None:
+            _display.update(self._task, completed=self.done)
+        elif is_main_process() and not console.is_terminal and self._last - self._printed >= PLAIN_INTERVAL:
+            self._printed = self._last
+            left = self.seconds_left()
+            rest = f"{duration(left)} left" if left is not None else ""
+            self._line(" ".join(filter(None, [self._count(), self.rate_text(), rest])))
+
+    def rate(self) -> float | None:
+        """Units per second, None before it can be known.
+
+        The first advance is left out when there are others: it holds warm-up, or what a resumed run did before.
+        """
+        if self._first is None:
+            return None
+        when, count = self._first
+        if self._last > when:
+            return (self.done - count) / (self._last - when)
+        elapsed = self._last - self._start
+        return (self.done - self._initial) / elapsed if elapsed > 1e-3 else None
+
+    def rate_text(self) -> str:
+        """`12.3 responses/s`, or seconds per unit where that reads better; empty when not known."""
+        rate = self.rate()
+        if not rate:
+            return ""
+        if rate < 0.1:
+            return f"{1 / rate:.1f} s/{self.unit}"
+        return f"{rate:,.0f} {self.unit}/s" if rate >= 1000 else f"{rate:.3g} {self.unit}/s"
+
+    def seconds_left(self) -> float | None:
+        """Seconds until the end at the rate so far, None when not known."""
+        rate = self.rate()
+        if not rate or self.total is None:
+            return None
+        return max(0.0, (self.total - self.done) / rate - (time.monotonic() - self._last))
+
+    def _count(self) -> str:
+        return f"{self.done}/{self.total}" if self.total is not None else str(self.done)
+
+    def _line(self, text: str) -> None:
+        console.print(f"{self.description} {text}", markup=False, soft_wrap=True)
+
+
+def track(iterable: Iterable[T], description: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
+    """Iterate with progress; `total` is the length of the iterable where it has one."""
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)
+    with Progress(description, total, unit) as progress:
+        for item in iterable:
+            yield item
+            progress.advance()
+
+
+def close_progress() -> None:
+    """Take down bars that were left open by an error, so that the terminal is as it was."""
+    global _display, _open_bars
+    if _display is not None:
+        _display.stop()
+    _display, _open_bars = None, 0
+
+
+class _Rate(bars.ProgressColumn):
+    """Rate and time left; rich's own forget a step that took longer than half a minute."""
+
+    def render(self, task: bars.Task) -> Text:
+        progress: Progress = task.fields["progress"]
+        left = progress.seconds_left()
+        text = progress.rate_text() + (f"  {duration(left)} left" if left is not None and not task.finished else "")
+        return Text(text, style="cyan")
+
+
+def _show(progress: Progress) -> bars.TaskID:
+    global _display, _open_bars
+    if _display is None:
+        _display = bars.Progress(
+            bars.TextColumn("{task.description}", markup=False),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TimeElapsedColumn(),
+            _Rate(),
+            console=console,
+        )
+        _display.start()
+    _open_bars += 1
+    return _display.add_task(progress.description, total=progress.total, completed=progress.done, progress=progress)
+
+
+def _hide() -> None:
+    global _open_bars
+    _open_bars -= 1
+    if _open_bars <= 0:
+        close_progress()

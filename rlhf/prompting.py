@@ -1,0 +1,113 @@
+"""Text to token ids and back to limits: how a prompt and a response become what the model sees.
+
+A prompt goes through the tokenizer's chat template, up to where the assistant speaks; a response is its text followed
+by EOS when it is finished. Both are encoded apart and joined as ids, so that a response is the same ids in every stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.records import Demonstration, Drops, Prompt, Ranking
+
+Item = TypeVar("Item", Prompt, Demonstration, Ranking)
+
+
+@dataclass(frozen=True)
+class Encoded(Generic[Item]):
+    """A record with its token ids; a prompt has no responses, a demonstration one, a ranking K."""
+
+    item: Item
+    prompt: list[int]
+    responses: list[list[int]]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Ids of the prompt in the chat template, ending where the assistant's answer begins."""
+    messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+
+def encode_response(tokenizer: PreTrainedTokenizerBase, text: str, finished: bool = True) -> list[int]:
+    """Ids of a response, with EOS at the end when it is finished; nothing else is added.
+
+    Names of special tokens inside the text are spelled out, so that no text can end a turn. Where the template ends in
+    `Assistant:` (the plain format) the text gets one leading space, as the model would sample it.
+    """
+    if speaks_after_colon(tokenizer):
+        text = " " + text.lstrip(" ")
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [*ids, tokenizer.eos_token_id] if finished else list(ids)
+
+
+def speaks_after_colon(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template leaves the assistant right after `Assistant:`."""
+    probe = [{"role": "user", "content": "x"}]
+    return tokenizer.apply_chat_template(probe, add_generation_prompt=True, tokenize=False).endswith("Assistant:")
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> list[int]:
+    """Ids that end a response: the tokenizer's EOS first, then those of the model's generation config."""
+    theirs = model.generation_config.eos_token_id if model is not None else None
+    others = theirs if isinstance(theirs, list) else [] if theirs is None else [theirs]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *others]))
+
+
+def fit_prompts(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_prompt: int, drops: Drops
+) -> list[Encoded[Prompt]]:
+    """Prompts of at most `max_prompt` tokens; the others are left out and counted in `drops`."""
+    return _fit([Encoded(p, encode_prompt(tokenizer, p), []) for p in prompts], drops, max_prompt=max_prompt)
+
+
+def fit_demonstrations(
+    items: Sequence[Demonstration],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt: int,
+    max_response: int,
+    max_tokens: int,
+    drops: Drops,
+) -> list[Encoded[Demonstration]]:
+    """Demonstrations within all three limits (response tokens include EOS; `max_tokens` is prompt and response)."""
+    rows = [Encoded(d, encode_prompt(tokenizer, d.prompt), [encode_response(tokenizer, d.response)]) for d in items]
+    return _fit(rows, drops, max_prompt, max_response, max_tokens)
+
+
+def fit_rankings(
+    items: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase, max_tokens: int, drops: Drops
+) -> list[Encoded[Ranking]]:
+    """Rankings of which every output, prompt included, has at most `max_tokens` tokens."""
+    rows = [
+        Encoded(
+            r,
+            encode_prompt(tokenizer, r.prompt),
+            [encode_response(tokenizer, text, end) for text, end in zip(r.responses, r.finished, strict=True)],
+        )
+        for r in items
+    ]
+    return _fit(rows, drops, max_tokens=max_tokens)
+
+
+def _fit(
+    rows: Sequence[Encoded[Item]],
+    drops: Drops,
+    max_prompt: int | None = None,
+    max_response: int | None = None,
+    max_tokens: int | None = None,
+) -> list[Encoded[Item]]:
+    kept = []
+    for row in rows:
+        longest = max(map(len, row.responses), default=0)
+        if max_prompt is not None and len(row.prompt) > max_prompt:
+            drops.add(f"prompt over {max_prompt} tokens")
+        elif max_response is not None and longest > max_response:
+            drops.add(f"response over {max_response} tokens")
+        elif max_tokens is not None and len(row.prompt) + longest > max_tokens:
+            drops.add(f"prompt and response over {max_tokens} tokens")
+        else:
+            kept.append(row)
+    return kept

@@ -1,0 +1,370 @@
+"""Prompts, demonstrations, rankings, pretraining text and cloze questions: what they are and how they are read.
+
+    demonstration   {"prompt", "response"}, or {"messages": [..]} whose last message is the assistant's
+    ranking         {"prompt", "responses": [K texts], "ranks": [K numbers]}: 1 is best, equal ranks are a tie
+                    {"prompt", "responses", "ranking": "D>C>A=B"}: the letters stand for the responses in order
+                    {"prompt", "chosen", "rejected"}: texts, or message lists that may carry the prompt themselves
+                    or a published layout (rlhf/layouts.py). K is 2 to 16. "finished": [K true or false] is optional
+    prompt          {"prompt"}
+    text            {"text"}, or a .txt file, which is one document
+    cloze           {"context", "choices": [..], "answer"}: the index of the right choice from 0; "label" is the same
+
+A "prompt" is text, a transcript "Human: .. Assistant: .. Assistant:", or a list of {"role", "content"}. "use_case" goes
+with the prompt; other fields are ignored. Ranks are kept as given: [1, 4, 4] and [1, 2, 2] mean the same, since only
+order and equality count. A bad line stops the reading with its file, line, field and remedy. Exact duplicates are
+dropped and counted; nothing else is, but for known blemishes of published layouts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf.errors import UserError
+from rlhf.layouts import MAX_K, MIN_K, contradiction, find_layout, read_published, split_transcript
+from rlhf.rundir import write_atomic
+from rlhf.sources import Row, check_list, check_object, check_text, check_whole, kind, read_documents, read_rows
+
+SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
+
+
+class Message(NamedTuple):
+    """One turn; the role is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A dialogue up to where the assistant speaks; `use_case` is a label for reports and takes no part in `key`."""
+
+    messages: tuple[Message, ...]
+    use_case: str = ""
+
+    @classmethod
+    def from_text(cls, text: str, use_case: str = "") -> Prompt:
+        """A transcript that begins with "Human:" and ends with "Assistant:" becomes turns, other text one user message.
+
+        Raises:
+            UserError: when the text, or a turn of the transcript, is empty.
+        """
+        if not text.strip():
+            raise UserError("the prompt is empty", fix="write a prompt")
+        messages = _parse(text)
+        if not all(message.content for message in messages):
+            raise UserError("a turn of the transcript is empty", fix="fill it in or delete the prompt")
+        return cls(messages, use_case)
+
+    @property
+    def text(self) -> str:
+        """For people to read: the words of a single user message, else a transcript that ends with "Assistant:"."""
+        if len(self.messages) == 1 and self.messages[0].role == "user":
+            return self.messages[0].content
+        return "\n\n".join([*(f"{SPEAKERS[m.role]}: {m.content}" for m in self.messages), "Assistant:"])
+
+    @property
+    def key(self) -> str:
+        """SHA-256 (hex) of the text in Unicode's NFC form with runs of white space made one blank."""
+        return hashlib.sha256(" ".join(unicodedata.normalize("NFC", self.text).split()).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A prompt and the response a person wrote."""
+
+    prompt: Prompt
+    response: str
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """K outputs for one prompt and their ranks, 1 the best, equal a tie.
+
+    `finished` is False for an output that ended at the length limit, without EOS; when left out, all are finished.
+    """
+
+    prompt: Prompt
+    responses: tuple[str, ...]
+    ranks: tuple[int, ...]
+    finished: tuple[bool, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.finished:
+            object.__setattr__(self, "finished", (True,) * len(self.responses))
+        if not len(self.responses) == len(self.ranks) == len(self.finished):
+            raise ValueError("responses, ranks and finished differ in length")
+
+
+@dataclass(frozen=True)
+class Cloze:
+    """A context, possible continuations, and the index of the right one."""
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+@dataclass
+class Drops:
+    """How many rows were left out, by reason."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, reason: str, n: int = 1) -> None:
+        """Count `n` more rows dropped for `reason`."""
+        self.counts[reason] = self.counts.get(reason, 0) + n
+
+    def merge(self, other: Drops) -> None:
+        """Add the counts of another."""
+        for reason, n in other.table():
+            self.add(reason, n)
+
+    @property
+    def total(self) -> int:
+        """All dropped rows."""
+        return sum(self.counts.values())
+
+    def table(self) -> list[tuple[str, int]]:
+        """(reason, count), in the order in which the reasons first came up."""
+        return list(self.counts.items())
+
+
+def read_demonstrations(paths: Sequence[str], drops: Drops) -> list[Demonstration]:
+    """Demonstrations of all `paths` in order; see the head of this file. Raises UserError for a bad line."""
+    found: dict[tuple[Any, ...], Demonstration] = {}
+    for row in _rows(paths):
+        item = _demonstration(row)
+        if found.setdefault((item.prompt.messages, item.response), item) is not item:
+            drops.add("exact duplicate of a demonstration")
+    return list(found.values())
+
+
+def read_rankings(paths: Sequence[str], drops: Drops) -> list[Ranking]:
+    """Rankings of all `paths` in order; see the head of this file. Raises UserError for a bad line."""
+    found: dict[tuple[Any, ...], Ranking] = {}
+    for row in _rows(paths):
+        for item in _rankings(row, drops):
+            if found.setdefault((item.prompt.messages, item.responses, item.ranks, item.finished), item) is not item:
+                drops.add("exact duplicate of a ranking")
+    return list(found.values())
+
+
+def read_prompts(paths: Sequence[str], drops: Drops) -> list[Prompt]:
+    """Prompts of all `paths` in order, each `key` once. Raises UserError for a bad line."""
+    found: dict[str, Prompt] = {}
+    for row in _rows(paths):
+        item = _prompt(row)
+        if found.setdefault(item.key, item) is not item:
+            drops.add("prompt seen before")
+    return list(found.values())
+
+
+def read_texts(paths: Sequence[str], drops: Drops) -> list[str]:
+    """Documents of pretraining text in order. Raises UserError for a bad line."""
+    found: dict[str, None] = {}
+    for text in (text for path in paths for text in read_documents(path)):
+        if text in found:
+            drops.add("exact duplicate of a text")
+        found[text] = None
+    return list(found)
+
+
+def read_cloze(paths: Sequence[str]) -> list[Cloze]:
+    """Cloze questions of all `paths` in order. Raises UserError for a bad line."""
+    return [_cloze(row) for row in _rows(paths)]
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object a line, so that a kill or a full disk leaves the old file or the new, never a part."""
+    write_atomic(Path(path), "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def ranking_row(ranking: Ranking) -> dict[str, Any]:
+    """The ranking as a row that `read_rankings` reads back equal."""
+    return _prompt_row(ranking.prompt) | {
+        "responses": list(ranking.responses),
+        "ranks": list(ranking.ranks),
+        "finished": list(ranking.finished),
+    }
+
+
+def demonstration_row(demonstration: Demonstration) -> dict[str, Any]:
+    """The demonstration as a row that `read_demonstrations` reads back equal."""
+    return _prompt_row(demonstration.prompt) | {"response": demonstration.response}
+
+
+def _prompt_row(prompt: Prompt) -> dict[str, Any]:
+    # Text where text says it all; messages where it would not (a system message, or words that look like a transcript).
+    says_all = _parse(prompt.text) == prompt.messages
+    row: dict[str, Any] = {"prompt": prompt.text if says_all else [m._asdict() for m in prompt.messages]}
+    return row | {"use_case": prompt.use_case} if prompt.use_case else row
+
+
+def _parse(text: str) -> tuple[Message, ...]:
+    turns = split_transcript(text)
+    if not turns or len(turns) < 2 or turns[-1] != ("Assistant", ""):
+        return (Message("user", text),)
+    return tuple(Message("user" if speaker == "Human" else "assistant", words) for speaker, words in turns[:-1])
+
+
+def _rows(paths: Sequence[str]) -> Iterator[Row]:
+    return (row for path in paths for row in read_rows(path))
+
+
+def _prompt(row: Row, value: Any = None) -> Prompt:
+    """The prompt of a row: its field `prompt`, or `value` in its place."""
+    value = row.need("prompt") if value is None else value
+    use_case = row.fields.get("use_case", "")
+    if not isinstance(use_case, str):
+        raise row.fail("use_case", f"`use_case` is {kind(use_case)}, not a string", "put it in quotes, or delete it")
+    if isinstance(value, list):
+        messages = _messages(row, "prompt", value)
+        if messages[-1].role != "user":
+            what = f"the last message of the prompt is the {messages[-1].role}'s"
+            raise row.fail("prompt", what, "end the prompt with a user message")
+        return Prompt(messages, use_case)
+    try:
+        return Prompt.from_text(check_text(row, "prompt", value), use_case)
+    except UserError as error:
+        if error.where:
+            raise
+        raise row.fail("prompt", error.what, error.fix or "") from None
+
+
+def _messages(row: Row, name: str, value: Any) -> tuple[Message, ...]:
+    messages = []
+    for i, item in enumerate(check_list(row, name, value)):
+        item = check_object(row, f"{name}[{i}]", item)
+        role = check_text(row, f"{name}[{i}].role", item.get("role"))
+        if role not in SPEAKERS or (role == "system" and i > 0):
+            what = "a system message comes first" if role == "system" else f"the role {role!r} is unknown"
+            raise row.fail(f"{name}[{i}].role", what, f"one of {', '.join(SPEAKERS)}, system only at the start")
+        messages.append(Message(role, check_text(row, f"{name}[{i}].content", item.get("content"))))
+    if not messages:
+        raise row.fail(name, f"`{name}` has no messages", "fill it in or delete the line")
+    return tuple(messages)
+
+
+def _answered(row: Row, name: str, value: Any) -> tuple[tuple[Message, ...], str]:
+    """Messages before the last, which must be the assistant's, and the last one's words."""
+    *before, last = _messages(row, name, value)
+    if last.role != "assistant":
+        raise row.fail(name, f"the last message of `{name}` is the {last.role}'s", "end it with an assistant message")
+    return tuple(before), last.content
+
+
+def _demonstration(row: Row) -> Demonstration:
+    if "messages" not in row.fields:
+        return Demonstration(_prompt(row), check_text(row, "response", row.need("response")))
+    before, response = _answered(row, "messages", row.fields["messages"])
+    if not before or before[-1].role != "user":
+        raise row.fail("messages", "no user message stands before the response", "put the prompt before it")
+    return Demonstration(_prompt(row, [m._asdict() for m in before]), response)
+
+
+def _rankings(row: Row, drops: Drops) -> Iterator[Ranking]:
+    fields = row.fields
+    layout = None if {"ranks", "ranking"} & fields.keys() else find_layout(fields)
+    if layout:
+        for prompt, responses, ranks in read_published(layout, row, drops):
+            yield Ranking(_prompt(row, prompt), tuple(responses), tuple(ranks))
+    elif {"chosen", "rejected"} & fields.keys():
+        yield _pair(row)
+    else:
+        yield _ranking(row)
+
+
+def _ranking(row: Row) -> Ranking:
+    prompt = _prompt(row)
+    listed = check_list(row, "responses", row.need("responses"))
+    responses = tuple(check_text(row, f"responses[{i}]", text) for i, text in enumerate(listed))
+    k = len(responses)
+    if not MIN_K <= k <= MAX_K:
+        what = f"there are {k} responses; a ranking has {MIN_K} to {MAX_K}"
+        raise row.fail("responses", what, "add responses" if k < MIN_K else "leave some out, or make two rankings")
+    if {"ranks", "ranking"} <= row.fields.keys():
+        raise row.fail("ranking", "both `ranks` and `ranking` are given", "keep one of them")
+    ranks = _letters(row, k) if "ranking" in row.fields else _ranks(row, k)
+    _no_contradiction(row, responses, ranks)
+    return Ranking(prompt, responses, ranks, _finished(row, k))
+
+
+def _no_contradiction(row: Row, responses: Sequence[str], ranks: Sequence[int]) -> None:
+    if pair := contradiction(responses, ranks):
+        i, j = pair
+        what = f"responses {i} and {j} (from 0) are the same text with ranks {ranks[i]} and {ranks[j]}"
+        raise row.fail("ranks", what, "give them one rank, or keep one of them")
+
+
+def _ranks(row: Row, k: int) -> tuple[int, ...]:
+    listed = check_list(row, "ranks", row.need("ranks"))
+    ranks = tuple(check_whole(row, f"ranks[{i}]", rank) for i, rank in enumerate(listed))
+    if len(ranks) != k:
+        raise row.fail("ranks", f"there are {len(ranks)} ranks for {k} responses", "give each response one rank")
+    for i, rank in enumerate(ranks):
+        if rank < 1:
+            raise row.fail(f"ranks[{i}]", f"the rank {rank} is below 1", "count from 1, the best")
+    return ranks
+
+
+def _letters(row: Row, k: int) -> tuple[int, ...]:
+    """Ranks of "D>C>A=B": the place of each letter's group, D being response 3."""
+    names = [chr(ord("A") + i) for i in range(k)]
+    ranks: dict[str, int] = {}
+    fix = f"use each of {' '.join(names)} once, as in {'>'.join(names)}; = is a tie"
+    for place, group in enumerate(check_text(row, "ranking", row.fields["ranking"]).split(">"), start=1):
+        for letter in (part.strip() for part in group.split("=")):
+            if letter not in names:
+                raise row.fail("ranking", f"{letter!r} stands for none of the {k} responses", fix)
+            if letter in ranks:
+                raise row.fail("ranking", f"the letter {letter} comes twice", fix)
+            ranks[letter] = place
+    if missing := [name for name in names if name not in ranks]:
+        raise row.fail("ranking", f"the ranking leaves out {', '.join(missing)}", fix)
+    return tuple(ranks[name] for name in names)
+
+
+def _finished(row: Row, k: int) -> tuple[bool, ...]:
+    listed = check_list(row, "finished", row.fields.get("finished", [True] * k))
+    if len(listed) != k or not all(isinstance(flag, bool) for flag in listed):
+        raise row.fail("finished", f"`finished` is not {k} times true or false", "give one for each response, or none")
+    return tuple(listed)
+
+
+def _pair(row: Row) -> Ranking:
+    """{"prompt", "chosen", "rejected"}, each side a text or messages that may carry the prompt before the answer."""
+    prompt = _prompt(row) if "prompt" in row.fields else None
+    answers = []
+    for name in ("chosen", "rejected"):
+        value = row.need(name)
+        before, answer = _answered(row, name, value) if isinstance(value, list) else ((), check_text(row, name, value))
+        if before and before[-1].role != "user":
+            raise row.fail(name, "no user message stands before the answer", "put the prompt before it")
+        if prompt is None and before:
+            prompt = _prompt(row, [m._asdict() for m in before])
+        elif before and prompt is not None and before != prompt.messages:
+            raise row.fail(name, f"`{name}` carries another prompt", "give both sides one prompt")
+        answers.append(answer)
+    if prompt is None:
+        row.need("prompt")
+    _no_contradiction(row, answers, (1, 2))
+    return Ranking(prompt, tuple(answers), (1, 2))
+
+
+def _cloze(row: Row) -> Cloze:
+    context = check_text(row, "context", row.need("context"))
+    listed = check_list(row, "choices", row.need("choices"))
+    choices = tuple(check_text(row, f"choices[{i}]", choice) for i, choice in enumerate(listed))
+    if len(choices) < 2:
+        raise row.fail("choices", f"there are {len(choices)} choices", "give at least 2")
+    name = "label" if "label" in row.fields and "answer" not in row.fields else "answer"
+    answer = check_whole(row, name, row.need(name))
+    if not 0 <= answer < len(choices):
+        raise row.fail(name, f"`{name}` is {answer}, and there are {len(choices)} choices", "count from 0")
+    return Cloze(context, choices, answer)

@@ -1,0 +1,320 @@
+"""The report of a run: one HTML file without outside assets, and a table for the terminal.
+
+Works after any stage: what a run does not have yet is left out. Everything is read from the run folder's own files:
+recipe.yaml, <stage>/stage.json, <stage>/metrics.jsonl, reward/calibration.json, evaluate/results.json and
+evaluate/samples.jsonl. Model text is escaped by the template engine; only our own charts are inserted as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlhf.charts import Series, calibration_chart, frontier_chart, line_chart
+from rlhf.errors import UserError
+
+STAGES = ("sft", "rank", "reward", "ppo", "ppo-ptx", "evaluate")
+LABELS = {
+    "sft": "SFT",
+    "ppo": "PPO",
+    "ppo-ptx": "PPO-ptx",
+    "ppo-ema": "PPO (EMA)",
+    "ppo-ptx-ema": "PPO-ptx (EMA)",
+}
+SAMPLES_SHOWN = 12  # the first held-out prompts: a fixed rule, so that nothing is picked
+
+# (metric, title, unit) by the stages that log it.
+CURVES: list[tuple[str, tuple[str, ...], list[tuple[str, str, str]]]] = [
+    (
+        "PPO",
+        ("ppo", "ppo-ptx"),
+        [
+            ("ppo/reward_score", "Reward-model score", "normalised"),
+            ("ppo/kl", "KL to SFT", "nats per response"),
+            ("ppo/ptx_loss", "Pretraining loss", "nats per token"),
+            ("ppo/entropy", "Entropy", "nats per token"),
+            ("ppo/response_length", "Response length", "tokens"),
+            ("ppo/finished_fraction", "Finished responses", "share"),
+            ("ppo/policy_loss", "Policy loss", "per token"),
+            ("ppo/value_loss", "Value loss", "per token"),
+            ("ppo/value_explained_variance", "Explained variance", "of the returns"),
+            ("ppo/clip_fraction", "Clipped tokens", "share"),
+        ],
+    ),
+    (
+        "Reward model",
+        ("reward",),
+        [
+            ("reward/loss", "Ranking loss", "nats per pair"),
+            ("reward/train_accuracy", "Training pairs ordered right", "share"),
+            ("reward/accuracy", "Held-out pairs ordered right", "share"),
+        ],
+    ),
+    ("Supervised fine-tuning", ("sft",), [("sft/loss", "Loss", "nats per token")]),
+]
+STAGE_METRICS = ("sft/loss", "reward/accuracy", "ppo/reward_score", "ppo/kl")
+
+
+@dataclass
+class RunData:
+    """What a run folder holds, as far as it is there."""
+
+    name: str
+    recipe: str
+    stages: dict[str, dict[str, Any]]  # stage.json by stage
+    points: dict[str, list[dict[str, Any]]]  # rows of metrics.jsonl by stage
+    results: dict[str, Any] | None
+    samples: list[dict[str, Any]]
+    calibration: list[dict[str, float]]
+
+
+def read_run(run_dir: Path) -> RunData:
+    """Read a run folder.
+
+    Raises:
+        UserError: when it holds neither a recipe nor a stage.
+    """
+    run_dir = Path(run_dir)
+    recipe = run_dir / "recipe.yaml"
+    data = RunData(
+        name=run_dir.resolve().name,
+        recipe=recipe.read_text() if recipe.exists() else "",
+        stages={s: _json(run_dir / s / "stage.json") for s in STAGES if (run_dir / s / "stage.json").exists()},
+        points={s: _jsonl(run_dir / s / "metrics.jsonl") for s in STAGES if (run_dir / s / "metrics.jsonl").exists()},
+        results=_json(run_dir / "evaluate" / "results.json"),
+        samples=_jsonl(run_dir / "evaluate" / "samples.jsonl"),
+        calibration=_json(run_dir / "reward" / "calibration.json") or [],
+    )
+    if not (data.recipe or data.stages or data.points):
+        raise UserError("this is no run folder", where=str(run_dir), fix="name a folder that `rlhf run` has written")
+    return data
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _jsonl(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    # A line without its newline is still being written, or was cut off when the run was killed.
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write run_dir/report.html and return its path.
+
+    Raises:
+        UserError: when run_dir is no run folder.
+    """
+    run_dir = Path(run_dir)
+    data = read_run(run_dir)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": number,
+        "percent": percent,
+        "signed": signed,
+        "duration": duration,
+        "label": label,
+    }
+    html = environment.get_template("report.html.j2").render(
+        run=data,
+        verdict=verdict(data.results),
+        policies=policy_rows(data.results),
+        reward=reward_card(data),
+        curves=curves(data),
+        stages=stage_rows(data),
+        samples=[row for row in data.samples if row["sample"] == 0][:SAMPLES_SHOWN],
+    )
+    path = run_dir / "report.html"
+    staged = run_dir / "report.html.tmp"
+    staged.write_text(html, encoding="utf-8")
+    staged.replace(path)
+    return path
+
+
+def policy_rows(results: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """One row for each policy: its numbers, its comparison with SFT and its changes against SFT."""
+    if not results:
+        return []
+    over_sft = {row["a"]: row for row in results["comparisons"] if row["b"] == "sft"}
+    base = results["policies"]["sft"]
+    rows = []
+    for name, numbers in results["policies"].items():
+        row = {"name": name, "versus": over_sft.get(name), **numbers}
+        for key in ("reward_score", "pretraining_loss", "pretraining_tokens", "cloze_accuracy", "cloze_low",
+                    "cloze_high", "cloze_accuracy_sum", "cloze_n"):  # fmt: skip
+            row.setdefault(key, None)
+        for key in ("pretraining_loss", "cloze_accuracy"):
+            known = name != "sft" and row[key] is not None and base.get(key) is not None
+            row[f"{key}_change"] = row[key] - base[key] if known else None
+        rows.append(row)
+    return rows
+
+
+def verdict(results: dict[str, Any] | None) -> str:
+    """One or two sentences that say what the evaluation found, and whether the interval allows saying it."""
+    rows = {row["name"]: row for row in policy_rows(results)}
+    name = next((n for n in ("ppo-ptx", "ppo") if n in rows), None)
+    if not results or name is None:
+        return ""
+    row, versus = rows[name], rows[name]["versus"]
+    finding = "no clear difference from SFT"
+    if versus["low"] > 0.5:
+        finding = "preferred over SFT"
+    elif versus["high"] < 0.5:
+        finding = "SFT is preferred"
+    text = (
+        f"{label(name)}: {finding}. It wins {percent(versus['win_rate'])} of comparisons on {results['prompts']} "
+        f"held-out prompts (95\u00a0% interval {percent(versus['low'])} to {percent(versus['high'])}), "
+        f"at {number(row['kl'], 1)} nats of KL per response."
+    )
+    if row["pretraining_loss_change"] is not None:
+        before = rows["sft"]["pretraining_loss"]
+        text += f" Pretraining loss {number(before, 3)} before, {number(row['pretraining_loss'], 3)} after."
+    return text
+
+
+def reward_card(data: RunData) -> dict[str, Any] | None:
+    """Accuracy with its interval, margin and calibration of the reward model."""
+    metrics = data.stages.get("reward", {}).get("metrics") or {}
+    if "reward/accuracy" not in metrics and not data.calibration:
+        return None
+    keys = ("accuracy", "accuracy_low", "accuracy_high", "margin")
+    return {key: metrics.get(f"reward/{key}") for key in keys} | {
+        "chart": Markup(calibration_chart(data.calibration)) if data.calibration else None
+    }
+
+
+def curves(data: RunData) -> list[dict[str, Any]]:
+    """Charts by stage group; metrics logged less than twice are left out."""
+    groups = []
+    for title, stages, metrics in CURVES:
+        charts = []
+        for metric, name, unit in metrics:
+            series = _series(data, stages, metric)
+            if series:
+                charts.append({"title": name, "unit": unit, "svg": Markup(line_chart(series, _axis(data, stages)))})
+        path = {s: _against(data.points.get(s, []), "ppo/kl", "ppo/reward_score") for s in stages}
+        path = {s: xy for s, xy in path.items() if len(xy[0]) > 1}
+        if path:
+            svg = frontier_chart(path, "KL to SFT", "score")
+            charts.insert(2, {"title": "Score bought with KL", "unit": "over training", "svg": Markup(svg)})
+        if charts:
+            groups.append({"title": title, "stages": [s for s in stages if data.points.get(s)], "charts": charts})
+    return groups
+
+
+def _against(points: list[dict[str, Any]], x: str, y: str) -> Series:
+    both = [(point[x], point[y]) for point in points if point.get(x) is not None and point.get(y) is not None]
+    return [a for a, _ in both], [b for _, b in both]
+
+
+def _series(data: RunData, stages: tuple[str, ...], metric: str) -> dict[str, Series]:
+    found = {stage: _against(data.points.get(stage, []), "step", metric) for stage in stages}
+    return {stage: xy for stage, xy in found.items() if len(xy[0]) > 1}
+
+
+def _axis(data: RunData, stages: tuple[str, ...]) -> str:
+    points = [point for stage in stages for point in data.points.get(stage, [])]
+    return str(points[0].get("axis", "step"))
+
+
+def stage_rows(data: RunData) -> list[dict[str, Any]]:
+    """State, time and a few numbers of every stage that has begun."""
+    rows = []
+    for name, stage in data.stages.items():
+        metrics = stage.get("metrics") or {}
+        shown = [(key, metrics[key]) for key in STAGE_METRICS if isinstance(metrics.get(key), (int, float))]
+        rows.append({"name": name, "state": stage.get("state", ""), "seconds": stage.get("seconds"), "metrics": shown})
+    return rows
+
+
+def label(name: str) -> str:
+    """How a policy or stage is called on the page."""
+    return LABELS.get(name, name)
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A rounded number with a true minus sign; a dash for what is not known."""
+    if value is None:
+        return "–"
+    text = f"{value:.{digits}f}"
+    return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """A change, with its sign; empty when not known."""
+    if value is None:
+        return ""
+    text = number(value, digits)
+    return text if text.startswith("−") or float(text) == 0 else f"+{text}"
+
+
+def percent(value: float | None) -> str:
+    """A share in whole percent, with a no-break space; a dash for what is not known."""
+    return "–" if value is None else f"{100 * value:.0f}\u00a0%"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as 42 s, 3 min 05 s or 2 h 10 min; a dash for what is not known."""
+    if seconds is None:
+        return "–"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def print_summary(run_dir: Path, console: Console | None = None) -> None:
+    """Print one row for each policy and the path of the report, when there is one.
+
+    Raises:
+        UserError: when run_dir is no run folder.
+    """
+    console = console or Console()
+    rows = policy_rows(read_run(run_dir).results)
+    if rows:
+        title = f"Evaluation of {Path(run_dir).resolve().name}"
+        table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", collapse_padding=True, show_edge=False)
+        table.add_column("policy", no_wrap=True, vertical="bottom")
+        for name in ("win rate vs\nSFT [95 %]", "RM\nscore", "KL", "pretraining\nloss", "cloze", "length", "ended"):
+            table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
+        for row in rows:
+            versus = row["versus"]
+            table.add_row(
+                label(row["name"]),
+                # Text, since rich would read square brackets in a string as markup.
+                Text(f"{percent(versus['win_rate'])} [{100 * versus['low']:.0f}, {100 * versus['high']:.0f}]")
+                if versus
+                else "–",
+                number(row["reward_score"]),
+                number(row["kl"], 1),
+                number(row["pretraining_loss"], 3),
+                percent(row["cloze_accuracy"]),
+                number(row["response_length"]["mean"], 1),
+                percent(row["finished_fraction"]),
+                style="bold" if row["name"] == "ppo-ptx" else "",
+            )
+        console.print(table)
+    report = Path(run_dir) / "report.html"
+    if report.exists():
+        # Not wrapped, so that terminals keep it clickable.
+        console.print(f"\nreport: {report}", soft_wrap=True, markup=False, highlight=False)

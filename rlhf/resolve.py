@@ -1,0 +1,39 @@
+"""What a model name in a recipe stands for: a built-in model, a local folder or a Hub name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlhf import embedded, tiny
+from rlhf.errors import UserError
+
+
+def resolve_model(name: str | Path) -> str:
+    """A local folder or a Hub name for `model.name`; the embedded and the tiny model are built on first use.
+
+    Raises:
+        UserError: when `name` is a folder without a model, or looks like a path and does not exist.
+    """
+    name = str(name)
+    if name == embedded.NAME:
+        return str(embedded.embedded_dir())
+    if name == tiny.NAME:
+        return str(tiny.tiny_dir())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError("this folder holds no model (no config.json)", where=name, fix="name a model folder")
+        return str(path)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError("no such model folder", where=name, fix="check the path, or run the stage that writes it")
+    return name
+
+
+def not_loaded(what: str, where: str, error: Exception) -> UserError:
+    """The UserError for a folder or Hub name that transformers could not read."""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UserError(
+        f"the {what} could not be loaded: {first}",
+        where=where,
+        fix="name smollm2-135m, tiny, a local model folder, or a Hub name that can be reached or is in the Hub's cache",
+    )

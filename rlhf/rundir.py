@@ -1,0 +1,247 @@
+"""The run folder: where a stage's files are, who may write, what a stage has recorded, and hashes of its inputs.
+
+    runs/<name>/recipe.yaml            the resolved recipe
+    runs/<name>/lock                   the process that writes, while there is one
+    runs/<name>/<stage>/stage.json     state, inputs, outputs, metrics
+    runs/<name>/<stage>/model/         Hugging Face folder
+
+Several machines share the run folder: it must be on a file system that all of them see.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rlhf.errors import UserError
+
+
+class RunFolder:
+    """Paths and records of one run; creates nothing by itself."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def stage_dir(self, stage: str) -> Path:
+        """runs/<name>/<stage>."""
+        return self.path / stage
+
+    def model_dir(self, stage: str) -> Path:
+        """runs/<name>/<stage>/model, there or not."""
+        return self.path / stage / "model"
+
+    def read_stage(self, stage: str) -> dict[str, Any] | None:
+        """What stage.json holds, None when the stage has never run.
+
+        Raises:
+            UserError: when the file cannot be read as JSON.
+        """
+        path = self.stage_dir(stage) / "stage.json"
+        if not path.exists():
+            return None
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(record, dict):
+                raise ValueError("not a JSON object")
+        except ValueError as error:
+            raise UserError(f"stage.json cannot be read: {error}", str(path), "redo the stage with --fresh") from None
+        return record
+
+    def write_stage(self, stage: str, record: dict[str, Any]) -> None:
+        """Write stage.json whole or not at all."""
+        write_atomic(self.stage_dir(stage) / "stage.json", json.dumps(record, indent=1) + "\n")
+
+    def is_done(self, stage: str) -> bool:
+        """Whether the stage has run to its end."""
+        record = self.read_stage(stage)
+        return record is not None and record.get("state") == "done"
+
+    def require(self, stage: str, what: str) -> Path:
+        """The path <stage>/<what> of a finished stage; a folder put there by hand, without stage.json, will do too.
+
+        Raises:
+            UserError: when the stage has not run or not finished: its files may be half written.
+        """
+        path, record = self.stage_dir(stage) / what, self.read_stage(stage)
+        if record is not None and record.get("state") != "done":
+            raise UserError(
+                f"the {stage} stage has not finished (state: {record.get('state')})",
+                str(path),
+                f"run the {stage} stage again: it goes on where it stopped",
+            )
+        if not path.exists():
+            raise UserError(f"there is no {stage}/{what} in this run", str(path), f"run the {stage} stage first")
+        return path
+
+    def set_aside(self, stage: str) -> Path | None:
+        """Move <stage> to <stage>.old, which replaces an earlier one, and drop its checkpoints; None if there is none.
+
+        Checkpoints are only of use to go on with, and what is set aside will not be gone on with.
+        """
+        folder, old = self.stage_dir(stage), self.path / f"{stage}.old"
+        if not folder.exists():
+            return None
+        if old.exists():
+            shutil.rmtree(old)
+        folder.rename(old)
+        if (old / "checkpoints").exists():
+            shutil.rmtree(old / "checkpoints")
+        return old
+
+    def key(self, path: str | Path) -> str:
+        """Name of an input in stage.json: relative to the run folder inside it, absolute elsewhere."""
+        resolved, root = Path(path).resolve(), self.path.resolve()
+        return str(resolved.relative_to(root)) if resolved.is_relative_to(root) else str(resolved)
+
+    def from_key(self, key: str) -> Path:
+        """The path that `key` named."""
+        return self.path / key
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Be the only writer of the run; the lock of a process of this machine that is gone is taken over.
+
+        Raises:
+            UserError: when a live process, or one of another machine, holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        path = self.path / "lock"
+        me = {"pid": os.getpid(), "host": socket.gethostname(), "started": psutil.Process().create_time()}
+        with _guarded(path) as file:
+            owner = _owner(file.read())
+            if owner and _alive(owner):
+                raise UserError(
+                    f"the run is in use by process {owner['pid']} on {owner['host']}",
+                    str(path),
+                    "wait for it or stop it, or take another run.name; delete the lock file if that process is gone",
+                )
+            _replace(file, json.dumps(me))
+        try:
+            yield
+        finally:
+            with _guarded(path) as file:
+                # Somebody may have deleted the file and started another run, which is not ours to unlock.
+                if _owner(file.read()) == me:
+                    path.unlink()
+
+
+@contextmanager
+def _guarded(path: Path) -> Iterator[Any]:
+    """The lock file, open and ours to look at and change while the block lasts."""
+    while True:
+        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                current = path.stat().st_ino == os.fstat(file.fileno()).st_ino
+            except FileNotFoundError:
+                current = False
+            if current:  # else the owner removed it between open and flock
+                yield file
+                return
+
+
+def _replace(file: Any, text: str) -> None:
+    file.seek(0)
+    file.truncate()
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _owner(text: str) -> dict[str, Any] | None:
+    """Who a lock file names; None for one that was cut off in writing."""
+    try:
+        owner = json.loads(text)
+    except ValueError:
+        return None
+    return owner if isinstance(owner, dict) and {"pid", "host", "started"} <= owner.keys() else None
+
+
+def _alive(owner: dict[str, Any]) -> bool:
+    """Whether the process runs, or may run: those of other machines cannot be looked at."""
+    if owner["host"] != socket.gethostname():
+        return True
+    try:
+        process = psutil.Process(owner["pid"])
+        # A process number is used again: the same one with another start time is somebody else.
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - owner["started"]) < 2
+    except psutil.NoSuchProcess:
+        return False
+
+
+def hash_path(path: str | Path) -> str:
+    """SHA-256 (hex) of a file's content, or of the names and contents of all files below a folder.
+
+    Raises:
+        FileNotFoundError: when there is nothing.
+    """
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        raise FileNotFoundError(path)
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{hash_path(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def size_of(path: str | Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    path = Path(path)
+    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that a kill or a full disk leaves the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f"{path.name}.tmp")
+    with staged.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    staged.replace(path)
+    fsync_dir(path.parent)
+
+
+def fsync_dir(folder: Path) -> None:
+    """Make renames and new names in a folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def require_disk(path: str | Path, need: int, what: str) -> None:
+    """Refuse to start what the disk cannot hold.
+
+    Args:
+        path: where it will be written; it need not exist yet.
+        need: bytes.
+        what: what they are for, as in "a checkpoint".
+
+    Raises:
+        UserError: when fewer bytes are free.
+    """
+    folder = Path(path).resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise UserError(
+            f"{what} needs about {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
+            str(folder),
+            "free some space, or choose another place with run.dir=FOLDER",
+        )

@@ -1,0 +1,263 @@
+"""Where rows come from: local files, the data shipped here, or the Hub; and where in them a mistake is.
+
+    NAME.jsonl  NAME.json       one object a line; .json may be one array of objects instead; either may end in .gz
+    NAME.parquet                read by `datasets`
+    NAME.txt                    one document (read_documents only)
+    embedded:NAME               the data set shipped with the project
+    owner/name, name:split      a Hub data set; the split is `train` unless said, and may be a slice: name:train[:100]
+
+JSON is read here and not by `datasets`, so that an error can name the line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".txt")
+EMBEDDED = "embedded:"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w\[\]:%+.-]+)?")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One object of a data file and its place. Fields whose value is null are left out, as if they were not there."""
+
+    fields: dict[str, Any]
+    place: str  # "rankings.jsonl, line 3"
+
+    def fail(self, field: str, what: str, fix: str) -> UserError:
+        """The error for a bad field, to be raised by the caller."""
+        return UserError(what, where=f"{self.place}, field `{field}`", fix=fix)
+
+    def need(self, field: str) -> Any:
+        """The field's value.
+
+        Raises:
+            UserError: when it is missing or null; names the most similar field that is there.
+        """
+        if field in self.fields:
+            return self.fields[field]
+        close = difflib.get_close_matches(field, self.fields, n=1)
+        fix = f"rename `{close[0]}` to `{field}`" if close else f"add `{field}` to the line"
+        raise self.fail(field, f"the field `{field}` is missing", fix)
+
+
+def check_text(row: Row, field: str, value: Any) -> str:
+    """`value` as it is, if it is text with something in it that can be encoded.
+
+    Raises:
+        UserError: naming `field`.
+    """
+    if not isinstance(value, str):
+        raise row.fail(field, f"`{field}` is {kind(value)}, not a string", "put the text in quotes")
+    if not value.strip():
+        raise row.fail(field, f"`{field}` is empty", "fill it in or delete the line")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        what = f"`{field}` holds half of a character (a lone surrogate such as \\ud83d)"
+        raise row.fail(field, what, "write the whole character, or delete the half") from None
+    return value
+
+
+def check_list(row: Row, field: str, value: Any) -> list[Any]:
+    """`value` if it is a list; UserError naming `field` otherwise."""
+    if not isinstance(value, list):
+        raise row.fail(field, f"`{field}` is {kind(value)}, not a list", "write it as [..., ...]")
+    return value
+
+
+def check_object(row: Row, field: str, value: Any) -> dict[str, Any]:
+    """`value` if it is an object; UserError naming `field` otherwise."""
+    if not isinstance(value, dict):
+        raise row.fail(field, f"`{field}` is {kind(value)}, not an object", "write it as {...}")
+    return value
+
+
+def check_whole(row: Row, field: str, value: Any) -> int:
+    """`value` if it is a whole number, true and false not being numbers; UserError naming `field` otherwise."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise row.fail(field, f"`{field}` is {kind(value)}, not a whole number", "write it as a number without quotes")
+    return value
+
+
+def kind(value: Any) -> str:
+    """JSON's name for the type of a value, with its article."""
+    if isinstance(value, bool):
+        return "true or false"
+    names = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def embedded_path(name: str) -> Path:
+    """File of the data set shipped with the project: data/NAME.jsonl of a checkout, or of the installed `rlhf_data`.
+
+    Raises:
+        UserError: listing the names there are.
+    """
+    # Paths, not importlib.resources: in an editable install that cannot list a package whose folder has another name.
+    beside = Path(__file__).resolve().parent.parent
+    folders = (beside / "rlhf_data", beside / "data")  # installed, and in a checkout
+    files = {path.stem: path for folder in folders for path in folder.glob("*.jsonl")}
+    if name not in files:
+        raise UserError(
+            f"there is no embedded data set {name!r}",
+            where=f"{EMBEDDED}{name}",
+            fix=f"one of: {', '.join(sorted(files))}" if files else "install the project with its data",
+        )
+    return files[name]
+
+
+def local_path(source: str) -> Path | None:
+    """The file that a source names, or None for a Hub name; what a stage hashes as its input.
+
+    Raises:
+        UserError: for a missing file (names the nearest one), an unknown embedded name, a folder, an unknown suffix.
+    """
+    if source.startswith(EMBEDDED):
+        return embedded_path(source.removeprefix(EMBEDDED))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise UserError("a folder is named where a file is wanted", where=source, fix="name the files in it")
+    if path.is_file():
+        if not source.endswith(SUFFIXES):
+            raise UserError(
+                "unknown kind of data file", where=source, fix=f"give one that ends in {', '.join(SUFFIXES)}"
+            )
+        return path
+    if not source.endswith(SUFFIXES) and _HUB_NAME.fullmatch(source):
+        return None
+    raise UserError("no such data file", where=source, fix=_nearest(path))
+
+
+def read_rows(source: str) -> Iterator[Row]:
+    """Rows of a JSON file, a parquet file, an embedded data set or a Hub data set, one after the other.
+
+    Raises:
+        UserError: for what cannot be found or read, for a line that is not a JSON object, and for a file without rows.
+    """
+    path = local_path(source)
+    if path is not None and path.suffix == ".txt":
+        raise UserError(
+            "plain text is read as pretraining text only", where=source, fix="give .jsonl, .json or .parquet"
+        )
+    if path is None:
+        rows = _tabular(source, source)
+    elif path.suffix == ".parquet":
+        rows = _tabular(source, str(path))
+    else:
+        rows = _json_rows(source, path)
+    empty = True
+    for place, value in rows:
+        empty = False
+        if not isinstance(value, dict):
+            raise UserError(f"the line is {kind(value)}, not an object", where=place, fix='write it as {"field": ...}')
+        yield Row({name: item for name, item in value.items() if item is not None}, place)
+    if empty:
+        raise UserError("the file has no rows", where=source, fix="fill it or take it out of the recipe")
+
+
+def read_documents(source: str) -> Iterator[str]:
+    """Pretraining text: the whole of a .txt file as one document, or the field `text` of every row."""
+    path = local_path(source)
+    if path is None or path.suffix != ".txt":
+        for row in read_rows(source):
+            yield check_text(row, "text", row.need("text"))
+        return
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise _not_utf8(f"{source}, line {line}") from None
+    if not text.strip():
+        raise UserError("the file has no text", where=source, fix="fill it or take it out of the recipe")
+    yield text
+
+
+def _nearest(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent} either; check the path"
+    files = sorted(entry.name for entry in path.parent.iterdir() if entry.name.endswith(SUFFIXES))
+    close = difflib.get_close_matches(path.name, files, n=1, cutoff=0)
+    return f"did you mean {path.parent / close[0]}?" if close else f"there are no data files in {path.parent}"
+
+
+def _not_utf8(place: str) -> UserError:
+    return UserError("the text is not UTF-8", where=place, fix="save the file as UTF-8")
+
+
+def _json_rows(source: str, path: Path) -> Iterator[tuple[str, Any]]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rb") as file:
+        # Published .json files are as often one object a line as one array: the first character tells.
+        if path.name.endswith((".json", ".json.gz")) and file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+            file.seek(0)
+            yield from _json_array(source, file.read())
+            return
+        file.seek(0)
+        for number, line in enumerate(file, start=1):
+            place = f"{source}, line {number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise _not_utf8(place) from None
+            if text.strip():
+                yield place, _parse(text, place)
+
+
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        what = f"the line is not JSON: {error.msg} at column {error.colno}"
+        raise UserError(what, where=place, fix='write one object a line, such as {"prompt": "..."}') from None
+
+
+def _json_array(source: str, content: bytes) -> Iterator[tuple[str, Any]]:
+    """Items of an array with the line each starts on."""
+    try:
+        text = content.decode("utf-8-sig")
+        json.loads(text)
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise _not_utf8(f"{source}, line {line}") from None
+    except json.JSONDecodeError as error:
+        what = f"the file is not JSON: {error.msg}"
+        fix = "mend the array, or write one object a line"
+        raise UserError(what, where=f"{source}, line {error.lineno}", fix=fix) from None
+    # The whole is sound; a second pass, item by item, is for the line numbers.
+    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
+    line, position, seen = 1, text.index("[") + 1, 0
+    while text[position := between.match(text, position).end()] != "]":
+        line, seen = line + text.count("\n", seen, position), position
+        value, position = decoder.raw_decode(text, position)
+        yield f"{source}, line {line}", value
+
+
+def _tabular(source: str, name: str) -> Iterator[tuple[str, Any]]:
+    """Rows of a parquet file or of a Hub data set."""
+    import datasets
+
+    try:
+        if name.endswith(".parquet"):
+            # Streamed, so that no second copy of the file lands in the cache of `datasets`.
+            table = datasets.load_dataset("parquet", data_files=name, split="train", streaming=True)
+        else:
+            hub_name, _, split = name.partition(":")
+            table = datasets.load_dataset(hub_name, split=split or "train")
+        for number, row in enumerate(table, start=1):
+            yield f"{source}, row {number}", row
+    except (OSError, ValueError) as error:
+        fix = "check the name and the split, or the path if it is a file; without a network only cached sets are found"
+        if name.endswith(".parquet"):
+            fix = "check that the file is a whole parquet file"
+        raise UserError(f"the data set cannot be read: {error}", where=source, fix=fix) from error

@@ -1,0 +1,34 @@
+"""Train and held-out parts by prompt, so that no prompt is in both, whatever file or order it came in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TypeVar
+
+from rlhf.records import Demonstration, Prompt, Ranking
+
+Item = TypeVar("Item", Prompt, Demonstration, Ranking)
+
+
+def split_by_prompt(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
+    """Split into (train, held out), each in the order given.
+
+    A prompt is held out when the hash of the seed and its key, read as a number in [0, 1), is below `fraction`: adding
+    or removing rows moves no other prompt, and the held-out share is `fraction` on average, not exactly.
+
+    Raises:
+        ValueError: when `fraction` is not in [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"fraction is {fraction}, not in [0, 1)")
+    parts: tuple[list[Item], list[Item]] = ([], [])
+    for item in items:
+        prompt = item if isinstance(item, Prompt) else item.prompt
+        parts[_position(prompt.key, seed) < fraction].append(item)
+    return parts
+
+
+def _position(key: str, seed: int) -> float:
+    """Where a prompt lies in [0, 1); 52 bits, which a float holds exactly."""
+    return int(hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()[:13], 16) / 16**13

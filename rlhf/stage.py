@@ -1,0 +1,307 @@
+"""Everything that a stage program does around its work.
+
+`run_stage` reads the command line and the recipe, opens the run folder and becomes its only writer, holds the recipe to
+the run, skips a stage that is finished and unchanged, runs the work, and writes stage.json:
+
+    state         running, done, stopped (asked to) or failed
+    fingerprint   hash of the recipe fields that the stage depends on       rlhf/dependencies.py
+    inputs        path: SHA-256; paths in the run folder are relative to it
+    outputs       path: bytes
+    metrics, seconds (of all attempts), attempts, error
+
+Exit codes: 0 done or skipped, 2 a mistake that the user can mend, 130 Ctrl-C, 143 SIGTERM. The first signal lets the
+step finish and a checkpoint be sealed, the second stops at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from rlhf.config import Recipe
+from rlhf.dependencies import ABSENT, changes, check_recipe, declared_inputs, fingerprint, is_started
+from rlhf.errors import UserError
+from rlhf.plan import check, check_launched
+from rlhf.processes import Signals, StopNow, from_first, joined, world_size
+from rlhf.progress import close_progress, console, duration, is_main_process, table, warn
+from rlhf.recipe import load_recipe
+from rlhf.rundir import RunFolder, hash_path, size_of
+from rlhf.tracking import Tracker
+
+PRODUCTS = {"rank": "rankings.jsonl", "evaluate": "results.json"}  # what proves a stage complete; elsewhere model/
+NOT_OUTPUTS = ("stage.json", "metrics.jsonl", "wandb_id.txt", "tables", "checkpoints", "trainer")
+
+
+@dataclass
+class StageContext:
+    """What the work of a stage gets."""
+
+    recipe: Recipe
+    run: RunFolder
+    name: str
+    tracker: Tracker
+    device: torch.device
+    inputs: dict[str, str] = field(default_factory=dict)  # hashes by path, filled by `use`
+    signals: Signals = field(default_factory=Signals)
+    known: dict[str, str] = field(default_factory=dict)  # hashes of the inputs that were declared before the work
+
+    @property
+    def dir(self) -> Path:
+        """runs/<run>/<stage>."""
+        return self.run.stage_dir(self.name)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether to seal a checkpoint and return {}; asked between steps.
+
+        In a distributed run all processes must ask at the same places: they agree on the answer.
+        """
+        return bool(self.signals.agreed())
+
+    def use(self, path: Path) -> Path:
+        """Record the hash of a file or folder that the result depends on; returns the path.
+
+        Raises:
+            UserError: when it is not there.
+        """
+        key = self.run.key(path)
+        if key not in self.inputs:
+            if not Path(path).exists():
+                raise UserError("there is no such file", str(path), "check the path, or run the stage that writes it")
+            known = self.known.get(key, ABSENT)
+            self.inputs[key] = hash_path(path) if known == ABSENT else known
+        return path
+
+
+def parse_stage_args(argv: Sequence[str] | None, program: str) -> tuple[str, list[str], dict[str, Any]]:
+    """Read `RECIPE [section.field=value ...] [--fresh]`, and `[--variant ppo|ppo-ptx]` for stages/ppo.py.
+
+    Args:
+        argv: arguments without the program's name, None for the process's own.
+        program: such as `stages/ppo.py`.
+
+    Returns:
+        recipe name or path, overrides, options {"fresh": bool, "variant": str or None}.
+
+    Raises:
+        SystemExit: after --help (0) or a usage error (2), which argparse has printed.
+    """
+    stage = Path(program).stem
+    parser = argparse.ArgumentParser(
+        prog=f"python {program}",
+        description=f"Run the {stage} stage of a recipe in runs/NAME. A finished stage whose recipe and inputs are "
+        "unchanged is skipped, an interrupted one goes on from its newest sealed checkpoint. "
+        "`rlhf run RECIPE` runs all stages in order.",
+    )
+    parser.add_argument("recipe", help="name from `rlhf recipes`, or a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="set fields, as sft.lr=1e-5")
+    parser.add_argument("--fresh", action="store_true", help="redo from scratch; what is there moves to STAGE.old")
+    if stage == "ppo":
+        parser.add_argument("--variant", choices=("ppo-ptx", "ppo"), help="default: ppo-ptx where ppo.ptx_coef > 0")
+    found = vars(parser.parse_intermixed_args(argv))
+    recipe, overrides = found.pop("recipe"), found.pop("overrides")
+    return recipe, overrides, {"variant": None, **found}
+
+
+def exit_code(main: Callable[[], int]) -> int:
+    """Call `main` and return its exit code; a UserError is printed in red without traceback (2), Ctrl-C is 130."""
+    try:
+        return main()
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        text = f"error: {error}" if rank == "0" else f"error on process {rank}: {error.what}"
+        Console(stderr=True, soft_wrap=True, highlight=False).print(text, style="red", markup=False)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def run_stage(
+    name: str, work: Callable[[StageContext], dict[str, Any] | None], argv: Sequence[str] | None = None
+) -> int:
+    """Run a stage from the command line and return the exit code of its program.
+
+    Args:
+        name: sft, rank, reward, ppo-ptx, ppo or evaluate.
+        work: does the stage and returns its headline metrics; {} when it ended early because of `stop_requested`.
+        argv: see `parse_stage_args`.
+
+    Any exception but UserError is recorded in stage.json and passes through.
+    """
+    return exit_code(lambda: _run_stage(name, work, argv))
+
+
+def _run_stage(name: str, work: Callable[[StageContext], dict[str, Any] | None], argv: Sequence[str] | None) -> int:
+    recipe_name, overrides, options = parse_stage_args(argv, f"stages/{'ppo' if name == 'ppo-ptx' else name}.py")
+    recipe = load_recipe(recipe_name, overrides)
+    check(recipe, [name])
+    if name not in ("rank", "evaluate"):
+        check_launched(recipe, world_size())
+    device = pick_device(recipe)
+    run = RunFolder(Path(recipe.run.dir) / recipe.run.name)
+    with joined(device), run.lock() if is_main_process() else nullcontext():
+        record = from_first(lambda: _prepare(recipe, run, name, options["fresh"]))
+        if record is None:
+            console.print(
+                f"{name}: finished, recipe and inputs unchanged; skipped ({run.stage_dir(name)})", markup=False
+            )
+            return 0
+        return _run_work(recipe, run, name, work, record, device)
+
+
+def pick_device(recipe: Recipe) -> torch.device:
+    """The device of this process: run.device, `auto` taking the GPU of its local rank where there is one.
+
+    Raises:
+        UserError: for run.device=cuda without one.
+    """
+    if recipe.run.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device", "run.device", "set run.device=cpu, or check the driver and PyTorch")
+    if recipe.run.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _prepare(recipe: Recipe, run: RunFolder, name: str, fresh: bool) -> dict[str, Any] | None:
+    """Check the run and make the stage's folder ready; returns stage.json to begin with, None to skip the stage."""
+    check_recipe(recipe, run, redo=name if fresh else None)
+    before = None if fresh else run.read_stage(name)
+    now = declared_inputs(recipe, name, run)
+    if before is not None and is_started(run, name):
+        changed = changes(before, recipe, name, run, now)
+        if before.get("state") == "done":
+            changed += [f"{key} (an output)" for key in _lost_outputs(run, name, before)]
+            if not changed:
+                return None
+        if changed:
+            console.print(
+                f"{name}: done again, for these have changed: {', '.join(changed)}", markup=False, soft_wrap=True
+            )
+            fresh, before = True, None
+    if fresh and (old := run.set_aside(name)):
+        console.print(f"{name}: the earlier result is kept in {old}", markup=False, soft_wrap=True)
+    before = before or {}
+    record = {
+        "stage": name,
+        "state": "running",
+        "fingerprint": fingerprint(recipe, name),
+        "inputs": now,
+        "outputs": {},
+        "metrics": {},
+        "seconds": before.get("seconds", 0.0),
+        "attempts": before.get("attempts", 0) + 1,
+        "began": _now(),
+        "error": None,
+    }
+    run.write_stage(name, record)
+    return record
+
+
+def _lost_outputs(run: RunFolder, name: str, record: dict[str, Any]) -> list[str]:
+    folder = run.stage_dir(name)
+    return [
+        key
+        for key, size in record.get("outputs", {}).items()
+        if not (folder / key).exists() or size_of(folder / key) != size
+    ]
+
+
+def _run_work(
+    recipe: Recipe,
+    run: RunFolder,
+    name: str,
+    work: Callable[[StageContext], dict[str, Any] | None],
+    record: dict[str, Any],
+    device: torch.device,
+) -> int:
+    """Run the work; whatever happens, stage.json says so at the end."""
+    begin, spent = time.monotonic(), record["seconds"]
+    axis = "episodes" if name in ("ppo", "ppo-ptx") else "tokens"
+    signals = Signals()
+    tracker: Tracker | None = None
+
+    def finish(state: str, inputs: dict[str, str], **more: Any) -> None:
+        record.update(
+            state=state,
+            inputs=record["inputs"] | inputs,
+            seconds=spent + time.monotonic() - begin,
+            ended=_now(),
+            **more,
+        )
+        if is_main_process():
+            run.write_stage(name, record)
+
+    inputs: dict[str, str] = {}
+    with signals.watch():
+        try:
+            tracker = Tracker(run.stage_dir(name), recipe.run.name, name, recipe.tracking, recipe.model_dump(), axis)
+            ctx = StageContext(recipe, run, name, tracker, device, inputs, signals, record["inputs"])
+            metrics = {key: _json_value(value) for key, value in (work(ctx) or {}).items()}
+            stopped = bool(signals.received) and not (metrics and (ctx.dir / PRODUCTS.get(name, "model")).exists())
+            finish("stopped" if stopped else "done", inputs, metrics=metrics, outputs=_outputs(ctx.dir))
+        except (StopNow, KeyboardInterrupt):
+            stopped, metrics = True, {}
+            finish("stopped", inputs)
+        except BaseException as error:
+            failure = _disk_full(error, run.path) or error
+            try:
+                finish("failed", inputs, error=f"{type(error).__name__}: {error}")
+            except OSError as second:
+                warn(f"stage.json could not be written: {second}")  # the first error is the one to show
+            if failure is error:
+                raise
+            raise failure from None
+        finally:
+            close_progress()
+            if tracker is not None:
+                tracker.close(failed=record["state"] == "failed")
+    if stopped:
+        console.print(f"{name}: stopped; run it again to go on", markup=False, soft_wrap=True)
+    else:
+        rows = [(key, value) for key, value in metrics.items() if value is None or isinstance(value, int | float | str)]
+        if rows:
+            table(name, ["metric", "value"], rows)
+        console.print(
+            f"{name}: done in {duration(record['seconds'])}, in {run.stage_dir(name)}", markup=False, soft_wrap=True
+        )
+    return 128 + (signals.received or signal.SIGINT) if stopped or signals.received else 0
+
+
+def _outputs(folder: Path) -> dict[str, int]:
+    """Bytes of what the stage has left, by name; logs and checkpoints are not results."""
+    kept = (p for p in sorted(folder.iterdir()) if p.name not in NOT_OUTPUTS and not p.name.endswith(".tmp"))
+    return {p.name: size_of(p) for p in kept}
+
+
+def _json_value(value: Any) -> Any:
+    """A metric as stage.json holds it: no tensors, and null for what is not finite."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _disk_full(error: BaseException, where: Path) -> UserError | None:
+    """A UserError for a full disk, else None."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if not full and "No space left on device" not in str(error):  # safetensors has an exception of its own
+        return None
+    fix = "free some space and run the stage again: it goes on from its newest sealed checkpoint, which is whole"
+    return UserError("the disk is full", str(getattr(error, "filename", None) or where), fix)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

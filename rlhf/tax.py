@@ -1,0 +1,120 @@
+"""The alignment tax: what a policy lost on text and questions that it was not aligned on.
+
+Two measures: the mean loss on held-out pretraining text, and the accuracy on held-out multiple-choice questions
+answered by log-likelihood. Both go through `rlhf.scoring`, in batches by token budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.errors import UserError
+from rlhf.evaluation import Interval, wilson_interval
+from rlhf.records import Cloze
+from rlhf.scoring import token_logprobs
+
+MIN_BLOCK_TOKENS = 8  # a shorter rest has next to no context and would count as much per token as the others
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_tokens: int) -> list[list[int]]:
+    """Each document as rows of `block_tokens` tokens; its last row may be shorter and is kept from 8 tokens on.
+
+    Rows never span documents and hold no special tokens.
+    """
+    rows = []
+    for text in texts:
+        ids = _ids(tokenizer, text)
+        cut = [ids[i : i + block_tokens] for i in range(0, len(ids), block_tokens)]
+        rows += [row for row in cut if len(row) >= min(MIN_BLOCK_TOKENS, block_tokens)]
+    return rows
+
+
+def pretraining_loss(
+    model: nn.Module,
+    rows: Sequence[Sequence[int]],
+    tokens_per_batch: int = 2048,
+    advance: Callable[[int], None] | None = None,
+) -> tuple[float, int]:
+    """Mean negative log-likelihood per predicted token, in nats, and the number of predicted tokens.
+
+    Args:
+        rows: token ids; the first token of a row is context only, so a row of L tokens has L - 1 predictions.
+        advance: called with the number of rows done, for progress.
+
+    Raises:
+        UserError: when no row has two tokens.
+    """
+    pairs = [(row[:1], row[1:]) for row in rows if len(row) > 1]
+    if not pairs:
+        raise UserError(
+            "there is no held-out text to measure the pretraining loss on",
+            where="data.pretraining_heldout",
+            fix=f"name files with documents of at least {MIN_BLOCK_TOKENS} tokens",
+        )
+    logprobs = token_logprobs(model, pairs, 1.0, tokens_per_batch, advance)
+    count = sum(len(row) for row in logprobs)
+    return -sum(float(row.double().sum()) for row in logprobs) / count, count
+
+
+@dataclass(frozen=True)
+class ClozeResult:
+    """Accuracies with their Wilson intervals; `accuracy` is the headline."""
+
+    accuracy: Interval  # highest log-likelihood per byte of the choice (lm-eval calls it acc_bytes)
+    accuracy_sum: Interval  # highest summed log-likelihood (lm-eval's acc): favours short choices
+    n: int
+
+
+def encode_question(tokenizer: PreTrainedTokenizerBase, question: Cloze) -> list[tuple[list[int], list[int]]]:
+    """(context ids, choice ids) for each choice of `context + " " + choice`.
+
+    The cut is where the encodings of the context and of all its continuations first differ, so that every choice is
+    scored from the same place even if a tokenizer merges across the border.
+    """
+    alone = _ids(tokenizer, question.context)
+    full = [_ids(tokenizer, f"{question.context.rstrip()} {choice}") for choice in question.choices]
+    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(alone, *full, strict=False)))
+    cut = max(1, shared)  # the first token has nothing to be predicted from
+    return [(ids[:cut], ids[cut:]) for ids in full]
+
+
+def cloze_accuracy(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Cloze],
+    tokens_per_batch: int = 2048,
+    advance: Callable[[int], None] | None = None,
+) -> ClozeResult:
+    """Share of questions whose right choice is the most likely continuation.
+
+    The headline divides each choice's summed log-probability by its length in UTF-8 bytes; the undivided one is
+    reported too. Ties go to the earlier choice.
+
+    Args:
+        advance: called with the number of choices done, for progress.
+
+    Raises:
+        UserError: without questions.
+    """
+    if not questions:
+        raise UserError("there are no cloze questions", where="data.cloze", fix="name a file with cloze questions")
+    pairs = [pair for question in questions for pair in encode_question(tokenizer, question)]
+    sums = [float(row.double().sum()) for row in token_logprobs(model, pairs, 1.0, tokens_per_batch, advance)]
+    right = right_sum = first = 0
+    for question in questions:
+        mine = sums[first : first + len(question.choices)]
+        first += len(question.choices)
+        per_byte = [s / len(choice.encode()) for s, choice in zip(mine, question.choices, strict=True)]
+        right += per_byte.index(max(per_byte)) == question.answer
+        right_sum += mine.index(max(mine)) == question.answer
+    n = len(questions)
+    return ClozeResult(wilson_interval(right, n), wilson_interval(right_sum, n), n)

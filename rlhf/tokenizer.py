@@ -1,0 +1,97 @@
+"""Tokenizers: a pad token of their own, a chat template that is saved along, and the check that two are the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rlhf.errors import UserError
+from rlhf.quiet import say
+from rlhf.resolve import not_loaded, resolve_model
+
+PAD = "<|pad|>"
+# Turns as in the published transcripts: "Human: ..\n\nAssistant: ..". %s is the BOS of tokenizers that begin with one.
+PLAIN = (
+    "%s{%% for message in messages %%}"
+    "{%% if message['role'] == 'user' %%}{{ 'Human: ' + message['content'] + '\\n\\n' }}"
+    "{%% elif message['role'] == 'assistant' %%}{{ 'Assistant: ' + message['content'] + '\\n\\n' }}"
+    "{%% else %%}{{ message['content'] + '\\n\\n' }}{%% endif %%}"
+    "{%% endfor %%}"
+    "{%% if add_generation_prompt %%}{{ 'Assistant:' }}{%% endif %%}"
+)
+VERBATIM = "%s{%% for message in messages %%}{{ message['content'] }}{%% endfor %%}"
+
+
+def load_tokenizer(
+    name_or_dir: str | Path, prompt_format: str = "auto", trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer with a pad token other than EOS and a chat template, both saved along with it.
+
+    Args:
+        name_or_dir: anything `resolve_model` takes.
+        prompt_format: as `model.prompt_format` of the recipe.
+        trust_remote_code: run code that a Hub repository brings.
+
+    Raises:
+        UserError: when there is no such tokenizer or it has no EOS token.
+    """
+    where = resolve_model(name_or_dir)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise not_loaded("tokenizer", where, error) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no EOS token", where=where, fix="set eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        # With pad = EOS a model that looks for the last token that is not padding cannot see whether a text ended.
+        tokenizer.add_special_tokens({"pad_token": PAD})
+        say(f"{name_or_dir}: the tokenizer gets a pad token of its own, {PAD} (id {tokenizer.pad_token_id})")
+    if prompt_format == "verbatim":
+        tokenizer.chat_template = VERBATIM % _bos(tokenizer)
+    elif prompt_format == "plain" or not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN % _bos(tokenizer)
+    return tokenizer
+
+
+def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> None:
+    """Check that two tokenizers give one meaning to every id.
+
+    Raises:
+        UserError: naming the first difference in special ids, vocabulary or merges.
+    """
+    names = f"{a.name_or_path} and {b.name_or_path}"
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        if getattr(a, name) != getattr(b, name):
+            raise _tokenizers_differ(f"{name} is {getattr(a, name)} and {getattr(b, name)}", names)
+    ours, theirs = a.get_vocab(), b.get_vocab()
+    if ours != theirs:
+        token = min(set(ours.items()) ^ set(theirs.items()), key=lambda item: (item[1], item[0]))[0]
+        raise _tokenizers_differ(f"token {token!r} has id {ours.get(token)} and {theirs.get(token)}", names)
+    for i, (x, y) in enumerate(zip(_merges(a), _merges(b), strict=False)):
+        if x != y:
+            raise _tokenizers_differ(f"merge {i} is {x!r} and {y!r}", names)
+    if len(_merges(a)) != len(_merges(b)):
+        raise _tokenizers_differ(f"{len(_merges(a))} merges and {len(_merges(b))}", names)
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The start of a template for tokenizers that begin every text with BOS."""
+    begins = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
+    return "{{ bos_token }}" if begins else ""
+
+
+def _merges(tokenizer: PreTrainedTokenizerBase) -> list[list[str] | str]:
+    """The merges of a BPE tokenizer in order; empty for other kinds."""
+    if not tokenizer.is_fast:
+        return []
+    return json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", [])
+
+
+def _tokenizers_differ(what: str, names: str) -> UserError:
+    return UserError(
+        f"two models of this run have different tokenizers: {what}",
+        where=names,
+        fix="start the reward model from the SFT model, or from a model of the same family",
+    )

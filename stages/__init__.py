@@ -1,0 +1,1 @@
+"""One readable program per stage: sft, rank, reward, ppo, evaluate."""

@@ -1,0 +1,346 @@
+"""Evaluation of every policy of a run on held-out prompts (paper section 4): `python stages/evaluate.py RECIPE`.
+
+    sample      every policy answers the same prompts with the same seeds
+    tax         loss on held-out pretraining text and accuracy on cloze questions, of every policy
+    kl          to the SFT policy, the reference of PPO, on each policy's own samples
+    score       by the reward model, when the run has one
+    compare     every pair of policies under the evaluation labeler, both orders asked
+
+One model is in memory at a time. The reward score says how far PPO pushed its own objective, the labeler's win rate
+whether that was worth anything: read them together. Deliberately not done: significance between other metrics, and
+public benchmarks (the models are plain Hugging Face folders, which lm-eval reads).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config import Recipe
+from rlhf.errors import UserError
+from rlhf.evaluation import (
+    Interval,
+    compare,
+    distinct_n,
+    length_matched_win_rate,
+    length_statistics,
+    prompt_means,
+    win_rate,
+)
+from rlhf.labelers import Labeler, Output, make_judge
+from rlhf.models import load_policy, load_reward_model, load_tokenizer
+from rlhf.objectives import kl_k1, kl_k3
+from rlhf.probes import check_probes
+from rlhf.progress import Progress, console
+from rlhf.prompting import fit_prompts, stop_ids
+from rlhf.records import Cloze, Drops, Prompt, read_cloze, read_prompts, read_texts, write_jsonl
+from rlhf.rollout import Rollout, row_seed, sample
+from rlhf.rundir import RunFolder
+from rlhf.scoring import scores, token_logprobs
+from rlhf.stage import StageContext, run_stage
+from rlhf.tax import blocks, cloze_accuracy, pretraining_loss
+
+
+@dataclass
+class Questions:
+    """What every policy is asked."""
+
+    prompts: list[Prompt]
+    ids: list[list[int]]  # encoded prompts, each repeated samples_per_prompt times in a row
+    seeds: list[int]  # one for each row of ids, the same for every policy
+    text_rows: list[list[int]]  # held-out pretraining text
+    cloze: list[Cloze]
+
+
+@dataclass
+class Answers:
+    """One policy's answers; rows in the order of Questions.ids."""
+
+    rollout: Rollout
+    texts: list[str]
+    tax: dict[str, Any]
+    kl: list[float] = field(default_factory=list)  # k1 summed over each response, nats
+    kl_k3: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)  # empty without a reward model
+
+    def outputs(self, samples: int) -> list[list[Output]]:
+        """[prompts][samples], as the labeler takes them."""
+        flat = [
+            Output(text, finished) for text, finished in zip(self.texts, self.rollout.finished.tolist(), strict=True)
+        ]
+        return grouped(flat, samples)
+
+
+def grouped(rows: list, samples: int) -> list[list]:
+    """A flat list as [prompts][samples]."""
+    return [rows[i : i + samples] for i in range(0, len(rows), samples)]
+
+
+def find_policies(run: RunFolder, ema: bool) -> dict[str, Path]:
+    """Folders of the policies that this run has, by name; the averaged ones too when `ema`.
+
+    Raises:
+        UserError: without an SFT policy, which everything is compared with.
+    """
+    found = {"sft": run.require("sft", "model")}
+    for name in ("ppo", "ppo-ptx"):
+        if run.model_dir(name).is_dir():
+            found[name] = run.model_dir(name)
+        if ema and (run.stage_dir(name) / "ema").is_dir():
+            found[f"{name}-ema"] = run.stage_dir(name) / "ema"
+    return found
+
+
+def read_questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, drops: Drops) -> Questions:
+    """The held-out prompts, text and questions; too long prompts are dropped and counted."""
+    cfg, data = recipe.evaluate, recipe.data
+    fitting = fit_prompts(read_prompts(data.prompts_heldout, drops), tokenizer, data.max_prompt_tokens, drops)
+    fitting = fitting[: cfg.prompts or None]
+    if not fitting:
+        raise UserError(
+            "there is no held-out prompt to evaluate on",
+            where="data.prompts_heldout",
+            fix="name a file with prompts, or raise data.max_prompt_tokens",
+        )
+    cloze = read_cloze(data.cloze) if data.cloze else []
+    texts = read_texts(data.pretraining_heldout, drops) if data.pretraining_heldout else []
+    rows = [(encoded, s) for encoded in fitting for s in range(cfg.samples_per_prompt)]
+    return Questions(
+        prompts=[encoded.item for encoded in fitting],
+        ids=[encoded.prompt for encoded, _ in rows],
+        seeds=[row_seed(recipe.run.seed, "evaluate", encoded.item.key, s) for encoded, s in rows],
+        # Rows as long as those of the ptx loss, so that this loss and ppo/ptx_loss are on one scale.
+        text_rows=blocks(texts, tokenizer, recipe.ppo.ptx_tokens),
+        cloze=cloze[: cfg.cloze_questions or None],
+    )
+
+
+def ask(recipe: Recipe, name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: Questions) -> Answers:
+    """Sample the policy's responses and measure its alignment tax."""
+    tokens = recipe.ppo.score_tokens
+    with Progress(f"{name}: sampling", total=len(asked.ids), unit="responses") as progress:
+        rollout = sample(
+            policy,
+            tokenizer,
+            asked.ids,
+            max_new_tokens=recipe.data.max_response_tokens,
+            temperature=recipe.evaluate.temperature,
+            seeds=asked.seeds,
+            stop_ids=stop_ids(tokenizer, policy),
+            engine=recipe.ppo.rollout,
+            batch_size=recipe.ppo.rollout_batch_size,
+            advance=progress.advance,
+        )
+    if recipe.model.dtype != "float32":
+        # Decoding and scoring differ in the last bits of bfloat16, and the KL must not count that.
+        rows = token_logprobs(policy, rollout.pairs(), recipe.evaluate.temperature, tokens)
+        for i, row in enumerate(rows):
+            rollout.logprobs[i, : len(row)] = row
+    tax: dict[str, Any] = {}
+    if asked.text_rows:
+        with Progress(f"{name}: pretraining loss", total=len(asked.text_rows), unit="rows") as progress:
+            tax["pretraining_loss"], tax["pretraining_tokens"] = pretraining_loss(
+                policy, asked.text_rows, tokens, progress.advance
+            )
+    if asked.cloze:
+        choices = sum(len(question.choices) for question in asked.cloze)
+        with Progress(f"{name}: cloze questions", total=choices, unit="choices") as progress:
+            result = cloze_accuracy(policy, tokenizer, asked.cloze, tokens, progress.advance)
+        tax |= {
+            "cloze_accuracy": result.accuracy.mean,
+            "cloze_low": result.accuracy.low,
+            "cloze_high": result.accuracy.high,
+            "cloze_accuracy_sum": result.accuracy_sum.mean,
+            "cloze_n": result.n,
+        }
+    return Answers(rollout, rollout.texts(tokenizer), tax)
+
+
+def add_kl(recipe: Recipe, reference: nn.Module, answers: dict[str, Answers]) -> None:
+    """KL to the reference of every response: its tokens' k1 and k3 estimates, summed. About 0 for SFT itself."""
+    total = sum(len(a.rollout) for a in answers.values())
+    with Progress("KL to sft", total=total, unit="responses") as progress:
+        for answer in answers.values():
+            pairs = answer.rollout.pairs()
+            reference_rows = token_logprobs(
+                reference, pairs, recipe.evaluate.temperature, recipe.ppo.score_tokens, progress.advance
+            )
+            for own, ref in zip(answer.rollout.logprobs, reference_rows, strict=True):
+                own = own[: len(ref)]
+                answer.kl.append(float(kl_k1(own, ref).sum()))
+                answer.kl_k3.append(float(kl_k3(own, ref).sum()))
+
+
+def add_scores(recipe: Recipe, reward_model: nn.Module, answers: dict[str, Answers]) -> None:
+    """Normalised reward-model score of every response."""
+    with Progress("reward model", total=sum(len(a.rollout) for a in answers.values()), unit="responses") as progress:
+        for answer in answers.values():
+            found: Tensor = scores(reward_model, answer.rollout.pairs(), recipe.ppo.score_tokens, progress.advance)
+            answer.scores = found.tolist()
+
+
+def interval_row(rate: Interval, n: int) -> dict[str, float]:
+    """A win rate as results.json holds it."""
+    return {"win_rate": rate.mean, "low": rate.low, "high": rate.high, "n": n}
+
+
+def compare_all(
+    recipe: Recipe, labeler: Labeler, asked: Questions, answers: dict[str, Answers]
+) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
+    """Win rates of every pair of policies, and for each policy its wins over SFT by row."""
+    cfg, rows, over_sft = recipe.evaluate, [], {}
+    pairs = list(combinations(answers, 2))
+    with Progress("comparing", total=len(pairs) * len(asked.prompts), unit="prompts") as progress:
+        for b, a in pairs:
+            sides = [answers[name].outputs(cfg.samples_per_prompt) for name in (a, b)]
+            seed = row_seed(recipe.run.seed, "compare", a, b)
+            wins = compare(labeler, asked.prompts, *sides, seed=seed, advance=progress.advance)
+            lengths = [grouped(answers[name].rollout.lengths.tolist(), cfg.samples_per_prompt) for name in (a, b)]
+            rate = win_rate(prompt_means(wins), cfg.bootstrap, seed)
+            matched, n = length_matched_win_rate(wins, *lengths, resamples=cfg.bootstrap, seed=seed)
+            rows.append(
+                {
+                    "a": a,
+                    "b": b,
+                    **interval_row(rate, len(wins)),
+                    "length_matched": interval_row(matched, n) if matched else None,
+                }
+            )
+            if b == "sft":
+                over_sft[a] = [win for row in wins for win in row]
+    return rows, over_sft
+
+
+def summarise(answer: Answers) -> dict[str, Any]:
+    """One policy's numbers; lengths in tokens including EOS, KL in nats per response."""
+    return {
+        "responses": len(answer.texts),
+        "reward_score": fmean(answer.scores) if answer.scores else None,
+        "kl": fmean(answer.kl),
+        "kl_k3": fmean(answer.kl_k3),
+        "response_length": length_statistics(answer.rollout.lengths.tolist()),
+        "finished_fraction": float(answer.rollout.finished.float().mean()),
+        "distinct_1": distinct_n(answer.texts, 1),
+        "distinct_2": distinct_n(answer.texts, 2),
+        **answer.tax,
+    }
+
+
+def headline(results: dict[str, Any]) -> dict[str, float]:
+    """The numbers that stage.json and wandb get: evaluate/<measure>/<policy>."""
+    flat = {}
+    for name, row in results["policies"].items():
+        for key in ("reward_score", "kl", "finished_fraction", "distinct_2", "pretraining_loss", "cloze_accuracy"):
+            if row.get(key) is not None:
+                flat[f"evaluate/{key}/{name}"] = row[key]
+        flat[f"evaluate/response_length/{name}"] = row["response_length"]["mean"]
+    for row in results["comparisons"]:
+        if row["b"] == "sft":
+            for key, suffix in (("win_rate", ""), ("low", "_low"), ("high", "_high")):
+                flat[f"evaluate/win_rate{suffix}/{row['a']}"] = row[key]
+    return flat
+
+
+def sample_rows(
+    asked: Questions, answers: dict[str, Answers], over_sft: dict[str, list[float]], samples: int
+) -> list[dict[str, Any]]:
+    """samples.jsonl: a prompt with every policy's response, its length, score, KL and its win over SFT."""
+    rows = []
+    for i in range(len(asked.ids)):
+        prompt = asked.prompts[i // samples]
+        rows.append(
+            {
+                "prompt": prompt.text,
+                "use_case": prompt.use_case,
+                "sample": i % samples,
+                "responses": {name: a.texts[i] for name, a in answers.items()},
+                "finished": {name: bool(a.rollout.finished[i]) for name, a in answers.items()},
+                "lengths": {name: int(a.rollout.lengths[i]) for name, a in answers.items()},
+                "scores": {name: a.scores[i] for name, a in answers.items() if a.scores},
+                "kl": {name: a.kl[i] for name, a in answers.items()},
+                "wins_over_sft": {name: wins[i] for name, wins in over_sft.items()},
+            }
+        )
+    return rows
+
+
+def write_outputs(ctx: StageContext, results: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
+    """results.json, samples.jsonl and the tracker's table; returns the headline metrics."""
+    write_jsonl(ctx.dir / "samples.jsonl", rows)
+    staged = ctx.dir / "results.json.tmp"
+    staged.write_text(json.dumps(results, indent=1))
+    staged.replace(ctx.dir / "results.json")
+    metrics, step = headline(results), sum(sum(row["lengths"].values()) for row in rows)
+    ctx.tracker.log(metrics, step)
+    table = [
+        [row["prompt"], name, text, row["scores"].get(name), row["kl"][name]]
+        for row in rows
+        for name, text in row["responses"].items()
+    ]
+    ctx.tracker.table("samples", ["prompt", "policy", "response", "score", "kl"], table, step)
+    return metrics
+
+
+def work(ctx: StageContext) -> dict[str, Any]:
+    """The stage."""
+    recipe, cfg, drops = ctx.recipe, ctx.recipe.evaluate, Drops()
+    folders = find_policies(ctx.run, cfg.ema)
+    for folder in folders.values():
+        ctx.use(folder)
+    tokenizer = load_tokenizer(str(folders["sft"]), recipe.model.prompt_format)
+    asked = read_questions(recipe, tokenizer, drops)
+    for reason, n in drops.table():
+        console.print(f"dropped {n}: {reason}")
+
+    def load(name: str) -> nn.Module:
+        return load_policy(str(folders[name]), recipe.model, tokenizer=tokenizer).to(ctx.device).eval()
+
+    answers: dict[str, Answers] = {}
+    # SFT comes last: while it is in memory it is also the reference of all the others.
+    for name in [*(n for n in folders if n != "sft"), "sft"]:
+        if ctx.stop_requested:
+            return {}
+        policy = load(name)
+        answers[name] = ask(recipe, name, policy, tokenizer, asked)
+        if name == "sft":
+            add_kl(recipe, policy, answers)
+        del policy  # before the next one is loaded
+    answers = {name: answers[name] for name in folders}
+
+    reward_dir = ctx.run.model_dir("reward")
+    if reward_dir.is_dir():
+        ctx.use(reward_dir)
+        reward_model = load_reward_model(str(reward_dir), recipe.model).to(ctx.device).eval()
+        check_probes(reward_model, reward_dir)
+        add_scores(recipe, reward_model, answers)
+        del reward_model
+
+    comparisons, over_sft = compare_all(recipe, make_judge(recipe, ctx.run), asked, answers)
+    results = {
+        "labeler": cfg.labeler,
+        "prompts": len(asked.prompts),
+        "samples_per_prompt": cfg.samples_per_prompt,
+        "temperature": cfg.temperature,
+        "bootstrap": cfg.bootstrap,
+        "drops": drops.table(),
+        "policies": {name: summarise(answer) for name, answer in answers.items()},
+        "comparisons": comparisons,
+    }
+    return write_outputs(ctx, results, sample_rows(asked, answers, over_sft, cfg.samples_per_prompt))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stage from the command line."""
+    return run_stage("evaluate", work, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

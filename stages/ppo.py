@@ -1,0 +1,313 @@
+"""PPO and PPO-ptx (Ouyang et al. 2022, section 3.5, equation 2): `python stages/ppo.py RECIPE [--variant ppo|ppo-ptx]`.
+
+One iteration, in the order of the functions below:
+
+    rollout     sample a response for each of batch_size prompts from the policy
+    score       reference log-probabilities, values and reward-model scores of those episodes
+    advantages  per-token rewards (KL penalty, score at the last token), GAE, whitening        rlhf/experience.py
+    ppo step    for every minibatch: clipped policy loss and clipped value loss                rlhf/objectives.py
+    ptx step    its gradient added to the same optimiser step: ptx_coef x pretraining NLL
+    log         metrics and a table of samples
+    checkpoint  everything that the next iteration depends on, sealed
+
+Nothing here keeps a hidden position: prompts, pretraining rows and sampling seeds are functions of (seed, counter), so
+a checkpoint is the trainable weights, the optimiser, the average, the KL coefficient and the iteration number.
+Deliberately not done: a pass that recomputes old log-probabilities in float32, where the decode loop's are exact (the
+first minibatch of every iteration checks that), and dropout, which is off.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.checkpoint import newest_sealed
+from rlhf.engine import grad_norm
+from rlhf.errors import UserError
+from rlhf.experience import Experience, make_experience, summary
+from rlhf.models import save_model
+from rlhf.objectives import adaptive_kl_coef, ema_update, policy_loss, ptx_loss, value_loss
+from rlhf.order import stream
+from rlhf.perf import measured_peak_flops, peak_memory_gb, training_flops
+from rlhf.policy_value import swap_in, text_pairs
+from rlhf.ppo_state import Ppo, build, load_checkpoint, save_checkpoint
+from rlhf.progress import Progress, console
+from rlhf.recipe import load_recipe
+from rlhf.rollout import Rollout, row_seed, sample
+from rlhf.schedule import lr_factor
+from rlhf.scoring import build_batch, scores, token_logprobs, token_values
+from rlhf.stage import StageContext, exit_code, parse_stage_args, run_stage
+
+
+def rollout(ppo: Ppo) -> Rollout:
+    """Sample one response for each prompt of this iteration."""
+    cfg, seed = ppo.recipe.ppo, ppo.recipe.run.seed
+    first = ppo.iteration * cfg.batch_size
+    chosen = stream(len(ppo.prompts), seed, "prompts", first, cfg.batch_size)
+    episodes = sample(
+        ppo.networks.policy,
+        ppo.tokenizer,
+        [ppo.prompts[i] for i in chosen],
+        max_new_tokens=ppo.recipe.data.max_response_tokens,
+        temperature=cfg.temperature,
+        seeds=[row_seed(seed, "ppo", first + i) for i in range(cfg.batch_size)],
+        stop_ids=ppo.stop_ids,
+        engine=cfg.rollout,
+        batch_size=cfg.rollout_batch_size,
+    )
+    if ppo.recipe.model.dtype != "float32":
+        # Decoding and training differ in the last bits of bfloat16; the ratio must be 1 by the training pass.
+        rows = token_logprobs(ppo.networks.policy, episodes.pairs(), cfg.temperature, cfg.score_tokens)
+        for i, row in enumerate(rows):
+            episodes.logprobs[i, : len(row)] = row
+    return episodes
+
+
+def score(ppo: Ppo, episodes: Rollout) -> Experience:
+    """Reference, value and reward passes; then per-token rewards, advantages and returns."""
+    cfg, pairs = ppo.recipe.ppo, episodes.pairs()
+    return make_experience(
+        episodes,
+        ppo.reference(pairs, cfg.score_tokens),
+        token_values(ppo.networks.value, pairs, cfg.score_tokens),
+        scores(ppo.reward_model, pairs, cfg.score_tokens),
+        kl_coef=ppo.kl_coef,
+        missing_eos_penalty=cfg.missing_eos_penalty,
+        gamma=cfg.gamma,
+        lam=cfg.lam,
+        whiten_rewards=cfg.whiten_rewards,
+    )
+
+
+def ppo_step(ppo: Ppo, experience: Experience, minibatch: Sequence[int], last: bool) -> dict[str, float]:
+    """Accumulate the gradient of the clipped policy and value losses over a minibatch of episodes.
+
+    `last` says that no other gradient follows in this optimiser step. Returns token means, except ratio_max/_error.
+    """
+    cfg, device = ppo.recipe.ppo, ppo.engine.device
+    tokens = ppo.engine.sum(experience.mask[list(minibatch)].sum().to(device))
+    sums: dict[str, float] = defaultdict(float)
+    size = cfg.micro_batch_size
+    for start in range(0, len(minibatch), size):
+        rows = list(minibatch[start : start + size])
+        batch = build_batch([experience.pairs[i] for i in rows], ppo.tokenizer.pad_token_id).to(device)
+        width = int(experience.mask[rows].sum(1).max())
+
+        def take(values: Tensor, rows: list[int] = rows, width: int = width) -> Tensor:
+            return values[rows][:, :width].to(device)
+
+        mask = take(experience.mask)
+        with ppo.engine.accumulate(last and start + size >= len(minibatch)):
+            out = ppo.engine.model("ppo", batch, cfg.temperature)
+            logprobs, values = batch.unflatten(out.logprobs, width), batch.unflatten(out.values, width)
+            policy = policy_loss(logprobs, take(experience.logprobs), take(experience.advantages), mask, cfg.clip)
+            value = value_loss(values, take(experience.values), take(experience.returns), mask, cfg.value_clip)
+            # Divided by the tokens of the whole minibatch: micro-batches of any size give one gradient.
+            ppo.engine.backward((policy.loss + cfg.vf_coef * value) / tokens)
+        sums["ppo/policy_loss"] += float(policy.loss.detach() / tokens)
+        sums["ppo/value_loss"] += float(value.detach() / tokens)
+        sums["ppo/clip_fraction"] += float(policy.clipped / tokens)
+        sums["ppo/approx_kl"] += float(policy.approx_kl / tokens)
+        sums["ppo/entropy"] += float(out.entropies.sum() / tokens)
+        sums["ppo/ratio_max"] = max(sums["ppo/ratio_max"], float(policy.ratio_max))
+        sums["ratio_error"] = max(sums["ratio_error"], float(policy.ratio_error))
+    return dict(sums)
+
+
+def ptx_step(ppo: Ppo, step: int) -> dict[str, float]:
+    """Add the gradient of ptx_coef x mean per-token NLL of this step's pretraining rows (equation 2, second term)."""
+    count, size = ppo.plan.ptx_rows_per_minibatch, ppo.recipe.ppo.micro_batch_size
+    chosen = stream(len(ppo.ptx_rows), ppo.recipe.run.seed, "ptx", step * count, count)
+    rows = [ppo.ptx_rows[i] for i in chosen]
+    tokens = ppo.engine.sum(torch.tensor(sum(len(row) - 1 for row in rows), device=ppo.engine.device))
+    nll = 0.0
+    for start in range(0, count, size):
+        batch = build_batch(text_pairs(rows[start : start + size]), ppo.tokenizer.pad_token_id).to(ppo.engine.device)
+        with ppo.engine.accumulate(start + size >= count):
+            token_nll = ppo.engine.model("ptx", batch)
+            loss = ptx_loss(token_nll, torch.ones_like(token_nll, dtype=torch.bool), ppo.ptx_coef)
+            ppo.engine.backward(loss / tokens)
+        nll += float(token_nll.detach().sum() / tokens)
+    return {"ppo/ptx_loss": nll}
+
+
+def update(ppo: Ppo, experience: Experience, seconds: dict[str, float]) -> dict[str, float]:
+    """All optimiser steps of one iteration; returns their mean metrics (maxima for ratio_max)."""
+    cfg, plan = ppo.recipe.ppo, ppo.plan
+    history: dict[str, list[float]] = defaultdict(list)
+    factor = lr_factor(ppo.iteration, plan.iterations, cfg.schedule, cfg.warmup_iterations, cfg.final_lr_fraction)
+    for epoch in range(cfg.epochs):
+        order = stream(
+            len(experience.pairs),
+            row_seed(ppo.recipe.run.seed, "epoch", ppo.iteration, epoch),
+            "minibatch",
+            0,
+            cfg.batch_size,
+        )
+        for m in range(plan.minibatches):
+            minibatch = order[m * cfg.minibatch_size : (m + 1) * cfg.minibatch_size]
+            begin = time.perf_counter()
+            metrics = ppo_step(ppo, experience, minibatch, last=ppo.ptx_coef == 0)
+            if epoch == 0 and m == 0:
+                check_first_minibatch(ppo, experience, metrics["ratio_error"])
+            policy_grads = ppo.engine.grads("policy")
+            metrics["ppo/grad_norm_policy"] = grad_norm(policy_grads)
+            metrics["ppo/grad_norm_value"] = grad_norm(ppo.engine.grads("value"))
+            seconds["train"] += time.perf_counter() - begin
+            if ppo.ptx_coef > 0:
+                begin = time.perf_counter()
+                # The two gradients are accumulated one after the other; a copy tells them apart for the log.
+                before = [g.clone() for g in policy_grads]
+                step = (ppo.iteration * cfg.epochs + epoch) * plan.minibatches + m
+                metrics |= ptx_step(ppo, step)
+                ptx_grads = [after - b for after, b in zip(ppo.engine.grads("policy"), before, strict=True)]
+                metrics["ppo/grad_norm_ptx"] = grad_norm(ptx_grads)
+                seconds["ptx"] += time.perf_counter() - begin
+            begin = time.perf_counter()
+            result = ppo.engine.step(factor)
+            if not result.non_finite and ppo.ema:
+                ema_update(ppo.ema, ppo.engine.trainable(), cfg.ema_decay)
+            seconds["train"] += time.perf_counter() - begin
+            for name, value in metrics.items():
+                history[name].append(value)
+    means = {name: sum(values) / len(values) for name, values in history.items() if name != "ratio_error"}
+    means["ppo/ratio_max"] = max(history["ppo/ratio_max"])
+    return means | {"ppo/lr": cfg.lr * factor, "ppo/skipped_steps": float(ppo.engine.skipped_steps)}
+
+
+def check_first_minibatch(ppo: Ppo, experience: Experience, ratio_error: float) -> None:
+    """Before any update of an iteration the ratio is 1; before the first update of all the KL is 0.
+
+    Raises:
+        UserError: with the likely causes, when either is off by more than ppo.ratio_tolerance.
+    """
+    tolerance = ppo.recipe.ppo.ratio_tolerance
+    if ratio_error > tolerance:
+        raise UserError(
+            f"the probability ratio is off by {ratio_error:.2g} before any update of iteration {ppo.iteration}",
+            where="ppo.ratio_tolerance",
+            fix="likely causes: dropout left on, sampling that is not the plain softmax, a rollout engine with weights "
+            "or kernels of its own, or bfloat16 with a tolerance meant for float32",
+        )
+    gap = float(torch.where(experience.mask, experience.logprobs - experience.ref_logprobs, 0.0).abs().max())
+    if ppo.iteration == 0 and gap > tolerance:
+        raise UserError(
+            f"policy and reference differ by {gap:.2g} nats on a token before the first update, so KL is not 0",
+            where="ppo.ratio_tolerance",
+            fix="likely causes: the reference is not the SFT model the policy started from, or dropout is on",
+        )
+
+
+def train(ppo: Ppo, ctx: StageContext) -> dict[str, float]:
+    """The loop; returns the last iteration's metrics."""
+    cfg = ppo.recipe.ppo
+    metrics: dict[str, float] = {}
+    done, total = ppo.iteration * cfg.batch_size, ppo.plan.iterations * cfg.batch_size
+    with Progress(ctx.name, total=total, unit="episodes", initial=done) as progress:
+        while ppo.iteration < ppo.plan.iterations and not ctx.stop_requested:
+            seconds = dict.fromkeys(("rollout", "score", "train", "ptx", "save"), 0.0)
+            begin = time.perf_counter()
+            episodes = rollout(ppo)
+            seconds["rollout"] = time.perf_counter() - begin
+            begin = time.perf_counter()
+            experience = score(ppo, episodes)
+            seconds["score"] = time.perf_counter() - begin
+            metrics = summary(experience) | {"ppo/kl_coef": ppo.kl_coef}
+            metrics |= update(ppo, experience, seconds)
+            if cfg.kl_control == "adaptive":
+                ppo.kl_coef = adaptive_kl_coef(
+                    ppo.kl_coef, metrics["ppo/kl"], cfg.kl_target, cfg.batch_size, cfg.kl_horizon
+                )
+            ppo.iteration += 1
+            # The log is written before the checkpoint that covers it: a resume cuts what lies beyond its checkpoint.
+            log(ppo, ctx, episodes, experience, metrics, seconds)
+            if (
+                ppo.iteration == ppo.plan.iterations
+                or ctx.stop_requested
+                or (cfg.save_every and ppo.iteration % cfg.save_every == 0)
+            ):
+                save_checkpoint(ppo, ctx.dir / "checkpoints")
+            progress.advance(cfg.batch_size)
+            if metrics["ppo/kl"] > cfg.max_kl:
+                raise UserError(
+                    f"KL to the reference reached {metrics['ppo/kl']:.1f} nats per response",
+                    where="ppo.max_kl",
+                    fix="lower ppo.lr or raise ppo.kl_coef; the sealed checkpoints of this run are kept",
+                )
+    return metrics
+
+
+def log(
+    ppo: Ppo,
+    ctx: StageContext,
+    episodes: Rollout,
+    experience: Experience,
+    metrics: dict[str, float],
+    seconds: dict[str, float],
+) -> None:
+    """One row of metrics.jsonl and wandb, and the first samples of the iteration as a table."""
+    cfg, done = ppo.recipe.ppo, ppo.iteration * ppo.recipe.ppo.batch_size
+    tokens = float(sum(len(p) + len(r) for p, r in experience.pairs))
+    flops = training_flops(ppo.networks, tokens * cfg.epochs)
+    peak = measured_peak_flops(ppo.engine.device, next(ppo.networks.parameters()).dtype)
+    perf = {f"perf/seconds_{name}": value for name, value in seconds.items()}
+    perf["perf/rollout_tokens_per_s"] = float(episodes.lengths.sum()) / seconds["rollout"]
+    perf["perf/train_tokens_per_s"] = tokens * cfg.epochs / seconds["train"]
+    perf["perf/mfu"] = flops / seconds["train"] / peak
+    perf["memory/peak_gb"] = peak_memory_gb(ppo.engine.device)
+    ctx.tracker.log(metrics | perf, done)
+    count = min(cfg.samples_logged, len(episodes))
+    if count:
+        kl, texts = experience.kl_per_response(), episodes.texts(ppo.tokenizer)
+        rows = [
+            [ppo.tokenizer.decode(episodes.prompt(i)), texts[i], float(experience.scores[i]), float(kl[i])]
+            for i in range(count)
+        ]
+        ctx.tracker.table("samples", ["prompt", "response", "score", "kl"], rows, done)
+
+
+def work(ctx: StageContext, variant: str) -> dict[str, Any]:
+    """The stage: build, resume, train, save the policy and its average."""
+    sft_dir = ctx.run.require("sft", "model")
+    reward_dir = ctx.run.require("reward", "model")
+    ctx.use(sft_dir)
+    ctx.use(reward_dir)
+    ppo = build(ctx.recipe, variant == "ppo-ptx", sft_dir, reward_dir)
+    for reason, n in ppo.drops.table():
+        console.print(f"dropped {n}: {reason}")
+    sealed = newest_sealed(ctx.dir / "checkpoints")
+    if sealed:
+        load_checkpoint(ppo, sealed)
+    ctx.tracker.truncate_after(ppo.iteration * ctx.recipe.ppo.batch_size)
+    metrics = train(ppo, ctx)
+    if ppo.iteration < ppo.plan.iterations:
+        return {}
+    if ppo.ema:
+        live = ppo.engine.trainable()
+        raw = swap_in(live, ppo.ema)
+        save_model(ppo.networks.policy, ppo.tokenizer, ctx.dir / "ema")
+        swap_in(live, raw)
+    save_model(ppo.networks.policy, ppo.tokenizer, ctx.dir / "model")
+    return metrics
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stage from the command line; `--variant ppo` leaves the pretraining term out."""
+    recipe_name, overrides, options = parse_stage_args(argv, "stages/ppo.py")
+
+    def start() -> int:
+        variant = options["variant"]
+        if variant is None:
+            variant = "ppo-ptx" if load_recipe(recipe_name, overrides).ppo.ptx_coef > 0 else "ppo"
+        return run_stage(variant, lambda ctx: work(ctx, variant), argv)
+
+    return exit_code(start)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

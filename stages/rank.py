@@ -1,0 +1,373 @@
+"""Sample K outputs per prompt from the SFT policy and rank them (paper, section 3.4): `python stages/rank.py RECIPE`.
+
+prompts   those within the length limit, in the order of their hash; the first rank.prompts of them
+sample    K outputs each, in chunks that are kept as they come (rank/samples.jsonl): an interruption loses one chunk
+clean     empty outputs dropped, identical ones kept once; a prompt needs two outputs
+label     the simulated labeler's noise is set so that two labelers agree on rank.agreement of the pairs
+write     rank/rankings.jsonl for the reward stage, rank/summary.json for people and for evaluate
+
+With rank.labeler=file nothing is sampled: the files of data.rankings are checked and copied into rank/rankings.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.config import Recipe
+from rlhf.errors import UserError
+from rlhf.labelers import Labeler, Output, agreement, expected_agreement, make_labeler, noise_for_agreement
+from rlhf.models import load_policy, load_tokenizer
+from rlhf.progress import Progress, console
+from rlhf.progress import table as print_table
+from rlhf.prompting import Encoded, fit_prompts, stop_ids
+from rlhf.ranking import ordered_pairs, tied_pairs
+from rlhf.records import Drops, Prompt, Ranking, ranking_row, read_prompts, read_rankings, write_jsonl
+from rlhf.rollout import row_seed, sample
+from rlhf.rubric import rubric_score
+from rlhf.rundir import write_atomic
+from rlhf.stage import StageContext, run_stage
+
+TABLE_ROWS = 64
+
+
+@dataclass
+class Candidate:
+    """One prompt with the outputs that a labeler is to rank."""
+
+    prompt: Prompt
+    outputs: list[Output]
+    lengths: list[int]  # tokens of each output, EOS included; empty when the outputs come from a file
+
+
+class Ranked(NamedTuple):
+    """The stage's product and what is known about the labels."""
+
+    rankings: list[Ranking]
+    lengths: list[list[int]]
+    label_summary: dict[str, Any]
+
+
+def choose_prompts(ctx: StageContext, tokenizer: PreTrainedTokenizerBase, drops: Drops) -> list[Encoded[Prompt]]:
+    """Prompts to rank, encoded, in an order that depends on their text alone."""
+    recipe, count = ctx.recipe, ctx.recipe.rank.prompts
+    _use_files(ctx, recipe.data.prompts)
+    prompts = read_prompts(recipe.data.prompts, drops)
+    fitting = fit_prompts(prompts, tokenizer, recipe.data.max_prompt_tokens, drops)
+    chosen = sorted(fitting, key=lambda encoded: encoded.item.key)[: count or None]
+    if not chosen:
+        raise UserError("no prompt is left to rank", where="data.prompts", fix="give prompts or raise the token limit")
+    if len(chosen) < count:
+        console.print(f"rank.prompts asks for {count} prompts, and there are {len(chosen)}")
+    return chosen
+
+
+class Samples:
+    """rank/samples.jsonl: one row per prompt, appended chunk by chunk; rows of another policy or setting are left out.
+
+    Args:
+        fingerprint: of everything that the samples depend on besides the prompt.
+    """
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self.path, self.fingerprint = path, fingerprint
+        self.rows: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            for line in filter(None, path.read_bytes().split(b"\n")):
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    console.print(f"{path.name}: a line was cut off by an interruption; its chunk is sampled again")
+                    continue
+                if row["fingerprint"] == fingerprint:
+                    self.rows[row["key"]] = row
+        write_jsonl(path, list(self.rows.values()))
+
+    def tokens(self, prompts: Sequence[Encoded[Prompt]]) -> int:
+        """Tokens sampled for these prompts."""
+        return sum(sum(self.rows[encoded.item.key]["lengths"]) for encoded in prompts)
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Append rows and wait until they are on disk."""
+        with self.path.open("a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row | {"fingerprint": self.fingerprint}) + "\n")
+                self.rows[row["key"]] = row | {"fingerprint": self.fingerprint}
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def sample_outputs(
+    ctx: StageContext,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Encoded[Prompt]],
+    samples: Samples,
+) -> None:
+    """Fill `samples` with K outputs for each prompt; returns early, between chunks, when a stop is requested."""
+    recipe, cfg = ctx.recipe, ctx.recipe.rank
+    k, size = cfg.outputs_per_prompt, max(1, cfg.batch_size // cfg.outputs_per_prompt)
+    chunks = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    # A chunk is kept or sampled whole, so that an interrupted run decodes the same batches as one that was not.
+    kept = [chunk for chunk in chunks if all(encoded.item.key in samples.rows for encoded in chunk)]
+    tokens = sum(samples.tokens(chunk) for chunk in kept)
+    ctx.tracker.truncate_after(tokens)
+    stops = stop_ids(tokenizer, policy)
+    with Progress(
+        "rank: sampling", total=len(prompts) * k, unit="outputs", initial=sum(map(len, kept)) * k
+    ) as progress:
+        for chunk in chunks:
+            if ctx.stop_requested:
+                return
+            if chunk in kept:
+                continue
+            begin = time.perf_counter()
+            rollout = sample(
+                policy,
+                tokenizer,
+                [encoded.prompt for encoded in chunk for _ in range(k)],
+                max_new_tokens=recipe.data.max_response_tokens,
+                temperature=cfg.temperature,
+                seeds=[row_seed(recipe.run.seed, "rank", encoded.item.key, i) for encoded in chunk for i in range(k)],
+                stop_ids=stops,
+                batch_size=cfg.batch_size,
+                advance=progress.advance,
+            )
+            seconds = time.perf_counter() - begin
+            texts, lengths, finished = rollout.texts(tokenizer), rollout.lengths.tolist(), rollout.finished.tolist()
+            samples.add(
+                [
+                    {
+                        "key": encoded.item.key,
+                        "prompt": encoded.item.text,
+                        "responses": texts[i * k : (i + 1) * k],
+                        "finished": finished[i * k : (i + 1) * k],
+                        "lengths": lengths[i * k : (i + 1) * k],
+                    }
+                    for i, encoded in enumerate(chunk)
+                ]
+            )
+            tokens += sum(lengths)
+            ctx.tracker.log(
+                {
+                    "rank/finished_fraction": float(np.mean(finished)),
+                    "rank/response_length": float(np.mean(lengths)),
+                    "perf/rollout_tokens_per_s": sum(lengths) / seconds,
+                },
+                tokens,
+            )
+
+
+def clean(prompts: Sequence[Encoded[Prompt]], samples: Samples, drops: Drops) -> list[Candidate]:
+    """Candidates with at least two outputs that differ; what is left out is counted."""
+    candidates = []
+    for encoded in prompts:
+        row = samples.rows[encoded.item.key]
+        kept: dict[str, tuple[Output, int]] = {}
+        for text, finished, length in zip(row["responses"], row["finished"], row["lengths"], strict=True):
+            if not text.strip():
+                drops.add("empty output")
+            elif text.strip() in kept:
+                drops.add("output identical to another of its prompt")
+            else:
+                kept[text.strip()] = (Output(text, finished), length)
+        if len(kept) < 2:
+            drops.add("prompt with fewer than two distinct outputs")
+            continue
+        candidates.append(
+            Candidate(encoded.item, [output for output, _ in kept.values()], [n for _, n in kept.values()])
+        )
+    return candidates
+
+
+def label(ctx: StageContext, candidates: Sequence[Candidate]) -> Ranked:
+    """Rank every prompt's outputs; the rubric is given its noise first and asked a second time as another labeler."""
+    recipe, cfg = ctx.recipe, ctx.recipe.rank
+    if not candidates:
+        raise UserError(
+            "no prompt has two different outputs to rank",
+            where="rank",
+            fix="raise rank.temperature or rank.outputs_per_prompt, or look at the policy in rank/samples.jsonl",
+        )
+    about: dict[str, Any] = {"noise_sigma": 0.0}
+    if cfg.labeler == "rubric":
+        groups = [rubric_scores(c.prompt, c.outputs) for c in candidates]
+        sigma = noise_for_agreement(groups, cfg.agreement, cfg.tie_margin)
+        about = {
+            "noise_sigma": sigma,
+            "tie_margin": cfg.tie_margin,
+            "target_agreement": cfg.agreement,
+            "expected_agreement": _none_for_nan(expected_agreement(groups, sigma, cfg.tie_margin)),
+        }
+    labeler = make_labeler(cfg.labeler, recipe, ctx.run, about["noise_sigma"])
+    rankings = []
+    with Progress("rank: labelling", total=len(candidates), unit="prompts") as progress:
+        for c in candidates:
+            ranks = labeler.rank(c.prompt, c.outputs, recipe.run.seed)
+            texts, finished = zip(*c.outputs, strict=True)
+            rankings.append(Ranking(c.prompt, texts, ranks, finished))
+            progress.advance(1)
+    if cfg.labeler == "rubric":
+        about |= second_opinion(labeler, candidates, rankings, recipe)
+    return Ranked(rankings, [c.lengths for c in candidates], about)
+
+
+def rubric_scores(prompt: Prompt, outputs: Sequence[Output]) -> list[float]:
+    """Noise-free rubric scores, one per output."""
+    return [rubric_score(prompt.text, output.text, output.finished) for output in outputs]
+
+
+def second_opinion(
+    labeler: Labeler, candidates: Sequence[Candidate], rankings: Sequence[Ranking], recipe: Recipe
+) -> dict[str, Any]:
+    """Agreement with a second, independent draw of the noise over the pairs untied in both."""
+    seed = row_seed(recipe.run.seed, "second labeler")
+    counts = [
+        agreement(r.ranks, labeler.rank(c.prompt, c.outputs, seed)) for c, r in zip(candidates, rankings, strict=True)
+    ]
+    agreeing, pairs = (sum(column) for column in zip(*counts, strict=True))
+    return {"agreement": agreeing / pairs if pairs else None, "agreement_pairs": pairs}
+
+
+def read_labelled(ctx: StageContext, drops: Drops) -> Ranked:
+    """Rankings of rank.labeler=file, checked by their reader."""
+    paths = ctx.recipe.data.rankings
+    _use_files(ctx, paths)
+    return Ranked(read_rankings(paths, drops), [], {"noise_sigma": 0.0})
+
+
+def summarise(ranked: Ranked) -> dict[str, Any]:
+    """Counts, shares and the two correlations that show a labeler's bias; None where there is nothing to measure.
+
+    Correlations are Pearson's over outputs, of rank (1 is best) with length in tokens and with the position in which
+    the output was shown, each less its mean over the prompt: below 0 means longer, or later, outputs rank better.
+    """
+    rankings = ranked.rankings
+    outputs = sum(len(r.ranks) for r in rankings)
+    tied = sum(len(tied_pairs(r.ranks)) for r in rankings)
+    ordered = sum(len(ordered_pairs(r.ranks)) for r in rankings)
+    ranks = [r.ranks for r in rankings]
+    summary = {
+        "prompts": len(rankings),
+        "outputs": outputs,
+        "pairs": ordered,
+        "tie_fraction": tied / (tied + ordered),
+        "finished_fraction": sum(sum(r.finished) for r in rankings) / outputs,
+        "correlation_rank_position": centred_correlation(ranks, [range(len(r)) for r in ranks]),
+    }
+    if ranked.lengths:
+        summary["response_length"] = sum(map(sum, ranked.lengths)) / outputs
+        summary["correlation_rank_length"] = centred_correlation(ranks, ranked.lengths)
+    return summary | ranked.label_summary
+
+
+def centred_correlation(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float | None:
+    """Pearson's correlation of values less the mean of their group; None when either does not vary."""
+    x, y = (np.concatenate([np.asarray(g, float) - np.mean(g) for g in groups]) for groups in (a, b))
+    scale = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / scale if scale > 0 else None
+
+
+def write(ctx: StageContext, ranked: Ranked, drops: Drops, step: int) -> dict[str, float]:
+    """The stage's files, its table of samples and an example on the console; returns the metrics."""
+    rankings = ranked.rankings
+    scores = [
+        rubric_scores(r.prompt, [Output(*o) for o in zip(r.responses, r.finished, strict=True)]) for r in rankings
+    ]
+    write_jsonl(
+        ctx.dir / "rankings.jsonl",
+        [ranking_row(r) | {"use_case": r.prompt.use_case, "rubric": s} for r, s in zip(rankings, scores, strict=True)],
+    )
+    summary = {"labeler": ctx.recipe.rank.labeler} | summarise(ranked) | {"drops": dict(drops.table())}
+    write_atomic(ctx.dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    metrics = {
+        f"rank/{name}": float(value)
+        for name, value in summary.items()
+        if isinstance(value, int | float) and name not in ("tie_margin", "target_agreement")
+    }
+    ctx.tracker.log(metrics, step)
+    rows = [
+        [r.prompt.text, rank, score, finished, text]
+        for r, s in zip(rankings, scores, strict=True)
+        for rank, score, finished, text in sorted(zip(r.ranks, s, r.finished, r.responses, strict=True))
+    ]
+    ctx.tracker.table("samples", ["prompt", "rank", "rubric", "finished", "response"], rows[:TABLE_ROWS], step)
+    show_example(rankings, scores)
+    return metrics
+
+
+def show_example(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]]) -> None:
+    """Print the prompt whose outputs the labeler told apart best, so that a person sees what was ranked."""
+    i = max(range(len(rankings)), key=lambda i: len(set(rankings[i].ranks)))
+    r = rankings[i]
+    rows = sorted(zip(r.ranks, scores[i], r.finished, r.responses, strict=True))
+    print_table(f"one ranked prompt: {r.prompt.text}", ["rank", "rubric", "finished", "output"], rows)
+
+
+def fingerprint(ctx: StageContext, sft_dir: Path) -> str:
+    """Hash of what the samples depend on besides the prompt: the policy's files and the sampling settings."""
+    ctx.use(sft_dir)
+    recipe, cfg = ctx.recipe, ctx.recipe.rank
+    parts = [
+        sorted(ctx.inputs.items()),
+        recipe.model.model_dump(),
+        [recipe.run.seed, cfg.outputs_per_prompt, cfg.temperature, cfg.batch_size, recipe.data.max_response_tokens],
+    ]
+    return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def work(ctx: StageContext) -> dict[str, Any]:
+    """The stage, from prompts to rankings."""
+    drops = Drops()
+    if ctx.recipe.rank.labeler == "file":
+        ranked, tokens = read_labelled(ctx, drops), 0
+    else:
+        sft_dir = ctx.run.require("sft", "model")
+        samples = Samples(ctx.dir / "samples.jsonl", fingerprint(ctx, sft_dir))
+        tokenizer = load_tokenizer(str(sft_dir), ctx.recipe.model.prompt_format)
+        policy = load_policy(str(sft_dir), ctx.recipe.model, tokenizer=tokenizer).to(ctx.device).eval()
+        prompts = choose_prompts(ctx, tokenizer, drops)
+        sample_outputs(ctx, policy, tokenizer, prompts, samples)
+        if ctx.stop_requested:
+            return {}
+        del policy
+        if ctx.recipe.rank.labeler == "reward_model":
+            _use_files(ctx, [ctx.recipe.rank.reward_model])
+        ranked = label(ctx, clean(prompts, samples, drops))
+        tokens = samples.tokens(prompts)
+    for reason, n in drops.table():
+        console.print(f"dropped {n}: {reason}", markup=False)
+    if not ranked.rankings:
+        raise UserError(
+            "no ranking is left", where=f"rank.labeler={ctx.recipe.rank.labeler}", fix="see the drops above"
+        )
+    return write(ctx, ranked, drops, tokens)
+
+
+def _none_for_nan(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _use_files(ctx: StageContext, paths: Sequence[str]) -> None:
+    for path in paths:
+        if Path(path).exists():
+            ctx.use(Path(path))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stage from the command line."""
+    return run_stage("rank", work, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,256 @@
+"""The reward model on K-way rankings (Ouyang et al. 2022, section 3.5, equation 1): `python stages/reward.py RECIPE`.
+
+data       rankings of the rank stage, split by prompt; too long ones dropped and counted
+step       all outputs of a prompt in one micro-batch, each run through the model once; mean pair loss a prompt
+measure    held-out pair accuracy with its interval, margins, calibration
+normalise  demonstrations score 0 on average, ranked outputs have unit variance; both stored in the model
+probes     a few texts with their scores, checked whenever the model is loaded
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.checkpoint import keep_last, newest_sealed, sealed_write
+from rlhf.config import Recipe
+from rlhf.engine import Engine, ParamGroup
+from rlhf.errors import UserError
+from rlhf.models import add_lora, load_tokenizer, new_reward_model, save_model
+from rlhf.order import stream
+from rlhf.probes import write_probes
+from rlhf.progress import Progress, console
+from rlhf.prompting import fit_demonstrations, fit_rankings
+from rlhf.ranking import PairCounts, accuracy_interval, calibration, count_pairs, has_pairs, ranking_loss, tied_pairs
+from rlhf.records import Drops, read_demonstrations, read_rankings
+from rlhf.schedule import lr_factor
+from rlhf.scoring import Pair, build_batch, raw_scores, scores
+from rlhf.splits import split_by_prompt
+from rlhf.stage import StageContext, run_stage
+
+PROBES = 8
+
+
+@dataclass
+class Group:
+    """One prompt with its K ranked outputs, as token ids."""
+
+    pairs: list[Pair]
+    ranks: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(p) + len(r) for p, r in self.pairs)
+
+
+def load_groups(ctx: StageContext, tokenizer: PreTrainedTokenizerBase, drops: Drops) -> tuple[list[Group], list[Group]]:
+    """Training and held-out groups; no prompt is in both."""
+    recipe = ctx.recipe
+    ranked = ctx.run.path / "rank" / "rankings.jsonl"
+    paths = [str(ranked)] if ranked.exists() else []
+    if recipe.rank.labeler != "file" or not paths:
+        paths += recipe.data.rankings
+    if not paths:
+        raise UserError(
+            "there are no rankings to learn from",
+            where=str(ranked),
+            fix="run the rank stage first, or set data.rankings",
+        )
+    for path in paths:
+        if Path(path).exists():
+            ctx.use(Path(path))
+    usable = []
+    for ranking in read_rankings(paths, drops):
+        if has_pairs(ranking.ranks, recipe.reward.ties):
+            usable.append(ranking)
+        else:
+            drops.add("all outputs of the prompt tie")
+    split = split_by_prompt(usable, recipe.data.validation_fraction, recipe.run.seed)
+    # An output that was cut off when it was sampled is encoded without EOS, and the model can see that.
+    return tuple(
+        [
+            Group([(row.prompt, ids) for ids in row.responses], row.item.ranks)
+            for row in fit_rankings(part, tokenizer, recipe.reward.max_tokens, drops)
+        ]
+        for part in split
+    )
+
+
+def step(engine: Engine, groups: Sequence[Group], recipe: Recipe, pad_id: int) -> tuple[float, list[PairCounts]]:
+    """Accumulate the gradient of one batch of prompts; returns the loss and the pair counts before the update."""
+    prompts = engine.sum(torch.tensor(len(groups), device=engine.device))
+    size, loss, counts = recipe.reward.micro_batch_size, 0.0, []
+    for start in range(0, len(groups), size):
+        micro = groups[start : start + size]
+        batch = build_batch([pair for g in micro for pair in g.pairs], pad_id).to(engine.device)
+        with engine.accumulate(start + size >= len(groups)):
+            flat = engine.model(batch)
+            part = ranking_loss(flat, [g.ranks for g in micro], recipe.reward.ties)
+            # Every prompt weighs the same whatever its K, and whatever micro-batch it falls in.
+            engine.backward(part.loss / prompts)
+        loss += float(part.loss.detach() / prompts)
+        scored = flat.detach().cpu().split([len(g.ranks) for g in micro])
+        counts += [count_pairs(s.tolist(), g.ranks) for s, g in zip(scored, micro, strict=True)]
+    return loss, counts
+
+
+class Scored(nn.Module):
+    """The reward model as the engine's module: a batch in, raw scores [B] out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        return raw_scores(self.model, batch)
+
+
+def measure(model: nn.Module, groups: Sequence[Group]) -> list[PairCounts]:
+    """Pair counts of groups under the model, one forward per output."""
+    flat = scores(model, [pair for g in groups for pair in g.pairs])
+    split = flat.split([len(g.ranks) for g in groups])
+    return [count_pairs(s.tolist(), g.ranks) for s, g in zip(split, groups, strict=True)]
+
+
+def heldout_metrics(counts: Sequence[PairCounts], seed: int) -> dict[str, float]:
+    """Held-out accuracy with its 95 % interval, and the mean margin of the better output."""
+    accuracy, low, high = accuracy_interval(counts, seed)
+    margins = [m for c in counts for m in c.margins]
+    return {
+        "reward/accuracy": accuracy,
+        "reward/accuracy_low": low,
+        "reward/accuracy_high": high,
+        "reward/margin": sum(margins) / max(1, len(margins)),
+        "reward/heldout_pairs": float(len(margins)),
+        "reward/heldout_prompts": float(len(counts)),
+    }
+
+
+def train(engine: Engine, groups: list[Group], ctx: StageContext, pad_id: int) -> bool:
+    """`reward.epochs` passes over the training prompts, resumable at optimiser steps; False when stopped early."""
+    cfg, seed = ctx.recipe.reward, ctx.recipe.run.seed
+    total = cfg.epochs * len(groups)
+    steps = -(-total // cfg.batch_size)
+    done, tokens, folder = 0, 0, ctx.dir / "checkpoints"
+    sealed = newest_sealed(folder)
+    if sealed:
+        engine.load(sealed)
+        state = json.loads((sealed / "state.json").read_text())
+        done, tokens = state["step"], state["tokens"]
+    ctx.tracker.truncate_after(tokens)
+    with Progress("reward", total=total, unit="prompts", initial=min(done * cfg.batch_size, total)) as progress:
+        while done < steps and not ctx.stop_requested:
+            first = done * cfg.batch_size
+            chosen = stream(len(groups), seed, "rankings", first, min(cfg.batch_size, total - first))
+            batch = [groups[i] for i in chosen]
+            factor = lr_factor(done, steps, cfg.schedule, cfg.warmup_steps, cfg.final_lr_fraction)
+            loss, counts = step(engine, batch, ctx.recipe, pad_id)
+            result = engine.step(factor)
+            done, tokens = done + 1, tokens + sum(g.tokens for g in batch)
+            pairs = sum(c.pairs for c in counts)
+            ctx.tracker.log(
+                {
+                    "reward/loss": loss,
+                    "reward/train_accuracy": sum(c.correct for c in counts) / max(1, pairs),
+                    "reward/train_margin": sum(m for c in counts for m in c.margins) / max(1, pairs),
+                    "reward/grad_norm": result.grad_norms["reward"],
+                    "reward/lr": cfg.lr * factor,
+                },
+                tokens,
+            )
+            progress.advance(len(batch))
+            stopping = ctx.stop_requested or done == steps
+            if stopping or (cfg.save_every and done % cfg.save_every == 0):
+                state = {"step": done, "tokens": tokens}
+
+                def write(staged: Path, state: dict[str, int] = state) -> None:
+                    engine.save(staged)
+                    (staged / "state.json").write_text(json.dumps(state))
+
+                sealed_write(folder / f"step-{done:06d}", write)
+                keep_last(folder, 2)
+    return done == steps
+
+
+def normalise(model: nn.Module, demonstrations: list[Pair], ranked: list[Pair], scale: bool) -> dict[str, float]:
+    """Store the bias that makes demonstrations score 0 on average, and optionally the deviation of ranked outputs."""
+    config = model.config
+    config.reward_mean, config.reward_std = 0.0, 1.0
+    mean = float(scores(model, demonstrations).mean())
+    std = float(scores(model, ranked).std()) if scale else 1.0
+    if not std > 1e-6:
+        raise UserError(
+            f"the reward model scores all ranked outputs alike (deviation {std:.2g})",
+            fix="it has learned nothing: look at reward/loss, raise reward.lr or check the rankings",
+        )
+    config.reward_mean, config.reward_std = mean, std
+    return {"reward/mean": mean, "reward/std": std}
+
+
+def work(ctx: StageContext) -> dict[str, Any]:
+    """The stage, from rankings to a normalised reward model with probe scores."""
+    recipe, cfg, drops = ctx.recipe, ctx.recipe.reward, Drops()
+    source = str(ctx.run.require("sft", "model")) if cfg.model == "sft" else cfg.model
+    if Path(source).exists():
+        ctx.use(Path(source))
+    tokenizer = load_tokenizer(source, recipe.model.prompt_format)
+    train_groups, heldout = load_groups(ctx, tokenizer, drops)
+    demonstrations = [
+        (row.prompt, row.responses[0])
+        for row in fit_demonstrations(
+            read_demonstrations(recipe.data.demonstrations, drops),
+            tokenizer,
+            recipe.data.max_prompt_tokens,
+            recipe.data.max_response_tokens,
+            cfg.max_tokens,
+            drops,
+        )
+    ]
+    for reason, n in drops.table():
+        console.print(f"dropped {n}: {reason}")
+    for what, rows in (("ranking", train_groups), ("demonstration", demonstrations)):
+        if not rows:
+            raise UserError(f"no {what} is left for the reward stage", where="data", fix="see the dropped rows above")
+
+    torch.manual_seed(recipe.run.seed)
+    model = new_reward_model(source, recipe.model, cfg.keep_layers)
+    if cfg.lora.enabled:
+        model = add_lora(model, cfg.lora, "SEQ_CLS")
+    engine = Engine(
+        Scored(model.eval()),
+        [ParamGroup("reward", model, cfg.lr, cfg.max_grad_norm)],
+        device=recipe.run.device,
+        weight_decay=cfg.weight_decay,
+    )
+    if not train(engine, train_groups, ctx, int(tokenizer.pad_token_id)):
+        return {}
+
+    ranked = [pair for g in train_groups for pair in g.pairs]
+    metrics = normalise(model, demonstrations, ranked, cfg.normalise_scale)
+    if heldout:
+        counts = measure(model, heldout)
+        metrics |= heldout_metrics(counts, recipe.run.seed)
+        rows = calibration([m for c in counts for m in c.margins])
+        (ctx.dir / "calibration.json").write_text(json.dumps(rows, indent=1))
+        ctx.tracker.table("calibration", ["confidence", "accuracy", "n"], [list(r.values()) for r in rows], 0)
+    metrics["reward/training_prompts"] = float(len(train_groups))
+    metrics["reward/tied_pairs"] = float(sum(len(tied_pairs(g.ranks)) for g in train_groups))
+    save_model(model, tokenizer, ctx.dir / "model")
+    write_probes(model, tokenizer, ranked[:PROBES], ctx.dir / "model")
+    return metrics
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stage from the command line."""
+    return run_stage("reward", work, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,343 @@
+"""Supervised fine-tuning on demonstrations (Ouyang et al. 2022, section 3.5 and C.1): `python stages/sft.py RECIPE`.
+
+data       demonstrations, split by prompt; too long ones dropped and counted; optionally rows of pretraining text
+rows       prompt and response as one row; loss on the response and its EOS only, on every token of a text
+train      TRL's SFTTrainer: packed rows whose documents do not see each other, cosine to a tenth of the rate
+validate   mean loss per response token on held-out demonstrations, before and after
+save       a plain Hugging Face folder, adapters merged
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports to the Hub's maker otherwise
+
+import datasets
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import SFTConfig, SFTTrainer
+
+from rlhf.checkpoint import keep_last, newest_sealed, sealed_write
+from rlhf.config import Recipe
+from rlhf.errors import UserError
+from rlhf.models import add_lora, load_policy, load_tokenizer, resolve_model, save_model
+from rlhf.plan import plan_sft
+from rlhf.progress import Progress, console
+from rlhf.prompting import Encoded, fit_demonstrations
+from rlhf.quiet import quiet_transformers
+from rlhf.records import Demonstration, Drops, read_demonstrations, read_texts
+from rlhf.scoring import token_logprobs
+from rlhf.splits import split_by_prompt
+from rlhf.stage import StageContext, run_stage
+from rlhf.tracking import Tracker
+
+Row = dict[str, list[int]]  # input_ids, and completion_mask: 1 on tokens that are trained
+
+
+def load_demonstrations(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, drops: Drops
+) -> tuple[list[Encoded[Demonstration]], list[Encoded[Demonstration]]]:
+    """Training and held-out demonstrations within the limits; no prompt is in both."""
+    data = recipe.data
+    whole = read_demonstrations(data.demonstrations, drops)
+    limits = (data.max_prompt_tokens, data.max_response_tokens, recipe.sft.max_tokens)
+    train, heldout = (
+        fit_demonstrations(part, tokenizer, *limits, drops)
+        for part in split_by_prompt(whole, data.validation_fraction, recipe.run.seed)
+    )
+    if not train:
+        raise UserError(
+            f"no demonstration is left to train on ({drops.total} dropped)",
+            where="data.demonstrations",
+            fix="raise data.max_prompt_tokens or data.max_response_tokens, or add data",
+        )
+    return train, heldout
+
+
+def demonstration_row(demonstration: Encoded[Demonstration]) -> Row:
+    """The prompt, and the response with its EOS; only the latter is trained."""
+    prompt, response = demonstration.prompt, demonstration.responses[0]
+    return {"input_ids": prompt + response, "completion_mask": [0] * len(prompt) + [1] * len(response)}
+
+
+def text_rows(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int
+) -> list[Row]:
+    """`count` rows of pretraining text, each of at most `length` tokens, every token trained; a text ends with EOS.
+
+    Raises:
+        UserError: when the texts are too short for that many rows.
+    """
+    rows = []
+    for text in texts:
+        ids = [
+            *tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"],
+            tokenizer.eos_token_id,
+        ]
+        pieces = [ids[i : i + length] for i in range(0, len(ids), length)]
+        rows += [{"input_ids": p, "completion_mask": [1] * len(p)} for p in pieces if len(p) > 1]
+    if len(rows) < count:
+        raise UserError(
+            f"the pretraining mix needs {count} rows of text and there are {len(rows)}",
+            where="sft.pretraining_mix",
+            fix="add text to data.pretraining or lower the mix",
+        )
+    return random.Random(seed).sample(rows, count)
+
+
+def mix_rows(rows: Sequence[Row], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, drops: Drops) -> list[Row]:
+    """The demonstrations' rows and as many rows of text as make `sft.pretraining_mix` of the whole."""
+    mix, data = recipe.sft.pretraining_mix, recipe.data
+    count = round(len(rows) * mix / (1 - mix))
+    if not count:
+        return list(rows)
+    # As long as a demonstration may be, so that the share of rows is about the share of tokens.
+    length = min(data.max_prompt_tokens + data.max_response_tokens, recipe.sft.max_tokens)
+    return [*rows, *text_rows(read_texts(data.pretraining, drops), tokenizer, length, count, recipe.run.seed)]
+
+
+def trainer_config(recipe: Recipe, folder: Path) -> SFTConfig:
+    """The recipe in TRL's words; what the recipe does not name is set here so that no default of TRL's decides."""
+    sft = recipe.sft
+    schedule, options = {
+        "cosine": ("cosine_with_min_lr", {"min_lr_rate": sft.final_lr_fraction}),
+        "linear": ("polynomial", {"lr_end": sft.lr * sft.final_lr_fraction, "power": 1.0}),
+        "constant": ("constant_with_warmup", {}),
+    }[sft.schedule]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # names that change in transformers 6
+        return SFTConfig(
+            output_dir=str(folder),
+            # data
+            packing=sft.packing,
+            packing_strategy="bfd",
+            max_length=sft.max_tokens if sft.packing else None,
+            completion_only_loss=True,
+            seed=recipe.run.seed,
+            data_seed=recipe.run.seed,
+            # sizes
+            num_train_epochs=sft.epochs,
+            per_device_train_batch_size=sft.micro_batch_size,
+            gradient_accumulation_steps=plan_sft(recipe).accumulation,
+            gradient_checkpointing=recipe.launch.gradient_checkpointing,
+            # optimiser: Adam as in the paper, C.1
+            optim="adamw_torch",
+            learning_rate=sft.lr,
+            adam_beta1=0.9,
+            adam_beta2=0.95,
+            weight_decay=sft.weight_decay,
+            max_grad_norm=sft.max_grad_norm,
+            lr_scheduler_type=schedule,
+            lr_scheduler_kwargs=options,
+            warmup_steps=sft.warmup_steps,
+            # machine
+            bf16=recipe.model.dtype == "bfloat16",
+            use_cpu=recipe.run.device == "cpu" or not torch.cuda.is_available(),
+            dataloader_pin_memory=torch.cuda.is_available(),
+            ddp_find_unused_parameters=False,
+            deepspeed=deepspeed_file(recipe),
+            # logs and checkpoints are ours
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            include_num_input_tokens_seen="non_padding",
+            report_to="none",
+            disable_tqdm=True,
+            log_level="error",
+            save_strategy="steps" if sft.save_every else "no",
+            save_steps=sft.save_every or 1,
+            eval_strategy="no",
+        )
+
+
+def deepspeed_file(recipe: Recipe) -> str | None:
+    """DeepSpeed's settings for a run that its launcher started, with the processes connected; none without ZeRO."""
+    launch = recipe.launch
+    if "WORLD_SIZE" not in os.environ or not (launch.zero_stage or launch.deepspeed_config):
+        return None
+    import deepspeed
+    import deepspeed.ops
+
+    if not torch.cuda.is_available():
+        # Otherwise every start compiles an operator for a minute or more, which training does not use.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()  # before the trainer's settings, or ZeRO on CPUs is not switched on
+    ours = Path(__file__).parents[1] / "launch" / "deepspeed" / f"zero{launch.zero_stage}.json"
+    return launch.deepspeed_config or str(ours)
+
+
+class Reporter(TrainerCallback):
+    """What a run shows and keeps of the trainer's work: metrics, a progress bar, sealed checkpoints, a clean stop."""
+
+    def __init__(self, checkpoints: Path, tracker: Tracker, stop_requested: Callable[[], bool]) -> None:
+        self.checkpoints, self.tracker, self.stop_requested = checkpoints, tracker, stop_requested
+        self.last_loss = math.nan
+
+    def on_train_begin(self, args: SFTConfig, state: Any, control: Any, **_: Any) -> None:
+        self.tracker.truncate_after(state.num_input_tokens_seen)  # what came after the checkpoint happens again
+        self.progress = Progress("sft", total=state.max_steps, unit="steps")
+        self.progress.__enter__()
+        self.progress.advance(state.global_step)
+
+    def on_step_end(self, args: SFTConfig, state: Any, control: Any, **_: Any) -> None:
+        self.progress.advance(1)
+        control.should_training_stop |= self._any_process_stops(args)
+        # The last step is sealed too, so that a run killed while it validates does not train again.
+        control.should_save |= control.should_training_stop or state.global_step == state.max_steps
+
+    def on_log(self, args: SFTConfig, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if "loss" not in logs:
+            return  # the summary at the end of training
+        if not math.isfinite(logs["loss"]) or not math.isfinite(logs["grad_norm"]):
+            raise UserError(
+                f"loss {logs['loss']}, gradient norm {logs['grad_norm']} at step {state.global_step}",
+                where="sft.lr",
+                fix="lower the learning rate, use float32, or look for broken rows in the data",
+            )
+        self.last_loss = logs["loss"]
+        names = {"sft/loss": "loss", "sft/lr": "learning_rate", "sft/grad_norm": "grad_norm"}
+        names["sft/token_accuracy"] = "mean_token_accuracy"
+        metrics = {ours: float(logs[theirs]) for ours, theirs in names.items()}
+        self.tracker.log(metrics, int(state.num_input_tokens_seen))
+
+    def on_save(self, args: SFTConfig, state: Any, control: Any, **_: Any) -> None:
+        # The trainer writes in place, which a kill leaves half done: what it wrote is moved under a seal.
+        processes = PartialState()
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            name = self.checkpoints / f"step-{state.global_step:06d}"
+            sealed_write(name, lambda staged: [shutil.move(part, staged) for part in written.iterdir()])
+            written.rmdir()
+            keep_last(self.checkpoints, 2)
+        processes.wait_for_everyone()
+
+    def on_train_end(self, args: SFTConfig, state: Any, control: Any, **_: Any) -> None:
+        self.progress.__exit__(None, None, None)
+
+    def _any_process_stops(self, args: SFTConfig) -> bool:
+        if args.world_size == 1:
+            return self.stop_requested()
+        flag = torch.tensor(float(self.stop_requested()), device=args.device)
+        torch.distributed.all_reduce(flag)
+        return bool(flag)
+
+
+def build_trainer(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    config: SFTConfig,
+    reporter: Reporter,
+) -> SFTTrainer:
+    """TRL's trainer on rows that are tokenised already, without its own bars and tables."""
+    datasets.disable_progress_bars()
+    with quiet_transformers():
+        trainer = SFTTrainer(
+            model=policy,
+            args=config,
+            train_dataset=datasets.Dataset.from_list(list(rows)),
+            processing_class=tokenizer,
+            callbacks=[reporter],
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train_sft(
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    recipe: Recipe,
+    folder: Path,
+    tracker: Tracker,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> tuple[SFTTrainer, float]:
+    """Train `policy` in place on `rows`, from the newest sealed checkpoint in `folder` if there is one.
+
+    Args:
+        policy: a causal language model, adapters around it or not.
+        rows: what `demonstration_row` and `text_rows` return.
+        folder: holds `checkpoints/`; the trainer's own files go to a folder beside it that is removed at the end.
+        tracker: gets every step's metrics, by tokens seen.
+        stop_requested: asked after every step; when true a checkpoint is sealed and training ends.
+
+    Returns:
+        the trainer and the loss of the last step (nan when a finished training was resumed).
+    """
+    reporter = Reporter(folder / "checkpoints", tracker, stop_requested)
+    trainer = build_trainer(policy, tokenizer, rows, trainer_config(recipe, folder / "trainer"), reporter)
+    sealed = newest_sealed(folder / "checkpoints")
+    with quiet_transformers():
+        trainer.train(resume_from_checkpoint=str(sealed) if sealed else None)
+    if trainer.is_world_process_zero():
+        shutil.rmtree(folder / "trainer", ignore_errors=True)
+    return trainer, reporter.last_loss
+
+
+def validation_loss(policy: torch.nn.Module, heldout: Sequence[Encoded[Demonstration]]) -> float:
+    """Mean negative log-likelihood per response token, EOS included, in nats."""
+    logprobs = torch.cat(token_logprobs(policy, [(row.prompt, row.responses[0]) for row in heldout]))
+    return -float(logprobs.mean())
+
+
+def write_policy(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save the trained policy from the first process; ZeRO-3 gathers its partitioned weights on all of them first."""
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_deepspeed_zero3_enabled() else None
+    if trainer.is_world_process_zero():
+        save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder, weights)
+    trainer.accelerator.wait_for_everyone()
+
+
+def work(ctx: StageContext) -> dict[str, Any]:
+    """The stage, from demonstrations to the SFT policy."""
+    recipe, drops = ctx.recipe, Drops()
+    base = resolve_model(recipe.model.name)
+    if Path(base).is_dir():
+        ctx.use(Path(base))
+    tokenizer = load_tokenizer(base, recipe.model.prompt_format, recipe.model.trust_remote_code)
+    for path in (Path(name) for name in recipe.data.demonstrations):
+        if path.exists():
+            ctx.use(path)
+    train, heldout = load_demonstrations(recipe, tokenizer, drops)
+    rows = mix_rows([demonstration_row(d) for d in train], recipe, tokenizer, drops)
+    for reason, n in drops.table():
+        console.print(f"dropped {n}: {reason}")
+    console.print(f"{len(train)} demonstrations and {len(rows) - len(train)} rows of text to train on")
+
+    torch.manual_seed(recipe.run.seed)
+    policy = load_policy(base, recipe.model, recipe.sft.dropout, tokenizer)
+    if recipe.model.lora.enabled:
+        policy = add_lora(policy, recipe.model.lora, "CAUSAL_LM")
+    metrics = {"sft/demonstrations": float(len(train)), "sft/heldout_demonstrations": float(len(heldout))}
+    if heldout:
+        metrics["sft/validation_loss_before"] = validation_loss(policy, heldout)
+
+    trainer, last_loss = train_sft(policy, tokenizer, rows, recipe, ctx.dir, ctx.tracker, lambda: ctx.stop_requested)
+    if trainer.state.global_step < trainer.state.max_steps:
+        return {}
+    tokens = int(trainer.state.num_input_tokens_seen)
+    metrics |= {"sft/loss": last_loss, "sft/steps": float(trainer.state.global_step), "sft/tokens": float(tokens)}
+    if heldout:
+        metrics["sft/validation_loss"] = validation_loss(trainer.model, heldout)
+        ctx.tracker.log({"sft/validation_loss": metrics["sft/validation_loss"]}, tokens)
+    write_policy(trainer, tokenizer, ctx.dir / "model")
+    return metrics
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stage from the command line."""
+    return run_stage("sft", work, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,69 @@
+"""Fixtures that every test file shares: the tiny models, a cache folder of the session, and no network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf import models, tiny
+from rlhf.config import ModelSection
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """RLHF_CACHE in a folder of this session, unless the caller set one."""
+    if own := os.environ.get("RLHF_CACHE"):
+        yield Path(own)
+        return
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["RLHF_CACHE"] = str(folder)
+    yield folder
+    del os.environ["RLHF_CACHE"]
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(cache_folder: Path) -> str:
+    """Folder of the tiny Llama with its tokenizer; read only."""
+    return models.resolve_model("tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_policy_dir(tiny_dir: str) -> str:
+    """The same folder under the name that stage tests use."""
+    return tiny_dir
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny GPT-2 (absolute positions, biases) with the same tokenizer; read only."""
+    return str(tiny.tiny_gpt2_dir(tmp_path_factory.mktemp("tiny_gpt2")))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_dir: str) -> PreTrainedTokenizerBase:
+    """Tokenizer of both tiny models; read only."""
+    return models.load_tokenizer(tiny_dir)
+
+
+@pytest.fixture
+def tiny_policy(tiny_dir: str) -> PreTrainedModel:
+    """A fresh tiny Llama that the test may change."""
+    return models.load_policy(tiny_dir, ModelSection(name="tiny"))
+
+
+@pytest.fixture
+def tiny_gpt2(tiny_gpt2_dir: str) -> PreTrainedModel:
+    """A fresh tiny GPT-2 that the test may change."""
+    return models.load_policy(tiny_gpt2_dir, ModelSection(name="tiny"))

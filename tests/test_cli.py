@@ -1,0 +1,186 @@
+"""The command line: help, plans, refusals, and how stage programs are started and stopped."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import pipeline
+from rlhf.errors import UserError
+from rlhf.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def rlhf(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command as a user starts it, from any folder."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "launch.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_help_names_every_command_and_shows_examples() -> None:
+    text = rlhf("--help").stdout
+    for command in ("run", "sft", "rank", "reward", "ppo", "evaluate", "report", "chat", "plan", "recipes"):
+        assert f" {command} " in text
+    assert "rlhf run demo" in text
+    assert "--variant" in rlhf("ppo", "--help").stdout
+
+
+def test_recipes_lists_names_with_descriptions(tmp_path: Path) -> None:
+    done = rlhf("recipes", cwd=tmp_path)
+    assert done.returncode == 0
+    for name in ("demo", "tiny", "instructgpt-1.3b", "tldr-pythia-1b"):
+        assert f"\n{name} " in f"\n{done.stdout}"
+
+
+def test_plan_prints_derived_numbers_and_writes_nothing(tmp_path: Path) -> None:
+    done = rlhf("plan", "instructgpt-1.3b", "ppo.episodes=2560", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2560 episodes = 5 iterations x 512" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "demos"], "did you mean demo?"),
+        (["run", "tiny", "ppo.lrr=1"], "did you mean ppo.lr?"),
+        (["run", "tiny", "rank.labeler=human"], "labelling page"),
+        (["plan", "tiny", "ppo.episodes=100"], "does not divide"),
+        (["ppo", "tiny", "sft.lr=fast"], "sft.lr is 'fast'"),
+        (["report", "nowhere"], "no such run folder"),
+        (["chat", "nowhere"], "recipe.yaml"),
+    ],
+)
+def test_mistakes_exit_with_2_and_no_traceback(tmp_path: Path, arguments: list[str], words: str) -> None:
+    done = rlhf(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert list(tmp_path.iterdir()) == []  # refused before anything is written
+
+
+def test_one_process_runs_the_stage_program_itself() -> None:
+    recipe = load_recipe("tiny")
+    assert pipeline.command("sft", recipe, "tiny", ["sft.lr=1"]) == [
+        sys.executable, "-m", "stages.sft", "tiny", "sft.lr=1",
+    ]  # fmt: skip
+    assert pipeline.command("ppo-ptx", recipe, "tiny", [])[-4:] == ["stages.ppo", "tiny", "--variant", "ppo-ptx"]
+
+
+def test_more_processes_go_through_deepspeed_and_sampling_stages_do_not() -> None:
+    recipe = load_recipe("tiny", ["launch.processes=2"])
+    line = shlex.join(pipeline.command("ppo", recipe, "tiny", []))
+    assert "-m deepspeed.launcher.runner" in line
+    assert line.endswith("--num_gpus 2 --module --no_local_rank stages.ppo tiny --variant ppo")
+    assert "deepspeed" not in shlex.join(pipeline.command("rank", recipe, "tiny", []))
+
+
+def test_hostfile_reaches_the_launcher_and_quotes_do_not_reach_its_shells(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a slots=1\nb slots=1\n", encoding="utf-8")
+    recipe = load_recipe("tiny", [f"launch.hostfile={hosts}"])
+    line = pipeline.command("sft", recipe, "tiny", [])
+    assert line[line.index("--hostfile") + 1] == str(hosts)
+    with pytest.raises(UserError, match="quote"):
+        pipeline.command("sft", recipe, "tiny", ["data.prompts=['a; rm b']"])
+
+
+def test_environment_keeps_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    env = pipeline.environment(load_recipe("tiny"), launched=False)
+    assert env["OMP_NUM_THREADS"] == "3"
+    assert env["MKL_NUM_THREADS"] == str(os.cpu_count())
+    assert env["HF_HUB_DISABLE_TELEMETRY"] == "1"
+    assert "HF_HUB_OFFLINE" not in env
+
+
+def test_disk_need_counts_models_of_unfinished_stages(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"x" * 1000)
+    overrides = [f"model.name={model}", f"run.dir={tmp_path}", "run.name=r", "run.stages=[sft,rank,ppo]"]
+    lora = load_recipe("tiny", [*overrides, "model.lora.enabled=true"])
+    assert pipeline.disk_need(lora) == 3000  # the SFT model, the policy and its average
+    full = load_recipe("tiny", overrides)
+    assert pipeline.disk_need(full) == (1 + 6) * 1000 + (2 + 12) * 1000  # two checkpoints of weights and two moments
+    (tmp_path / "r" / "sft" / "model").mkdir(parents=True)
+    assert pipeline.disk_need(lora) == 2000
+
+
+def test_a_full_disk_is_refused_before_the_start(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    with (model / "model.safetensors").open("wb") as file:
+        file.truncate(2**40)  # sparse: takes no space
+    recipe = load_recipe("tiny", [f"model.name={model}", f"run.dir={tmp_path / 'new' / 'runs'}"])
+    with pytest.raises(UserError, match="GB are free"):
+        pipeline.check_disk(recipe)
+
+
+CHILD = """
+import signal, sys, time
+def stop(signum, frame):
+    print("got", signum, flush=True)
+    sys.exit({code})
+signal.signal(signal.SIGINT, stop)
+signal.signal(signal.SIGTERM, stop)
+print("ready", flush=True)
+time.sleep(60)
+"""
+PARENT = """
+import os, sys
+from launch.pipeline import _supervise
+sys.exit(_supervise([sys.executable, "-c", {child!r}], dict(os.environ), local_ranks=False))
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "arrives", "code"),
+    [(signal.SIGINT, 2, 130), (signal.SIGTERM, 15, 143), (signal.SIGHUP, 15, 143)],
+)
+def test_signals_reach_the_stage_once_and_its_end_is_waited_for(sent: signal.Signals, arrives: int, code: int) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT.format(child=CHILD.format(code=code))],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "ready\n"
+    parent.send_signal(sent)
+    assert parent.stdout.read() == f"got {arrives}\n"
+    assert parent.wait(timeout=30) == code
+
+
+@pytest.mark.parametrize(
+    ("body", "code"), [("raise SystemExit(3)", 3), ("pass", 0), ("import os; os.kill(os.getpid(), 9)", 137)]
+)
+def test_exit_codes_are_passed_on(body: str, code: int) -> None:
+    assert pipeline._supervise([sys.executable, "-c", body], dict(os.environ), local_ranks=False) == code
+
+
+def test_ranks_are_the_grandchildren_of_the_launcher() -> None:
+    """runner -> launch -> rank, as DeepSpeed starts them."""
+    sleep = "import time; time.sleep(60)"
+    spawn = "import subprocess, sys; subprocess.run([sys.executable, '-c', {!r}])"
+    runner = subprocess.Popen([sys.executable, "-c", spawn.format(spawn.format(sleep))], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 20
+        while (ranks := pipeline._ranks(runner.pid)) == [runner.pid] and time.monotonic() < deadline:
+            time.sleep(0.1)
+        (rank,) = ranks
+        assert Path(f"/proc/{rank}/cmdline").read_text().split("\0")[2] == sleep
+    finally:
+        os.killpg(runner.pid, signal.SIGKILL)
+        runner.wait()

@@ -1,0 +1,98 @@
+"""No option that nothing reads: every field of the recipe is read somewhere as an attribute of its section."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rlhf.config import LoraSection, Recipe
+from rlhf.recipe import fields
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [
+    path
+    for folder in ("rlhf", "stages", "launch")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if path != ROOT / "rlhf" / "config.py"
+]
+# Functions that only show a field: that is not reading it.
+DISPLAY = {"plan_rows", "_ppo_rows"}
+
+
+def attribute_reads(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """(owner, name) of every `owner.name` that is read; of `a.b.c` the owner of c is b.
+
+    A name given to a section, as in `cfg = recipe.ppo` or `lora: LoraSection`, stands for it within its function.
+    """
+    for part in tree.body:
+        functions = part.body if isinstance(part, ast.ClassDef) else [part]
+        for function in functions:
+            if getattr(function, "name", "") not in DISPLAY:
+                yield from _reads(function)
+
+
+def _reads(function: ast.stmt) -> Iterator[tuple[str, str]]:
+    aliases: dict[str, set[str]] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign):
+            for target, value in _pairs(node):
+                if isinstance(value, ast.Attribute):
+                    aliases.setdefault(target, set()).add(value.attr)
+        if isinstance(node, ast.arg) and node.annotation is not None:
+            kind = ast.unparse(node.annotation)
+            if kind.endswith("Section"):
+                aliases.setdefault(node.arg, set()).add(kind.removesuffix("Section").lower())
+    for node in ast.walk(function):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner = node.value
+            if isinstance(owner, ast.Attribute):
+                yield owner.attr, node.attr
+            elif isinstance(owner, ast.Name):
+                for section in aliases.get(owner.id, set()) | {owner.id}:
+                    yield section, node.attr
+
+
+def _pairs(node: ast.Assign) -> Iterator[tuple[str, ast.expr]]:
+    """Names and the values given to them, through `a, b = x, y` as well."""
+    for target in node.targets:
+        if isinstance(target, ast.Name):
+            yield target.id, node.value
+        elif isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+            for name, value in zip(target.elts, node.value.elts, strict=True):
+                if isinstance(name, ast.Name):
+                    yield name.id, value
+
+
+READS = {read for path in SOURCES for read in attribute_reads(ast.parse(path.read_text(encoding="utf-8")))}
+
+
+def test_the_walk_sees_reads_through_aliases_and_arguments_and_no_writes() -> None:
+    code = """
+def one(recipe, lora: LoraSection):
+    cfg, seed = recipe.ppo, recipe.run.seed
+    recipe.sft.lr = 1
+    return cfg.lam + lora.rank
+def two(recipe):
+    cfg = recipe.rank
+    return cfg.temperature
+def plan_rows(recipe):
+    return recipe.reward.lr
+"""
+    reads = set(attribute_reads(ast.parse(code)))
+    assert {("ppo", "lam"), ("run", "seed"), ("lora", "rank"), ("rank", "temperature")} <= reads
+    assert not {("sft", "lr"), ("ppo", "temperature"), ("reward", "lr")} & reads
+
+
+@pytest.mark.parametrize("field", [name for name, _ in fields(Recipe)])
+def test_field_is_read(field: str) -> None:
+    section, name = field.split(".")[-2:]
+    assert (section, name) in READS, f"no code reads recipe.{field}"
+
+
+def test_every_lora_field_is_covered_by_both_sections() -> None:
+    names = {name for name, _ in fields(Recipe)}
+    for name in LoraSection.model_fields:
+        assert {f"model.lora.{name}", f"reward.lora.{name}"} <= names

@@ -1,0 +1,259 @@
+"""Supervised fine-tuning: which tokens are trained, that packed rows do not mix, schedules, resuming, adapters."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.config import ModelSection, Recipe, TrackingSection
+from rlhf.errors import UserError
+from rlhf.models import add_lora, load_policy
+from rlhf.prompting import Encoded, encode_prompt, encode_response
+from rlhf.records import Demonstration, Drops, Prompt
+from rlhf.tracking import Tracker
+from stages.sft import demonstration_row, main, mix_rows, text_rows, train_sft, validation_loss, write_policy
+
+ANSWERS = [
+    ("What is a river?", "Water that runs to the sea."),
+    ("Name a town.", "Prague."),
+    ("How do I boil an egg?", "Put it into hot water for eight minutes and cool it."),
+    ("Say yes.", "Yes."),
+    ("Give me an idea for a present.", "A pair of good gloves."),
+    ("What is a bridge for?", "People stand on it and watch the boats."),
+    ("Count to three.", "1 2 3"),
+    ("Is it cold?", "It is not cold today."),
+]
+
+
+def make_recipe(**sft: Any) -> Recipe:
+    options = {"epochs": 1, "batch_size": 8, "micro_batch_size": 8, "lr": 1e-3, "packing": False, **sft}
+    return Recipe.model_validate(
+        {
+            "model": {"name": "tiny"},
+            "run": {"seed": 3, "device": "cpu"},
+            "data": {"max_prompt_tokens": 48, "max_response_tokens": 48},
+            "sft": options,
+        }
+    )
+
+
+def make_tracker(folder: Path) -> Tracker:
+    return Tracker(folder, "test", "sft", TrackingSection(wandb="disabled"), {}, axis="tokens")
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    points = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: point[name] for name in ("step", "sft/loss", "sft/lr")} for point in points]
+
+
+def run(
+    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list, recipe: Recipe, folder: Path, **how: Any
+):
+    tracker = make_tracker(folder)
+    result = train_sft(policy, tokenizer, rows, recipe, folder, tracker, **how)
+    tracker.close()
+    return result
+
+
+@pytest.fixture
+def encoded(tiny_tokenizer: PreTrainedTokenizerBase) -> list[Encoded[Demonstration]]:
+    demonstrations = [Demonstration(Prompt.from_text(question), answer) for question, answer in ANSWERS]
+    return [
+        Encoded(d, encode_prompt(tiny_tokenizer, d.prompt), [encode_response(tiny_tokenizer, d.response)])
+        for d in demonstrations
+    ]
+
+
+def hand_loss(policy: PreTrainedModel, encoded: list[Encoded[Demonstration]]) -> float:
+    """Mean over all response tokens of -log p, one sequence at a time, without padding."""
+    total, count = 0.0, 0
+    for row in encoded:
+        ids = row.prompt + row.responses[0]
+        with torch.no_grad():
+            logp = policy(torch.tensor([ids])).logits[0].log_softmax(-1)
+        for t in range(len(row.prompt), len(ids)):
+            total -= float(logp[t - 1, ids[t]])
+            count += 1
+    return total / count
+
+
+def test_a_row_trains_the_response_and_its_eos(encoded, tiny_tokenizer) -> None:
+    row = demonstration_row(encoded[1])
+    trained = [t for t, mask in zip(row["input_ids"], row["completion_mask"], strict=True) if mask]
+    assert tiny_tokenizer.decode(trained) == "Prague.<|im_end|>"
+    assert tiny_tokenizer.decode(row["input_ids"]).startswith("<|im_start|>user\nName a town.<|im_end|>")
+
+
+@pytest.mark.parametrize("model", ["tiny_policy", "tiny_gpt2"])
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_loss_is_the_mean_over_response_tokens(model, packing, encoded, tiny_tokenizer, request, tmp_path) -> None:
+    """Packed too: were the documents to see each other, the loss would differ."""
+    policy = request.getfixturevalue(model)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(4)  # far from uniform, so that attention matters
+    expected = hand_loss(policy, encoded)
+    assert validation_loss(policy, encoded) == pytest.approx(expected, rel=1e-5)
+    recipe = make_recipe(packing=packing, max_tokens=120)
+    run(policy, tiny_tokenizer, [demonstration_row(e) for e in encoded], recipe, tmp_path)
+    points = logged(tmp_path)
+    assert len(points) == 1
+    assert points[0]["sft/loss"] == pytest.approx(expected, rel=1e-4)
+    assert points[0]["step"] == sum(len(e.prompt) + len(e.responses[0]) for e in encoded)
+
+
+def test_packed_documents_would_be_noticed(tiny_policy, encoded) -> None:
+    """The check above has teeth: attention across documents moves the loss by far more than its tolerance."""
+    with torch.no_grad():
+        for parameter in tiny_policy.parameters():
+            parameter.mul_(4)
+    joined = [t for e in encoded for t in e.prompt + e.responses[0]]
+    with torch.no_grad():
+        logp = tiny_policy(torch.tensor([joined])).logits[0].log_softmax(-1)
+    start, total, count = 0, 0.0, 0
+    for e in encoded:
+        for t in range(start + len(e.prompt), start + len(e.prompt) + len(e.responses[0])):
+            total -= float(logp[t - 1, joined[t]])
+            count += 1
+        start += len(e.prompt) + len(e.responses[0])
+    assert abs(total / count - hand_loss(tiny_policy, encoded)) > 1e-2
+
+
+def test_micro_batches_do_not_change_the_step(tiny_dir, encoded, tiny_tokenizer, tmp_path) -> None:
+    rows, weights = [demonstration_row(e) for e in encoded], []
+    for micro in (8, 2):
+        recipe = make_recipe(micro_batch_size=micro)
+        policy = load_policy(tiny_dir, recipe.model)
+        run(policy, tiny_tokenizer, rows, recipe, tmp_path / str(micro))
+        weights.append(policy.lm_head.weight.detach())
+    assert torch.allclose(*weights, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        # the rate of each of four steps; the decay reaches its share after the last one
+        ("cosine", [0.1 + 0.9 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]),
+        ("linear", [0.1 + 0.9 * (1 - k / 4) for k in range(4)]),
+        ("constant", [1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_schedules_end_at_their_share(schedule, expected, tiny_policy, encoded, tiny_tokenizer, tmp_path) -> None:
+    recipe = make_recipe(schedule=schedule, batch_size=2, micro_batch_size=2)
+    run(tiny_policy, tiny_tokenizer, [demonstration_row(e) for e in encoded], recipe, tmp_path)
+    assert [p["sft/lr"] / 1e-3 for p in logged(tmp_path)] == pytest.approx(expected, abs=1e-6)
+
+
+def test_training_lowers_the_loss(tiny_policy, encoded, tiny_tokenizer, tmp_path) -> None:
+    before = validation_loss(tiny_policy, encoded)
+    recipe = make_recipe(epochs=6, packing=True, max_tokens=64, batch_size=1, micro_batch_size=1, lr=3e-3)
+    run(tiny_policy, tiny_tokenizer, [demonstration_row(e) for e in encoded], recipe, tmp_path)
+    assert validation_loss(tiny_policy, encoded) < before - 1
+
+
+@pytest.mark.parametrize("model", ["tiny_dir", "tiny_gpt2_dir"])
+def test_a_stopped_run_resumes_exactly(model, encoded, tiny_tokenizer, tmp_path, request) -> None:
+    folder = request.getfixturevalue(model)
+    # With dropout, so that the random streams matter (Llama has none).
+    recipe = make_recipe(epochs=3, batch_size=2, micro_batch_size=1, save_every=2, dropout=0.2)
+    rows = [demonstration_row(e) for e in encoded]
+
+    whole = load_policy(folder, recipe.model, dropout=0.2)
+    run(whole, tiny_tokenizer, rows, recipe, tmp_path / "whole")
+
+    first = load_policy(folder, recipe.model, dropout=0.2)
+    asked = iter([False] * 4 + [True] * 20)
+    trainer, _ = run(first, tiny_tokenizer, rows, recipe, tmp_path / "cut", stop_requested=lambda: next(asked))
+    assert trainer.state.global_step == 5
+    kept = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
+    assert kept == ["step-000004", "step-000005"]
+    second = load_policy(folder, recipe.model, dropout=0.2)
+    trainer, _ = run(second, tiny_tokenizer, rows, recipe, tmp_path / "cut")
+
+    assert trainer.state.global_step == trainer.state.max_steps == 12
+    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+    for (name, ours), theirs in zip(second.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    # A finished training that is resumed (a kill during validation) trains no more.
+    third = load_policy(folder, recipe.model, dropout=0.2)
+    trainer, _ = run(third, tiny_tokenizer, rows, recipe, tmp_path / "cut")
+    assert len(logged(tmp_path / "cut")) == 12
+    assert all(torch.equal(a, b) for a, b in zip(third.parameters(), whole.parameters(), strict=True))
+
+
+def test_adapters_train_and_are_saved_merged(tiny_dir, encoded, tiny_tokenizer, tmp_path) -> None:
+    recipe = make_recipe(epochs=4, batch_size=2, micro_batch_size=2, lr=1e-2)
+    policy = load_policy(tiny_dir, recipe.model)
+    base = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    adapted = add_lora(policy, recipe.model.lora.model_copy(update={"last_layers": 2}), "CAUSAL_LM")
+    trainer, _ = run(adapted, tiny_tokenizer, [demonstration_row(e) for e in encoded], recipe, tmp_path)
+    write_policy(trainer, tiny_tokenizer, tmp_path / "model")
+    merged = load_policy(tmp_path / "model", recipe.model)
+    changed = {name for name, p in merged.named_parameters() if not torch.equal(p, base[name])}
+    assert len(changed) == 14 and all(".layers.2." in name or ".layers.3." in name for name in changed)
+    assert validation_loss(merged, encoded) == pytest.approx(validation_loss(trainer.model, encoded), rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tiny_policy, encoded, tiny_tokenizer, tmp_path) -> None:
+    with torch.no_grad():
+        tiny_policy.model.norm.weight[0] = float("nan")
+    with pytest.raises(UserError, match="loss nan"):
+        run(tiny_policy, tiny_tokenizer, [demonstration_row(e) for e in encoded], make_recipe(), tmp_path)
+
+
+def test_rows_of_text(tiny_tokenizer) -> None:
+    eos = tiny_tokenizer.eos_token_id
+    ids = tiny_tokenizer("The old town has three bridges.", add_special_tokens=False)["input_ids"] + [eos]
+    rows = text_rows(["The old town has three bridges."], tiny_tokenizer, 5, -(-len(ids) // 5), seed=0)
+    assert sorted(t for row in rows for t in row["input_ids"]) == sorted(ids)
+    assert all(row["completion_mask"] == [1] * len(row["input_ids"]) for row in rows)
+    assert max(len(row["input_ids"]) for row in rows) == 5
+    with pytest.raises(UserError, match="needs 100 rows"):
+        text_rows(["The old town."], tiny_tokenizer, 5, 100, seed=0)
+
+
+def test_a_tenth_of_the_rows_is_text(encoded, tiny_tokenizer, tmp_path) -> None:
+    (tmp_path / "text.txt").write_text("The old town has three bridges. " * 200)
+    rows = [demonstration_row(e) for e in encoded for _ in range(9)]
+    recipe = make_recipe(pretraining_mix=0.1)
+    data = recipe.data.model_copy(update={"pretraining": [str(tmp_path / "text.txt")]})
+    mixed = mix_rows(rows, recipe.model_copy(update={"data": data}), tiny_tokenizer, Drops())
+    assert len(mixed) == 80 and sum(0 not in row["completion_mask"] for row in mixed) == 8
+    assert mix_rows(rows, make_recipe(), tiny_tokenizer, Drops()) == rows
+
+
+def test_the_whole_stage(tmp_path, capsys) -> None:
+    """From a recipe file to a policy folder that loads without peft, with the metrics of both validation passes."""
+    demonstrations = [
+        {"prompt": f"{question} ({n})", "response": answer} for question, answer in ANSWERS for n in range(5)
+    ]
+    long = {"prompt": "Say yes.", "response": "yes " * 60}
+    (tmp_path / "demonstrations.jsonl").write_text("\n".join(map(json.dumps, [*demonstrations, long])))
+    recipe = {
+        "run": {"name": "t", "dir": str(tmp_path / "runs"), "seed": 3, "device": "cpu"},
+        "model": {"name": "tiny", "lora": {"enabled": True, "rank": 4}},
+        "data": {
+            "demonstrations": [str(tmp_path / "demonstrations.jsonl")],
+            "max_prompt_tokens": 48,
+            "max_response_tokens": 48,
+            "validation_fraction": 0.3,
+        },
+        "sft": {"epochs": 4, "batch_size": 4, "micro_batch_size": 4, "lr": 0.01, "packing": False},
+        "tracking": {"wandb": "disabled"},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    assert main([str(tmp_path / "recipe.yaml")]) in (0, None)
+    stage = tmp_path / "runs" / "t" / "sft"
+    metrics = json.loads((stage / "stage.json").read_text())["metrics"]
+    assert metrics["sft/demonstrations"] + metrics["sft/heldout_demonstrations"] == 40
+    assert metrics["sft/heldout_demonstrations"] > 0
+    assert metrics["sft/validation_loss"] < metrics["sft/validation_loss_before"] - 0.05
+    assert "response over 48 tokens" in capsys.readouterr().out
+    load_policy(stage / "model", ModelSection(name="tiny"))
+    assert not (stage / "trainer").exists()
