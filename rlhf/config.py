@@ -105,6 +105,9 @@ class RewardSection(Section):
 
     model: str = Field("sft", min_length=1, description="what to start from: sft, a local folder or a Hub name")
     keep_layers: int = Field(0, ge=0, description="keep the first N layers: a smaller model, as in the paper; 0: all")
+    head_init: Literal["zero", "normal"] = Field(
+        "zero", description="zero: the first loss is log 2; normal: N(0, 1/(d + 1)) as in arXiv 2403.17031"
+    )
     lora: LoraSection = LoraSection()
     epochs: int = Field(1, ge=1)
     batch_size: int = Field(16, ge=1, description="prompts per optimiser step, each with all its outputs (paper: 64)")

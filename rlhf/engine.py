@@ -103,10 +103,12 @@ class Engine:
         result = StepResult()
         for group, state in zip(self.groups, self.optimizer.param_groups, strict=True):
             state["lr"] = group.lr * lr_factor
-            norm = torch.nn.utils.clip_grad_norm_(group.parameters(), group.max_grad_norm)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in group.parameters() if p.grad is not None])
             result.grad_norms[group.name] = float(norm)
             if not torch.isfinite(norm) and not result.non_finite:
+                # Named before clipping: a nan norm would make every gradient of the group nan.
                 result.non_finite = f"{group.name}.{_first_non_finite(group.module)}"
+            torch.nn.utils.clip_grads_with_norm_(group.parameters(), group.max_grad_norm, norm)
         if result.non_finite:
             self.skipped_in_a_row += 1
             self.skipped_steps += 1
@@ -151,6 +153,14 @@ class Engine:
             raise UserError(
                 f"the checkpoint does not fit the recipe: parameter {odd} is in one of them only", where=str(folder)
             )
+        # copy_ would spread a width of 1 over any other: an adapter of rank 1 over one of rank 16.
+        for name, parameter in ours.items():
+            if saved[name].shape != parameter.shape:
+                raise UserError(
+                    f"the checkpoint does not fit the recipe: parameter {name} is {tuple(saved[name].shape)} there "
+                    f"and {tuple(parameter.shape)} here",
+                    where=str(folder),
+                )
         with torch.no_grad():
             for name, parameter in ours.items():
                 parameter.copy_(saved[name])

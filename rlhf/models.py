@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -74,11 +75,17 @@ def load_policy(
     return _fit_to_tokenizer(policy, tokenizer or load_tokenizer(where, model.prompt_format, model.trust_remote_code))
 
 
-def new_reward_model(policy_dir: str | Path, model: ModelSection, keep_layers: int = 0) -> PreTrainedModel:
-    """A reward model that starts from a policy: its body, and a scalar head drawn from N(0, 1/sqrt(d + 1)).
+def new_reward_model(
+    policy_dir: str | Path,
+    model: ModelSection,
+    keep_layers: int = 0,
+    head_init: Literal["zero", "normal"] = "normal",
+) -> PreTrainedModel:
+    """A reward model that starts from a policy: its body, and a new scalar head.
 
-    The head is Stiennon et al.'s as in Huang et al. 2024 (arXiv 2403.17031), drawn from torch's global generator, with
-    d the hidden size. `reward_mean` 0 and `reward_std` 1 go into the config.
+    A zero head has no random ranking to unlearn, which counts when rankings are few. The normal one is drawn from the
+    global generator with deviation 1/sqrt(d + 1), d the hidden size: Stiennon et al.'s, as in Huang et al. 2024
+    (arXiv 2403.17031). `reward_mean` 0 and `reward_std` 1 go into the config.
 
     Args:
         policy_dir: anything `resolve_model` takes; a reward model keeps its head.
@@ -97,7 +104,7 @@ def new_reward_model(policy_dir: str | Path, model: ModelSection, keep_layers: i
     if others := [name for name in missing if not name.startswith("score.")]:
         raise UserError(f"weights are missing: {_few(others)}", where=where, fix="name a complete language model")
     if missing:
-        nn.init.normal_(head.weight, std=1 / math.sqrt(head.in_features + 1))
+        nn.init.normal_(head.weight, std=0.0 if head_init == "zero" else 1 / math.sqrt(head.in_features + 1))
     if keep_layers:
         _cut_layers(reward, keep_layers)
     reward.config.reward_mean, reward.config.reward_std = 0.0, 1.0

@@ -136,7 +136,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     with torch.no_grad():
         stats = (
             masked_sum((clipped > plain).to(ratio.dtype), mask),
-            ratio.max(),
+            torch.where(mask, ratio, torch.zeros_like(ratio)).max(),
             (ratio - 1).abs().max(),
             masked_sum(kl_k3(old_logprobs, logprobs), mask),
         )
@@ -145,6 +145,8 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
     """Sum of 0.5 max((V - G)^2, (clamp(V, V_old - clip, V_old + clip) - G)^2) over tokens [B, R]."""
+    # Masked first: behind a square, nan or inf on padding would come back as a nan gradient.
+    values, old_values, returns = (torch.where(mask, x, torch.zeros_like(x)) for x in (values, old_values, returns))
     bounded = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
     error = torch.maximum((values - returns) ** 2, (bounded - returns) ** 2)
     return masked_sum(0.5 * error, mask)

@@ -216,7 +216,7 @@ def _json_rows(source: str, path: Path) -> Iterator[tuple[str, Any]]:
 
 def _parse(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         what = f"the line is not JSON: {error.msg} at column {error.colno}"
         raise UserError(what, where=place, fix='write one object a line, such as {"prompt": "..."}') from None

@@ -220,7 +220,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
             raise UserError(f"no {what} is left for the reward stage", where="data", fix="see the dropped rows above")
 
     torch.manual_seed(recipe.run.seed)
-    model = new_reward_model(source, recipe.model, cfg.keep_layers)
+    model = new_reward_model(source, recipe.model, cfg.keep_layers, cfg.head_init)
     if cfg.lora.enabled:
         model = add_lora(model, cfg.lora, "SEQ_CLS")
     engine = Engine(

@@ -1,0 +1,218 @@
+"""The training engine: clipping by group, skipped steps, and a checkpoint that continues bit for bit."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rlhf.engine import Engine, ParamGroup, grad_norm
+from rlhf.errors import UserError
+
+
+class Two(nn.Module):
+    """Two independent parts of two tensors each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(2, 1), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.a(x).sum() + self.b(y).square().sum()
+
+
+def make(model: nn.Module | None = None, **options: object) -> Engine:
+    model = model or Two()
+    groups = [
+        ParamGroup("first", model.a, lr=0.1, max_grad_norm=1.0),
+        ParamGroup("second", model.b, lr=0.01, max_grad_norm=1.0),
+    ]
+    return Engine(model, groups, device="cpu", **options)
+
+
+def set_grads(engine: Engine, **grads: list) -> None:
+    """Set gradients by parameter name with _ for the dot; the others get zeros."""
+    for name, parameter in engine.trainable().items():
+        parameter.grad = torch.zeros_like(parameter)
+        if (key := name.replace(".", "_")) in grads:
+            parameter.grad = torch.tensor(grads[key], dtype=torch.float32).reshape(parameter.shape)
+
+
+def first_moment(engine: Engine, parameter: nn.Parameter) -> list[float]:
+    return engine.optimizer.state[parameter]["exp_avg"].flatten().tolist()
+
+
+def weights(engine: Engine) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in engine.trainable().items()}
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def test_each_group_is_clipped_by_its_own_norm() -> None:
+    engine = make(betas=(0.9, 0.95))
+    # first: (3, 0), bias 4: norm 5, scaled by 1/5. second: 0.3 and 0.4: norm 0.5, below its bound, left as it is.
+    set_grads(engine, a_weight=[3.0, 0.0], a_bias=[4.0], b_weight=[0.3, 0, 0, 0, 0, 0], b_bias=[0.0, 0.4])
+    result = engine.step()
+    assert result.grad_norms == pytest.approx({"first": 5.0, "second": 0.5})
+    assert result.non_finite == ""
+    module = engine.module
+    # After one step Adam's first moment is 0.1 of the clipped gradient.
+    assert first_moment(engine, module.a.weight) == pytest.approx([0.06, 0.0], abs=1e-6)
+    assert first_moment(engine, module.a.bias) == pytest.approx([0.08], abs=1e-6)
+    assert first_moment(engine, module.b.weight) == pytest.approx([0.03, 0, 0, 0, 0, 0], abs=1e-6)
+    assert first_moment(engine, module.b.bias) == pytest.approx([0.0, 0.04], abs=1e-6)
+
+
+def test_learning_rates_by_group_times_the_factor() -> None:
+    # Adam's first step is lr x sign(gradient), whatever the gradient's size.
+    engine = make()
+    before = weights(engine)
+    set_grads(engine, a_weight=[3.0, -2.0], a_bias=[1.0], b_weight=[1.0] * 6, b_bias=[1.0, -1.0])
+    engine.step(lr_factor=0.5)
+    moved = {name: (p.detach() - before[name]).flatten().tolist() for name, p in engine.trainable().items()}
+    assert moved["a.weight"] == pytest.approx([-0.05, 0.05], abs=1e-5)
+    assert moved["b.bias"] == pytest.approx([-0.005, 0.005], abs=1e-5)
+
+
+def test_weight_decay_is_decoupled() -> None:
+    engine = make(weight_decay=0.5)
+    before = weights(engine)
+    set_grads(engine)
+    engine.step()
+    # No gradient: w (1 - lr x decay)
+    assert torch.allclose(engine.module.a.weight, before["a.weight"] * 0.95)
+    assert torch.allclose(engine.module.b.weight, before["b.weight"] * 0.995)
+
+
+def test_gradients_add_up_over_micro_batches_and_are_gone_after_the_step() -> None:
+    engine = make()
+    x, y = torch.tensor([[1.0, 2.0], [3.0, -1.0]]), torch.randn(2, 3)
+    for i in range(2):
+        with engine.accumulate(last=i == 1):
+            engine.backward(engine.model(x[i : i + 1], y[i : i + 1]))
+    weight, bias = engine.grads("first")
+    assert weight.flatten().tolist() == [4.0, 1.0] and bias.tolist() == [2.0]  # the sum of the rows, two rows
+    assert grad_norm([weight, bias]) == pytest.approx(math.sqrt(16 + 1 + 4))
+    assert len(engine.grads("second")) == 2 and engine.grads("none") == [] and grad_norm([]) == 0.0
+    engine.step()
+    assert engine.grads("first") == []
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = Two()
+    model.a.bias.requires_grad_(False)
+    engine = make(model)
+    assert list(engine.trainable()) == ["a.weight", "b.weight", "b.bias"]
+    assert [len(group["params"]) for group in engine.optimizer.param_groups] == [1, 2]
+
+
+# --- non-finite gradients ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_gradient_skips_the_step_for_all_groups_and_is_named(bad: float) -> None:
+    engine = make(max_skipped_steps=5)
+    set_grads(engine, a_weight=[1.0, 1.0])
+    engine.step()
+    before = weights(engine)
+    # The second tensor of the second group is bad; the first one is fine and must not be blamed.
+    set_grads(engine, a_weight=[1.0, 1.0], b_weight=[1.0] * 6, b_bias=[0.5, bad])
+    result = engine.step()
+    assert result.non_finite == "second.bias.grad"
+    assert result.grad_norms["first"] == pytest.approx(math.sqrt(2))
+    assert not math.isfinite(result.grad_norms["second"])
+    after = weights(engine)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    steps = {int(state["step"]) for state in engine.optimizer.state.values()}
+    assert steps == {1}, "the optimiser's own counters stand still"
+    assert (engine.skipped_steps, engine.skipped_in_a_row) == (1, 1)
+    assert engine.grads("first") == [], "the bad gradient is gone"
+    set_grads(engine, a_weight=[1.0, 1.0])
+    assert engine.step().non_finite == ""
+    assert (engine.skipped_steps, engine.skipped_in_a_row) == (1, 0)
+    assert not torch.equal(weights(engine)["a.weight"], before["a.weight"])
+
+
+def test_an_overflowing_norm_of_finite_gradients_is_skipped_too() -> None:
+    engine = make()
+    set_grads(engine, a_weight=[3e38, 3e38], a_bias=[3e38])
+    result = engine.step()
+    assert result.non_finite == "first.gradient norm overflow"
+    assert engine.skipped_steps == 1
+
+
+def test_the_run_stops_after_n_bad_steps_in_a_row() -> None:
+    engine = make(max_skipped_steps=3)
+    for kind in "bbgbb":  # two bad, one good, two bad: never three in a row
+        set_grads(engine, a_bias=[math.nan if kind == "b" else 1.0])
+        engine.step()
+    assert (engine.skipped_steps, engine.skipped_in_a_row) == (4, 2)
+    set_grads(engine, a_bias=[math.nan])
+    with pytest.raises(UserError, match=r"3 optimiser steps in a row .* first\.bias\.grad"):
+        engine.step()
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def train(engine: Engine, steps: int) -> list[float]:
+    """Steps whose data come from torch's global generator, so that its state is part of the checkpoint."""
+    losses = []
+    for _ in range(steps):
+        loss = engine.model(torch.randn(4, 2), torch.randn(4, 3)) ** 2 / 10
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_loaded_checkpoint_continues_bit_for_bit(tmp_path: Path) -> None:
+    engine = make(weight_decay=0.1, max_skipped_steps=9)
+    train(engine, 2)
+    set_grads(engine, a_bias=[math.nan])
+    engine.step()
+    engine.save(tmp_path / "state")
+    expected = train(engine, 3)
+    other = Two()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.fill_(0.5)
+    again = make(other, weight_decay=0.1, max_skipped_steps=9)
+    torch.manual_seed(99)
+    again.load(tmp_path / "state")
+    assert (again.skipped_steps, again.skipped_in_a_row) == (1, 1)
+    assert train(again, 3) == expected
+    for (name, one), two in zip(engine.trainable().items(), again.trainable().values(), strict=True):
+        assert torch.equal(one, two), name
+        for key, value in engine.optimizer.state[one].items():
+            assert torch.equal(value, again.optimizer.state[two][key]), (name, key)
+
+
+def test_a_checkpoint_with_other_parameters_is_refused(tmp_path: Path) -> None:
+    make().save(tmp_path)
+    fewer = Two()
+    fewer.b.bias.requires_grad_(False)
+    with pytest.raises(UserError, match=r"does not fit the recipe: parameter b\.bias"):
+        make(fewer).load(tmp_path)
+
+
+@pytest.mark.parametrize(("saved", "ours"), [(1, 5), (5, 1), (3, 4)])
+def test_a_checkpoint_with_other_shapes_is_refused(tmp_path: Path, saved: int, ours: int) -> None:
+    """A width of 1 would spread over any other without a word, as an adapter of rank 1 over one of rank 16."""
+
+    def wide(width: int) -> Engine:
+        model = Two()
+        model.b = nn.Linear(width, 2)
+        return make(model)
+
+    wide(saved).save(tmp_path)
+    engine = wide(ours)
+    before = weights(engine)
+    with pytest.raises(UserError, match=r"does not fit the recipe: parameter b\.weight"):
+        engine.load(tmp_path)
+    assert all(torch.equal(before[name], p) for name, p in weights(engine).items()), "nothing was half loaded"

@@ -1,0 +1,374 @@
+"""Records: what each form of row becomes, and what each mistake says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.errors import UserError
+from rlhf.records import (
+    Cloze,
+    Demonstration,
+    Drops,
+    Message,
+    Prompt,
+    Ranking,
+    demonstration_row,
+    ranking_row,
+    read_cloze,
+    read_demonstrations,
+    read_prompts,
+    read_rankings,
+    read_texts,
+    write_jsonl,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder ../shared/data with public data is not there")
+
+TURNS = "Human: hi\n\nAssistant: hello\n\nHuman: who are you?\n\nAssistant:"
+
+
+def user(text: str, use_case: str = "") -> Prompt:
+    return Prompt((Message("user", text),), use_case)
+
+
+def lines(path: Path, *rows: Any) -> str:
+    """Write rows as JSON lines; a string is written as it stands."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+# Prompts
+
+
+def test_a_transcript_becomes_turns_and_other_text_one_message() -> None:
+    turns = (Message("user", "hi"), Message("assistant", "hello"), Message("user", "who are you?"))
+    assert Prompt.from_text(TURNS).messages == turns
+    assert Prompt.from_text(f"\n\n{TURNS} ").messages == turns
+    assert Prompt.from_text(TURNS).text == TURNS
+    for text in ("Why?", " Why? \n", "Human: no end", "Say Human: x\n\nAssistant:", "Human: a\n\nAssistant: b"):
+        assert Prompt.from_text(text, "chat") == user(text, "chat")
+        assert Prompt.from_text(text).text == text
+    # A second "Human:" in a row is part of what the human says.
+    twice = Prompt.from_text("Human: a\n\nHuman: b\n\nAssistant:")
+    assert twice.messages == (Message("user", "a\n\nHuman: b"),)
+
+
+def test_text_shows_the_system_message() -> None:
+    prompt = Prompt((Message("system", "Be brief."), Message("user", "Hi")))
+    assert prompt.text == "System: Be brief.\n\nHuman: Hi\n\nAssistant:"
+
+
+def test_key_ignores_white_space_and_composition_but_not_words() -> None:
+    assert user("why not?").key == hashlib.sha256(b"why not?").hexdigest()
+    assert user(" why\n  not? ", "chat").key == user("why not?").key
+    assert user("caf\u00e9").key == user("cafe\u0301").key
+    assert user("Why not?").key != user("why not?").key
+
+
+@pytest.mark.parametrize("text", ["", " \n", "Human: \n\nAssistant: x\n\nHuman: y\n\nAssistant:"])
+def test_empty_prompts_and_turns_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="empty"):
+        Prompt.from_text(text)
+
+
+# Forms of rows
+
+
+def test_demonstrations(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "d.jsonl",
+        {"prompt": "a?", "response": " yes ", "use_case": "chat", "source": "x"},
+        "",
+        {"messages": [{"role": "user", "content": "b?"}, {"role": "assistant", "content": "no"}]},
+        {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "c?"}], "response": "so"},
+        {"prompt": TURNS, "response": "me"},
+        {"prompt": "a?", "response": " yes "},
+        {"prompt": "a?", "response": "yes"},
+    )
+    drops = Drops()
+    assert read_demonstrations([path], drops) == [
+        Demonstration(user("a?", "chat"), " yes "),
+        Demonstration(user("b?"), "no"),
+        Demonstration(Prompt((Message("system", "s"), Message("user", "c?"))), "so"),
+        Demonstration(Prompt.from_text(TURNS), "me"),
+        Demonstration(user("a?"), "yes"),
+    ]
+    assert drops.table() == [("exact duplicate of a demonstration", 1)] and drops.total == 1
+
+
+def test_rankings(tmp_path: Path) -> None:
+    four = ["w", "x", "y", "z"]
+    said = [{"role": "user", "content": "q"}]
+    path = lines(
+        tmp_path / "r.jsonl",
+        {"prompt": "q", "responses": four, "ranks": [4, 1, 1, 9], "finished": [True, False, True, True]},
+        {"prompt": "q", "responses": four, "ranking": "D > C>A=B"},
+        {"prompt": "q", "chosen": "good", "rejected": "bad"},
+        {"prompt": "q", "chosen": [{"role": "assistant", "content": "good"}], "rejected": "bad"},
+        {
+            "chosen": [*said, {"role": "assistant", "content": "aye"}],
+            "rejected": [*said, {"role": "assistant", "content": "nay"}],
+        },
+        {"prompt": "q", "responses": ["same", "same"], "ranks": [1, 1]},
+    )
+    drops = Drops()
+    true = (True,) * 4
+    assert read_rankings([path], drops) == [
+        Ranking(user("q"), tuple(four), (4, 1, 1, 9), (True, False, True, True)),
+        Ranking(user("q"), tuple(four), (3, 3, 2, 1), true),
+        Ranking(user("q"), ("good", "bad"), (1, 2), (True, True)),
+        Ranking(user("q"), ("aye", "nay"), (1, 2)),
+        Ranking(user("q"), ("same", "same"), (1, 1)),
+    ]
+    assert drops.table() == [("exact duplicate of a ranking", 1)]
+
+
+def test_sixteen_outputs_are_the_most(tmp_path: Path) -> None:
+    texts = [f"t{i}" for i in range(16)]
+    path = lines(
+        tmp_path / "r.jsonl", {"prompt": "q", "responses": texts, "ranking": "P=O>N>M>L>K>J>I>H>G>F>E>D>C>B>A"}
+    )
+    (ranking,) = read_rankings([path], Drops())
+    assert ranking.ranks == (15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 1)
+
+
+def test_prompts_are_read_once(tmp_path: Path) -> None:
+    one = lines(tmp_path / "a.jsonl", {"prompt": "a?", "use_case": "chat"}, {"prompt": "b?"})
+    two = lines(tmp_path / "b.jsonl", {"prompt": " a?", "use_case": "qa"}, {"prompt": "c?"}, {"prompt": "b?"})
+    drops = Drops()
+    assert read_prompts([one, two], drops) == [user("a?", "chat"), user("b?"), user("c?")]
+    assert drops.table() == [("prompt seen before", 2)]
+
+
+def test_texts(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_bytes("\ufeffOne.\n\nTwo.\n".encode())
+    path = lines(tmp_path / "t.jsonl", {"text": "three"}, {"text": "One.\n\nTwo.\n"}, {"text": "three"})
+    drops = Drops()
+    assert read_texts([str(tmp_path / "book.txt"), path], drops) == ["One.\n\nTwo.\n", "three"]
+    assert drops.table() == [("exact duplicate of a text", 2)]
+
+
+def test_cloze(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "c.jsonl",
+        {"context": "a", "choices": ["x", "y"], "answer": 1},
+        {"context": "b", "choices": ["x", "y", "z"], "label": 0},
+    )
+    assert read_cloze([path]) == [Cloze("a", ("x", "y"), 1), Cloze("b", ("x", "y", "z"), 0)]
+
+
+def test_rows_read_back_equal(tmp_path: Path) -> None:
+    prompts = [
+        user("a?", "chat"),
+        Prompt.from_text(TURNS),
+        Prompt((Message("system", "s"), Message("user", "u"))),
+        user("Human: not a turn\n\nAssistant:"),
+        user("Human:\n\nAssistant:"),
+    ]
+    rankings = [Ranking(p, ("x", "y\nz"), (1, 1), (True, False)) for p in prompts]
+    demonstrations = [Demonstration(p, "r") for p in prompts]
+    path = tmp_path / "new" / "rows.jsonl"
+    write_jsonl(path, [ranking_row(r) for r in rankings])
+    assert read_rankings([str(path)], Drops()) == rankings
+    write_jsonl(path, [demonstration_row(d) for d in demonstrations])
+    assert read_demonstrations([str(path)], Drops()) == demonstrations
+    assert ranking_row(Ranking(user("a?", "chat"), ("x", "y"), (1, 2))) == {
+        "prompt": "a?",
+        "use_case": "chat",
+        "responses": ["x", "y"],
+        "ranks": [1, 2],
+        "finished": [True, True],
+    }
+    with pytest.raises(ValueError):
+        write_jsonl(path, [{"x": float("nan")}])
+    assert read_demonstrations([str(path)], Drops()) == demonstrations
+    assert [p.name for p in path.parent.iterdir()] == ["rows.jsonl"]
+
+
+def test_drops_add_up() -> None:
+    drops, other = Drops(), Drops()
+    drops.add("b")
+    other.add("a", 2)
+    other.add("b", 3)
+    drops.merge(other)
+    assert drops.table() == [("b", 4), ("a", 2)] and drops.total == 6
+
+
+# Mistakes
+
+GOOD = {"prompt": "q", "responses": ["x", "y", "z"], "ranks": [1, 2, 3]}
+Read = Callable[[list[str], Drops], Any]
+
+
+def cloze(paths: list[str], drops: Drops) -> list[Cloze]:
+    return read_cloze(paths)
+
+
+def text_of(read: Read, source: str) -> str:
+    with pytest.raises(UserError) as caught:
+        read([source], Drops())
+    assert caught.value.fix
+    return str(caught.value)
+
+
+def without(row: dict[str, Any], *names: str, **changes: Any) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in names} | changes
+
+
+def said(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+MISTAKES = [
+    (
+        read_prompts,
+        '{"prompt": "a"',
+        None,
+        ["the line is not JSON: Expecting ',' delimiter at column 15", "one object"],
+    ),
+    (read_prompts, "[1]", None, ["the line is a list, not an object"]),
+    (read_prompts, {"text": "a"}, "prompt", ["the field `prompt` is missing", "add `prompt`"]),
+    (read_prompts, {"promt": "a"}, "prompt", ["the field `prompt` is missing", "rename `promt` to `prompt`"]),
+    (read_prompts, {"prompt": None}, "prompt", ["the field `prompt` is missing"]),
+    (read_prompts, {"prompt": 5}, "prompt", ["`prompt` is a number, not a string"]),
+    (read_prompts, {"prompt": True}, "prompt", ["`prompt` is true or false, not a string"]),
+    (read_prompts, {"prompt": {"a": 1}}, "prompt", ["`prompt` is an object, not a string"]),
+    (read_prompts, {"prompt": " \n"}, "prompt", ["`prompt` is empty", "delete the line"]),
+    (read_prompts, '{"prompt": "a \\ud83d b"}', "prompt", ["half of a character"]),
+    (read_prompts, {"prompt": "Human: \n\nAssistant:"}, "prompt", ["a turn of the transcript is empty"]),
+    (read_prompts, {"prompt": []}, "prompt", ["`prompt` has no messages"]),
+    (
+        read_prompts,
+        {"prompt": said(("assistant", "a"))},
+        "prompt",
+        ["the last message of the prompt is the assistant's"],
+    ),
+    (read_prompts, {"prompt": ["a"]}, "prompt[0]", ["`prompt[0]` is a string, not an object"]),
+    (
+        read_prompts,
+        {"prompt": said(("human", "a"))},
+        "prompt[0].role",
+        ["'human' is unknown", "system, user, assistant"],
+    ),
+    (read_prompts, {"prompt": said(("user", ""))}, "prompt[0].content", ["`prompt[0].content` is empty"]),
+    (
+        read_prompts,
+        {"prompt": said(("user", "a"), ("system", "b"))},
+        "prompt[1].role",
+        ["a system message comes first"],
+    ),
+    (read_prompts, {"prompt": "a", "use_case": 3}, "use_case", ["`use_case` is a number, not a string"]),
+    (read_demonstrations, {"prompt": "a"}, "response", ["the field `response` is missing"]),
+    (read_demonstrations, {"prompt": "a", "response": ""}, "response", ["`response` is empty"]),
+    (read_demonstrations, {"messages": "a"}, "messages", ["`messages` is a string, not a list"]),
+    (read_demonstrations, {"messages": said(("user", "a"))}, "messages", ["last message of `messages` is the user's"]),
+    (read_demonstrations, {"messages": said(("assistant", "a"))}, "messages", ["no user message stands before"]),
+    (read_rankings, without(GOOD, "ranks"), "ranks", ["the field `ranks` is missing"]),
+    (read_rankings, without(GOOD, "responses"), "responses", ["the field `responses` is missing"]),
+    (read_rankings, without(GOOD, "prompt"), "prompt", ["the field `prompt` is missing"]),
+    (read_rankings, GOOD | {"responses": "x"}, "responses", ["`responses` is a string, not a list"]),
+    (read_rankings, GOOD | {"responses": ["x", " ", "z"]}, "responses[1]", ["`responses[1]` is empty"]),
+    (
+        read_rankings,
+        GOOD | {"responses": ["x"], "ranks": [1]},
+        "responses",
+        ["there are 1 responses; a ranking has 2 to"],
+    ),
+    (
+        read_rankings,
+        GOOD | {"responses": list("abcdefghijklmnopq")},
+        "responses",
+        ["there are 17 responses", "2 to 16"],
+    ),
+    (read_rankings, GOOD | {"ranks": [1, 2]}, "ranks", ["there are 2 ranks for 3 responses"]),
+    (read_rankings, GOOD | {"ranks": [1, 0, 2]}, "ranks[1]", ["the rank 0 is below 1", "count from 1"]),
+    (read_rankings, GOOD | {"ranks": [1, 1.5, 2]}, "ranks[1]", ["is a number, not a whole number"]),
+    (read_rankings, GOOD | {"ranks": [1, 2, True]}, "ranks[2]", ["is true or false, not a whole number"]),
+    (
+        read_rankings,
+        GOOD | {"responses": ["x", "y", "x"]},
+        "ranks",
+        ["responses 0 and 2", "same text with ranks 1 and 3"],
+    ),
+    (read_rankings, GOOD | {"ranking": "A>B>C"}, "ranking", ["both `ranks` and `ranking`"]),
+    (read_rankings, without(GOOD, "ranks", ranking="A>B>E"), "ranking", ["'E' stands for none of the 3", "A B C"]),
+    (read_rankings, without(GOOD, "ranks", ranking="A>B>"), "ranking", ["'' stands for none"]),
+    (read_rankings, without(GOOD, "ranks", ranking="A>B=A"), "ranking", ["the letter A comes twice"]),
+    (read_rankings, without(GOOD, "ranks", ranking="B"), "ranking", ["leaves out A, C"]),
+    (read_rankings, without(GOOD, "ranks", ranking=[1]), "ranking", ["`ranking` is a list, not a string"]),
+    (read_rankings, GOOD | {"finished": [True]}, "finished", ["not 3 times true or false"]),
+    (read_rankings, GOOD | {"finished": [1, 1, 1]}, "finished", ["not 3 times true or false"]),
+    (read_rankings, {"prompt": "q", "chosen": "x"}, "rejected", ["the field `rejected` is missing"]),
+    (read_rankings, {"prompt": "q", "chosen": "x", "rejected": 1}, "rejected", ["`rejected` is a number"]),
+    (read_rankings, {"prompt": "q", "chosen": "x", "rejected": "x"}, "ranks", ["are the same text"]),
+    (read_rankings, {"chosen": said(("assistant", "x")), "rejected": "y"}, "prompt", ["the field `prompt` is missing"]),
+    (
+        read_rankings,
+        {"prompt": "q", "chosen": "x", "rejected": said(("user", "other"), ("assistant", "y"))},
+        "rejected",
+        ["`rejected` carries another prompt"],
+    ),
+    (cloze, {"choices": ["x", "y"], "answer": 0}, "context", ["the field `context` is missing"]),
+    (cloze, {"context": "a", "choices": ["x"], "answer": 0}, "choices", ["there are 1 choices"]),
+    (cloze, {"context": "a", "choices": ["x", ""], "answer": 0}, "choices[1]", ["`choices[1]` is empty"]),
+    (cloze, {"context": "a", "choices": ["x", "y"], "label": 2}, "label", ["`label` is 2, and there are 2 choices"]),
+    (cloze, {"context": "a", "choices": ["x", "y"], "answer": "1"}, "answer", ["is a string, not a whole number"]),
+    (cloze, {"context": "a", "choices": ["x", "y"]}, "answer", ["the field `answer` is missing"]),
+    (read_texts, {"content": "a"}, "text", ["the field `text` is missing"]),
+    (read_texts, {"text": ""}, "text", ["`text` is empty"]),
+]
+
+
+@pytest.mark.parametrize(("read", "row", "field", "parts"), MISTAKES)
+def test_a_bad_line_names_file_line_field_and_remedy(
+    tmp_path: Path, read: Read, row: Any, field: str | None, parts: list[str]
+) -> None:
+    # A good line and a blank one stand before the bad one: line 3.
+    good = {"prompt": "p", "response": "r", "text": "t", "context": "c", "choices": ["x", "y"], "answer": 0}
+    if read is read_rankings:
+        good = GOOD
+    source = lines(tmp_path / "data.jsonl", good, "", row)
+    message = text_of(read, source)
+    where = f"{source}, line 3" + (f", field `{field}`" if field else "")
+    assert f"  where: {where}\n" in message
+    for part in parts:
+        assert part in message
+
+
+# The shared public data
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [("rankings_hh_helpful_base_test", 1700, 2), ("rankings_oasst_en", 200, 9), ("rankings_vicuna80_gpt4", 50, 5)],
+)
+def test_shared_rankings(name: str, least: int, most: int) -> None:
+    drops = Drops()
+    rankings = read_rankings([str(SHARED / f"{name}.jsonl")], drops)
+    assert len(rankings) >= least and drops.total == 0
+    assert max(len(r.ranks) for r in rankings) <= most and min(min(r.ranks) for r in rankings) == 1
+    if name == "rankings_hh_helpful_base_test":
+        assert all(r.prompt.messages[-1].role == "user" for r in rankings)
+        assert any(len(r.prompt.messages) > 1 for r in rankings)
+
+
+@needs_shared
+def test_shared_demonstrations_texts_and_questions() -> None:
+    drops = Drops()
+    for name, least in (("demos_oasst_en", 250), ("demos_selfinstruct_seed", 100), ("demos_dolly", 3000)):
+        assert len(read_demonstrations([str(SHARED / f"{name}.jsonl")], drops)) >= least
+    assert drops.total == 0
+    texts = read_texts([str(SHARED / "text_gutenberg_scifi.jsonl"), str(SHARED / "text_wizard_of_oz.txt")], drops)
+    assert len(texts) == 61 and texts[-1].startswith("Dorothy lived in the midst")
+    for name, choices in (("hellaswag_500", 4), ("piqa_500", 2)):
+        questions = read_cloze([str(SHARED / "evals" / f"{name}.jsonl")])
+        assert len(questions) == 500 and {len(q.choices) for q in questions} == {choices}

@@ -1,0 +1,440 @@
+"""One gradient however a minibatch is cut: every objective, and the pieces of PPO-ptx, on real models.
+
+Also the two identities that PPO starts from: the ratio is 1 before any update, and the KL is 0 before the first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+
+from rlhf.config import LoraSection, ModelSection, Recipe, TrackingSection
+from rlhf.engine import Engine, ParamGroup
+from rlhf.errors import UserError
+from rlhf.experience import Experience
+from rlhf.models import add_lora, load_policy, load_tokenizer
+from rlhf.plan import plan_ppo
+from rlhf.policy_value import PolicyValue, freeze, reference_logprobs
+from rlhf.ppo_state import Ppo
+from rlhf.records import Drops
+from rlhf.scoring import build_batch, response_logprobs, token_logprobs
+from rlhf.tracking import Tracker
+from stages.ppo import check_first_minibatch, ppo_step, ptx_step, rollout, score
+from stages.reward import Group, Scored
+from stages.reward import step as reward_step
+from stages.sft import Reporter, build_trainer, trainer_config
+
+EPISODES = 8
+SPLITS = [1, 2, 4]  # micro-batch sizes held against one forward of all eight
+TEMPERATURE, CLIP, VALUE_CLIP, VF_COEF, PTX_COEF = 0.8, 0.2, 0.3, 0.7, 3.0
+REWARD_MEAN, REWARD_STD = 0.3, 1.7
+ALL = list(range(EPISODES))
+
+
+def tokens(rng: random.Random, low: int, high: int) -> list[int]:
+    return [rng.randrange(10, 1000) for _ in range(rng.randint(low, high))]
+
+
+def llama(cls: type, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> nn.Module:
+    """A small Llama whose distributions are far from uniform, with dropout in its config."""
+    torch.manual_seed(seed)
+    return cls(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_labels=1,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            initializer_range=0.2,
+            attention_dropout=0.3,
+        )
+    )
+
+
+def make_ppo(policy: nn.Module, reference: nn.Module | None, tokenizer: PreTrainedTokenizerBase) -> Ppo:
+    """A PPO run of one iteration of eight episodes, put together from real parts."""
+    recipe = Recipe.model_validate(
+        {
+            "run": {"device": "cpu", "seed": 3},
+            "model": {"name": "tiny"},
+            "data": {"max_response_tokens": 12},
+            "ppo": {
+                "episodes": EPISODES,
+                "batch_size": EPISODES,
+                "minibatch_size": EPISODES,
+                "micro_batch_size": EPISODES,
+                "temperature": TEMPERATURE,
+                "clip": CLIP,
+                "value_clip": VALUE_CLIP,
+                "vf_coef": VF_COEF,
+                "ptx_coef": PTX_COEF,
+                "ptx_examples_per_episode": 1,
+                "missing_eos_penalty": 0.5,
+            },
+        }
+    )
+    value, reward_model = (llama(LlamaForSequenceClassification, tokenizer, seed=1) for _ in range(2))
+    for model in (value, reward_model):
+        model.config.reward_mean, model.config.reward_std = REWARD_MEAN, REWARD_STD
+    networks = PolicyValue(policy.eval(), value.eval())
+    groups = [ParamGroup("policy", networks.policy, 1e-3, 1.0), ParamGroup("value", networks.value, 1e-3, 1.0)]
+    rng = random.Random(5)
+    return Ppo(
+        recipe=recipe,
+        plan=plan_ppo(recipe),
+        ptx_coef=PTX_COEF,
+        tokenizer=tokenizer,
+        prompts=[tokens(rng, 1, 9) for _ in range(EPISODES)],
+        ptx_rows=[tokens(rng, 2, 12) for _ in range(EPISODES)],
+        # One token in six ends a response, so that the lengths differ.
+        stop_ids=[tokenizer.eos_token_id, *range(0, len(tokenizer), 6)],
+        engine=Engine(networks, groups, device="cpu"),
+        reference=reference_logprobs(networks.policy, reference, TEMPERATURE),
+        reward_model=freeze(reward_model),
+        ema={},
+        kl_coef=0.05,
+        drops=Drops(),
+    )
+
+
+@pytest.fixture
+def ppo(tiny_tokenizer: PreTrainedTokenizerBase) -> Ppo:
+    policy = llama(LlamaForCausalLM, tiny_tokenizer)
+    return make_ppo(policy, freeze(llama(LlamaForCausalLM, tiny_tokenizer)), tiny_tokenizer)
+
+
+def with_ppo(ppo: Ppo, **changes: Any) -> Ppo:
+    """The same run with other options of the ppo section."""
+    return dataclasses.replace(
+        ppo, recipe=ppo.recipe.model_copy(update={"ppo": ppo.recipe.ppo.model_copy(update=changes)})
+    )
+
+
+def moved(ppo: Ppo) -> Experience:
+    """Episodes of the policy, as if it had changed since: ratios and values on both sides of their clips."""
+    experience = score(ppo, rollout(ppo))
+    lengths = experience.mask.sum(1).tolist()
+    assert len(set(lengths)) > 3 and 0 < int(experience.finished.sum()) < EPISODES, lengths
+    generator = torch.Generator().manual_seed(7)
+
+    def noise(size: float) -> Tensor:
+        return torch.where(experience.mask, torch.randn(experience.mask.shape, generator=generator) * size, 0.0)
+
+    return dataclasses.replace(
+        experience, logprobs=experience.logprobs + noise(0.3), values=experience.values + noise(0.5)
+    )
+
+
+def take_gradient(engine: Engine, group: str | None = None) -> Tensor:
+    """The gradient accumulated so far as one vector, by group or whole; None clears it too."""
+    names = [group] if group else [g.name for g in engine.groups]
+    flat = torch.cat([g.flatten() for name in names for g in engine.grads(name)]).clone()
+    if group is None:
+        engine.optimizer.zero_grad(set_to_none=True)
+    return flat
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    assert float(other.norm()) > 1e-3, "a vanishing gradient would compare nothing"
+    return float((one - other).norm() / other.norm())
+
+
+# --- one gradient whatever the split ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ties", ["drop", "half"])
+def test_reward_gradient(tiny_tokenizer: PreTrainedTokenizerBase, ties: str) -> None:
+    rng = random.Random(1)
+    ranks = [(1, 2), (2, 1, 2, 3), (1, 1, 2), (3, 2, 1), (2, 1), (1, 2, 3, 4, 4), (2, 1, 1), (1, 2)]
+    groups = [Group([(prompt, tokens(rng, 1, 12)) for _ in r], r) for r in ranks for prompt in [tokens(rng, 1, 9)]]
+    model = Scored(llama(LlamaForSequenceClassification, tiny_tokenizer).eval())
+    engine = Engine(model, [ParamGroup("reward", model, 1e-3, 1.0)], device="cpu")
+
+    def run(size: int) -> tuple[Tensor, float, int]:
+        recipe = Recipe.model_validate({"reward": {"batch_size": 8, "micro_batch_size": size, "ties": ties}})
+        loss, counts = reward_step(engine, groups, recipe, tiny_tokenizer.pad_token_id)
+        return take_gradient(engine), loss, sum(c.pairs for c in counts)
+
+    whole, loss, pairs = run(8)
+    assert pairs == 1 + 5 + 2 + 3 + 1 + 9 + 2 + 1
+    for size in SPLITS:
+        gradient, split_loss, split_pairs = run(size)
+        assert distance(gradient, whole) < 1e-5
+        assert split_loss == pytest.approx(loss, rel=1e-5) and split_pairs == pairs
+
+
+def test_ppo_gradient_and_metrics(ppo: Ppo) -> None:
+    experience = moved(ppo)
+    metrics = ppo_step(ppo, experience, ALL, last=True)
+    whole = take_gradient(ppo.engine)
+    assert 0.1 < metrics["ppo/clip_fraction"] < 0.9, "both branches of the clip must be there"
+    for size in SPLITS:
+        got = ppo_step(with_ppo(ppo, micro_batch_size=size), experience, ALL, last=True)
+        assert got == pytest.approx(metrics, rel=1e-4)
+        assert distance(take_gradient(ppo.engine), whole) < 1e-5
+
+
+def test_the_order_of_episodes_does_not_matter(ppo: Ppo) -> None:
+    experience = moved(ppo)
+    ppo_step(ppo, experience, ALL, last=True)
+    whole = take_gradient(ppo.engine)
+    ppo_step(with_ppo(ppo, micro_batch_size=2), experience, [5, 0, 3, 7, 1, 6, 2, 4], last=True)
+    assert distance(take_gradient(ppo.engine), whole) < 1e-5
+
+
+def test_ptx_gradient(ppo: Ppo) -> None:
+    loss = ptx_step(ppo, step=0)["ppo/ptx_loss"]
+    whole = take_gradient(ppo.engine)
+    for size in SPLITS:
+        got = ptx_step(with_ppo(ppo, micro_batch_size=size), step=0)["ppo/ptx_loss"]
+        assert got == pytest.approx(loss, rel=1e-5)
+        assert distance(take_gradient(ppo.engine), whole) < 1e-5
+
+
+def test_sft_gradient(tiny_dir: str, tmp_path: Path) -> None:
+    """The same through TRL's trainer, as the SFT stage sets it up."""
+    rng = random.Random(2)
+    rows = []
+    for _ in range(8):
+        prompt, response = tokens(rng, 1, 9), tokens(rng, 1, 12)
+        rows.append(
+            {"input_ids": prompt + response, "completion_mask": [0] * len(prompt) + [1] * len(response)}
+        )
+    tokenizer = load_tokenizer(tiny_dir)
+
+    def run(size: int) -> Tensor:
+        recipe = Recipe.model_validate(
+            {
+                "run": {"device": "cpu"},
+                "model": {"name": "tiny"},
+                "sft": {
+                    "epochs": 1,
+                    "batch_size": 8,
+                    "micro_batch_size": size,
+                    "packing": False,
+                    "max_grad_norm": 1e9,
+                },
+            }
+        )
+        folder, caught = tmp_path / str(size), []
+
+        class Catch(TrainerCallback):
+            def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+                caught.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+
+        tracker = Tracker(folder, "test", "sft", TrackingSection(wandb="disabled"), {}, axis="tokens")
+        trainer = build_trainer(
+            load_policy(tiny_dir, ModelSection(name="tiny")),
+            tokenizer,
+            rows,
+            trainer_config(recipe, folder / "trainer"),
+            Reporter(folder / "checkpoints", tracker, lambda: False),
+        )
+        trainer.add_callback(Catch())
+        trainer.train()
+        tracker.close()
+        assert len(caught) == 1
+        return caught[0]
+
+    whole = run(8)
+    for size in SPLITS:
+        assert distance(run(size), whole) < 1e-5
+    # And it is the gradient of the mean over response tokens, row by row without padding.
+    policy = load_policy(tiny_dir, ModelSection(name="tiny"))
+    count = sum(sum(row["completion_mask"]) for row in rows)
+    for row in rows:
+        first = row["completion_mask"].index(1)
+        (text_nll(policy, row["input_ids"])[first - 1 :].sum() / count).backward()
+    assert distance(torch.cat([p.grad.flatten() for p in policy.parameters()]), whole) < 1e-4
+
+
+# --- against plain loops over rows without padding --------------------------------------------------------------------
+
+
+def text_nll(policy: nn.Module, ids: Sequence[int], temperature: float = 1.0) -> Tensor:
+    """-log p of every token but the first, from the whole logits of one row."""
+    logits = policy(torch.tensor([list(ids)])).logits[0, :-1].float() / temperature
+    return -torch.log_softmax(logits, -1)[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
+
+
+def test_ppo_step_is_the_token_loop(ppo: Ppo) -> None:
+    experience = moved(ppo)
+    metrics = ppo_step(with_ppo(ppo, micro_batch_size=2), experience, ALL, last=True)
+    policy_gradient, value_gradient = take_gradient(ppo.engine, "policy"), take_gradient(ppo.engine, "value")
+    take_gradient(ppo.engine)
+
+    count = sum(len(response) for _, response in experience.pairs)
+    policy_sum, value_sum = torch.zeros(()), torch.zeros(())
+    clipped, entropy, ratios = 0, 0.0, []
+    for i, (prompt, response) in enumerate(experience.pairs):
+        ids = [*prompt, *response]
+        logprobs = -text_nll(ppo.networks.policy, ids, TEMPERATURE)[len(prompt) - 1 :]
+        with torch.no_grad():
+            p = torch.softmax(ppo.networks.policy(torch.tensor([ids])).logits[0].double() / TEMPERATURE, -1)
+            entropy += float(-(p * p.log()).sum(-1)[len(prompt) - 1 : -1].sum())
+        hidden = ppo.networks.value.model(torch.tensor([ids])).last_hidden_state[0]
+        values = (ppo.networks.value.score(hidden).squeeze(-1) - REWARD_MEAN) / REWARD_STD
+        for t in range(len(response)):
+            old, advantage = float(experience.logprobs[i, t]), float(experience.advantages[i, t])
+            ratio = (logprobs[t] - old).exp()
+            plain, bounded = -advantage * ratio, -advantage * min(max(ratio.item(), 1 - CLIP), 1 + CLIP)
+            # The bounded branch is flat beyond its bounds and the same as the plain one within.
+            if bounded > plain.item() + 1e-7:
+                clipped, policy_sum = clipped + 1, policy_sum + bounded
+            else:
+                policy_sum = policy_sum + plain
+            ratios.append(ratio.item())
+            # The value of the state before token t: read at the token before it.
+            v, v_old, target = values[len(prompt) + t - 1], experience.values[i, t], experience.returns[i, t]
+            near = float(v_old) + min(max(v.item() - float(v_old), -VALUE_CLIP), VALUE_CLIP)
+            if (near - float(target)) ** 2 > float((v.detach() - target) ** 2) + 1e-7:
+                value_sum = value_sum + 0.5 * (near - float(target)) ** 2
+            else:
+                value_sum = value_sum + 0.5 * (v - target) ** 2
+    ((policy_sum + VF_COEF * value_sum) / count).backward()
+    assert distance(policy_gradient, take_gradient(ppo.engine, "policy")) < 1e-4
+    assert distance(value_gradient, take_gradient(ppo.engine, "value")) < 1e-4
+    assert metrics == pytest.approx(
+        {
+            "ppo/policy_loss": policy_sum.item() / count,
+            "ppo/value_loss": value_sum.item() / count,
+            "ppo/clip_fraction": clipped / count,
+            "ppo/approx_kl": sum(r - 1 - math.log(r) for r in ratios) / count,
+            "ppo/entropy": entropy / count,
+            "ppo/ratio_max": max(ratios),
+            "ratio_error": max(abs(r - 1) for r in ratios),
+        },
+        rel=1e-3,
+    )
+
+
+def test_ptx_step_is_the_mean_over_pretraining_tokens(ppo: Ppo) -> None:
+    loss = ptx_step(with_ppo(ppo, micro_batch_size=4), step=0)["ppo/ptx_loss"]
+    assert ppo.engine.grads("value") == []
+    got = take_gradient(ppo.engine)
+    # Eight rows a step and eight rows in all: every row once. Pretraining text is scored at temperature 1.
+    nll = torch.cat([text_nll(ppo.networks.policy, row) for row in ppo.ptx_rows])
+    assert loss == pytest.approx(nll.mean().item(), rel=1e-4)
+    (PTX_COEF * nll.mean()).backward()
+    assert distance(got, take_gradient(ppo.engine)) < 1e-4
+
+
+# --- PPO-ptx is a sum -------------------------------------------------------------------------------------------------
+
+
+def test_the_gradient_of_ppo_ptx_is_the_sum_of_both(ppo: Ppo) -> None:
+    experience = moved(ppo)
+    ppo_step(ppo, experience, ALL, last=True)
+    policy, value = take_gradient(ppo.engine, "policy"), take_gradient(ppo.engine, "value")
+    take_gradient(ppo.engine)
+    ptx_step(ppo, step=0)
+    ptx = take_gradient(ppo.engine)
+    split = with_ppo(ppo, micro_batch_size=2)
+    ppo_step(split, experience, ALL, last=False)
+    ptx_step(split, step=0)
+    assert distance(take_gradient(ppo.engine, "policy"), policy + ptx) < 1e-5
+    assert distance(take_gradient(ppo.engine, "value"), value) < 1e-5
+
+
+def test_ptx_coef_scales_its_gradient_and_not_its_metric(ppo: Ppo) -> None:
+    loss = ptx_step(ppo, step=0)["ppo/ptx_loss"]
+    once = take_gradient(ppo.engine)
+    tenfold = dataclasses.replace(ppo, ptx_coef=10 * PTX_COEF)
+    assert ptx_step(tenfold, step=0)["ppo/ptx_loss"] == loss
+    assert distance(take_gradient(ppo.engine), 10 * once) < 1e-5
+    ptx_step(dataclasses.replace(ppo, ptx_coef=0.0), step=0)
+    assert float(take_gradient(ppo.engine).abs().max()) == 0.0
+
+
+# --- where PPO starts: ratio 1, KL 0 ----------------------------------------------------------------------------------
+
+
+def start(kind: str, tokenizer: PreTrainedTokenizerBase, gpt2_dir: str) -> Ppo:
+    """A run at step 0; every model has dropout in its config and arrives in training mode."""
+    make = (
+        (lambda: GPT2LMHeadModel.from_pretrained(gpt2_dir).train())
+        if kind == "gpt2"
+        else (lambda: llama(LlamaForCausalLM, tokenizer).train())
+    )
+    policy = make()
+    if kind == "lora":
+        return make_ppo(add_lora(policy, LoraSection(enabled=True, rank=4), "CAUSAL_LM"), None, tokenizer)
+    return make_ppo(policy, freeze(make()), tokenizer)
+
+
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "lora"])
+def test_ratio_is_one_and_kl_zero_at_step_zero(tiny_dir: str, tiny_gpt2_dir: str, kind: str, pad_is_eos: bool) -> None:
+    tokenizer = load_tokenizer(tiny_dir)
+    if pad_is_eos:
+        tokenizer.pad_token = tokenizer.eos_token
+    ppo = start(kind, tokenizer, tiny_gpt2_dir)
+    ppo.networks.policy.train()  # sampling and scoring switch dropout off themselves
+    episodes = rollout(ppo)
+    pairs = episodes.pairs()
+    sampled = torch.cat([episodes.logprobs[i, : len(response)] for i, (_, response) in enumerate(pairs)])
+    rescored = torch.cat(token_logprobs(ppo.networks.policy, pairs, TEMPERATURE))
+    assert float((sampled - rescored).abs().max()) < 1e-4
+    ppo.networks.policy.eval()
+    with torch.no_grad():
+        for side in ("left", "right"):
+            batch = build_batch(pairs, tokenizer.pad_token_id, side)
+            flat, _ = response_logprobs(ppo.networks.policy, batch, TEMPERATURE)
+            assert float((sampled - flat).abs().max()) < 1e-4, side
+
+    experience = score(ppo, episodes)
+    assert float((experience.logprobs - experience.ref_logprobs).abs().max()) < 1e-4
+    assert float(experience.kl_per_response().abs().max()) < 1e-3
+    metrics = ppo_step(with_ppo(ppo, micro_batch_size=2), experience, ALL, last=True)
+    assert metrics["ratio_error"] < 1e-4 and metrics["ppo/clip_fraction"] == 0.0
+    assert metrics["ppo/approx_kl"] == pytest.approx(0.0, abs=1e-6)
+    check_first_minibatch(ppo, experience, metrics["ratio_error"])
+
+
+def test_the_reference_of_an_adapter_stays_where_the_policy_started(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    ppo = start("lora", tiny_tokenizer, "")
+    plain = llama(LlamaForCausalLM, tiny_tokenizer)
+    with torch.no_grad():
+        for name, parameter in ppo.networks.policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    experience = score(ppo, rollout(ppo))
+    expected = token_logprobs(plain, experience.pairs, TEMPERATURE)
+    got = [row[: len(r)] for row, (_, r) in zip(experience.ref_logprobs, experience.pairs, strict=True)]
+    assert max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True)) < 1e-4
+    assert float(experience.kl_per_response().mean()) > 0.1
+    # The ratio is still 1 before an update, and the adapter is on again.
+    metrics = ppo_step(ppo, experience, ALL, last=True)
+    assert metrics["ratio_error"] < 1e-4
+    check_first_minibatch(dataclasses.replace(ppo, iteration=1), experience, metrics["ratio_error"])
+    with pytest.raises(UserError, match="before the first update, so KL is not 0"):
+        check_first_minibatch(ppo, experience, metrics["ratio_error"])
+
+
+def test_dropout_left_on_is_found(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    ppo = start("llama", tiny_tokenizer, "")
+    experience = score(ppo, rollout(ppo))
+    ppo.networks.train()
+    metrics = ppo_step(ppo, experience, ALL, last=True)
+    with pytest.raises(UserError, match=r"probability ratio is off by .* before any update"):
+        check_first_minibatch(ppo, experience, metrics["ratio_error"])
