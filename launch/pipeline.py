@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from rlhf.config import Recipe
+from rlhf.dependencies import check_data_files
 from rlhf.errors import UserError
 from rlhf.plan import check, plan_rows, world_size
 from rlhf.progress import console, table
@@ -37,6 +38,7 @@ def run(name_or_path: str, overrides: Sequence[str]) -> int:
     """
     recipe = load_recipe(name_or_path, overrides)
     check(recipe)
+    check_data_files(recipe, recipe.run.stages)
     show_plan(recipe, recipe.run.stages)
     check_disk(recipe)
     for number, stage in enumerate(recipe.run.stages, 1):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoint import list_checkpoints
@@ -17,6 +17,7 @@ from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.recipe import changed_keys, fields, load_recipe, recipe_to_yaml
 from rlhf.rundir import RunFolder, hash_path, write_atomic
+from rlhf.sources import local_path
 
 ABSENT = "absent"  # recorded for what a stage would have read, had it been there
 SHARED = ("run.seed", "model", "data.max_prompt_tokens", "data.max_response_tokens", "data.validation_fraction")
@@ -73,13 +74,15 @@ def fingerprint(recipe: Recipe, stage: str) -> str:
 def declared_inputs(recipe: Recipe, stage: str, run: RunFolder) -> dict[str, str]:
     """Hashes of the inputs that can be known before the stage runs; "absent" for what is not there.
 
-    Local data files are among them; Hub names and embedded data are identified by the recipe alone.
+    Local and embedded data files are among them; Hub names are identified by the recipe alone.
+
+    Raises:
+        UserError: for a data file that is not there.
     """
     inputs = {}
     for name in READS[stage].data:
         for entry in getattr(recipe.data, name):
-            path = Path(entry).expanduser()
-            if path.exists():
+            if path := local_path(entry):
                 inputs[run.key(path)] = hash_path(path)
     for key in READS[stage].upstream:
         path = run.from_key(key)
@@ -144,3 +147,11 @@ def check_recipe(recipe: Recipe, run: RunFolder, redo: str | None) -> None:
 def is_started(run: RunFolder, stage: str) -> bool:
     """Whether the stage is finished or holds checkpoints to go on from."""
     return run.is_done(stage) or bool(list_checkpoints(run.stage_dir(stage) / "checkpoints"))
+
+
+def check_data_files(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Raise UserError for a data file of these stages that is not there, before any of them runs."""
+    for stage in stages:
+        for name in READS[stage].data:
+            for entry in getattr(recipe.data, name):
+                local_path(entry)

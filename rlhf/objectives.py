@@ -149,7 +149,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     values, old_values, returns = (torch.where(mask, x, torch.zeros_like(x)) for x in (values, old_values, returns))
     bounded = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
     error = torch.maximum((values - returns) ** 2, (bounded - returns) ** 2)
-    return masked_sum(0.5 * error, mask)
+    return (0.5 * error).sum()
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import math
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -151,6 +152,9 @@ def _run_stage(name: str, work: Callable[[StageContext], dict[str, Any] | None],
     if name not in ("rank", "evaluate"):
         check_launched(recipe, world_size())
     device = pick_device(recipe)
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     run = RunFolder(Path(recipe.run.dir) / recipe.run.name)
     with joined(device), run.lock() if is_main_process() else nullcontext():
         record = from_first(lambda: _prepare(recipe, run, name, options["fresh"]))

@@ -85,7 +85,8 @@ class Tracker:
         for path in [self.path, *self._tables()]:
             if not path.exists():
                 continue
-            lines = path.read_text(encoding="utf-8").splitlines()
+            # Not splitlines(): model text may hold U+2028 and its like, which JSON leaves as they are.
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1]
             kept = [line for line in lines if json.loads(line)["step"] <= step_value]
             if len(kept) < len(lines):
                 write_atomic(path, "".join(f"{line}\n" for line in kept))

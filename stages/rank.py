@@ -61,7 +61,6 @@ class Ranked(NamedTuple):
 def choose_prompts(ctx: StageContext, tokenizer: PreTrainedTokenizerBase, drops: Drops) -> list[Encoded[Prompt]]:
     """Prompts to rank, encoded, in an order that depends on their text alone."""
     recipe, count = ctx.recipe, ctx.recipe.rank.prompts
-    _use_files(ctx, recipe.data.prompts)
     prompts = read_prompts(recipe.data.prompts, drops)
     fitting = fit_prompts(prompts, tokenizer, recipe.data.max_prompt_tokens, drops)
     chosen = sorted(fitting, key=lambda encoded: encoded.item.key)[: count or None]
@@ -242,7 +241,6 @@ def second_opinion(
 def read_labelled(ctx: StageContext, drops: Drops) -> Ranked:
     """Rankings of rank.labeler=file, checked by their reader."""
     paths = ctx.recipe.data.rankings
-    _use_files(ctx, paths)
     return Ranked(read_rankings(paths, drops), [], {"noise_sigma": 0.0})
 
 
@@ -341,8 +339,8 @@ def work(ctx: StageContext) -> dict[str, Any]:
         if ctx.stop_requested:
             return {}
         del policy
-        if ctx.recipe.rank.labeler == "reward_model":
-            _use_files(ctx, [ctx.recipe.rank.reward_model])
+        if ctx.recipe.rank.labeler == "reward_model" and Path(ctx.recipe.rank.reward_model).exists():
+            ctx.use(Path(ctx.recipe.rank.reward_model))
         ranked = label(ctx, clean(prompts, samples, drops))
         tokens = samples.tokens(prompts)
     for reason, n in drops.table():
@@ -356,12 +354,6 @@ def work(ctx: StageContext) -> dict[str, Any]:
 
 def _none_for_nan(value: float) -> float | None:
     return None if math.isnan(value) else value
-
-
-def _use_files(ctx: StageContext, paths: Sequence[str]) -> None:
-    for path in paths:
-        if Path(path).exists():
-            ctx.use(Path(path))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -63,9 +63,6 @@ def load_groups(ctx: StageContext, tokenizer: PreTrainedTokenizerBase, drops: Dr
             where=str(ranked),
             fix="run the rank stage first, or set data.rankings",
         )
-    for path in paths:
-        if Path(path).exists():
-            ctx.use(Path(path))
     usable = []
     for ranking in read_rankings(paths, drops):
         if has_pairs(ranking.ranks, recipe.reward.ties):

@@ -305,9 +305,6 @@ def work(ctx: StageContext) -> dict[str, Any]:
     if Path(base).is_dir():
         ctx.use(Path(base))
     tokenizer = load_tokenizer(base, recipe.model.prompt_format, recipe.model.trust_remote_code)
-    for path in (Path(name) for name in recipe.data.demonstrations):
-        if path.exists():
-            ctx.use(path)
     train, heldout = load_demonstrations(recipe, tokenizer, drops)
     rows = mix_rows([demonstration_row(d) for d in train], recipe, tokenizer, drops)
     for reason, n in drops.table():

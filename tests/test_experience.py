@@ -70,7 +70,8 @@ def assert_rows(got: torch.Tensor, expected: list[list[float]]) -> None:
 
 
 def test_pad_rows() -> None:
-    assert pad_rows([torch.tensor([1, 2]), torch.tensor([3])], 3).tolist() == [[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]]
+    got = pad_rows([torch.tensor([1, 2]), torch.tensor([3], dtype=torch.bfloat16)], 3)
+    assert got.dtype == torch.float32 and got.tolist() == [[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]]
 
 
 @junk

@@ -79,6 +79,7 @@ def test_masked_sum_and_mean(junk: float) -> None:
     assert float(masked_sum(values, mask)) == 9.0
     assert float(masked_mean(values, mask)) == 3.0
     assert float(masked_mean(values, torch.zeros_like(mask))) == 0.0
+    assert float(masked_mean(padded([[6.0]], junk), mask_of([[6.0]]))) == 6.0
 
 
 # --- KL estimators ----------------------------------------------------------------------------------------------------
@@ -125,7 +126,8 @@ def test_per_token_rewards_by_hand(junk: float) -> None:
     assert_rows(got, [[-0.05, 0.1, 1.75], [-1.05], [-0.1, 0.45]])
     # Without the penalty: 2 and 0.5 whole.
     assert_rows(
-        per_token_rewards(logprobs, reference, scores, lengths, finished, 0.1), [[-0.05, 0.1, 2.0], [-1.05], [-0.1, 0.7]]
+        per_token_rewards(logprobs, reference, scores, lengths, finished, 0.1),
+        [[-0.05, 0.1, 2.0], [-1.05], [-0.1, 0.7]],
     )
 
 
@@ -173,9 +175,11 @@ def test_gae_by_hand(junk: float) -> None:
 @junk
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
-def test_gae_is_the_double_sum(junk: float, gamma: float, lam: float) -> None:
+@pytest.mark.parametrize("width", [WIDTH, max(LENGTHS)])
+def test_gae_is_the_double_sum(junk: float, gamma: float, lam: float, width: int) -> None:
     rewards, values = draws(3), draws(4)
-    advantages, returns = gae(padded(rewards, junk), padded(values, junk), torch.tensor(LENGTHS), gamma, lam)
+    grids = padded(rewards, junk, width), padded(values, junk, width)
+    advantages, returns = gae(*grids, torch.tensor(LENGTHS), gamma, lam)
     expected: Rows = []
     for r, v in zip(rewards, values, strict=True):
         after = [*v[1:], 0.0]
@@ -183,6 +187,14 @@ def test_gae_is_the_double_sum(junk: float, gamma: float, lam: float) -> None:
         expected.append([sum((gamma * lam) ** k * d for k, d in enumerate(deltas[t:])) for t in range(len(r))])
     assert_rows(advantages, expected)
     assert_rows(returns, [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(expected, values, strict=True)])
+
+
+def test_gae_of_single_tokens() -> None:
+    # The only token: R - V, whatever gamma and lambda.
+    advantages, returns = gae(
+        torch.tensor([[2.0], [1.0]]), torch.tensor([[0.5], [3.0]]), torch.tensor([1, 1]), 0.9, 0.8
+    )
+    assert advantages.tolist() == [[1.5], [-2.0]] and returns.tolist() == [[2.0], [1.0]]
 
 
 def test_with_gamma_and_lambda_one_returns_are_the_rewards_to_come() -> None:
@@ -237,14 +249,17 @@ def test_whiten_over_two_processes_is_whiten_over_all_of_the_data(junk: float, s
 def test_whiten_of_equal_values_and_of_nothing_is_zero() -> None:
     rows = [[3.0, 3.0], [3.0]]
     assert_rows(whiten(padded(rows, 7.0), mask_of(rows)), [[0.0, 0.0], [0.0]])
+    assert_rows(whiten(padded([[3.0]], 7.0), mask_of([[3.0]])), [[0.0]])
     assert float(whiten(torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.bool)).abs().sum()) == 0.0
 
 
 def test_whiten_computes_in_double_and_keeps_the_type() -> None:
-    # In float32 the squares around a mean of 1e7 would lose every digit.
-    values = torch.tensor([[1e7 - 1, 1e7 + 1]], dtype=torch.float32)
-    got = whiten(values, torch.ones(1, 2, dtype=torch.bool))
-    assert got.dtype == torch.float32 and got.tolist()[0] == pytest.approx([-1.0, 1.0], abs=1e-6)
+    # 1, 2 and 4 above 10 million: mean 7/3, variance (16 + 1 + 25) / 27 = 14/9. In float32 neither their sum nor their
+    # mean exists.
+    values = torch.tensor([[1e7 + 1, 1e7 + 2, 1e7 + 4]], dtype=torch.float32)
+    got = whiten(values, torch.ones(1, 3, dtype=torch.bool))
+    assert got.dtype == torch.float32
+    assert got.tolist()[0] == pytest.approx([-1.0690450, -0.2672612, 1.3363062], abs=1e-6)
 
 
 # --- policy loss ------------------------------------------------------------------------------------------------------
@@ -256,7 +271,7 @@ POLICY_CASES = [
     (-2.0, 1.5, 3.0, False, 3.0),  # bad token that became likelier: max(3, 2.4)
     (-2.0, 0.5, 1.6, True, 0.0),  # bad token already much rarer: max(1, 1.6), flat
     (0.5, 1.1, -0.55, False, -0.55),  # within the bounds, both branches agree
-    (-0.5, 0.9, 0.45, False, 0.45),
+    (-0.5, 0.85, 0.425, False, 0.425),
 ]
 
 
@@ -274,13 +289,13 @@ def test_policy_loss_of_one_token(case: tuple[float, float, float, bool, float])
 
 @junk
 def test_policy_loss_of_a_batch_is_the_sum_over_real_tokens(junk: float) -> None:
-    # Rows of the cases above: -3.6 - 1.5 + 3, then 1.6 - 0.55, then 0.45.
+    # Rows of the cases above: -3.6 - 1.5 + 3, then 1.6 - 0.55, then 0.425.
     split = [POLICY_CASES[:3], POLICY_CASES[3:5], POLICY_CASES[5:]]
     old_rows = [[-1.0] * len(cases) for cases in split]
     mask = mask_of(old_rows)
     new = padded([[-1.0 + math.log(c[1]) for c in cases] for cases in split], junk).requires_grad_()
     got = policy_loss(new, padded(old_rows, junk), padded([[c[0] for c in cases] for cases in split], junk), mask, 0.2)
-    assert got.loss.item() == pytest.approx(-0.6)
+    assert got.loss.item() == pytest.approx(-0.625)
     assert float(got.clipped) == 2.0
     assert float(got.ratio_max) == pytest.approx(1.5)
     assert float(got.ratio_error) == pytest.approx(0.5)

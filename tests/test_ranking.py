@@ -95,7 +95,7 @@ def test_loss_is_the_pair_loop(ties: Ties) -> None:
     scores = random_scores()
     got = ranking_loss(torch.tensor(scores), RANKS, ties)
     loss, prompts = brute(scores, RANKS, ties)
-    assert float(got.loss) == pytest.approx(loss, rel=1e-5)
+    assert got.loss.item() == pytest.approx(loss, rel=1e-5)
     assert got.prompts == prompts == (5 if ties == "drop" else 6)
 
 
@@ -121,7 +121,7 @@ def test_a_prompt_weighs_the_same_whatever_its_k(k: int) -> None:
 def test_an_all_tied_prompt_contributes_nothing_when_ties_are_dropped() -> None:
     scores = torch.tensor([5.0, -3.0, 1.0, 0.0], requires_grad=True)
     got = ranking_loss(scores, [[1, 1], [1, 2]], "drop")
-    assert got.prompts == 1 and float(got.loss) == pytest.approx(minus_log_sigmoid(1.0), rel=1e-6)
+    assert got.prompts == 1 and got.loss.item() == pytest.approx(minus_log_sigmoid(1.0), rel=1e-6)
     got.loss.backward()
     assert scores.grad.tolist()[:2] == [0.0, 0.0] and scores.grad[2] < 0 < scores.grad[3]
     alone = ranking_loss(scores, [[1, 1], [3, 3]], "drop")
@@ -161,6 +161,8 @@ def test_count_pairs_by_hand() -> None:
     counts = count_pairs([1.0, 1.0, 3.0, 0.0], [1, 2, 2, 3])
     assert counts.correct == 3.5 and counts.pairs == 5
     assert sorted(counts.margins) == [-2.0, 0.0, 1.0, 1.0, 3.0]
+    assert count_pairs([0.0, 0.0, 0.0], [1, 2, 3]).correct == 1.5
+    assert count_pairs([0.0, 1.0, 2.0], [1, 2, 3]).correct == 0.0
 
 
 def one(correct: float, pairs: int) -> PairCounts:
@@ -175,7 +177,8 @@ def test_accuracy_interval_of_certain_cases() -> None:
     # Two prompts: resamples are right in 0, 1 or 2 of 2, with chances 1/4, 1/2, 1/4.
     assert accuracy_interval([one(1, 1), one(0, 1)]) == (0.5, 0.0, 1.0)
     # Half the prompts have no pair; a resample without any is left out.
-    assert accuracy_interval([one(2, 2), one(0, 0)]) == (1.0, 1.0, 1.0)
+    for pairs in (1, 2):
+        assert accuracy_interval([one(pairs, pairs), one(0, 0)]) == (1.0, 1.0, 1.0)
 
 
 def test_accuracy_counts_pairs_and_its_interval_resamples_prompts() -> None:
@@ -215,11 +218,11 @@ def sigmoid(x: float) -> float:
 
 
 def test_calibration_by_hand() -> None:
-    # By size: 0 (half right), 0.5 (right), -1 (wrong) | 2 (right), -3 (wrong): five in two bins are three and two.
-    rows = calibration([2.0, -1.0, 0.5, -3.0, 0.0], bins=2)
+    # By size: 0 (half right), 0.5 (right), 0.8 (right) | 2 (right), -3 (wrong): five in two bins are three and two.
+    rows = calibration([2.0, 0.8, 0.5, -3.0, 0.0], bins=2)
     assert [row["n"] for row in rows] == [3, 2]
-    assert [row["accuracy"] for row in rows] == pytest.approx([1.5 / 3, 1 / 2])
-    expected = [(0.5 + sigmoid(0.5) + sigmoid(1.0)) / 3, (sigmoid(2.0) + sigmoid(3.0)) / 2]
+    assert [row["accuracy"] for row in rows] == pytest.approx([2.5 / 3, 1 / 2])
+    expected = [(0.5 + sigmoid(0.5) + sigmoid(0.8)) / 3, (sigmoid(2.0) + sigmoid(3.0)) / 2]
     assert [row["confidence"] for row in rows] == pytest.approx(expected)
 
 

@@ -217,9 +217,7 @@ def test_sft_gradient(tiny_dir: str, tmp_path: Path) -> None:
     rows = []
     for _ in range(8):
         prompt, response = tokens(rng, 1, 9), tokens(rng, 1, 12)
-        rows.append(
-            {"input_ids": prompt + response, "completion_mask": [0] * len(prompt) + [1] * len(response)}
-        )
+        rows.append({"input_ids": prompt + response, "completion_mask": [0] * len(prompt) + [1] * len(response)})
     tokenizer = load_tokenizer(tiny_dir)
 
     def run(size: int) -> Tensor:
