@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from rlhf.allocator import keep_freed_memory
 from rlhf.config import Recipe
 from rlhf.dependencies import ABSENT, changes, check_recipe, declared_inputs, fingerprint, is_started
 from rlhf.errors import UserError
@@ -154,6 +155,7 @@ def _run_stage(name: str, work: Callable[[StageContext], dict[str, Any] | None],
     device = pick_device(recipe)
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+        keep_freed_memory()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     run = RunFolder(Path(recipe.run.dir) / recipe.run.name)
     with joined(device), run.lock() if is_main_process() else nullcontext():

@@ -259,7 +259,7 @@ def test_k_of_two_is_the_loss_of_trls_reward_trainer(tmp_path: Path, tiny_tokeni
         return [rng.randrange(10, 1000) for _ in range(rng.randint(low, high))]
 
     rows = [(tokens(1, 6), tokens(1, 9), tokens(1, 9)) for _ in range(6)]
-    dataset = Dataset.from_list([{"chosen_ids": x + w, "rejected_ids": x + l} for x, w, l in rows])
+    dataset = Dataset.from_list([{"chosen_ids": x + best, "rejected_ids": x + worst} for x, best, worst in rows])
     args = RewardConfig(
         output_dir=str(tmp_path), use_cpu=True, report_to="none", bf16=False, gradient_checkpointing=False
     )
@@ -276,13 +276,13 @@ def test_k_of_two_is_the_loss_of_trls_reward_trainer(tmp_path: Path, tiny_tokeni
     their_gradient = gradient()
     # Loser first in every other group: the ranks say who won, not the place.
     pairs, ranks = [], []
-    for i, (x, w, l) in enumerate(rows):
-        pairs += [(x, l), (x, w)] if i % 2 else [(x, w), (x, l)]
+    for i, (x, best, worst) in enumerate(rows):
+        pairs += [(x, worst), (x, best)] if i % 2 else [(x, best), (x, worst)]
         ranks.append([2, 1] if i % 2 else [1, 2])
     got = ranking_loss(raw_scores(model, build_batch(pairs, tiny_tokenizer.pad_token_id)), ranks)
     ours = got.loss / got.prompts
     ours.backward()
     our_gradient = gradient()
-    assert float(theirs) > 0.05, "a vanishing loss would compare nothing"
-    assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
+    assert theirs.item() > 0.05, "a vanishing loss would compare nothing"
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
     assert float((our_gradient - their_gradient).norm() / their_gradient.norm()) < 1e-5

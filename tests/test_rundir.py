@@ -1,0 +1,206 @@
+"""The run folder: records, the lock, hashes, atomic writes, free space."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlhf.errors import UserError
+from rlhf.rundir import RunFolder, hash_path, require_disk, size_of, write_atomic
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_paths_and_records(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "demo")
+    assert run.stage_dir("sft") == tmp_path / "demo" / "sft"
+    assert run.model_dir("sft") == tmp_path / "demo" / "sft" / "model"
+    assert run.read_stage("sft") is None and not run.is_done("sft")
+    assert not run.path.exists()  # looking creates nothing
+    run.write_stage("sft", {"state": "done", "metrics": {"sft/loss": 1.5}})
+    assert run.read_stage("sft") == {"state": "done", "metrics": {"sft/loss": 1.5}} and run.is_done("sft")
+    (run.stage_dir("sft") / "stage.json").write_text('{"state": ')
+    with pytest.raises(UserError, match=r"stage.json cannot be read[\s\S]*sft/stage.json[\s\S]*--fresh"):
+        run.read_stage("sft")
+
+
+def test_require_names_the_stage_to_run(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    with pytest.raises(UserError, match="run the sft stage first"):
+        run.require("sft", "model")
+    run.model_dir("sft").mkdir(parents=True)
+    assert run.require("sft", "model") == run.model_dir("sft")  # put there by hand
+    run.write_stage("sft", {"state": "stopped"})
+    with pytest.raises(UserError, match=r"has not finished \(state: stopped\)[\s\S]*run the sft stage again"):
+        run.require("sft", "model")
+    run.write_stage("sft", {"state": "done"})
+    assert run.require("sft", "model") == run.model_dir("sft")
+    with pytest.raises(UserError, match="no sft/ema in this run"):
+        run.require("sft", "ema")
+
+
+def test_set_aside_keeps_one_earlier_result_without_checkpoints(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.set_aside("sft") is None
+    for attempt in ("first", "second"):
+        (run.stage_dir("sft") / "checkpoints" / "step-000001").mkdir(parents=True)
+        (run.stage_dir("sft") / "result").write_text(attempt)
+        assert run.set_aside("sft") == tmp_path / "sft.old"
+        assert not run.stage_dir("sft").exists()
+        assert [p.name for p in (tmp_path / "sft.old").iterdir()] == ["result"]
+        assert (tmp_path / "sft.old" / "result").read_text() == attempt
+
+
+def test_keys_are_relative_inside_the_run_and_absolute_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = RunFolder("runs/demo")
+    assert run.key(Path("runs/demo/sft/model")) == "sft/model"
+    assert run.key("data.jsonl") == str(tmp_path / "data.jsonl")
+    for path in ("runs/demo/sft/model", "data.jsonl"):
+        assert run.from_key(run.key(path)).resolve() == (tmp_path / path).resolve()
+
+
+# --- lock ------------------------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from rlhf.rundir import RunFolder
+with RunFolder(sys.argv[1]).lock():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def hold(run: Path) -> subprocess.Popen[str]:
+    """Another process that has the lock."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], env=env, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "held\n"
+    return child
+
+
+def test_the_lock_names_its_holder_and_goes_away_afterwards(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "demo")
+    with run.lock():
+        owner = json.loads((tmp_path / "demo" / "lock").read_text())
+        assert owner["pid"] == os.getpid() and owner["host"] == socket.gethostname()
+    assert not (tmp_path / "demo" / "lock").exists()
+    with pytest.raises(ValueError), run.lock():
+        raise ValueError
+    assert not (tmp_path / "demo" / "lock").exists()
+
+
+def test_a_live_owner_is_an_error_and_a_killed_one_is_taken_over(tmp_path: Path) -> None:
+    child = hold(tmp_path)
+    with (
+        pytest.raises(UserError, match=rf"in use by process {child.pid} on {socket.gethostname()}"),
+        RunFolder(tmp_path).lock(),
+    ):
+        raise AssertionError("two writers")
+    assert json.loads((tmp_path / "lock").read_text())["pid"] == child.pid  # still theirs
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert (tmp_path / "lock").exists()
+    with RunFolder(tmp_path).lock():
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_process_number_used_again_is_not_the_owner(tmp_path: Path) -> None:
+    parent = psutil.Process(os.getppid())
+    owner = {"pid": parent.pid, "host": socket.gethostname(), "started": parent.create_time()}
+    (tmp_path / "lock").write_text(json.dumps(owner))
+    with pytest.raises(UserError), RunFolder(tmp_path).lock():
+        pass
+    (tmp_path / "lock").write_text(json.dumps(owner | {"started": parent.create_time() - 3600}))
+    with RunFolder(tmp_path).lock():
+        pass
+
+
+def test_an_owner_on_another_machine_is_believed(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text(json.dumps({"pid": 1, "host": "elsewhere", "started": 0.0}))
+    with pytest.raises(UserError, match=r"on elsewhere[\s\S]*delete the lock file"), RunFolder(tmp_path).lock():
+        pass
+
+
+@pytest.mark.parametrize("content", ["", '{"pid": 12', "[]", "{}"])
+def test_a_lock_that_was_cut_off_in_writing_is_nobodys(tmp_path: Path, content: str) -> None:
+    (tmp_path / "lock").write_text(content)
+    with RunFolder(tmp_path).lock():
+        pass
+
+
+def test_of_many_that_find_a_dead_owner_one_takes_over(tmp_path: Path) -> None:
+    child = hold(tmp_path / "run")
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    code = """
+import sys, time
+from pathlib import Path
+from rlhf.errors import UserError
+from rlhf.rundir import RunFolder
+root = Path(sys.argv[1])
+while not (root / "go").exists():
+    time.sleep(0.001)
+try:
+    with RunFolder(root / "run").lock():
+        time.sleep(5)
+except UserError:
+    sys.exit(2)
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    children = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env) for _ in range(6)]
+    time.sleep(3)  # let them all come to the gate
+    (tmp_path / "go").touch()
+    assert sorted(child.wait(timeout=60) for child in children) == [0, 2, 2, 2, 2, 2]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_hash_of_a_file_is_sha256_of_its_content(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_text("abc")
+    # FIPS 180-2, appendix B.1
+    assert hash_path(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    with pytest.raises(FileNotFoundError):
+        hash_path(tmp_path / "missing")
+
+
+def test_hash_of_a_folder_sees_names_and_contents_at_any_depth(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "sub" / "weights").write_bytes(b"\0" * 100)
+    seen = {hash_path(folder)}
+    assert size_of(folder) == 102
+    os.utime(folder / "config.json", (1, 1))
+    assert hash_path(folder) in seen  # times do not matter
+    for change in (
+        lambda: (folder / "sub" / "weights").write_bytes(b"\0" * 99 + b"\1"),
+        lambda: (folder / "config.json").rename(folder / "sub" / "config.json"),
+        lambda: (folder / "extra").write_text(""),
+    ):
+        change()
+        assert hash_path(folder) not in seen
+        seen.add(hash_path(folder))
+
+
+def test_write_atomic_replaces_whole_files(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file.json"
+    write_atomic(path, "one")
+    write_atomic(path, "two")
+    assert path.read_text() == "two" and [p.name for p in path.parent.iterdir()] == ["file.json"]
+
+
+def test_require_disk(tmp_path: Path) -> None:
+    require_disk(tmp_path / "not" / "yet", 1, "a checkpoint")
+    with pytest.raises(UserError, match=r"a checkpoint needs about 1000000000.00 GB[\s\S]*run.dir=FOLDER"):
+        require_disk(tmp_path / "not" / "yet", 10**18, "a checkpoint")

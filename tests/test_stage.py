@@ -1,0 +1,473 @@
+"""What a stage program does around its work: skipping, redoing, stopping, failing, and processes that must agree."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.checkpoint import newest_sealed, sealed_write
+from rlhf.config import Recipe
+from rlhf.dependencies import READS, depends_on, fingerprint
+from rlhf.errors import UserError
+from rlhf.recipe import load_recipe
+from rlhf.rundir import hash_path
+from rlhf.stage import StageContext, parse_stage_args, pick_device, run_stage
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ("demonstrations", "prompts", "prompts_heldout", "pretraining", "pretraining_heldout", "cloze")
+RECIPE = ["tiny", "tracking.wandb=disabled", "run.device=cpu", "run.name=demo", "run.dir=runs"]
+RECIPE += [f"data.{name}=[{name}.jsonl]" for name in DATA]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in DATA:
+        Path(f"{name}.jsonl").write_text('{"text": "never read here"}\n')
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def train(ctx: StageContext) -> dict[str, Any]:
+    """Work with a model, a metric and a checkpoint."""
+    (ctx.dir / "model").mkdir(exist_ok=True)
+    (ctx.dir / "model" / "weights").write_text(f"{ctx.name} {ctx.recipe.sft.lr}")
+    sealed_write(ctx.dir / "checkpoints" / "step-000001", lambda staged: (staged / "state").write_text("x"))
+    ctx.tracker.log({f"{ctx.name}/loss": 0.5}, 10)
+    return {f"{ctx.name}/loss": 0.5}
+
+
+def never(ctx: StageContext) -> dict[str, Any]:
+    raise AssertionError("the stage should have been skipped")
+
+
+def stage_json(name: str = "sft") -> dict[str, Any]:
+    return json.loads(Path("runs/demo", name, "stage.json").read_text())
+
+
+def test_a_finished_stage_leaves_a_record(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_stage("sft", train, RECIPE) == 0
+    record = stage_json()
+    assert record["state"] == "done" and record["metrics"] == {"sft/loss": 0.5} and record["error"] is None
+    assert record["outputs"] == {"model": len("sft 0.001")}
+    assert record["attempts"] == 1 and 0 < record["seconds"] < 60
+    assert not Path("runs/demo/lock").exists()
+    assert load_recipe("runs/demo/recipe.yaml", []) == load_recipe(RECIPE[0], RECIPE[1:])
+    shown = capsys.readouterr().out
+    assert "sft/loss" in shown and "0.5" in shown and "runs/demo/sft" in shown
+
+
+def test_metrics_that_json_cannot_hold_are_null() -> None:
+    assert run_stage("sft", lambda ctx: {"a": float("nan"), "b": float("inf"), "c": 1}, RECIPE) == 0
+    assert stage_json()["metrics"] == {"a": None, "b": None, "c": 1}
+
+
+# --- skipped or done again -------------------------------------------------------------------------------------------
+
+
+def test_a_finished_and_unchanged_stage_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
+    run_stage("sft", train, RECIPE)
+    assert run_stage("sft", never, RECIPE) == 0
+    assert "sft: finished, recipe and inputs unchanged; skipped" in capsys.readouterr().out
+    # Neither where it runs nor what only later stages read is a change.
+    later = ["evaluate.bootstrap=300", "reward.lr=0.5", "data.cloze=[]", "run.stages=[sft]", "sft.lr=0.001"]
+    assert run_stage("sft", never, [*RECIPE, *later]) == 0
+    assert "bootstrap: 300" in Path("runs/demo/recipe.yaml").read_text()
+
+
+def test_changed_data_sets_the_old_result_aside_and_starts_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    mine = Path("demonstrations.jsonl")
+    assert run_stage("sft", train, RECIPE) == 0
+    assert stage_json()["inputs"][str(mine.resolve())] == hash_path(mine)
+    os.utime(mine, (1, 1))
+    assert run_stage("sft", never, RECIPE) == 0  # content counts, not time
+    mine.write_text('{"prompt": "a", "response": "c"}\n')
+
+    def again(ctx: StageContext) -> dict[str, Any]:
+        assert newest_sealed(ctx.dir / "checkpoints") is None  # of other data, nothing to go on from
+        return train(ctx)
+
+    assert run_stage("sft", again, RECIPE) == 0
+    assert stage_json()["attempts"] == 1
+    assert Path("runs/demo/sft.old/model/weights").exists() and not Path("runs/demo/sft.old/checkpoints").exists()
+    shown = capsys.readouterr().out
+    assert "demonstrations.jsonl" in shown and "kept in runs/demo/sft.old" in shown
+
+
+def test_a_file_that_the_work_used_counts_too_but_not_one_that_is_gone() -> None:
+    Path("base").mkdir()
+    Path("base/weights").write_text("1")
+
+    def work(ctx: StageContext) -> dict[str, Any]:
+        assert ctx.use(Path("base")) == Path("base")
+        return train(ctx)
+
+    assert run_stage("sft", work, RECIPE) == 0
+    Path("base/weights").rename("elsewhere")
+    Path("base").rmdir()
+    assert run_stage("sft", never, RECIPE) == 0
+    Path("base").mkdir()
+    Path("base/weights").write_text("2")
+    done: list[str] = []
+    assert run_stage("sft", lambda ctx: (done.append("again"), work(ctx))[1], RECIPE) == 0
+    assert done == ["again"]
+
+
+def test_using_a_file_that_is_not_there_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_stage("sft", lambda ctx: {"path": str(ctx.use(Path("missing")))}, RECIPE) == 2
+    assert "there is no such file" in capsys.readouterr().err
+
+
+def test_a_new_result_upstream_or_a_lost_output_does_the_stage_again() -> None:
+    done: list[str] = []
+
+    def evaluate(ctx: StageContext) -> dict[str, Any]:
+        done.append("evaluate")
+        (ctx.dir / "results.json").write_text("{}")
+        return {"evaluate/win_rate": 0.5}
+
+    run_stage("sft", train, RECIPE)
+    assert run_stage("evaluate", evaluate, RECIPE) == 0
+    assert run_stage("evaluate", never, RECIPE) == 0
+    assert stage_json("evaluate")["inputs"]["ppo/model"] == "absent"
+    run_stage("ppo", train, RECIPE)  # a policy that evaluate has not seen
+    assert run_stage("evaluate", evaluate, RECIPE) == 0
+    assert run_stage("evaluate", never, RECIPE) == 0
+    Path("runs/demo/evaluate/results.json").unlink()
+    assert run_stage("evaluate", evaluate, RECIPE) == 0
+    assert done == ["evaluate"] * 3
+
+
+def test_a_moved_run_folder_is_still_finished() -> None:
+    run_stage("sft", train, RECIPE)
+    run_stage("rank", lambda ctx: {"n": 1}, RECIPE)
+    Path("elsewhere").mkdir()
+    Path("runs/demo").rename("elsewhere/other")
+    assert run_stage("rank", never, [*RECIPE, "run.dir=elsewhere", "run.name=other"]) == 0
+
+
+# --- a changed recipe ------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_that_changes_a_finished_stage_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    run_stage("sft", train, RECIPE)
+    before = Path("runs/demo/recipe.yaml").read_text()
+    assert run_stage("rank", never, [*RECIPE, "sft.lr=0.5", "rank.prompts=3"]) == 2
+    told = capsys.readouterr().err
+    assert "sft.lr: 0.001 -> 0.5" in told and "run.name=" in told and "--fresh" in told
+    assert "rank.prompts" not in told  # that one is free to change
+    assert Path("runs/demo/recipe.yaml").read_text() == before
+    assert run_stage("sft", train, [*RECIPE, "sft.lr=0.5", "run.name=other"]) == 0
+
+
+def test_a_stopped_stage_with_a_checkpoint_binds_the_recipe_and_one_without_does_not() -> None:
+    def fails(ctx: StageContext) -> dict[str, Any]:
+        raise UserError("bad data")
+
+    def fails_later(ctx: StageContext) -> dict[str, Any]:
+        train(ctx)
+        raise UserError("loss is nan")
+
+    assert run_stage("sft", fails, RECIPE) == 2
+    assert run_stage("sft", fails_later, [*RECIPE, "sft.lr=0.5"]) == 2
+    assert stage_json()["error"] == "UserError: loss is nan"
+    assert run_stage("sft", never, [*RECIPE, "sft.lr=0.25"]) == 2
+    assert stage_json()["state"] == "failed" and stage_json()["attempts"] == 2
+    assert run_stage("sft", train, [*RECIPE, "sft.lr=0.25", "--fresh"]) == 0
+
+
+def test_fresh_redoes_a_stage_and_what_follows_is_done_again_when_run() -> None:
+    run_stage("sft", train, RECIPE)
+    run_stage("rank", lambda ctx: {"n": 1}, RECIPE)
+    changed = [*RECIPE, "sft.lr=0.5"]
+    assert run_stage("sft", train, [*changed, "--fresh"]) == 0
+    assert Path("runs/demo/sft.old/model/weights").read_text() == "sft 0.001"
+    done: list[str] = []
+    assert run_stage("rank", lambda ctx: {"n": len(done), "m": done.append("rank")}, changed) == 0
+    assert done == ["rank"]
+    assert run_stage("sft", never, changed) == 0
+
+
+def test_fresh_mends_a_record_that_cannot_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    run_stage("sft", train, RECIPE)
+    Path("runs/demo/sft/stage.json").write_text("")
+    assert run_stage("sft", train, RECIPE) == 2
+    assert "--fresh" in capsys.readouterr().err
+    assert run_stage("sft", train, [*RECIPE, "--fresh"]) == 0
+
+
+READ = re.compile(r"recipe\.((?:run|model|data|sft|rank|reward|ppo|evaluate)(?:\.[a-z_]+)+)")
+FREE = {"run.device", "run.name", "run.dir", "run.stages"}  # where, not what
+
+
+@pytest.mark.parametrize("stage", [*READS])
+def test_every_field_that_a_stage_program_names_is_among_its_dependencies(stage: str) -> None:
+    program = "ppo" if stage == "ppo-ptx" else stage
+    files = [ROOT / "stages" / f"{program}.py"] + ([ROOT / "rlhf" / "ppo_state.py"] if program == "ppo" else [])
+    named = {name for file in files for name in READ.findall(file.read_text())} - FREE
+    assert len(named) > 3
+    missed = [name for name in named if not depends_on(stage, name) and not name.endswith(".model_dump")]
+    assert not missed
+
+
+def test_fingerprint_moves_with_the_stages_own_fields_only() -> None:
+    base = fingerprint(Recipe(), "sft")
+    for change, moves in (
+        ({"sft": {"lr": 0.5}}, True),
+        ({"run": {"seed": 5}}, True),
+        ({"model": {"lora": {"rank": 4}}}, True),
+        ({"data": {"max_prompt_tokens": 9}}, True),
+        ({"ppo": {"lr": 0.5}}, False),
+        ({"data": {"cloze": []}}, False),
+        ({"launch": {"zero_stage": 2}}, False),
+        ({"run": {"name": "other"}}, False),
+    ):
+        assert (fingerprint(Recipe.model_validate(change), "sft") != base) == moves, change
+
+
+# --- failing and stopping --------------------------------------------------------------------------------------------
+
+
+def test_a_failure_is_recorded_and_deletes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    def work(ctx: StageContext) -> dict[str, Any]:
+        train(ctx)
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        run_stage("sft", work, RECIPE)
+    record = stage_json()
+    assert record["state"] == "failed" and record["error"] == "ValueError: a bug"
+    assert Path("runs/demo/sft/model/weights").exists() and newest_sealed(Path("runs/demo/sft/checkpoints"))
+    assert not Path("runs/demo/lock").exists()
+
+
+def test_a_user_error_is_told_once_without_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def work(ctx: StageContext) -> dict[str, Any]:
+        raise UserError("the loss is [nan]", "sft.lr", "lower it")
+
+    assert run_stage("sft", work, RECIPE) == 2
+    assert capsys.readouterr().err == "error: the loss is [nan]\n  where: sft.lr\n  fix:   lower it\n"
+    assert stage_json()["state"] == "failed"
+    assert run_stage("sft", work, ["tiny", "sft.learning=1"]) == 2
+    assert "did you mean" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device", "w.bin"), RuntimeError("No space left on device")]
+)
+def test_a_full_disk_is_told_with_what_to_do(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def work(ctx: StageContext) -> dict[str, Any]:
+        raise error
+
+    assert run_stage("sft", work, RECIPE) == 2
+    told = capsys.readouterr().err
+    assert "the disk is full" in told and "free some space" in told
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_first_signal_lets_the_step_finish_and_the_next_run_goes_on(number: int, code: int) -> None:
+    steps: list[int] = []
+
+    def work(ctx: StageContext) -> dict[str, Any]:
+        sealed = newest_sealed(ctx.dir / "checkpoints")
+        step = int((sealed / "step").read_text()) if sealed else 0
+        while step < 4:
+            steps.append(step)
+            if step == 1 and len(steps) == 2:
+                os.kill(os.getpid(), number)
+            step += 1
+            if ctx.stop_requested:
+                folder = ctx.dir / "checkpoints" / f"step-{step:06d}"
+                sealed_write(folder, lambda staged, step=step: (staged / "step").write_text(str(step)))
+                return {}
+        return train(ctx)
+
+    before = signal.getsignal(number)
+    assert run_stage("sft", work, RECIPE) == code
+    assert signal.getsignal(number) is before
+    assert stage_json()["state"] == "stopped" and not Path("runs/demo/lock").exists()
+    assert run_stage("sft", work, RECIPE) == 0
+    assert steps == [0, 1, 2, 3]
+    assert stage_json()["state"] == "done" and stage_json()["attempts"] == 2
+
+
+def test_a_signal_after_the_last_step_does_not_undo_the_stage() -> None:
+    def work(ctx: StageContext) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ctx.stop_requested
+        return train(ctx)
+
+    assert run_stage("sft", work, RECIPE) == 143  # the pipeline still stops here
+    assert stage_json()["state"] == "done"
+    assert run_stage("sft", never, RECIPE) == 0
+
+
+def test_the_second_signal_stops_at_once() -> None:
+    def work(ctx: StageContext) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        return {}
+
+    begin = time.monotonic()
+    assert run_stage("sft", work, RECIPE) == 143
+    assert time.monotonic() - begin < 30 and stage_json()["state"] == "stopped"
+
+
+def start(program: str, *arguments: str, **env: str) -> subprocess.Popen[str]:
+    """A stage program in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *RECIPE, *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(what: Callable[[], bool], *children: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not what():
+        assert time.monotonic() < deadline and all(child.poll() is None for child in children)
+        time.sleep(0.02)
+
+
+def test_a_killed_stage_is_taken_up_again_and_a_live_one_is_not_disturbed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    child = start("""
+import sys, time
+from rlhf.stage import run_stage
+def work(ctx):
+    ctx.tracker.log({"sft/loss": 1.0}, 10)
+    time.sleep(600)
+sys.exit(run_stage("sft", work, sys.argv[1:]))
+""")
+    wait_for(Path("runs/demo/sft/metrics.jsonl").exists, child)
+    assert run_stage("sft", never, RECIPE) == 2
+    assert f"in use by process {child.pid}" in capsys.readouterr().err
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert stage_json()["state"] == "running"
+    assert run_stage("sft", train, RECIPE) == 0
+    assert stage_json()["attempts"] == 2
+    steps = [json.loads(line)["step"] for line in Path("runs/demo/sft/metrics.jsonl").read_text().splitlines()]
+    assert steps == [10, 10]
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+PAIR = """
+import os, sys, time
+from pathlib import Path
+import torch, torch.distributed as dist
+from rlhf.checkpoint import sealed_write
+from rlhf.errors import UserError
+from rlhf.stage import run_stage
+def work(ctx):
+    total = torch.tensor(float(os.environ["RANK"]) + 1)
+    dist.all_reduce(total)
+    if os.environ.get("STEPS"):
+        for step in range(10000):
+            Path(f"at-{os.environ['RANK']}").write_text(str(step))
+            if ctx.stop_requested:
+                Path(f"stopped-{os.environ['RANK']}").write_text(str(step))
+                return {}
+            time.sleep(0.01)
+    if os.environ["RANK"] == "0":
+        (ctx.dir / "model").mkdir()
+    ctx.tracker.log({"sft/loss": float(total)}, 1)
+    return {"total": float(total)}
+sys.exit(run_stage("sft", work, sys.argv[1:]))
+"""
+
+
+def start_pair(*arguments: str, **env: str) -> list[subprocess.Popen[str]]:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = str(sock.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **env}
+    arguments = ("launch.processes=2", "sft.micro_batch_size=8", *arguments)
+    return [start(PAIR, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in (0, 1)]
+
+
+def finish(children: list[subprocess.Popen[str]]) -> tuple[list[int], list[str], list[str]]:
+    """Exit codes, standard outputs, standard errors."""
+    texts = [child.communicate(timeout=180) for child in children]
+    return [child.returncode for child in children], [out for out, _ in texts], [err for _, err in texts]
+
+
+def test_two_processes_write_one_record_skip_together_and_fail_together() -> None:
+    codes, outputs, errors = finish(start_pair())
+    assert codes == [0, 0], errors
+    assert stage_json()["metrics"] == {"total": 3.0}
+    assert len(Path("runs/demo/sft/metrics.jsonl").read_text().splitlines()) == 1
+    assert "sft: done" in outputs[0] and outputs[1] == ""
+    codes, outputs, errors = finish(start_pair())
+    assert codes == [0, 0] and "skipped" in outputs[0] and outputs[1] == ""
+    codes, _, errors = finish(start_pair("sft.lr=0.5"))
+    assert codes == [2, 2]
+    assert "sft.lr: 0.001 -> 0.5" in errors[0] and "recipe has changed" not in errors[1]
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step() -> None:
+    children = start_pair(STEPS="1")
+    wait_for(lambda: Path("at-0").exists() and Path("at-1").exists(), *children)
+    children[1].send_signal(signal.SIGTERM)
+    codes, _, errors = finish(children)
+    assert codes == [143, 143], errors
+    assert Path("stopped-0").read_text() == Path("stopped-1").read_text()
+    assert stage_json()["state"] == "stopped"
+
+
+def test_another_number_of_processes_than_the_recipes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_stage("sft", never, [*RECIPE, "launch.processes=2", "sft.micro_batch_size=8"]) == 2
+    assert "launch.processes" in capsys.readouterr().err
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def test_arguments_in_any_order() -> None:
+    expected = ("demo", ["sft.lr=1e-5", "run.seed=2"])
+    parsed = parse_stage_args(["demo", "sft.lr=1e-5", "--fresh", "run.seed=2"], "stages/sft.py")
+    assert parsed == (*expected, {"fresh": True, "variant": None})
+    parsed = parse_stage_args(["--variant", "ppo", "demo", "sft.lr=1e-5", "run.seed=2"], "stages/ppo.py")
+    assert parsed == (*expected, {"fresh": False, "variant": "ppo"})
+
+
+@pytest.mark.parametrize("argv", [[], ["demo", "--variant", "ppo"], ["demo", "--frsh"]])
+def test_usage_errors_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_stage_args(argv, "stages/sft.py")
+    assert ended.value.code == 2 and "usage: python stages/sft.py" in capsys.readouterr().err
+
+
+def test_help_is_one_paragraph(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_stage_args(["--help"], "stages/ppo.py")
+    assert ended.value.code == 0
+    assert "newest sealed checkpoint" in " ".join(capsys.readouterr().out.split())
+
+
+def test_pick_device() -> None:
+    import torch
+
+    assert pick_device(Recipe.model_validate({"run": {"device": "cpu"}})).type == "cpu"
+    if not torch.cuda.is_available():
+        assert pick_device(Recipe()).type == "cpu"
+        with pytest.raises(UserError, match="no CUDA device"):
+            pick_device(Recipe.model_validate({"run": {"device": "cuda"}}))
