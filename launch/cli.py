@@ -41,10 +41,13 @@ Overrides = Annotated[
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, such as runs/demo.")]
 
 
-def _stage(name: str, recipe: str, overrides: list[str] | None) -> None:
+Fresh = Annotated[bool, typer.Option("--fresh", help="Redo from scratch; what is there moves to STAGE.old.")]
+
+
+def _stage(name: str, recipe: str, overrides: list[str] | None, fresh: bool) -> None:
     from launch.pipeline import run_one
 
-    raise typer.Exit(run_one(name, recipe, overrides or []))
+    raise typer.Exit(run_one(name, recipe, overrides or [], fresh))
 
 
 @app.command()
@@ -60,21 +63,21 @@ def run(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def sft(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def sft(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = False) -> None:
     """Supervised fine-tuning. Reads data.demonstrations; writes runs/NAME/sft/model."""
-    _stage("sft", recipe, overrides)
+    _stage("sft", recipe, overrides, fresh)
 
 
 @app.command()
-def rank(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def rank(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = False) -> None:
     """Sample K outputs per prompt and rank them. Reads sft/model, data.prompts; writes rank/rankings.jsonl."""
-    _stage("rank", recipe, overrides)
+    _stage("rank", recipe, overrides, fresh)
 
 
 @app.command()
-def reward(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def reward(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = False) -> None:
     """Train the reward model on K-way rankings. Reads rank/rankings.jsonl and sft/model; writes reward/model."""
-    _stage("reward", recipe, overrides)
+    _stage("reward", recipe, overrides, fresh)
 
 
 @app.command()
@@ -85,6 +88,7 @@ def ppo(
         Literal["ppo-ptx", "ppo"] | None,
         typer.Option(help="ppo-ptx mixes pretraining gradients in; default where ppo.ptx_coef is above 0."),
     ] = None,
+    fresh: Fresh = False,
 ) -> None:
     """Align the policy. Reads sft/model, reward/model, data.prompts, data.pretraining; writes VARIANT/model.
 
@@ -94,13 +98,13 @@ def ppo(
 
     if variant is None:
         variant = "ppo-ptx" if load_recipe(recipe, overrides or []).ppo.ptx_coef > 0 else "ppo"
-    _stage(variant, recipe, overrides)
+    _stage(variant, recipe, overrides, fresh)
 
 
 @app.command()
-def evaluate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def evaluate(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = False) -> None:
     """Win rate, KL, length, alignment tax. Reads the policies, data.prompts_heldout; writes evaluate/results.json."""
-    _stage("evaluate", recipe, overrides)
+    _stage("evaluate", recipe, overrides, fresh)
 
 
 @app.command()

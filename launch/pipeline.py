@@ -54,12 +54,12 @@ def run(name_or_path: str, overrides: Sequence[str]) -> int:
     return 0
 
 
-def run_one(stage: str, name_or_path: str, overrides: Sequence[str]) -> int:
-    """Run a single stage, whatever `run.stages` says; returns its exit code."""
+def run_one(stage: str, name_or_path: str, overrides: Sequence[str], fresh: bool = False) -> int:
+    """Run a single stage, whatever `run.stages` says, from scratch when `fresh`; returns its exit code."""
     recipe = load_recipe(name_or_path, overrides)
     check(recipe, [stage])
     show_plan(recipe, [stage])
-    return start(stage, recipe, name_or_path, overrides)
+    return start(stage, recipe, name_or_path, overrides, fresh)
 
 
 def show_plan(recipe: Recipe, stages: Sequence[str]) -> None:
@@ -121,18 +121,19 @@ def _model_bytes(name: str) -> int:
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
-def start(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str]) -> int:
+def start(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str], fresh: bool = False) -> int:
     """Run a stage program to its end; returns its exit code, 128 + N when signal N ended it."""
     launched = stage in LAUNCHED and world_size(recipe) > 1
     local_ranks = launched and not recipe.launch.hostfile  # a runner of several machines passes signals on itself
-    return _supervise(command(stage, recipe, name_or_path, overrides), environment(recipe, launched), local_ranks)
+    line = command(stage, recipe, name_or_path, overrides, fresh)
+    return _supervise(line, environment(recipe, launched), local_ranks)
 
 
-def command(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str]) -> list[str]:
+def command(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str], fresh: bool = False) -> list[str]:
     """The command line of a stage: the program itself, or DeepSpeed's launcher around it."""
     program, *options = stage_program(stage)
     where = name_or_path if name_or_path in recipe_names() else str(Path(name_or_path).expanduser().resolve())
-    arguments = [program, where, *overrides, *options]
+    arguments = [program, where, *overrides, *options, *(["--fresh"] if fresh else [])]
     if stage not in LAUNCHED or world_size(recipe) == 1:
         return [sys.executable, "-m", *arguments]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]

@@ -7,6 +7,7 @@ micro-batches and processes, never averaged.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -57,6 +58,12 @@ class Engine:
         max_skipped_steps: int = 3,
     ) -> None:
         self.accelerator = Accelerator(cpu=device == "cpu")
+        if self.accelerator.num_processes > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                "the reward and PPO stages run in one process in this version",
+                "launch.processes",
+                "set launch.processes=1",
+            )
         self.groups = groups
         optimizer = torch.optim.AdamW(
             [{"params": g.parameters(), "lr": g.lr} for g in groups], betas=betas, eps=eps, weight_decay=weight_decay

@@ -147,7 +147,10 @@ def _decode_native(
 ) -> list[tuple[list[int], list[float]]]:
     """The decode loop; returns (token ids, log-probabilities) of each row."""
     device = policy.device
-    ids, mask = (t.to(device) for t in left_pad(prompts, pad_id))
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    place = {prompt: i for i, prompt in enumerate(distinct)}
+    copies = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)
+    ids, mask = (t.to(device) for t in left_pad(distinct, pad_id))
     uniforms = row_uniforms(seeds, max_new_tokens).to(device)
     stops = torch.tensor(stop_ids, device=device)
     out: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
@@ -164,6 +167,10 @@ def _decode_native(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
+        if step == 0 and len(distinct) < len(prompts):
+            # A prompt that is sampled several times is prefilled once.
+            cache.batch_select_indices(copies)
+            logits, mask, positions = logits[copies], mask[copies], positions[copies]
         if temperature > 0:
             tokens = inverse_cdf(logits.float() / temperature, uniforms[alive, step])
         else:

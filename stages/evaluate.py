@@ -92,8 +92,9 @@ def find_policies(run: RunFolder, ema: bool) -> dict[str, Path]:
     """
     found = {"sft": run.require("sft", "model")}
     for name in ("ppo", "ppo-ptx"):
-        if run.model_dir(name).is_dir():
-            found[name] = run.model_dir(name)
+        if run.read_stage(name) is None and not run.model_dir(name).is_dir():
+            continue
+        found[name] = run.require(name, "model")
         if ema and (run.stage_dir(name) / "ema").is_dir():
             found[f"{name}-ema"] = run.stage_dir(name) / "ema"
     return found

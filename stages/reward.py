@@ -36,6 +36,7 @@ from rlhf.splits import split_by_prompt
 from rlhf.stage import StageContext, run_stage
 
 PROBES = 8
+SCALE_SAMPLE = 128  # outputs, spread evenly, that the deviation is estimated on
 
 
 @dataclass
@@ -230,7 +231,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
         return {}
 
     ranked = [pair for g in train_groups for pair in g.pairs]
-    metrics = normalise(model, demonstrations, ranked, cfg.normalise_scale)
+    metrics = normalise(model, demonstrations, ranked[:: -(-len(ranked) // SCALE_SAMPLE)], cfg.normalise_scale)
     if heldout:
         counts = measure(model, heldout)
         metrics |= heldout_metrics(counts, recipe.run.seed)

@@ -56,6 +56,15 @@ def test_a_row_does_not_depend_on_its_batch_mates(make):
     assert [together.response(i) for i in range(5)] == [apart.response(i) for i in range(5)]
 
 
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_a_prompt_sampled_several_times_is_answered_as_if_alone(make):
+    model, prompts = make(), [PROMPTS[0], PROMPTS[2], PROMPTS[0], PROMPTS[0], PROMPTS[1]]
+    together, apart = run(model, prompts), run(model, prompts, batch_size=1)
+    assert [together.response(i) for i in range(5)] == [apart.response(i) for i in range(5)]
+    assert torch.allclose(together.logprobs, apart.logprobs, atol=1e-4)
+    assert len({tuple(together.response(i)) for i in (0, 2, 3)}) > 1, "copies must draw with seeds of their own"
+
+
 def test_finished_means_that_it_ends_with_eos():
     out = run(llama(), prompts=[[i] for i in range(3, 33)], max_new_tokens=20)
     assert bool(out.finished.any()) and not bool(out.finished.all())
