@@ -174,6 +174,7 @@ class EvaluateSection(Section):
     )
     prompts: int = Field(0, ge=0, description="how many held-out prompts; 0 means all")
     samples_per_prompt: int = Field(1, ge=1, le=64)
+    judgements: int = Field(1, ge=1, le=100, description="labelers asked about each pair, in both orders; averaged")
     temperature: float = Field(1.0, gt=0)
     bootstrap: int = Field(2000, ge=100, description="resamples of the 95 % interval")
     ema: bool = Field(False, description="also evaluate the averaged policy")

@@ -32,16 +32,18 @@ def compare(
     outputs_b: Sequence[Sequence[Output]],
     seed: int = 0,
     advance: Callable[[int], None] | None = None,
+    judgements: int = 1,
 ) -> list[list[float]]:
-    """How often side a wins: for each prompt and sample the mean of both orders, each in {0, 0.5, 1}.
+    """How often side a wins: for each prompt and sample the mean of `judgements` x 2 answers, each in {0, 0.5, 1}.
 
-    Every pair is asked twice, (a, b) and (b, a), each time with a seed of its own: a labeler that favours the output
-    it sees first then favours neither side. A tie counts one half. Sample s of a meets sample s of b.
+    Every pair is asked in both orders, (a, b) and (b, a), each time with a seed of its own: a labeler that favours the
+    output it sees first then favours neither side. A tie counts one half. Sample s of a meets sample s of b.
 
     Args:
         labeler: anything with `prefers(prompt, a, b, order_seed) -> 1 (a), 0 (b) or 0.5 (tie)`.
         outputs_a, outputs_b: per prompt the same number of samples.
         advance: called with 1 after every prompt, for progress.
+        judgements: how often each order is asked, as of so many labelers; leaves the expected win rate as it is.
 
     Raises:
         ValueError: when the two sides have different shapes.
@@ -51,8 +53,10 @@ def compare(
     for prompt, side_a, side_b in zip(prompts, outputs_a, outputs_b, strict=True):
         row = []
         for a, b in zip(side_a, side_b, strict=True):
-            first, second = (int(s) for s in order_seeds.integers(0, 2**31, size=2))
-            row.append((labeler.prefers(prompt, a, b, first) + 1 - labeler.prefers(prompt, b, a, second)) / 2)
+            answers = []
+            for first, second in order_seeds.integers(0, 2**31, size=(judgements, 2)).tolist():
+                answers += [labeler.prefers(prompt, a, b, first), 1 - labeler.prefers(prompt, b, a, second)]
+            row.append(sum(answers) / len(answers))
         wins.append(row)
         if advance:
             advance(1)

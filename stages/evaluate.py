@@ -166,10 +166,11 @@ def ask(recipe: Recipe, name: str, policy: nn.Module, tokenizer: PreTrainedToken
 
 
 def add_kl(recipe: Recipe, reference: nn.Module, answers: dict[str, Answers]) -> None:
-    """KL to the reference of every response: its tokens' k1 and k3 estimates, summed. About 0 for SFT itself."""
-    total = sum(len(a.rollout) for a in answers.values())
-    with Progress("KL to sft", total=total, unit="responses") as progress:
-        for answer in answers.values():
+    """KL to the reference of every response: its tokens' k1 and k3 estimates, summed. SFT is the reference: 0."""
+    answers["sft"].kl = answers["sft"].kl_k3 = [0.0] * len(answers["sft"].rollout)
+    others = [answer for name, answer in answers.items() if name != "sft"]
+    with Progress("KL to sft", total=sum(len(a.rollout) for a in others), unit="responses") as progress:
+        for answer in others:
             pairs = answer.rollout.pairs()
             reference_rows = token_logprobs(
                 reference, pairs, recipe.evaluate.temperature, recipe.ppo.score_tokens, progress.advance
@@ -203,7 +204,7 @@ def compare_all(
         for b, a in pairs:
             sides = [answers[name].outputs(cfg.samples_per_prompt) for name in (a, b)]
             seed = row_seed(recipe.run.seed, "compare", a, b)
-            wins = compare(labeler, asked.prompts, *sides, seed=seed, advance=progress.advance)
+            wins = compare(labeler, asked.prompts, *sides, seed, progress.advance, cfg.judgements)
             lengths = [grouped(answers[name].rollout.lengths.tolist(), cfg.samples_per_prompt) for name in (a, b)]
             rate = win_rate(prompt_means(wins), cfg.bootstrap, seed)
             matched, n = length_matched_win_rate(wins, *lengths, resamples=cfg.bootstrap, seed=seed)
@@ -329,6 +330,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
         "labeler": cfg.labeler,
         "prompts": len(asked.prompts),
         "samples_per_prompt": cfg.samples_per_prompt,
+        "judgements": cfg.judgements,
         "temperature": cfg.temperature,
         "bootstrap": cfg.bootstrap,
         "drops": drops.table(),

@@ -51,6 +51,15 @@ def test_a_labeler_that_likes_the_first_output_gives_a_half() -> None:
     assert compare(Rule(lambda a, b: 1.0 if a == "x" else 0.5), ["p"], [["x"]], [["y"]]) == [[0.75]]
 
 
+def test_judgements_average_over_labelers_who_may_disagree() -> None:
+    answers = iter([1.0, 0.0, 1.0, 1.0, 0.0, 0.5])
+    labeler = Rule(lambda a, b: next(answers))
+    # Three labelers, (x, y) then (y, x): 1 and 1-0, 1 and 1-1, 0 and 1-0.5; the mean of 1, 1, 1, 0, 0, 0.5 is 3.5 / 6.
+    assert compare(labeler, ["p"], [["x"]], [["y"]], judgements=3) == [[pytest.approx(3.5 / 6)]]
+    assert [(a, b) for _, a, b, _ in labeler.asked] == [("x", "y"), ("y", "x")] * 3
+    assert len({seed for *_, seed in labeler.asked}) == 6
+
+
 def test_compare_refuses_sides_of_different_shape() -> None:
     with pytest.raises(ValueError):
         compare(Rule(longer), ["p"], [["x", "y"]], [["z"]])
