@@ -42,7 +42,9 @@ class Signals:
         if dist.is_initialized() and dist.get_world_size() > 1:
             flag = torch.tensor(self.received, device=_collective_device())
             dist.all_reduce(flag, dist.ReduceOp.MAX)
-            self.received = int(flag)
+            if flag:  # else `received` stays: a signal that came during the reduction is for the next call
+                self.received = int(flag)
+            return int(flag)
         return self.received
 
     def _note(self, number: int, frame: object) -> None:

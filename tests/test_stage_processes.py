@@ -1,0 +1,147 @@
+"""Stage programs as real processes: killed and taken up again, and two of them that must agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_stage import RECIPE, folder, never, stage_json, train  # noqa: F401 (`folder` is the fixture of both files)
+
+from rlhf.processes import Signals
+from rlhf.stage import run_stage
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def start(program: str, *arguments: str, **env: str) -> subprocess.Popen[str]:
+    """A stage program in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *RECIPE, *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(what: Callable[[], bool], *children: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not what():
+        assert time.monotonic() < deadline and all(child.poll() is None for child in children)
+        time.sleep(0.02)
+
+
+def test_a_killed_stage_is_taken_up_again_and_a_live_one_is_not_disturbed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    child = start("""
+import sys, time
+from rlhf.stage import run_stage
+def work(ctx):
+    ctx.tracker.log({"sft/loss": 1.0}, 10)
+    time.sleep(600)
+sys.exit(run_stage("sft", work, sys.argv[1:]))
+""")
+    wait_for(Path("runs/demo/sft/metrics.jsonl").exists, child)
+    assert run_stage("sft", never, RECIPE) == 2
+    assert f"in use by process {child.pid}" in capsys.readouterr().err
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert stage_json()["state"] == "running"
+    assert run_stage("sft", train, RECIPE) == 0
+    assert stage_json()["attempts"] == 2
+    steps = [json.loads(line)["step"] for line in Path("runs/demo/sft/metrics.jsonl").read_text().splitlines()]
+    assert steps == [10, 10]
+
+
+PAIR = """
+import os, sys, time
+from pathlib import Path
+import torch, torch.distributed as dist
+from rlhf.checkpoint import sealed_write
+from rlhf.errors import UserError
+from rlhf.stage import run_stage
+def work(ctx):
+    total = torch.tensor(float(os.environ["RANK"]) + 1)
+    dist.all_reduce(total)
+    if os.environ.get("STEPS"):
+        for step in range(10000):
+            Path(f"at-{os.environ['RANK']}").write_text(str(step))
+            if ctx.stop_requested:
+                Path(f"stopped-{os.environ['RANK']}").write_text(str(step))
+                return {}
+            time.sleep(0.01)
+    if os.environ["RANK"] == "0":
+        (ctx.dir / "model").mkdir()
+    ctx.tracker.log({"sft/loss": float(total)}, 1)
+    return {"total": float(total)}
+sys.exit(run_stage("sft", work, sys.argv[1:]))
+"""
+
+
+def start_pair(*arguments: str, **env: str) -> list[subprocess.Popen[str]]:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = str(sock.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **env}
+    arguments = ("launch.processes=2", "sft.micro_batch_size=8", *arguments)
+    return [start(PAIR, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in (0, 1)]
+
+
+def finish(children: list[subprocess.Popen[str]]) -> tuple[list[int], list[str], list[str]]:
+    """Exit codes, standard outputs, standard errors."""
+    texts = [child.communicate(timeout=180) for child in children]
+    return [child.returncode for child in children], [out for out, _ in texts], [err for _, err in texts]
+
+
+def test_two_processes_write_one_record_skip_together_and_fail_together() -> None:
+    codes, outputs, errors = finish(start_pair())
+    assert codes == [0, 0], errors
+    assert stage_json()["metrics"] == {"total": 3.0}
+    assert len(Path("runs/demo/sft/metrics.jsonl").read_text().splitlines()) == 1
+    assert "sft: done" in outputs[0] and outputs[1] == ""
+    codes, outputs, errors = finish(start_pair())
+    assert codes == [0, 0] and "skipped" in outputs[0] and outputs[1] == ""
+    codes, _, errors = finish(start_pair("sft.lr=0.5"))
+    assert codes == [2, 2]
+    assert "sft.lr: 0.001 -> 0.5" in errors[0] and "recipe has changed" not in errors[1]
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step() -> None:
+    children = start_pair(STEPS="1")
+    wait_for(lambda: Path("at-0").exists() and Path("at-1").exists(), *children)
+    children[1].send_signal(signal.SIGTERM)
+    codes, _, errors = finish(children)
+    assert codes == [143, 143], errors
+    assert Path("stopped-0").read_text() == Path("stopped-1").read_text()
+    assert stage_json()["state"] == "stopped"
+
+
+def test_a_signal_during_the_reduction_is_kept_for_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reduce_and_be_signalled(flag: torch.Tensor, op: dist.ReduceOp) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo")
+    monkeypatch.setattr(dist, "all_reduce", reduce_and_be_signalled)
+    signals = Signals()
+    with signals.watch():
+        assert signals.agreed() == 0
+        monkeypatch.setattr(dist, "all_reduce", lambda flag, op: None)
+        assert signals.agreed() == signal.SIGTERM
+
+
+def test_another_number_of_processes_than_the_recipes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_stage("sft", never, [*RECIPE, "launch.processes=2", "sft.micro_batch_size=8"]) == 2
+    assert "launch.processes" in capsys.readouterr().err
