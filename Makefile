@@ -2,7 +2,7 @@
 #
 #   make demo              the whole recipe on SmolLM2-135M on a laptop CPU; results and report in runs/demo
 #   make demo SEED=2       the same with another seed, in runs/demo-seed2
-#   make demo ARGS="ppo.episodes=128 run.name=short"
+#   make demo ARGS="ppo.episodes=96 run.name=short"
 #   make test              the test suite (ARGS goes to pytest)
 #   make lint              style of the code
 #   make clean             removes .venv and caches; runs/ stays

@@ -17,11 +17,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="""The complete InstructGPT recipe: demonstrations -> SFT -> rankings -> reward model -> PPO-ptx -> evaluation.
 
-A RECIPE is a name from `rlhf recipes` or the path of a YAML file; every field can be set behind it.
+A RECIPE is a name from `rlhf recipes` or the path of a YAML file; every field can be set after it.
 
 [bold]Examples[/bold]
 
-rlhf run demo                        every stage; again to go on
+rlhf run demo                        every stage; run it again to resume
 
 rlhf run demo run.name=b run.seed=2  another run, in runs/b
 
@@ -36,7 +36,7 @@ rlhf chat runs/demo                  SFT and aligned side by side
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Name from `rlhf recipes`, or a YAML file.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Set fields: sft.lr=1e-5 run.stages=\\[sft,rank]"),
+    typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Set fields: sft.lr=1e-5 'run.stages=\\[sft,rank]'"),
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, such as runs/demo.")]
 
@@ -55,7 +55,7 @@ def run(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Run the stages of a recipe in order, and end with a table and an HTML report.
 
     Finished stages are skipped and the interrupted one resumes, so the same command always goes on where it stopped.
-    Writes runs/NAME; a changed recipe needs another run.name.
+    Writes runs/NAME. To change finished stages use another run.name, or redo them with `rlhf STAGE RECIPE --fresh`.
     """
     from launch.pipeline import run as run_pipeline
 
@@ -70,13 +70,19 @@ def sft(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = Fals
 
 @app.command()
 def rank(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """Sample K outputs per prompt and rank them. Reads sft/model, data.prompts; writes rank/rankings.jsonl."""
+    """Sample K outputs per prompt and rank them. Reads sft/model, data.prompts; writes rank/rankings.jsonl.
+
+    With rank.labeler=file nothing is sampled: it checks data.rankings and copies them.
+    """
     _stage("rank", recipe, overrides, fresh)
 
 
 @app.command()
 def reward(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """Train the reward model on K-way rankings. Reads rank/rankings.jsonl and sft/model; writes reward/model."""
+    """Train the reward model on K-way rankings. Writes reward/model.
+
+    Reads rank/rankings.jsonl, sft/model and data.demonstrations, whose mean score becomes the zero.
+    """
     _stage("reward", recipe, overrides, fresh)
 
 
@@ -120,7 +126,7 @@ def report(run: RunArgument) -> None:
 @app.command()
 def chat(
     run: RunArgument,
-    stage: Annotated[str, typer.Option(help="Aligned policy: ppo-ptx or ppo; default the one there is.")] = "",
+    stage: Annotated[str, typer.Option(help="ppo-ptx or ppo; default: ppo-ptx if the run has it.")] = "",
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest response.")] = 128,
     once: Annotated[str, typer.Option(metavar="PROMPT", help="Answer this prompt and end, for scripts.")] = "",

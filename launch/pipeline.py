@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,9 +20,10 @@ import psutil
 from rlhf.config import Recipe
 from rlhf.dependencies import check_data_files
 from rlhf.errors import UserError
-from rlhf.plan import check, plan_rows, world_size
+from rlhf.plan import check, check_supported, plan_rows, world_size
 from rlhf.progress import console, table
 from rlhf.recipe import load_recipe, recipe_names
+from rlhf.rundir import require_disk
 
 ROOT = Path(__file__).resolve().parent.parent  # holds rlhf/, stages/ and launch/, in a checkout and when installed
 LAUNCHED = ("sft", "reward", "ppo-ptx", "ppo")  # trained over all processes; rank and evaluate sample on one device
@@ -38,6 +38,7 @@ def run(name_or_path: str, overrides: Sequence[str]) -> int:
     """
     recipe = load_recipe(name_or_path, overrides)
     check(recipe)
+    check_supported(recipe, recipe.run.stages)
     check_data_files(recipe, recipe.run.stages)
     show_plan(recipe, recipe.run.stages)
     check_disk(recipe)
@@ -46,7 +47,7 @@ def run(name_or_path: str, overrides: Sequence[str]) -> int:
         code = start(stage, recipe, name_or_path, overrides)
         if code:
             again = shlex.join(["rlhf", "run", name_or_path, *overrides])
-            how = "stopped" if code in (130, 143) else f"failed (exit code {code}): mend the cause named above"
+            how = "stopped" if code in (130, 143) else f"failed (exit code {code}): the cause is named above"
             console.print(f"stage {stage} {how}. To go on where it stopped: {again}", markup=False, soft_wrap=True)
             return code
     if "evaluate" in recipe.run.stages:
@@ -58,6 +59,7 @@ def run_one(stage: str, name_or_path: str, overrides: Sequence[str], fresh: bool
     """Run a single stage, whatever `run.stages` says, from scratch when `fresh`; returns its exit code."""
     recipe = load_recipe(name_or_path, overrides)
     check(recipe, [stage])
+    check_supported(recipe, [stage])
     show_plan(recipe, [stage])
     return start(stage, recipe, name_or_path, overrides, fresh)
 
@@ -82,17 +84,7 @@ def report(run_dir: Path) -> Path:
 
 def check_disk(recipe: Recipe) -> None:
     """Refuse to start what the disk cannot hold; a model that is still on the Hub has no known size and is let pass."""
-    need = disk_need(recipe)
-    folder = Path(recipe.run.dir).resolve()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        raise UserError(
-            f"the run needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free",
-            str(folder),
-            "free some space, or choose another place with run.dir=FOLDER",
-        )
+    require_disk(recipe.run.dir, disk_need(recipe), "the run")
 
 
 def disk_need(recipe: Recipe) -> int:

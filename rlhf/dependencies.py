@@ -41,7 +41,7 @@ READS = {
     "ppo": _PPO,
     "evaluate": Reads(
         ("evaluate", "rank", "ppo.ptx_tokens", "ppo.score_tokens", "ppo.rollout", "ppo.rollout_batch_size"),
-        ("prompts_heldout", "pretraining_heldout", "cloze"),
+        ("prompts_heldout", "pretraining_heldout", "cloze", "prompts", "demonstrations", "rankings", "pretraining"),
         (
             "sft/model",
             "rank/summary.json",
@@ -115,7 +115,8 @@ def check_recipe(recipe: Recipe, run: RunFolder, redo: str | None) -> None:
     Fields that only stages yet to come depend on may change.
 
     Args:
-        redo: a stage that is done from scratch; neither it nor what comes after it binds the recipe.
+        redo: a stage that is done from scratch; the recipe is bound by the stages before it alone. (The other variant
+            of PPO is not one of them: its own fingerprint has it done again.)
 
     Raises:
         UserError: when a stage that is finished, or has checkpoints, depends on a field that has changed.
@@ -125,7 +126,7 @@ def check_recipe(recipe: Recipe, run: RunFolder, redo: str | None) -> None:
         changed = changed_keys(load_recipe(str(path)), recipe)
         order = ["sft", "rank", "reward", "ppo", "evaluate"]
         rank = {stage: order.index("ppo" if stage == "ppo-ptx" else stage) for stage in READS}
-        bound = [s for s in READS if (redo is None or (s != redo and rank[s] <= rank[redo])) and is_started(run, s)]
+        bound = [s for s in READS if (redo is None or rank[s] < rank[redo]) and is_started(run, s)]
         affected = [s for s in bound if any(depends_on(s, key) for key, _, _ in changed)]
         if affected:
             lines = [

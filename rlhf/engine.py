@@ -57,7 +57,8 @@ class Engine:
         weight_decay: float = 0.0,
         max_skipped_steps: int = 3,
     ) -> None:
-        self.accelerator = Accelerator(cpu=device == "cpu")
+        # As rlhf.stage.pick_device: Apple's GPUs have no float64, which sampling needs.
+        self.accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
         if self.accelerator.num_processes > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError(
                 "the reward and PPO stages run in one process in this version",
@@ -65,8 +66,19 @@ class Engine:
                 "set launch.processes=1",
             )
         self.groups = groups
+        model.to(self.accelerator.device)
+        # An update of 1e-5 is lost in a bfloat16 weight of 0.01: such weights are stepped in float32 copies.
+        self._copies = {
+            parameter: parameter.detach().float()
+            for group in groups
+            for parameter in group.parameters()
+            if parameter.dtype != torch.float32
+        }
         optimizer = torch.optim.AdamW(
-            [{"params": g.parameters(), "lr": g.lr} for g in groups], betas=betas, eps=eps, weight_decay=weight_decay
+            [{"params": [self._copies.get(p, p) for p in g.parameters()], "lr": g.lr} for g in groups],
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
         )
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.max_skipped_steps = max_skipped_steps
@@ -121,8 +133,13 @@ class Engine:
             self.skipped_steps += 1
         else:
             self.skipped_in_a_row = 0
+            for parameter, copy in self._copies.items():
+                copy.grad = None if parameter.grad is None else parameter.grad.float()
             self.optimizer.step()
+            self._round_copies()
         self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._copies:
+            parameter.grad = None
         if self.skipped_in_a_row >= self.max_skipped_steps:
             raise UserError(
                 f"{self.skipped_in_a_row} optimiser steps in a row had a non-finite gradient; the first bad tensor is "
@@ -133,13 +150,17 @@ class Engine:
         return result
 
     def trainable(self) -> dict[str, Tensor]:
-        """Trainable parameters by name (not copies)."""
+        """Trainable parameters by name, as the model computes with them (not copies)."""
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the optimiser steps, by name: the trainable parameters, or their float32 copies."""
+        return {name: self._copies.get(p, p) for name, p in self.trainable().items()}
 
     def save(self, folder: Path) -> None:
         """Write trainable weights and optimiser state; frozen weights are inputs of the stage and are not copied."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().contiguous() for k, v in self.trainable().items()}, folder / "trainable.safetensors")
+        save_file({k: v.detach().contiguous() for k, v in self.weights().items()}, folder / "trainable.safetensors")
         state: dict[str, Any] = {
             "optimizer": self.optimizer.state_dict(),
             "skipped": [self.skipped_in_a_row, self.skipped_steps],
@@ -154,7 +175,7 @@ class Engine:
             UserError: when the checkpoint holds other parameters than this recipe trains.
         """
         saved = load_file(folder / "trainable.safetensors")
-        ours = self.trainable()
+        ours = self.weights()
         if saved.keys() != ours.keys():
             odd = sorted(saved.keys() ^ ours.keys())[0]
             raise UserError(
@@ -171,10 +192,17 @@ class Engine:
         with torch.no_grad():
             for name, parameter in ours.items():
                 parameter.copy_(saved[name])
+        self._round_copies()
         state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
         self.optimizer.load_state_dict(state["optimizer"])
         self.skipped_in_a_row, self.skipped_steps = state["skipped"]
         torch.set_rng_state(state["torch_rng"])
+
+    @torch.no_grad()
+    def _round_copies(self) -> None:
+        """Give the model the stepped values."""
+        for parameter, copy in self._copies.items():
+            parameter.copy_(copy)
 
 
 def grad_norm(grads: list[Tensor]) -> float:

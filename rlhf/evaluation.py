@@ -71,6 +71,8 @@ def prompt_means(wins: Sequence[Sequence[float]]) -> list[float]:
 def win_rate(wins: Sequence[float], resamples: int = 2000, seed: int = 0) -> Interval:
     """Mean of per-prompt wins and its 95 % percentile bootstrap interval over prompts (Efron 1979).
 
+    Where all prompts agree, resampling them shows no spread however few they are: then it is the Wilson interval.
+
     Args:
         wins: one value in [0, 1] for each prompt.
         resamples: bootstrap samples of as many prompts, drawn with replacement.
@@ -81,6 +83,8 @@ def win_rate(wins: Sequence[float], resamples: int = 2000, seed: int = 0) -> Int
     values = np.asarray(wins, dtype=np.float64)
     if not len(values):
         raise ValueError("a win rate needs at least one prompt")
+    if np.ptp(values) == 0:
+        return wilson_interval(float(values.sum()), len(values))
     rng = np.random.default_rng(seed)
     means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
     low, high = np.percentile(means, [2.5, 97.5])
@@ -113,7 +117,7 @@ def length_matched_win_rate(
     return win_rate(prompt_means(kept), resamples, seed), sum(len(row) for row in kept)
 
 
-def wilson_interval(k: int, n: int, z: float = 1.959963984540054) -> Interval:
+def wilson_interval(k: float, n: int, z: float = 1.959963984540054) -> Interval:
     """Proportion k / n and its Wilson score interval (Wilson 1927), 95 % by default.
 
     Raises:

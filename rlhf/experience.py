@@ -37,7 +37,8 @@ class Experience:
     ref_logprobs: Tensor  # [B, R] log pi_ref(a_t | s_t)
     values: Tensor  # [B, R] V_old(s_t)
     scores: Tensor  # [B] r(x, y), normalised
-    rewards: Tensor  # [B, R] R_t
+    rewards: Tensor  # [B, R] R_t, whitened where asked
+    totals: Tensor  # [B] sum of R_t over the response, before whitening
     advantages: Tensor  # [B, R] A_t, whitened
     returns: Tensor  # [B, R] targets of the value model
 
@@ -70,6 +71,7 @@ def make_experience(
     rewards = per_token_rewards(
         rollout.logprobs, ref, scores, rollout.lengths, rollout.finished, kl_coef, missing_eos_penalty
     )
+    totals = torch.where(mask, rewards, 0.0).sum(1)
     if whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, value, rollout.lengths, gamma, lam)
@@ -82,6 +84,7 @@ def make_experience(
         values=value,
         scores=scores,
         rewards=rewards,
+        totals=totals,
         advantages=whiten(advantages, mask),
         returns=returns,
     )
@@ -92,7 +95,7 @@ def summary(experience: Experience) -> dict[str, float]:
     kl3 = masked_sum(kl_k3(experience.logprobs, experience.ref_logprobs), experience.mask) / len(experience.pairs)
     return {
         "ppo/reward_score": float(experience.scores.mean()),
-        "ppo/reward_total": float(torch.where(experience.mask, experience.rewards, 0.0).sum(1).mean()),
+        "ppo/reward_total": float(experience.totals.mean()),
         "ppo/kl": float(experience.kl_per_response().mean()),
         "ppo/kl_k3": float(kl3),
         "ppo/value_mean": float(masked_mean(experience.values, experience.mask)),

@@ -121,13 +121,13 @@ def make_labeler(name: str, recipe: Recipe, run: RunFolder, noise_sigma: float |
     raise UserError(
         f"the labeler {name!r} is not part of this version",
         where="rank.labeler",
-        fix="rank elsewhere and give the files: rank.labeler=file data.rankings=[FILE]; or rank.labeler=rubric",
+        fix="rank elsewhere and give the files: rank.labeler=file 'data.rankings=[FILE]'; or rank.labeler=rubric",
     )
 
 
-def make_judge(recipe: Recipe, run: RunFolder, noise: bool = True) -> Labeler:
-    """The evaluate stage's labeler: as noisy as the one that ranked the training data, or with `noise=False` exact."""
-    return make_labeler(recipe.evaluate.labeler, recipe, run, None if noise else 0.0)
+def make_judge(recipe: Recipe, run: RunFolder) -> Labeler:
+    """The evaluate stage's labeler, as noisy as the one that ranked the training data."""
+    return make_labeler(recipe.evaluate.labeler, recipe, run)
 
 
 def stored_noise(run: RunFolder) -> float:

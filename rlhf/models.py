@@ -33,16 +33,18 @@ from rlhf.tokenizer import load_tokenizer, same_tokenizer
 
 __all__ = [
     "add_lora",
+    "check_context",
     "load_policy",
     "load_reward_model",
     "load_tokenizer",
     "new_reward_model",
+    "recompute_activations",
     "resolve_model",
     "same_tokenizer",
     "save_model",
 ]
 
-RESIDUAL_DROPOUT = ("resid_pdrop", "residual_dropout", "hidden_dropout", "dropout")
+RESIDUAL_DROPOUT = ("resid_pdrop", "resid_dropout", "residual_dropout", "hidden_dropout", "dropout")
 
 
 def load_policy(
@@ -168,6 +170,33 @@ def save_model(
         plain.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
     publish(partial, folder)
+
+
+def check_context(model: PreTrainedModel, tokens: int, field: str) -> None:
+    """Hold a row length of the recipe to the model's context.
+
+    Args:
+        tokens: of the longest row that `field` of the recipe allows.
+
+    Raises:
+        UserError: when the model has no positions for it.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and tokens > limit:
+        raise UserError(
+            f"rows may have {tokens} tokens, and {model.config.model_type} has positions for {limit}",
+            where=field,
+            fix="lower it, or take a model with a longer context",
+        )
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Trade time for memory: the backward pass computes each layer's activations again (gradient checkpointing).
+
+    transformers does so in training mode only. That changes no number here, for every dropout but SFT's is set to 0.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    model.train()
 
 
 def _load_config(where: str, model: ModelSection) -> PretrainedConfig:

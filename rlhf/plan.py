@@ -169,6 +169,17 @@ def check_launched(recipe: Recipe, processes: int) -> None:
         )
 
 
+def check_supported(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Refuse a run of which a later stage could not start; `rlhf plan` shows such recipes, and `rlhf run` asks here."""
+    one = [stage for stage in stages if stage in ("reward", "ppo-ptx", "ppo")]
+    if one and world_size(recipe) > 1:
+        raise UserError(
+            f"{', '.join(one)}: one process only in this version, and the recipe has {world_size(recipe)}",
+            "launch.processes",
+            "set launch.processes=1",
+        )
+
+
 def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
     """Rules between fields, for the given stages (default: run.stages). Raises UserError at the first one broken."""
     stages = list(recipe.run.stages if stages is None else stages)
@@ -287,7 +298,7 @@ def _check_rank(recipe: Recipe) -> None:
         raise UserError(
             "the labelling page is not part of this version",
             "rank.labeler",
-            "rank elsewhere and give the files: rank.labeler=file data.rankings=[FILE]; or rank.labeler=rubric",
+            "rank elsewhere and give the files: rank.labeler=file 'data.rankings=[FILE]'; or rank.labeler=rubric",
         )
     if cfg.labeler == "file":
         _need_data(recipe, "rankings", "rank.labeler is file")
@@ -322,4 +333,4 @@ def _check_ppo(recipe: Recipe, with_ptx: bool) -> None:
 
 def _need_data(recipe: Recipe, field: str, why: str) -> None:
     if not getattr(recipe.data, field):
-        raise UserError(f"data.{field} is empty, and {why}", f"data.{field}", f"name a file: data.{field}=[FILE]")
+        raise UserError(f"data.{field} is empty, and {why}", f"data.{field}", f"name a file: 'data.{field}=[FILE]'")

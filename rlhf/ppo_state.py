@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,7 +20,15 @@ from rlhf.checkpoint import keep_last, sealed_write
 from rlhf.config import Recipe
 from rlhf.engine import Engine, ParamGroup
 from rlhf.errors import UserError
-from rlhf.models import add_lora, load_policy, load_reward_model, load_tokenizer, same_tokenizer
+from rlhf.models import (
+    add_lora,
+    check_context,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    recompute_activations,
+    same_tokenizer,
+)
 from rlhf.plan import PpoPlan, plan_ppo
 from rlhf.policy_value import PolicyValue, freeze, reference_logprobs
 from rlhf.probes import check_probes
@@ -48,6 +56,7 @@ class Ppo:
     kl_coef: float
     drops: Drops
     iteration: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last iteration
 
     @property
     def networks(self) -> PolicyValue:
@@ -80,11 +89,18 @@ def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
         policy = add_lora(policy, recipe.model.lora, "CAUSAL_LM")
     reward_model = freeze(load_reward_model(str(reward_dir), recipe.model))
     check_probes(reward_model, reward_dir)
+    rows_of = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
+    check_context(reward_model, rows_of, "data.max_prompt_tokens + data.max_response_tokens")
+    if ptx:
+        check_context(policy, cfg.ptx_tokens, "ppo.ptx_tokens")
     value = copy.deepcopy(reward_model)
     value.requires_grad_(True)
     if recipe.reward.lora.enabled:
         value = add_lora(value, recipe.reward.lora, "SEQ_CLS")
     networks = PolicyValue(policy.eval(), value.eval())
+    if recipe.launch.gradient_checkpointing:
+        recompute_activations(policy)
+        recompute_activations(value)
     engine = Engine(
         networks,
         [
@@ -100,7 +116,7 @@ def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
         frozen.to(engine.device)
     ema = {}
     if cfg.ema_decay > 0:
-        ema = {n: p.detach().cpu().clone() for n, p in engine.trainable().items() if n.startswith("policy.")}
+        ema = {n: p.detach().cpu().clone() for n, p in engine.weights().items() if n.startswith("policy.")}
     return Ppo(
         recipe=recipe,
         plan=plan,
@@ -125,7 +141,8 @@ def save_checkpoint(ppo: Ppo, folder: Path) -> None:
         ppo.engine.save(staged / "engine")
         if ppo.ema:
             save_file(ppo.ema, staged / "ema.safetensors")
-        (staged / "state.json").write_text(json.dumps({"iteration": ppo.iteration, "kl_coef": ppo.kl_coef}))
+        state = {"iteration": ppo.iteration, "kl_coef": ppo.kl_coef, "metrics": ppo.metrics}
+        (staged / "state.json").write_text(json.dumps(state))
 
     sealed_write(folder / f"step-{ppo.iteration:06d}", write)
     keep_last(folder, 2)
@@ -137,4 +154,4 @@ def load_checkpoint(ppo: Ppo, folder: Path) -> None:
     if ppo.ema:
         ppo.ema = load_file(folder / "ema.safetensors")
     state = json.loads((folder / "state.json").read_text())
-    ppo.iteration, ppo.kl_coef = state["iteration"], state["kl_coef"]
+    ppo.iteration, ppo.kl_coef, ppo.metrics = state["iteration"], state["kl_coef"], state["metrics"]

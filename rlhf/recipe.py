@@ -134,9 +134,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
         what = getattr(error, "problem", None) or "not readable"
-        raise UserError(f"the recipe is not valid YAML: {what}", where, "mend the line") from None
+        raise UserError(f"the recipe is not valid YAML: {what}", where, "correct the line") from None
     except OmegaConfBaseException as error:
-        raise UserError(f"the recipe is not valid: {str(error).splitlines()[0]}", str(path), "mend the value") from None
+        raise UserError(
+            f"the recipe is not valid: {str(error).splitlines()[0]}", str(path), "correct the value"
+        ) from None
     values = OmegaConf.to_container(config, resolve=False)
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError("a recipe is a mapping of sections", str(path), f"sections: {', '.join(Recipe.model_fields)}")

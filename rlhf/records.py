@@ -120,11 +120,6 @@ class Drops:
         """Count `n` more rows dropped for `reason`."""
         self.counts[reason] = self.counts.get(reason, 0) + n
 
-    def merge(self, other: Drops) -> None:
-        """Add the counts of another."""
-        for reason, n in other.table():
-            self.add(reason, n)
-
     @property
     def total(self) -> int:
         """All dropped rows."""

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from rlhf.charts import Series, calibration_chart, frontier_chart, line_chart
 from rlhf.errors import UserError
+from rlhf.recipe import load_recipe
 
 STAGES = ("sft", "rank", "reward", "ppo", "ppo-ptx", "evaluate")
 LABELS = {
@@ -30,6 +31,7 @@ LABELS = {
     "ppo-ema": "PPO (EMA)",
     "ppo-ptx-ema": "PPO-ptx (EMA)",
 }
+ENOUGH_PROMPTS = 20  # below, a bootstrap interval is much too narrow
 SAMPLES_SHOWN = 12  # the first held-out prompts: a fixed rule, so that nothing is picked
 
 # (metric, title, unit) by the stages that log it.
@@ -69,6 +71,7 @@ class RunData:
     """What a run folder holds, as far as it is there."""
 
     name: str
+    path: Path
     recipe: str
     stages: dict[str, dict[str, Any]]  # stage.json by stage
     points: dict[str, list[dict[str, Any]]]  # rows of metrics.jsonl by stage
@@ -87,6 +90,7 @@ def read_run(run_dir: Path) -> RunData:
     recipe = run_dir / "recipe.yaml"
     data = RunData(
         name=run_dir.resolve().name,
+        path=run_dir,
         recipe=recipe.read_text() if recipe.exists() else "",
         stages={s: _json(run_dir / s / "stage.json") for s in STAGES if (run_dir / s / "stage.json").exists()},
         points={s: _jsonl(run_dir / s / "metrics.jsonl") for s in STAGES if (run_dir / s / "metrics.jsonl").exists()},
@@ -135,6 +139,7 @@ def write_report(run_dir: Path) -> Path:
     html = environment.get_template("report.html.j2").render(
         run=data,
         verdict=verdict(data.results),
+        judged=judged(data),
         policies=policy_rows(data.results),
         reward=reward_card(data),
         curves=curves(data),
@@ -175,7 +180,9 @@ def verdict(results: dict[str, Any] | None) -> str:
         return ""
     row, versus = rows[name], rows[name]["versus"]
     finding = "no clear difference from SFT"
-    if versus["low"] > 0.5:
+    if results["prompts"] < ENOUGH_PROMPTS:
+        finding = "too few prompts to tell"
+    elif versus["low"] > 0.5:
         finding = "preferred over SFT"
     elif versus["high"] < 0.5:
         finding = "SFT is preferred"
@@ -187,6 +194,21 @@ def verdict(results: dict[str, Any] | None) -> str:
     if row["pretraining_loss_change"] is not None:
         before = rows["sft"]["pretraining_loss"]
         text += f" Pretraining loss {number(before, 3)} before, {number(row['pretraining_loss'], 3)} after."
+    return text
+
+
+def judged(data: RunData) -> str:
+    """Who compared the policies, how often, and what that labeler has to do with the training."""
+    if not data.results:
+        return ""
+    judgements = data.results["judgements"]
+    times = "once" if judgements == 1 else f"{judgements} times"
+    text = f"Judged by the {data.results['labeler'].replace('_', ' ')} labeler, {times} in both orders. "
+    if data.results["labeler"] == "reward_model":
+        return text + "PPO may have been trained on this very model's score: a win here is not independent of it. "
+    ranked = load_recipe(str(data.path / "recipe.yaml"), []).rank.labeler if data.recipe else ""
+    if ranked == "rubric":
+        text += "It is a program with label noise, the same that ranked the training outputs. "
     return text
 
 

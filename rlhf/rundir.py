@@ -86,7 +86,7 @@ class RunFolder:
     def set_aside(self, stage: str) -> Path | None:
         """Move <stage> to <stage>.old, which replaces an earlier one, and drop its checkpoints; None if there is none.
 
-        Checkpoints are only of use to go on with, and what is set aside will not be gone on with.
+        Checkpoints are only of use to go on with, and what is set aside will not be resumed.
         """
         folder, old = self.stage_dir(stage), self.path / f"{stage}.old"
         if not folder.exists():

@@ -15,6 +15,7 @@ import difflib
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,21 +198,24 @@ def _not_utf8(place: str) -> UserError:
 
 def _json_rows(source: str, path: Path) -> Iterator[tuple[str, Any]]:
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
-        # Published .json files are as often one object a line as one array: the first character tells.
-        if path.name.endswith((".json", ".json.gz")) and file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+    try:
+        with opener(path, "rb") as file:
+            # Published .json files are as often one object a line as one array: the first character tells.
+            start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
             file.seek(0)
-            yield from _json_array(source, file.read())
-            return
-        file.seek(0)
-        for number, line in enumerate(file, start=1):
-            place = f"{source}, line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                raise _not_utf8(place) from None
-            if text.strip():
-                yield place, _parse(text, place)
+            if path.name.endswith((".json", ".json.gz")) and start == b"[":
+                yield from _json_array(source, file.read())
+                return
+            for number, line in enumerate(file, start=1):
+                place = f"{source}, line {number}"
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError:
+                    raise _not_utf8(place) from None
+                if text.strip():
+                    yield place, _parse(text, place)
+    except (OSError, EOFError, zlib.error) as error:  # no permission, no gzip file, one that is cut off
+        raise UserError(f"the file cannot be read: {error}", where=source, fix="check it, or fetch it again") from None
 
 
 def _parse(text: str, place: str) -> Any:
@@ -232,7 +236,7 @@ def _json_array(source: str, content: bytes) -> Iterator[tuple[str, Any]]:
         raise _not_utf8(f"{source}, line {line}") from None
     except json.JSONDecodeError as error:
         what = f"the file is not JSON: {error.msg}"
-        fix = "mend the array, or write one object a line"
+        fix = "correct the array, or write one object a line"
         raise UserError(what, where=f"{source}, line {error.lineno}", fix=fix) from None
     # The whole is sound; a second pass, item by item, is for the line numbers.
     decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")

@@ -13,7 +13,7 @@ import netrc
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
@@ -78,8 +78,12 @@ class Tracker:
             self._append(self.dir / "tables" / f"{name}.jsonl", {"step": int(step_value), "axis": self.axis, **cells})
         self._to_wandb(lambda wandb: {name: wandb.Table(columns=list(columns), data=rows)}, step_value)
 
-    def truncate_after(self, step_value: int) -> None:
-        """Drop the rows beyond `step_value` from the files: a resumed stage logs them again."""
+    def truncate_after(self, step_value: int, again: Collection[str] = ()) -> None:
+        """Drop the rows beyond `step_value` from the files: a resumed stage logs them again.
+
+        Args:
+            again: metrics and tables that are logged after the checkpoint at `step_value` itself; their rows go too.
+        """
         if not self._active:
             return
         for path in [self.path, *self._tables()]:
@@ -87,7 +91,13 @@ class Tracker:
                 continue
             # Not splitlines(): model text may hold U+2028 and its like, which JSON leaves as they are.
             lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-            kept = [line for line in lines if json.loads(line)["step"] <= step_value]
+            rows = [json.loads(line) for line in lines]
+            kept = [
+                line
+                for line, row in zip(lines, rows, strict=True)
+                if row["step"] < step_value
+                or (row["step"] == step_value and path.stem not in again and not any(name in row for name in again))
+            ]
             if len(kept) < len(lines):
                 write_atomic(path, "".join(f"{line}\n" for line in kept))
 

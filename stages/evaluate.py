@@ -41,7 +41,17 @@ from rlhf.objectives import kl_k1, kl_k3
 from rlhf.probes import check_probes
 from rlhf.progress import Progress, console
 from rlhf.prompting import fit_prompts, stop_ids
-from rlhf.records import Cloze, Drops, Prompt, read_cloze, read_prompts, read_texts, write_jsonl
+from rlhf.records import (
+    Cloze,
+    Drops,
+    Prompt,
+    read_cloze,
+    read_demonstrations,
+    read_prompts,
+    read_rankings,
+    read_texts,
+    write_jsonl,
+)
 from rlhf.rollout import Rollout, row_seed, sample
 from rlhf.rundir import RunFolder
 from rlhf.scoring import scores, token_logprobs
@@ -100,19 +110,43 @@ def find_policies(run: RunFolder, ema: bool) -> dict[str, Path]:
     return found
 
 
+def unseen_prompts(recipe: Recipe, drops: Drops) -> list[Prompt]:
+    """The held-out prompts less those that a training stage has seen, counted."""
+    data, apart = recipe.data, Drops()  # drops of the training files are the other stages' to count
+    seen = {row.key for row in read_prompts(data.prompts, apart)} if data.prompts else set()
+    seen |= {row.prompt.key for row in read_demonstrations(data.demonstrations, apart)}
+    seen |= {row.prompt.key for row in read_rankings(data.rankings, apart)} if data.rankings else set()
+    prompts = read_prompts(data.prompts_heldout, drops)
+    kept = [prompt for prompt in prompts if prompt.key not in seen]
+    if len(kept) < len(prompts):
+        drops.add("held-out prompt that is also in the training data", len(prompts) - len(kept))
+    return kept
+
+
+def unseen_texts(recipe: Recipe, drops: Drops) -> list[str]:
+    """The held-out texts less those that are trained on, counted."""
+    data = recipe.data
+    seen = set(read_texts(data.pretraining, Drops())) if data.pretraining else set()
+    texts = read_texts(data.pretraining_heldout, drops) if data.pretraining_heldout else []
+    kept = [text for text in texts if text not in seen]
+    if len(kept) < len(texts):
+        drops.add("held-out text that is also in the training data", len(texts) - len(kept))
+    return kept
+
+
 def read_questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, drops: Drops) -> Questions:
-    """The held-out prompts, text and questions; too long prompts are dropped and counted."""
+    """The held-out prompts, text and questions; what was trained on and too long prompts are dropped and counted."""
     cfg, data = recipe.evaluate, recipe.data
-    fitting = fit_prompts(read_prompts(data.prompts_heldout, drops), tokenizer, data.max_prompt_tokens, drops)
+    fitting = fit_prompts(unseen_prompts(recipe, drops), tokenizer, data.max_prompt_tokens, drops)
     fitting = fitting[: cfg.prompts or None]
     if not fitting:
         raise UserError(
             "there is no held-out prompt to evaluate on",
             where="data.prompts_heldout",
-            fix="name a file with prompts, or raise data.max_prompt_tokens",
+            fix="name a file with prompts that the other stages do not use, or raise data.max_prompt_tokens",
         )
     cloze = read_cloze(data.cloze) if data.cloze else []
-    texts = read_texts(data.pretraining_heldout, drops) if data.pretraining_heldout else []
+    texts = unseen_texts(recipe, drops)
     rows = [(encoded, s) for encoded in fitting for s in range(cfg.samples_per_prompt)]
     return Questions(
         prompts=[encoded.item for encoded in fitting],
@@ -294,6 +328,7 @@ def write_outputs(ctx: StageContext, results: dict[str, Any], rows: list[dict[st
 def work(ctx: StageContext) -> dict[str, Any]:
     """The stage."""
     recipe, cfg, drops = ctx.recipe, ctx.recipe.evaluate, Drops()
+    ctx.tracker.truncate_after(-1)  # it keeps no checkpoints: a run that was stopped logs everything again
     folders = find_policies(ctx.run, cfg.ema)
     for folder in folders.values():
         ctx.use(folder)

@@ -171,7 +171,7 @@ def update(ppo: Ppo, experience: Experience, seconds: dict[str, float]) -> dict[
             begin = time.perf_counter()
             result = ppo.engine.step(factor)
             if not result.non_finite and ppo.ema:
-                ema_update(ppo.ema, ppo.engine.trainable(), cfg.ema_decay)
+                ema_update(ppo.ema, ppo.engine.weights(), cfg.ema_decay)
             seconds["train"] += time.perf_counter() - begin
             for name, value in metrics.items():
                 history[name].append(value)
@@ -204,13 +204,13 @@ def check_first_minibatch(ppo: Ppo, experience: Experience, ratio_error: float) 
 
 
 def train(ppo: Ppo, ctx: StageContext) -> dict[str, float]:
-    """The loop; returns the last iteration's metrics."""
-    cfg = ppo.recipe.ppo
-    metrics: dict[str, float] = {}
+    """The loop, until the last iteration or a stop; returns the last iteration's metrics."""
+    cfg, seconds_save, stopping = ppo.recipe.ppo, 0.0, ctx.stop_requested
     done, total = ppo.iteration * cfg.batch_size, ppo.plan.iterations * cfg.batch_size
     with Progress(ctx.name, total=total, unit="episodes", initial=done) as progress:
-        while ppo.iteration < ppo.plan.iterations and not ctx.stop_requested:
-            seconds = dict.fromkeys(("rollout", "score", "train", "ptx", "save"), 0.0)
+        while ppo.iteration < ppo.plan.iterations and not stopping:
+            seconds = dict.fromkeys(("rollout", "score", "train", "ptx"), 0.0)
+            seconds["save"] = seconds_save  # of the checkpoint since the last row, if there was one
             begin = time.perf_counter()
             episodes = rollout(ppo)
             seconds["rollout"] = time.perf_counter() - begin
@@ -224,22 +224,23 @@ def train(ppo: Ppo, ctx: StageContext) -> dict[str, float]:
                     ppo.kl_coef, metrics["ppo/kl"], cfg.kl_target, cfg.batch_size, cfg.kl_horizon
                 )
             ppo.iteration += 1
+            ppo.metrics = metrics
             # The log is written before the checkpoint that covers it: a resume cuts what lies beyond its checkpoint.
             log(ppo, ctx, episodes, experience, metrics, seconds)
-            if (
-                ppo.iteration == ppo.plan.iterations
-                or ctx.stop_requested
-                or (cfg.save_every and ppo.iteration % cfg.save_every == 0)
-            ):
-                save_checkpoint(ppo, ctx.dir / "checkpoints")
-            progress.advance(cfg.batch_size)
             if metrics["ppo/kl"] > cfg.max_kl:
+                # Before the checkpoint, or running again would go on behind this point.
                 raise UserError(
                     f"KL to the reference reached {metrics['ppo/kl']:.1f} nats per response",
                     where="ppo.max_kl",
                     fix="lower ppo.lr or raise ppo.kl_coef; the sealed checkpoints of this run are kept",
                 )
-    return metrics
+            begin, stopping = time.perf_counter(), ctx.stop_requested
+            last = ppo.iteration == ppo.plan.iterations
+            if last or stopping or (cfg.save_every and ppo.iteration % cfg.save_every == 0):
+                save_checkpoint(ppo, ctx.dir / "checkpoints")
+            seconds_save = time.perf_counter() - begin
+            progress.advance(cfg.batch_size)
+    return ppo.metrics
 
 
 def log(

@@ -120,7 +120,7 @@ def sample_outputs(
     # A chunk is kept or sampled whole, so that an interrupted run decodes the same batches as one that was not.
     kept = [chunk for chunk in chunks if all(encoded.item.key in samples.rows for encoded in chunk)]
     tokens = sum(samples.tokens(chunk) for chunk in kept)
-    ctx.tracker.truncate_after(tokens)
+    ctx.tracker.truncate_after(tokens, again=("rank/prompts", "samples"))
     stops = stop_ids(tokenizer, policy)
     with Progress(
         "rank: sampling", total=len(prompts) * k, unit="outputs", initial=sum(map(len, kept)) * k

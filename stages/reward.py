@@ -23,7 +23,7 @@ from rlhf.checkpoint import keep_last, newest_sealed, sealed_write
 from rlhf.config import Recipe
 from rlhf.engine import Engine, ParamGroup
 from rlhf.errors import UserError
-from rlhf.models import add_lora, load_tokenizer, new_reward_model, save_model
+from rlhf.models import add_lora, check_context, load_tokenizer, new_reward_model, recompute_activations, save_model
 from rlhf.order import stream
 from rlhf.probes import write_probes
 from rlhf.progress import Progress, console
@@ -131,8 +131,9 @@ def heldout_metrics(counts: Sequence[PairCounts], seed: int) -> dict[str, float]
     }
 
 
-def train(engine: Engine, groups: list[Group], ctx: StageContext, pad_id: int) -> bool:
-    """`reward.epochs` passes over the training prompts, resumable at optimiser steps; False when stopped early."""
+def train(engine: Engine, groups: list[Group], ctx: StageContext, pad_id: int) -> int | None:
+    """`reward.epochs` passes over the training prompts, resumable at optimiser steps; returns the tokens seen, None
+    when stopped early."""
     cfg, seed = ctx.recipe.reward, ctx.recipe.run.seed
     total = cfg.epochs * len(groups)
     steps = -(-total // cfg.batch_size)
@@ -142,9 +143,10 @@ def train(engine: Engine, groups: list[Group], ctx: StageContext, pad_id: int) -
         engine.load(sealed)
         state = json.loads((sealed / "state.json").read_text())
         done, tokens = state["step"], state["tokens"]
-    ctx.tracker.truncate_after(tokens)
+    ctx.tracker.truncate_after(tokens, again=("reward/accuracy", "calibration"))
+    stopping = ctx.stop_requested
     with Progress("reward", total=total, unit="prompts", initial=min(done * cfg.batch_size, total)) as progress:
-        while done < steps and not ctx.stop_requested:
+        while done < steps and not stopping:
             first = done * cfg.batch_size
             chosen = stream(len(groups), seed, "rankings", first, min(cfg.batch_size, total - first))
             batch = [groups[i] for i in chosen]
@@ -164,8 +166,8 @@ def train(engine: Engine, groups: list[Group], ctx: StageContext, pad_id: int) -
                 tokens,
             )
             progress.advance(len(batch))
-            stopping = ctx.stop_requested or done == steps
-            if stopping or (cfg.save_every and done % cfg.save_every == 0):
+            stopping = ctx.stop_requested
+            if stopping or done == steps or (cfg.save_every and done % cfg.save_every == 0):
                 state = {"step": done, "tokens": tokens}
 
                 def write(staged: Path, state: dict[str, int] = state) -> None:
@@ -174,7 +176,20 @@ def train(engine: Engine, groups: list[Group], ctx: StageContext, pad_id: int) -
 
                 sealed_write(folder / f"step-{done:06d}", write)
                 keep_last(folder, 2)
-    return done == steps
+    return tokens if done == steps else None
+
+
+def sample_outputs(groups: Sequence[Group], count: int, seed: int) -> list[Pair]:
+    """About `count` ranked outputs, prompts drawn without replacement, each with all its outputs.
+
+    All of them: in files that hold the chosen output first, every second row would be a sample of chosen ones.
+    """
+    pairs: list[Pair] = []
+    for i in stream(len(groups), seed, "scale", 0, len(groups)):
+        if len(pairs) >= count:
+            break
+        pairs += groups[i].pairs
+    return pairs
 
 
 def normalise(model: nn.Module, demonstrations: list[Pair], ranked: list[Pair], scale: bool) -> dict[str, float]:
@@ -219,25 +234,32 @@ def work(ctx: StageContext) -> dict[str, Any]:
 
     torch.manual_seed(recipe.run.seed)
     model = new_reward_model(source, recipe.model, cfg.keep_layers, cfg.head_init)
+    check_context(model, cfg.max_tokens, "reward.max_tokens")
     if cfg.lora.enabled:
         model = add_lora(model, cfg.lora, "SEQ_CLS")
+    model.eval()
+    if recipe.launch.gradient_checkpointing:
+        recompute_activations(model)
     engine = Engine(
-        Scored(model.eval()),
+        Scored(model),
         [ParamGroup("reward", model, cfg.lr, cfg.max_grad_norm)],
         device=recipe.run.device,
         weight_decay=cfg.weight_decay,
     )
-    if not train(engine, train_groups, ctx, int(tokenizer.pad_token_id)):
+    tokens = train(engine, train_groups, ctx, int(tokenizer.pad_token_id))
+    if tokens is None:
         return {}
 
-    ranked = [pair for g in train_groups for pair in g.pairs]
-    metrics = normalise(model, demonstrations, ranked[:: -(-len(ranked) // SCALE_SAMPLE)], cfg.normalise_scale)
+    ranked = sample_outputs(train_groups, SCALE_SAMPLE, recipe.run.seed)
+    metrics = normalise(model, demonstrations, ranked, cfg.normalise_scale)
     if heldout:
         counts = measure(model, heldout)
-        metrics |= heldout_metrics(counts, recipe.run.seed)
+        heldout_row = heldout_metrics(counts, recipe.run.seed)
+        metrics |= heldout_row
+        ctx.tracker.log(heldout_row, tokens)
         rows = calibration([m for c in counts for m in c.margins])
         (ctx.dir / "calibration.json").write_text(json.dumps(rows, indent=1))
-        ctx.tracker.table("calibration", ["confidence", "accuracy", "n"], [list(r.values()) for r in rows], 0)
+        ctx.tracker.table("calibration", ["confidence", "accuracy", "n"], [list(r.values()) for r in rows], tokens)
     metrics["reward/training_prompts"] = float(len(train_groups))
     metrics["reward/tied_pairs"] = float(sum(len(tied_pairs(g.ranks)) for g in train_groups))
     save_model(model, tokenizer, ctx.dir / "model")

@@ -30,7 +30,7 @@ from trl import SFTConfig, SFTTrainer
 from rlhf.checkpoint import keep_last, newest_sealed, sealed_write
 from rlhf.config import Recipe
 from rlhf.errors import UserError
-from rlhf.models import add_lora, load_policy, load_tokenizer, resolve_model, save_model
+from rlhf.models import add_lora, check_context, load_policy, load_tokenizer, resolve_model, save_model
 from rlhf.plan import plan_sft
 from rlhf.progress import Progress, console
 from rlhf.prompting import Encoded, fit_demonstrations
@@ -113,7 +113,7 @@ def trainer_config(recipe: Recipe, folder: Path) -> SFTConfig:
         "cosine": ("cosine_with_min_lr", {"min_lr_rate": sft.final_lr_fraction}),
         "linear": ("polynomial", {"lr_end": sft.lr * sft.final_lr_fraction, "power": 1.0}),
         "constant": ("constant_with_warmup", {}),
-    }[sft.schedule]
+    }["constant" if sft.final_lr_fraction == 1 else sft.schedule]  # which polynomial decay refuses
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # names that change in transformers 6
         return SFTConfig(
@@ -183,7 +183,9 @@ class Reporter(TrainerCallback):
         self.last_loss = math.nan
 
     def on_train_begin(self, args: SFTConfig, state: Any, control: Any, **_: Any) -> None:
-        self.tracker.truncate_after(state.num_input_tokens_seen)  # what came after the checkpoint happens again
+        self.tracker.truncate_after(
+            state.num_input_tokens_seen, again=("sft/validation_loss",)
+        )  # what came after the checkpoint happens again
         self.progress = Progress("sft", total=state.max_steps, unit="steps")
         self.progress.__enter__()
         self.progress.advance(state.global_step)
@@ -312,7 +314,15 @@ def work(ctx: StageContext) -> dict[str, Any]:
     console.print(f"{len(train)} demonstrations and {len(rows) - len(train)} rows of text to train on")
 
     torch.manual_seed(recipe.run.seed)
-    policy = load_policy(base, recipe.model, recipe.sft.dropout, tokenizer)
+    section = recipe.model
+    if not section.lora.enabled:
+        # The optimiser needs float32 weights: an update of 1e-5 is lost in a bfloat16 weight of 0.01. Adapters are.
+        section = section.model_copy(update={"dtype": "float32"})
+    policy = load_policy(base, section, recipe.sft.dropout, tokenizer)
+    rows_of = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
+    check_context(policy, rows_of, "data.max_prompt_tokens + data.max_response_tokens")
+    if recipe.sft.packing:
+        check_context(policy, recipe.sft.max_tokens, "sft.max_tokens")
     if recipe.model.lora.enabled:
         policy = add_lora(policy, recipe.model.lora, "CAUSAL_LM")
     metrics = {"sft/demonstrations": float(len(train)), "sft/heldout_demonstrations": float(len(heldout))}

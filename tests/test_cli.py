@@ -84,6 +84,14 @@ def test_more_processes_go_through_deepspeed_and_sampling_stages_do_not() -> Non
     assert "deepspeed" not in shlex.join(pipeline.command("rank", recipe, "tiny", []))
 
 
+def test_a_recipe_that_a_later_stage_refuses_is_refused_before_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="reward, ppo-ptx, ppo: one process only in this version"):
+        pipeline.run("instructgpt-1.3b", [])
+    with pytest.raises(UserError, match="one process only"):
+        pipeline.run_one("ppo", "tldr-pythia-1b", [])
+    assert capsys.readouterr().out == ""
+
+
 def test_hostfile_reaches_the_launcher_and_quotes_do_not_reach_its_shells(tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("a slots=1\nb slots=1\n", encoding="utf-8")

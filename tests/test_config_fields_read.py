@@ -36,22 +36,27 @@ def attribute_reads(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 def _reads(function: ast.stmt) -> Iterator[tuple[str, str]]:
     aliases: dict[str, set[str]] = {}
+    others: set[str] = set()  # names like a section's for something else, as in `ppo: Ppo`
     for node in ast.walk(function):
         if isinstance(node, ast.Assign):
             for target, value in _pairs(node):
                 if isinstance(value, ast.Attribute):
                     aliases.setdefault(target, set()).add(value.attr)
+                else:
+                    others.add(target)
         if isinstance(node, ast.arg) and node.annotation is not None:
             kind = ast.unparse(node.annotation)
             if kind.endswith("Section"):
                 aliases.setdefault(node.arg, set()).add(kind.removesuffix("Section").lower())
+            else:
+                others.add(node.arg)
     for node in ast.walk(function):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             owner = node.value
             if isinstance(owner, ast.Attribute):
                 yield owner.attr, node.attr
             elif isinstance(owner, ast.Name):
-                for section in aliases.get(owner.id, set()) | {owner.id}:
+                for section in aliases.get(owner.id, set()) | ({owner.id} - others):
                     yield section, node.attr
 
 

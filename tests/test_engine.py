@@ -39,7 +39,7 @@ def set_grads(engine: Engine, **grads: list) -> None:
     for name, parameter in engine.trainable().items():
         parameter.grad = torch.zeros_like(parameter)
         if (key := name.replace(".", "_")) in grads:
-            parameter.grad = torch.tensor(grads[key], dtype=torch.float32).reshape(parameter.shape)
+            parameter.grad = torch.tensor(grads[key], dtype=parameter.dtype).reshape(parameter.shape)
 
 
 def first_moment(engine: Engine, parameter: nn.Parameter) -> list[float]:
@@ -48,6 +48,35 @@ def first_moment(engine: Engine, parameter: nn.Parameter) -> list[float]:
 
 def weights(engine: Engine) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in engine.trainable().items()}
+
+
+def test_small_updates_of_bfloat16_weights_are_not_lost(tmp_path: Path) -> None:
+    """At 0.5 the spacing of bfloat16 is 1/256 downwards: twenty Adam steps of 1e-3 each would all round away."""
+    model = Two().to(torch.bfloat16)
+    model.a.weight.data.fill_(0.5)
+    engine = make(model)
+    for i in range(20):
+        set_grads(engine, a_weight=[1.0, -1.0])
+        for name, parameter in engine.trainable().items():
+            assert parameter.dtype == torch.bfloat16, name
+        engine.step(0.01)
+        if i == 9:
+            engine.save(tmp_path)
+            middle = {name: w.clone() for name, w in engine.weights().items()}
+    # Adam's step has the size of the rate under a constant gradient: 0.1 x 0.01, twenty times.
+    assert engine.weights()["a.weight"].flatten().tolist() == pytest.approx([0.48, 0.52], abs=1e-4)
+    assert model.a.weight.flatten().tolist() == pytest.approx([0.48, 0.52], abs=1 / 256)
+    assert middle["a.weight"].flatten().tolist() == pytest.approx([0.49, 0.51], abs=1e-4)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+    resumed = make(Two().to(torch.bfloat16))
+    resumed.load(tmp_path)
+    torch.testing.assert_close(resumed.weights(), middle, rtol=0, atol=0)
+    for _ in range(10):
+        set_grads(resumed, a_weight=[1.0, -1.0])
+        resumed.step(0.01)
+    torch.testing.assert_close(resumed.weights(), engine.weights(), rtol=0, atol=0)
+    torch.testing.assert_close(resumed.trainable(), engine.trainable(), rtol=0, atol=0)
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------

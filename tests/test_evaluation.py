@@ -68,7 +68,10 @@ def test_compare_refuses_sides_of_different_shape() -> None:
 
 
 def test_win_rate_interval() -> None:
-    assert win_rate([1, 1, 1]) == (1, 1, 1)
+    # All alike: Wilson for 3 of 3 with z = 1.96, z^2 = 3.8415: low = 3 / (3 + 3.8415) = 0.4385.
+    assert win_rate([1, 1, 1]) == pytest.approx((1, 0.4385, 1), abs=1e-4)
+    # One tie: centre 1/2, half width 1.96 / (1 + 3.8415) * sqrt(1/4 + 3.8415 / 4) = 0.4454.
+    assert win_rate([0.5]) == pytest.approx((0.5, 0.0546, 0.9454), abs=1e-4)
     # Two prompts: resampled means are 0, 1/2, 1 with probability 1/4, 1/2, 1/4, so the 2.5 % points are 0 and 1.
     assert win_rate([0, 1], resamples=500) == (0.5, 0, 1)
     # 400 prompts, half won: the standard error is 0.5 / 20 = 0.025, the interval 0.5 +- 0.049.

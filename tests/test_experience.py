@@ -94,6 +94,12 @@ def test_whitened_rewards_keep_their_mean_and_reach_the_advantages(junk: float) 
     assert_rows(got.advantages, whitened(advantages_of(rewards)))
 
 
+def test_the_total_reward_is_that_before_whitening() -> None:
+    for whiten_rewards in (False, True):
+        expected = statistics.fmean(sum(row) for row in REWARDS)
+        assert summary(build(whiten_rewards=whiten_rewards))["ppo/reward_total"] == pytest.approx(expected)
+
+
 def test_what_was_measured_is_kept_as_it_was() -> None:
     got = build()
     assert got.pairs == [([5], [10, 11, 2]), ([6, 7], [12]), ([8], [13, 2])]

@@ -151,8 +151,6 @@ def test_the_judge_takes_the_noise_of_the_rank_stage(tmp_path) -> None:
     judge = make_judge(recipe, run)
     assert isinstance(judge, RubricLabeler)
     assert (judge.noise_sigma, judge.tie_margin) == (0.125, recipe.rank.tie_margin)
-    exact = make_judge(recipe, run, noise=False)
-    assert isinstance(exact, RubricLabeler) and exact.noise_sigma == 0.0
     assert make_labeler("rubric", recipe, run, 0.5).noise_sigma == 0.5
 
 

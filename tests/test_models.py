@@ -10,20 +10,29 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+)
 
 from rlhf.config import LoraSection, ModelSection
 from rlhf.errors import UserError
 from rlhf.models import (
     add_lora,
+    check_context,
     load_policy,
     load_reward_model,
     load_tokenizer,
     new_reward_model,
+    recompute_activations,
     resolve_model,
     same_tokenizer,
     save_model,
 )
+from rlhf.scoring import build_batch, response_logprobs
 from rlhf.tiny import train_tokenizer
 from rlhf.tokenizer import PAD
 
@@ -187,6 +196,34 @@ def test_dropout_is_off_unless_asked_for(tiny_gpt2_dir: str) -> None:
     policy = load_policy(tiny_gpt2_dir, SECTION, dropout=0.2)
     assert (policy.config.resid_pdrop, policy.config.embd_pdrop, policy.config.attn_pdrop) == (0.2, 0.0, 0.0)
     assert {m.p for m in policy.modules() if isinstance(m, torch.nn.Dropout)} == {0.0, 0.2}
+
+
+def test_the_dropout_of_gpt_neo_has_a_name_of_its_own(tiny_dir: str, tmp_path: Path) -> None:
+    config = GPTNeoConfig(
+        vocab_size=300, hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["global"], 1]],
+        max_position_embeddings=32, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    GPTNeoForCausalLM(config).save_pretrained(tmp_path)
+    load_tokenizer(tiny_dir).save_pretrained(tmp_path)
+    policy = load_policy(tmp_path, SECTION.model_copy(update={"attention": "eager"}), dropout=0.2)
+    dropouts = (policy.config.resid_dropout, policy.config.embed_dropout, policy.config.attention_dropout)
+    assert dropouts == (0.2, 0.0, 0.0)
+    with pytest.raises(UserError, match="rows may have 33 tokens, and gpt_neo has positions for 32"):
+        check_context(policy, 33, "reward.max_tokens")
+    check_context(policy, 32, "reward.max_tokens")
+
+
+def test_recomputed_activations_give_the_same_gradient(tiny_gpt2_dir: str) -> None:
+    gradients = []
+    for recompute in (False, True):
+        policy = load_policy(tiny_gpt2_dir, SECTION)
+        if recompute:
+            recompute_activations(policy)
+            assert any(getattr(m, "gradient_checkpointing", False) for m in policy.modules())
+        batch = build_batch([([5, 6, 7], [8, 9]), ([4], [3, 2, 1])], 0)
+        response_logprobs(policy, batch, 1.0)[0].sum().backward()
+        gradients.append({n: p.grad for n, p in policy.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_dropout_without_effect_is_said(tiny_dir: str, capsys) -> None:

@@ -51,6 +51,7 @@ def results(low: float = 0.55, high: float = 0.85) -> dict[str, Any]:
         "labeler": "rubric",
         "prompts": 20,
         "samples_per_prompt": 2,
+        "judgements": 3,
         "temperature": 1.0,
         "bootstrap": 2000,
         "drops": [],
@@ -212,7 +213,18 @@ def test_verdict_claims_no_more_than_the_interval_allows() -> None:
     assert verdict(results(0.55, 0.85)).startswith("PPO-ptx: preferred over SFT. It wins 70\u00a0%")
     assert verdict(results(0.45, 0.85)).startswith("PPO-ptx: no clear difference from SFT.")
     assert verdict(results(0.2, 0.4)).startswith("PPO-ptx: SFT is preferred.")
+    assert verdict(results(0.55, 0.85) | {"prompts": 19}).startswith("PPO-ptx: too few prompts to tell.")
     assert "Pretraining loss 3.400 before, 3.425 after." in verdict(results())
+
+
+def test_the_report_says_who_judged(run: Path) -> None:
+    html = write_report(run).read_text()
+    assert "Judged by the rubric labeler, 3 times in both orders." in html
+    assert "the same that ranked the training outputs" in html
+    put(run / "evaluate" / "results.json", results() | {"labeler": "reward_model", "judgements": 1})
+    html = write_report(run).read_text()
+    assert "Judged by the reward model labeler, once in both orders." in html
+    assert "not independent" in html and "ranked the training outputs" not in html
 
 
 def test_policy_rows_hold_changes_against_sft() -> None:

@@ -17,7 +17,16 @@ from rlhf.models import add_lora, load_policy
 from rlhf.prompting import Encoded, encode_prompt, encode_response
 from rlhf.records import Demonstration, Drops, Prompt
 from rlhf.tracking import Tracker
-from stages.sft import demonstration_row, main, mix_rows, text_rows, train_sft, validation_loss, write_policy
+from stages.sft import (
+    demonstration_row,
+    main,
+    mix_rows,
+    text_rows,
+    train_sft,
+    trainer_config,
+    validation_loss,
+    write_policy,
+)
 
 ANSWERS = [
     ("What is a river?", "Water that runs to the sea."),
@@ -148,6 +157,12 @@ def test_schedules_end_at_their_share(schedule, expected, tiny_policy, encoded, 
     recipe = make_recipe(schedule=schedule, batch_size=2, micro_batch_size=2)
     run(tiny_policy, tiny_tokenizer, [demonstration_row(e) for e in encoded], recipe, tmp_path)
     assert [p["sft/lr"] / 1e-3 for p in logged(tmp_path)] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_a_schedule_that_ends_where_it_began_is_constant(schedule, tmp_path) -> None:
+    recipe = make_recipe(schedule=schedule, final_lr_fraction=1.0)
+    assert trainer_config(recipe, tmp_path).lr_scheduler_type == "constant_with_warmup"
 
 
 def test_training_lowers_the_loss(tiny_policy, encoded, tiny_tokenizer, tmp_path) -> None:

@@ -25,7 +25,7 @@ from rlhf.records import (
     read_rankings,
     read_texts,
 )
-from rlhf.sources import embedded_path, local_path
+from rlhf.sources import embedded_path, local_path, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 Read = Callable[[list[str], Drops], Any]
@@ -99,6 +99,15 @@ def test_empty_files_are_refused(tmp_path: Path, name: str, content: bytes) -> N
     (tmp_path / name).write_bytes(content)
     message = text_of(read_texts, str(tmp_path / name))
     assert "the file has no" in message and f"where: {tmp_path / name}" in message
+
+
+@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-12]])
+def test_a_damaged_gzip_file_is_told(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="the file cannot be read") as error:
+        list(read_rows(str(path)))
+    assert error.value.where == str(path)
 
 
 def test_bytes_that_are_not_utf8_are_located(tmp_path: Path) -> None:

@@ -323,6 +323,17 @@ def test_the_second_signal_stops_at_once() -> None:
     assert time.monotonic() - begin < 30 and stage_json()["state"] == "stopped"
 
 
+def test_one_variant_of_ppo_is_redone_without_the_other_in_the_way() -> None:
+    for name in ("ppo", "ppo-ptx"):
+        assert run_stage(name, train, RECIPE) == 0
+    changed = [*RECIPE, "ppo.lr=0.002"]
+    assert run_stage("ppo-ptx", never, changed) == 2
+    assert run_stage("ppo-ptx", train, [*changed, "--fresh"]) == 0
+    assert stage_json("ppo-ptx")["attempts"] == 1 and Path("runs/demo/ppo-ptx.old").is_dir()
+    assert run_stage("ppo", train, changed) == 0  # its own fingerprint has it done again
+    assert Path("runs/demo/ppo.old").is_dir()
+
+
 # --- command line ----------------------------------------------------------------------------------------------------
 
 

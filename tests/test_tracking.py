@@ -49,6 +49,12 @@ def test_a_tracker_opened_again_appends_and_cuts_what_lies_beyond_the_resumed_po
     samples = rows(tmp_path / "tables" / "samples.jsonl")
     assert [r["step"] for r in samples] == [64, 64, 128, 128]
     assert samples[1] == {"step": 64, "axis": "episodes", "prompt": "b", "score": None}
+    second.log({"ppo/last": 1.0}, 192)
+    second.table("ending", ["x"], [[1]], 192)
+    second.truncate_after(192, again=("ppo/last", "ending"))
+    assert [r["step"] for r in rows(tmp_path / "metrics.jsonl")] == [64, 128, 192]
+    assert "ppo/last" not in rows(tmp_path / "metrics.jsonl")[-1]
+    assert rows(tmp_path / "tables" / "ending.jsonl") == []
     second.truncate_after(-1)
     assert rows(tmp_path / "metrics.jsonl") == []
 
