@@ -75,7 +75,6 @@ def report(run_dir: Path) -> Path:
 
     path = write_report(run_dir)
     print_summary(run_dir)
-    console.print(f"report: {path}", markup=False, soft_wrap=True)
     return path
 
 
