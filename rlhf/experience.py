@@ -71,7 +71,7 @@ def make_experience(
     rewards = per_token_rewards(
         rollout.logprobs, ref, scores, rollout.lengths, rollout.finished, kl_coef, missing_eos_penalty
     )
-    totals = torch.where(mask, rewards, 0.0).sum(1)
+    totals = rewards.sum(1)  # zero on padding
     if whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, value, rollout.lengths, gamma, lam)
