@@ -5,6 +5,7 @@
 #   make demo ARGS="ppo.episodes=96 run.name=short"
 #   make test              the test suite (ARGS goes to pytest)
 #   make lint              style of the code
+#   make data-check        the embedded data against its datasheet (AGAINST=FOLDER: and against other data)
 #   make clean             removes .venv and caches; runs/ stays
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo install test lint clean
+.PHONY: demo install test lint data-check clean
 
 demo: install
 	$(BIN)/rlhf run demo $(if $(SEED),run.seed=$(SEED) run.name=demo-seed$(SEED)) $(ARGS)
@@ -25,6 +26,9 @@ test: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+data-check: $(VENV)/.installed-dev
+	$(BIN)/python tests/data_check.py $(if $(AGAINST),--against $(AGAINST))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
