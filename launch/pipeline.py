@@ -20,13 +20,13 @@ import psutil
 from rlhf.config import Recipe
 from rlhf.dependencies import check_data_files
 from rlhf.errors import UserError
-from rlhf.plan import check, check_supported, plan_rows, world_size
+from rlhf.plan import check, plan_rows, world_size
 from rlhf.progress import console, table
 from rlhf.recipe import load_recipe, recipe_names
 from rlhf.rundir import require_disk
 
 ROOT = Path(__file__).resolve().parent.parent  # holds rlhf/, stages/ and launch/, in a checkout and when installed
-LAUNCHED = ("sft", "reward", "ppo-ptx", "ppo")  # trained over all processes; rank and evaluate sample on one device
+TRAINED = ("sft", "reward", "ppo-ptx", "ppo")
 SMOLLM2_BYTES = 540_000_000  # the embedded model as float32 safetensors
 
 
@@ -38,7 +38,6 @@ def run(name_or_path: str, overrides: Sequence[str]) -> int:
     """
     recipe = load_recipe(name_or_path, overrides)
     check(recipe)
-    check_supported(recipe, recipe.run.stages)
     check_data_files(recipe, recipe.run.stages)
     show_plan(recipe, recipe.run.stages)
     check_disk(recipe)
@@ -59,7 +58,6 @@ def run_one(stage: str, name_or_path: str, overrides: Sequence[str], fresh: bool
     """Run a single stage, whatever `run.stages` says, from scratch when `fresh`; returns its exit code."""
     recipe = load_recipe(name_or_path, overrides)
     check(recipe, [stage])
-    check_supported(recipe, [stage])
     show_plan(recipe, [stage])
     return start(stage, recipe, name_or_path, overrides, fresh)
 
@@ -92,7 +90,7 @@ def disk_need(recipe: Recipe) -> int:
     run_dir = Path(recipe.run.dir) / recipe.run.name
     copies = 0
     for stage in recipe.run.stages:
-        if stage not in LAUNCHED or (run_dir / stage / "model").is_dir():
+        if stage not in TRAINED or (run_dir / stage / "model").is_dir():
             continue
         ppo = stage.startswith("ppo")
         copies += 2 if ppo and recipe.ppo.ema_decay > 0 else 1
@@ -114,7 +112,7 @@ def _model_bytes(name: str) -> int:
 
 def start(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str], fresh: bool = False) -> int:
     """Run a stage program to its end; returns its exit code, 128 + N when signal N ended it."""
-    launched = stage in LAUNCHED and world_size(recipe) > 1
+    launched = world_size(recipe) > 1
     local_ranks = launched and not recipe.launch.hostfile  # a runner of several machines passes signals on itself
     line = command(stage, recipe, name_or_path, overrides, fresh)
     return _supervise(line, environment(recipe, launched), local_ranks)
@@ -125,7 +123,7 @@ def command(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[s
     program, *options = stage_program(stage)
     where = name_or_path if name_or_path in recipe_names() else str(Path(name_or_path).expanduser().resolve())
     arguments = [program, where, *overrides, *options, *(["--fresh"] if fresh else [])]
-    if stage not in LAUNCHED or world_size(recipe) == 1:
+    if world_size(recipe) == 1:
         return [sys.executable, "-m", *arguments]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
     if recipe.launch.hostfile:

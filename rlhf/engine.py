@@ -7,7 +7,6 @@ micro-batches and processes, never averaged.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rlhf.clipping import ClippedAdamW
 from rlhf.errors import UserError
 
 
@@ -59,12 +59,6 @@ class Engine:
     ) -> None:
         # As rlhf.stage.pick_device: Apple's GPUs have no float64, which sampling needs.
         self.accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
-        if self.accelerator.num_processes > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(
-                "the reward and PPO stages run in one process in this version",
-                "launch.processes",
-                "set launch.processes=1",
-            )
         self.groups = groups
         model.to(self.accelerator.device)
         # An update of 1e-5 is lost in a bfloat16 weight of 0.01: such weights are stepped in float32 copies.
@@ -74,8 +68,16 @@ class Engine:
             for parameter in group.parameters()
             if parameter.dtype != torch.float32
         }
-        optimizer = torch.optim.AdamW(
-            [{"params": [self._copies.get(p, p) for p in g.parameters()], "lr": g.lr} for g in groups],
+        optimizer = ClippedAdamW(
+            [
+                {
+                    "params": [self._copies.get(p, p) for p in g.parameters()],
+                    "lr": g.lr,
+                    "name": g.name,
+                    "max_grad_norm": g.max_grad_norm,
+                }
+                for g in groups
+            ],
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,
@@ -119,35 +121,32 @@ class Engine:
         Raises:
             UserError: after `max_skipped_steps` skipped steps in a row, naming the first bad tensor.
         """
-        result = StepResult()
+        clipped: ClippedAdamW = getattr(self.optimizer, "optimizer", self.optimizer)  # inside Accelerate's wrapper
         for group, state in zip(self.groups, self.optimizer.param_groups, strict=True):
             state["lr"] = group.lr * lr_factor
-            norm = torch.nn.utils.get_total_norm([p.grad for p in group.parameters() if p.grad is not None])
-            result.grad_norms[group.name] = float(norm)
-            if not torch.isfinite(norm) and not result.non_finite:
-                # Named before clipping: a nan norm would make every gradient of the group nan.
-                result.non_finite = f"{group.name}.{_first_non_finite(group.module)}"
-            torch.nn.utils.clip_grads_with_norm_(group.parameters(), group.max_grad_norm, norm)
-        if result.non_finite:
-            self.skipped_in_a_row += 1
-            self.skipped_steps += 1
-        else:
-            self.skipped_in_a_row = 0
-            for parameter, copy in self._copies.items():
-                copy.grad = None if parameter.grad is None else parameter.grad.float()
-            self.optimizer.step()
-            self._round_copies()
+        for parameter, copy in self._copies.items():
+            copy.grad = None if parameter.grad is None else parameter.grad.float()
+        clipped.grad_norms, clipped.non_finite = {}, ""
+        self.optimizer.step()
+        bad = next((f"{g.name}.{_first_non_finite(g.module)}" for g in self.groups if g.name == clipped.non_finite), "")
+        self._round_copies()
         self.optimizer.zero_grad(set_to_none=True)
         for parameter in self._copies:
             parameter.grad = None
+        self._count_skipped(bad)
+        return StepResult(clipped.grad_norms, bad)
+
+    def _count_skipped(self, bad: str) -> None:
+        """Keep the count of steps in a row whose gradient was not finite; `bad` names its first bad tensor, if any."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if bad else 0
+        self.skipped_steps += bool(bad)
         if self.skipped_in_a_row >= self.max_skipped_steps:
             raise UserError(
                 f"{self.skipped_in_a_row} optimiser steps in a row had a non-finite gradient; the first bad tensor is "
-                f"{result.non_finite}",
+                f"{bad}",
                 fix="lower the learning rate, use float32, or look for broken rows in the data; "
                 "the last checkpoint is from before these steps",
             )
-        return result
 
     def trainable(self) -> dict[str, Tensor]:
         """Trainable parameters by name, as the model computes with them (not copies)."""

@@ -43,7 +43,8 @@ def training_flops(model: nn.Module, tokens: float) -> float:
     reached = False
     for parameter in model.parameters():
         reached = reached or parameter.requires_grad
-        total += parameter.numel()
-        through += parameter.numel() if reached else 0
-        trained += parameter.numel() if parameter.requires_grad else 0
+        size = getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 the parameter itself is empty
+        total += size
+        through += size if reached else 0
+        trained += size if parameter.requires_grad else 0
     return tokens * 2.0 * (total + through + trained)

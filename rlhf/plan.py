@@ -169,26 +169,13 @@ def check_launched(recipe: Recipe, processes: int) -> None:
         )
 
 
-def check_supported(recipe: Recipe, stages: Sequence[str]) -> None:
-    """Refuse a run of which a later stage could not start; `rlhf plan` shows such recipes, and `rlhf run` asks here."""
-    one = [stage for stage in stages if stage in ("reward", "ppo-ptx", "ppo")]
-    if one and world_size(recipe) > 1:
-        raise UserError(
-            f"{', '.join(one)}: one process only in this version, and the recipe has {world_size(recipe)}",
-            "launch.processes",
-            "set launch.processes=1",
-        )
-
-
 def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
     """Rules between fields, for the given stages (default: run.stages). Raises UserError at the first one broken."""
     stages = list(recipe.run.stages if stages is None else stages)
     _check_order(stages)
-    training = [stage for stage in stages if stage not in ("rank", "evaluate")]
     if recipe.launch.deepspeed_config and not Path(recipe.launch.deepspeed_config).expanduser().is_file():
         raise UserError("there is no such DeepSpeed file", "launch.deepspeed_config", "give the path of a JSON file")
-    if training:
-        world_size(recipe)
+    world_size(recipe)
     if "sft" in stages:
         plan_sft(recipe)
         if recipe.sft.pretraining_mix > 0:

@@ -32,10 +32,13 @@ from rlhf.models import (
 from rlhf.plan import PpoPlan, plan_ppo
 from rlhf.policy_value import PolicyValue, freeze, reference_logprobs
 from rlhf.probes import check_probes
+from rlhf.progress import is_main_process
 from rlhf.prompting import fit_prompts, stop_ids
 from rlhf.records import Drops, read_prompts, read_texts
 from rlhf.scoring import check_plain_head
+from rlhf.sharding import barrier
 from rlhf.tax import blocks
+from rlhf.zero import make_engine
 
 
 @dataclass
@@ -101,13 +104,13 @@ def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
     if recipe.launch.gradient_checkpointing:
         recompute_activations(policy)
         recompute_activations(value)
-    engine = Engine(
+    engine = make_engine(
         networks,
         [
             ParamGroup("policy", networks.policy, cfg.lr, cfg.max_grad_norm),
             ParamGroup("value", networks.value, cfg.value_lr, cfg.max_grad_norm),
         ],
-        device=recipe.run.device,
+        recipe,
         betas=(0.9, cfg.adam_beta2),
         eps=cfg.adam_eps,
         max_skipped_steps=cfg.max_skipped_steps,
@@ -139,12 +142,14 @@ def save_checkpoint(ppo: Ppo, folder: Path) -> None:
 
     def write(staged: Path) -> None:
         ppo.engine.save(staged / "engine")
+        if not is_main_process():
+            return
         if ppo.ema:
             save_file(ppo.ema, staged / "ema.safetensors")
         state = {"iteration": ppo.iteration, "kl_coef": ppo.kl_coef, "metrics": ppo.metrics}
         (staged / "state.json").write_text(json.dumps(state))
 
-    sealed_write(folder / f"step-{ppo.iteration:06d}", write)
+    sealed_write(folder / f"step-{ppo.iteration:06d}", write, barrier())
     keep_last(folder, 2)
 
 

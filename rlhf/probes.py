@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
+from rlhf.progress import is_main_process
 from rlhf.scoring import Pair, scores
 
 FILE = "probes.json"
@@ -32,7 +33,8 @@ def write_probes(model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Se
         }
         for (prompt, response), score in zip(pairs, scores(model, pairs), strict=True)
     ]
-    (folder / FILE).write_text(json.dumps(rows, indent=1))
+    if is_main_process():
+        (folder / FILE).write_text(json.dumps(rows, indent=1))
 
 
 def check_probes(model: nn.Module, folder: Path) -> None:

@@ -110,7 +110,7 @@ class Progress:
 
     def advance(self, n: int = 1) -> None:
         """Count n more as done."""
-        self.done += n
+        self.done = self.done + n if self.total is None else min(self.done + n, self.total)
         self._last = time.monotonic()
         if self._first is None:
             self._first = (self._last, self.done)

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.scoring import token_logprobs
+from rlhf.sharding import processes, shared, whole_weights
 
 Engine = Literal["native", "generate"]
 
@@ -89,6 +90,8 @@ def sample(
 ) -> Rollout:
     """Sample one response for each prompt (token ids); repeat a prompt to sample it several times.
 
+    Several processes share the prompts out; all of them must call, and get all rows.
+
     Args:
         temperature: above 0; 0 is greedy decoding (then log-probabilities are at temperature 1).
         seeds: one per row (`row_seed`); a native row's draw depends on its seed, not on its batch mates.
@@ -106,23 +109,28 @@ def sample(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     training = policy.training
     policy.eval()
+
+    def decode_rows(mine: list[int]) -> list[tuple[list[int], list[float]]]:
+        out = []
+        for first in range(0, len(mine), batch_size):
+            chosen = mine[first : first + batch_size]
+            out += decode(
+                policy,
+                [list(prompts[i]) for i in chosen],
+                int(tokenizer.pad_token_id),
+                max_new_tokens,
+                temperature,
+                [seeds[i] for i in chosen],
+                list(stop_ids),
+            )
+            if advance:
+                advance(len(chosen) * processes())
+        return out
+
     try:
-        with torch.no_grad():
-            for first in range(0, len(order), batch_size):
-                chosen = order[first : first + batch_size]
-                out = decode(
-                    policy,
-                    [list(prompts[i]) for i in chosen],
-                    int(tokenizer.pad_token_id),
-                    max_new_tokens,
-                    temperature,
-                    [seeds[i] for i in chosen],
-                    list(stop_ids),
-                )
-                for i, row in zip(chosen, out, strict=True):
-                    rows[i] = row
-                if advance:
-                    advance(len(chosen))
+        with torch.no_grad(), whole_weights(policy):
+            for i, row in zip(order, shared(order, decode_rows), strict=True):
+                rows[i] = row
     finally:
         policy.train(training)
     return _assemble(prompts, rows, int(tokenizer.pad_token_id), set(stop_ids))
@@ -216,7 +224,7 @@ def _decode_generate(
         end = next((t for t, token in enumerate(row) if token in stop_ids), len(row) - 1)
         responses.append(row[: end + 1])
     pairs = list(zip(prompts, responses, strict=True))
-    logprobs = token_logprobs(policy, pairs, temperature or 1.0)
+    logprobs = token_logprobs(policy, pairs, temperature or 1.0, alone=True)
     return [(response, lp.tolist()) for response, lp in zip(responses, logprobs, strict=True)]
 
 

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from rlhf.errors import UserError
+from rlhf.sharding import processes, shared, whole_weights
 
 Pair = tuple[Sequence[int], Sequence[int]]
 HEAD_CHUNK = 512  # positions per pass through the LM head: 100 MB of logits at V = 49152 in float32
@@ -150,21 +151,41 @@ def _over_batches(
     forward: Callable[[SequenceBatch], list[Tensor]],
     advance: Callable[[int], None] | None,
 ) -> list[Tensor]:
-    """Run `forward` without gradients over length-sorted batches; results come back in the order of `pairs`."""
-    results: list[Tensor] = [torch.empty(0)] * len(pairs)
+    """Run `forward` without gradients over length-sorted batches; results come back in the order of `pairs`.
+
+    Several processes share the pairs out; all of them must call, and get all results.
+    """
+    by_length = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     training = model.training
     model.eval()
-    device = next(model.parameters()).device
     try:
-        with torch.no_grad():
-            for indices in token_budget_batches([len(p) + len(r) for p, r in pairs], tokens):
-                batch = build_batch([pairs[i] for i in indices], 0).to(device)
-                for i, result in zip(indices, forward(batch), strict=True):
-                    results[i] = result.cpu()
-                if advance:
-                    advance(len(indices))
+        with torch.no_grad(), whole_weights(model):
+            rows = shared(
+                [pairs[i] for i in by_length], lambda mine: _in_batches(model, mine, tokens, forward, advance)
+            )
     finally:
         model.train(training)
+    results: list[Tensor] = [torch.empty(0)] * len(pairs)
+    for i, row in zip(by_length, rows, strict=True):
+        results[i] = row
+    return results
+
+
+def _in_batches(
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    tokens: int,
+    forward: Callable[[SequenceBatch], list[Tensor]],
+    advance: Callable[[int], None] | None,
+) -> list[Tensor]:
+    results: list[Tensor] = [torch.empty(0)] * len(pairs)
+    device = next(model.parameters()).device
+    for indices in token_budget_batches([len(p) + len(r) for p, r in pairs], tokens):
+        batch = build_batch([pairs[i] for i in indices], 0).to(device)
+        for i, result in zip(indices, forward(batch), strict=True):
+            results[i] = result.cpu()
+        if advance:
+            advance(len(indices) * processes())
     return results
 
 
@@ -178,11 +199,20 @@ def token_logprobs(
     temperature: float = 1.0,
     tokens: int = 2048,
     advance: Callable[[int], None] | None = None,
+    alone: bool = False,
 ) -> list[Tensor]:
-    """Log-probability of every response token: one float32 tensor [T_i] for each pair, on the CPU."""
-    return _over_batches(
-        policy, pairs, tokens, lambda b: _by_row(b, response_logprobs(policy, b, temperature)[0]), advance
-    )
+    """Log-probability of every response token: one float32 tensor [T_i] for each pair, on the CPU.
+
+    `alone`: computed here, by this process, and not shared out.
+    """
+
+    def forward(batch: SequenceBatch) -> list[Tensor]:
+        return _by_row(batch, response_logprobs(policy, batch, temperature)[0])
+
+    if alone:
+        with torch.no_grad():
+            return _in_batches(policy, pairs, tokens, forward, advance)
+    return _over_batches(policy, pairs, tokens, forward, advance)
 
 
 def token_values(

@@ -150,8 +150,7 @@ def _run_stage(name: str, work: Callable[[StageContext], dict[str, Any] | None],
     recipe_name, overrides, options = parse_stage_args(argv, f"stages/{'ppo' if name == 'ppo-ptx' else name}.py")
     recipe = load_recipe(recipe_name, overrides)
     check(recipe, [name])
-    if name not in ("rank", "evaluate"):
-        check_launched(recipe, world_size())
+    check_launched(recipe, world_size())
     device = pick_device(recipe)
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU

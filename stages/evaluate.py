@@ -39,7 +39,7 @@ from rlhf.labelers import Labeler, Output, make_judge
 from rlhf.models import load_policy, load_reward_model, load_tokenizer
 from rlhf.objectives import kl_k1, kl_k3
 from rlhf.probes import check_probes
-from rlhf.progress import Progress, console
+from rlhf.progress import Progress, console, is_main_process
 from rlhf.prompting import fit_prompts, stop_ids
 from rlhf.records import (
     Cloze,
@@ -53,7 +53,7 @@ from rlhf.records import (
     write_jsonl,
 )
 from rlhf.rollout import Rollout, row_seed, sample
-from rlhf.rundir import RunFolder
+from rlhf.rundir import RunFolder, write_atomic
 from rlhf.scoring import scores, token_logprobs
 from rlhf.stage import StageContext, run_stage
 from rlhf.tax import blocks, cloze_accuracy, pretraining_loss
@@ -310,10 +310,9 @@ def sample_rows(
 
 def write_outputs(ctx: StageContext, results: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:
     """results.json, samples.jsonl and the tracker's table; returns the headline metrics."""
-    write_jsonl(ctx.dir / "samples.jsonl", rows)
-    staged = ctx.dir / "results.json.tmp"
-    staged.write_text(json.dumps(results, indent=1))
-    staged.replace(ctx.dir / "results.json")
+    if is_main_process():
+        write_jsonl(ctx.dir / "samples.jsonl", rows)
+        write_atomic(ctx.dir / "results.json", json.dumps(results, indent=1))
     metrics, step = headline(results), sum(sum(row["lengths"].values()) for row in rows)
     ctx.tracker.log(metrics, step)
     table = [

@@ -18,9 +18,11 @@ first minibatch of every iteration checks that), and dropout, which is off.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,11 +38,12 @@ from rlhf.order import stream
 from rlhf.perf import measured_peak_flops, peak_memory_gb, training_flops
 from rlhf.policy_value import swap_in, text_pairs
 from rlhf.ppo_state import Ppo, build, load_checkpoint, save_checkpoint
-from rlhf.progress import Progress, console
+from rlhf.progress import Progress, console, is_main_process
 from rlhf.recipe import load_recipe
 from rlhf.rollout import Rollout, row_seed, sample
 from rlhf.schedule import lr_factor
 from rlhf.scoring import build_batch, scores, token_logprobs, token_values
+from rlhf.sharding import everyones, own, processes, whole_weights
 from rlhf.stage import StageContext, exit_code, parse_stage_args, run_stage
 
 
@@ -90,11 +93,12 @@ def ppo_step(ppo: Ppo, experience: Experience, minibatch: Sequence[int], last: b
     `last` says that no other gradient follows in this optimiser step. Returns token means, except ratio_max/_error.
     """
     cfg, device = ppo.recipe.ppo, ppo.engine.device
-    tokens = ppo.engine.sum(experience.mask[list(minibatch)].sum().to(device))
+    tokens = experience.mask[list(minibatch)].sum().to(device)
     sums: dict[str, float] = defaultdict(float)
-    size = cfg.micro_batch_size
-    for start in range(0, len(minibatch), size):
-        rows = list(minibatch[start : start + size])
+    ratio_max = ratio_error = 0.0
+    mine, size = own(minibatch), cfg.micro_batch_size
+    for start in range(0, len(mine), size):
+        rows = mine[start : start + size]
         batch = build_batch([experience.pairs[i] for i in rows], ppo.tokenizer.pad_token_id).to(device)
         width = int(experience.mask[rows].sum(1).max())
 
@@ -102,21 +106,23 @@ def ppo_step(ppo: Ppo, experience: Experience, minibatch: Sequence[int], last: b
             return values[rows][:, :width].to(device)
 
         mask = take(experience.mask)
-        with ppo.engine.accumulate(last and start + size >= len(minibatch)):
+        with ppo.engine.accumulate(last and start + size >= len(mine)):
             out = ppo.engine.model("ppo", batch, cfg.temperature)
             logprobs, values = batch.unflatten(out.logprobs, width), batch.unflatten(out.values, width)
             policy = policy_loss(logprobs, take(experience.logprobs), take(experience.advantages), mask, cfg.clip)
             value = value_loss(values, take(experience.values), take(experience.returns), mask, cfg.value_clip)
-            # Divided by the tokens of the whole minibatch: micro-batches of any size give one gradient.
+            # Divided by the tokens of the whole minibatch: any split over micro-batches and processes, one gradient.
             ppo.engine.backward((policy.loss + cfg.vf_coef * value) / tokens)
         sums["ppo/policy_loss"] += float(policy.loss.detach() / tokens)
         sums["ppo/value_loss"] += float(value.detach() / tokens)
         sums["ppo/clip_fraction"] += float(policy.clipped / tokens)
         sums["ppo/approx_kl"] += float(policy.approx_kl / tokens)
         sums["ppo/entropy"] += float(out.entropies.sum() / tokens)
-        sums["ppo/ratio_max"] = max(sums["ppo/ratio_max"], float(policy.ratio_max))
-        sums["ratio_error"] = max(sums["ratio_error"], float(policy.ratio_error))
-    return dict(sums)
+        ratio_max = max(ratio_max, float(policy.ratio_max))
+        ratio_error = max(ratio_error, float(policy.ratio_error))
+    totals = {name: sum(each[name] for each in everyones(sums)) for name in sums}
+    extremes = everyones((ratio_max, ratio_error))
+    return totals | {"ppo/ratio_max": max(r for r, _ in extremes), "ratio_error": max(e for _, e in extremes)}
 
 
 def ptx_step(ppo: Ppo, step: int) -> dict[str, float]:
@@ -124,16 +130,16 @@ def ptx_step(ppo: Ppo, step: int) -> dict[str, float]:
     count, size = ppo.plan.ptx_rows_per_minibatch, ppo.recipe.ppo.micro_batch_size
     chosen = stream(len(ppo.ptx_rows), ppo.recipe.run.seed, "ptx", step * count, count)
     rows = [ppo.ptx_rows[i] for i in chosen]
-    tokens = ppo.engine.sum(torch.tensor(sum(len(row) - 1 for row in rows), device=ppo.engine.device))
-    nll = 0.0
-    for start in range(0, count, size):
-        batch = build_batch(text_pairs(rows[start : start + size]), ppo.tokenizer.pad_token_id).to(ppo.engine.device)
-        with ppo.engine.accumulate(start + size >= count):
+    tokens = sum(len(row) - 1 for row in rows)
+    mine, nll = own(rows), 0.0
+    for start in range(0, len(mine), size):
+        batch = build_batch(text_pairs(mine[start : start + size]), ppo.tokenizer.pad_token_id).to(ppo.engine.device)
+        with ppo.engine.accumulate(start + size >= len(mine)):
             token_nll = ppo.engine.model("ptx", batch)
             loss = ptx_loss(token_nll, torch.ones_like(token_nll, dtype=torch.bool), ppo.ptx_coef)
             ppo.engine.backward(loss / tokens)
         nll += float(token_nll.detach().sum() / tokens)
-    return {"ppo/ptx_loss": nll}
+    return {"ppo/ptx_loss": sum(everyones(nll))}
 
 
 def update(ppo: Ppo, experience: Experience, seconds: dict[str, float]) -> dict[str, float]:
@@ -155,22 +161,24 @@ def update(ppo: Ppo, experience: Experience, seconds: dict[str, float]) -> dict[
             metrics = ppo_step(ppo, experience, minibatch, last=ppo.ptx_coef == 0)
             if epoch == 0 and m == 0:
                 check_first_minibatch(ppo, experience, metrics["ratio_error"])
-            policy_grads = ppo.engine.grads("policy")
-            metrics["ppo/grad_norm_policy"] = grad_norm(policy_grads)
-            metrics["ppo/grad_norm_value"] = grad_norm(ppo.engine.grads("value"))
             seconds["train"] += time.perf_counter() - begin
             if ppo.ptx_coef > 0:
                 begin = time.perf_counter()
-                # The two gradients are accumulated one after the other; a copy tells them apart for the log.
-                before = [g.clone() for g in policy_grads]
                 step = (ppo.iteration * cfg.epochs + epoch) * plan.minibatches + m
+                # The two gradients are accumulated one after the other; a copy tells them apart for the log.
+                before = [g.clone() for g in ppo.engine.grads("policy")]
                 metrics |= ptx_step(ppo, step)
-                ptx_grads = [after - b for after, b in zip(ppo.engine.grads("policy"), before, strict=True)]
-                metrics["ppo/grad_norm_ptx"] = grad_norm(ptx_grads)
+                if before:
+                    metrics["ppo/grad_norm_policy"] = grad_norm(before)
+                    after = ppo.engine.grads("policy")
+                    metrics["ppo/grad_norm_ptx"] = grad_norm([a - b for a, b in zip(after, before, strict=True)])
                 seconds["ptx"] += time.perf_counter() - begin
             begin = time.perf_counter()
             result = ppo.engine.step(factor)
-            if not result.non_finite and ppo.ema:
+            # Over several processes the two gradients cannot be told apart: then this is the norm of their sum.
+            metrics.setdefault("ppo/grad_norm_policy", result.grad_norms.get("policy", math.nan))
+            metrics["ppo/grad_norm_value"] = result.grad_norms.get("value", math.nan)
+            if ppo.ema and not result.non_finite:
                 ema_update(ppo.ema, ppo.engine.weights(), cfg.ema_decay)
             seconds["train"] += time.perf_counter() - begin
             for name, value in metrics.items():
@@ -259,7 +267,7 @@ def log(
     perf = {f"perf/seconds_{name}": value for name, value in seconds.items()}
     perf["perf/rollout_tokens_per_s"] = float(episodes.lengths.sum()) / seconds["rollout"]
     perf["perf/train_tokens_per_s"] = tokens * cfg.epochs / seconds["train"]
-    perf["perf/mfu"] = flops / seconds["train"] / peak
+    perf["perf/mfu"] = flops / seconds["train"] / peak / processes()
     perf["memory/peak_gb"] = peak_memory_gb(ppo.engine.device)
     ctx.tracker.log(metrics | perf, done)
     count = min(cfg.samples_logged, len(episodes))
@@ -288,13 +296,21 @@ def work(ctx: StageContext, variant: str) -> dict[str, Any]:
     metrics = train(ppo, ctx)
     if ppo.iteration < ppo.plan.iterations:
         return {}
+    with whole_weights(ppo.networks.policy):
+        if is_main_process():
+            save_policies(ppo, ctx.dir)
+        everyones(None)  # wait: what was saved belongs to the result of all processes
+    return metrics
+
+
+def save_policies(ppo: Ppo, folder: Path) -> None:
+    """The policy as model/ and, where there is one, its average as ema/."""
     if ppo.ema:
         live = ppo.engine.trainable()
         raw = swap_in(live, ppo.ema)
-        save_model(ppo.networks.policy, ppo.tokenizer, ctx.dir / "ema")
+        save_model(ppo.networks.policy, ppo.tokenizer, folder / "ema")
         swap_in(live, raw)
-    save_model(ppo.networks.policy, ppo.tokenizer, ctx.dir / "model")
-    return metrics
+    save_model(ppo.networks.policy, ppo.tokenizer, folder / "model")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.labelers import Labeler, Output, agreement, expected_agreement, make_labeler, noise_for_agreement
 from rlhf.models import load_policy, load_tokenizer
-from rlhf.progress import Progress, console
+from rlhf.progress import Progress, console, is_main_process
 from rlhf.progress import table as print_table
 from rlhf.prompting import Encoded, fit_prompts, stop_ids
 from rlhf.ranking import ordered_pairs, tied_pairs
@@ -90,18 +90,21 @@ class Samples:
                     continue
                 if row["fingerprint"] == fingerprint:
                     self.rows[row["key"]] = row
-        write_jsonl(path, list(self.rows.values()))
+        if is_main_process():
+            write_jsonl(path, list(self.rows.values()))
 
     def tokens(self, prompts: Sequence[Encoded[Prompt]]) -> int:
         """Tokens sampled for these prompts."""
         return sum(sum(self.rows[encoded.item.key]["lengths"]) for encoded in prompts)
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Append rows and wait until they are on disk."""
+        """Append rows and wait until they are on disk; the first process writes for all."""
+        whole = [row | {"fingerprint": self.fingerprint} for row in rows]
+        self.rows |= {row["key"]: row for row in whole}
+        if not is_main_process():
+            return
         with self.path.open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row | {"fingerprint": self.fingerprint}) + "\n")
-                self.rows[row["key"]] = row | {"fingerprint": self.fingerprint}
+            file.writelines(json.dumps(row) + "\n" for row in whole)
             file.flush()
             os.fsync(file.fileno())
 
@@ -282,24 +285,25 @@ def write(ctx: StageContext, ranked: Ranked, drops: Drops, step: int) -> dict[st
     scores = [
         rubric_scores(r.prompt, [Output(*o) for o in zip(r.responses, r.finished, strict=True)]) for r in rankings
     ]
-    write_jsonl(
-        ctx.dir / "rankings.jsonl",
-        [ranking_row(r) | {"use_case": r.prompt.use_case, "rubric": s} for r, s in zip(rankings, scores, strict=True)],
-    )
     summary = {"labeler": ctx.recipe.rank.labeler} | summarise(ranked) | {"drops": dict(drops.table())}
-    write_atomic(ctx.dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    rows = [
+        ranking_row(r) | {"use_case": r.prompt.use_case, "rubric": s} for r, s in zip(rankings, scores, strict=True)
+    ]
+    if is_main_process():
+        write_jsonl(ctx.dir / "rankings.jsonl", rows)
+        write_atomic(ctx.dir / "summary.json", json.dumps(summary, indent=1) + "\n")
     metrics = {
         f"rank/{name}": float(value)
         for name, value in summary.items()
         if isinstance(value, int | float) and name not in ("tie_margin", "target_agreement")
     }
     ctx.tracker.log(metrics, step)
-    rows = [
+    shown = [
         [r.prompt.text, rank, score, finished, text]
         for r, s in zip(rankings, scores, strict=True)
         for rank, score, finished, text in sorted(zip(r.ranks, s, r.finished, r.responses, strict=True))
     ]
-    ctx.tracker.table("samples", ["prompt", "rank", "rubric", "finished", "response"], rows[:TABLE_ROWS], step)
+    ctx.tracker.table("samples", ["prompt", "rank", "rubric", "finished", "response"], shown[:TABLE_ROWS], step)
     show_example(rankings, scores)
     return metrics
 

@@ -26,14 +26,16 @@ from rlhf.errors import UserError
 from rlhf.models import add_lora, check_context, load_tokenizer, new_reward_model, recompute_activations, save_model
 from rlhf.order import stream
 from rlhf.probes import write_probes
-from rlhf.progress import Progress, console
+from rlhf.progress import Progress, console, is_main_process
 from rlhf.prompting import fit_demonstrations, fit_rankings
 from rlhf.ranking import PairCounts, accuracy_interval, calibration, count_pairs, has_pairs, ranking_loss, tied_pairs
 from rlhf.records import Drops, read_demonstrations, read_rankings
 from rlhf.schedule import lr_factor
 from rlhf.scoring import Pair, build_batch, raw_scores, scores
+from rlhf.sharding import barrier, everyones, gathered, own, processes, whole_weights
 from rlhf.splits import split_by_prompt
 from rlhf.stage import StageContext, run_stage
+from rlhf.zero import make_engine
 
 PROBES = 8
 SCALE_SAMPLE = 128  # outputs, spread evenly, that the deviation is estimated on
@@ -83,20 +85,25 @@ def load_groups(ctx: StageContext, tokenizer: PreTrainedTokenizerBase, drops: Dr
 
 def step(engine: Engine, groups: Sequence[Group], recipe: Recipe, pad_id: int) -> tuple[float, list[PairCounts]]:
     """Accumulate the gradient of one batch of prompts; returns the loss and the pair counts before the update."""
-    prompts = engine.sum(torch.tensor(len(groups), device=engine.device))
-    size, loss, counts = recipe.reward.micro_batch_size, 0.0, []
-    for start in range(0, len(groups), size):
-        micro = groups[start : start + size]
-        batch = build_batch([pair for g in micro for pair in g.pairs], pad_id).to(engine.device)
+    # Every prompt weighs the same whatever its K, and whatever micro-batch and process it falls in.
+    mine, size = own(groups), recipe.reward.micro_batch_size
+    loss, counts = 0.0, []
+    for start in range(0, -(-len(groups) // processes()), size):
+        micro = mine[start : start + size]
+        # A process without prompts at the end of the data goes along with one that does not count: the engine's
+        # gradients meet in every pass.
+        batch = build_batch([pair for g in micro or groups[:1] for pair in g.pairs], pad_id).to(engine.device)
         with engine.accumulate(start + size >= len(groups)):
             flat = engine.model(batch)
+            if not micro:
+                engine.backward(0.0 * flat.sum())
+                continue
             part = ranking_loss(flat, [g.ranks for g in micro], recipe.reward.ties)
-            # Every prompt weighs the same whatever its K, and whatever micro-batch it falls in.
-            engine.backward(part.loss / prompts)
-        loss += float(part.loss.detach() / prompts)
+            engine.backward(part.loss / len(groups))
+        loss += float(part.loss.detach() / len(groups))
         scored = flat.detach().cpu().split([len(g.ranks) for g in micro])
         counts += [count_pairs(s.tolist(), g.ranks) for s, g in zip(scored, micro, strict=True)]
-    return loss, counts
+    return sum(everyones(loss)), gathered(counts)
 
 
 class Scored(nn.Module):
@@ -172,9 +179,10 @@ def train(engine: Engine, groups: list[Group], ctx: StageContext, pad_id: int) -
 
                 def write(staged: Path, state: dict[str, int] = state) -> None:
                     engine.save(staged)
-                    (staged / "state.json").write_text(json.dumps(state))
+                    if is_main_process():
+                        (staged / "state.json").write_text(json.dumps(state))
 
-                sealed_write(folder / f"step-{done:06d}", write)
+                sealed_write(folder / f"step-{done:06d}", write, barrier())
                 keep_last(folder, 2)
     return tokens if done == steps else None
 
@@ -240,10 +248,10 @@ def work(ctx: StageContext) -> dict[str, Any]:
     model.eval()
     if recipe.launch.gradient_checkpointing:
         recompute_activations(model)
-    engine = Engine(
+    engine = make_engine(
         Scored(model),
         [ParamGroup("reward", model, cfg.lr, cfg.max_grad_norm)],
-        device=recipe.run.device,
+        recipe,
         weight_decay=cfg.weight_decay,
     )
     tokens = train(engine, train_groups, ctx, int(tokenizer.pad_token_id))
@@ -258,11 +266,15 @@ def work(ctx: StageContext) -> dict[str, Any]:
         metrics |= heldout_row
         ctx.tracker.log(heldout_row, tokens)
         rows = calibration([m for c in counts for m in c.margins])
-        (ctx.dir / "calibration.json").write_text(json.dumps(rows, indent=1))
+        if is_main_process():
+            (ctx.dir / "calibration.json").write_text(json.dumps(rows, indent=1))
         ctx.tracker.table("calibration", ["confidence", "accuracy", "n"], [list(r.values()) for r in rows], tokens)
     metrics["reward/training_prompts"] = float(len(train_groups))
     metrics["reward/tied_pairs"] = float(sum(len(tied_pairs(g.ranks)) for g in train_groups))
-    save_model(model, tokenizer, ctx.dir / "model")
+    with whole_weights(model):
+        if is_main_process():
+            save_model(model, tokenizer, ctx.dir / "model")
+        everyones(None)
     write_probes(model, tokenizer, ranked[:PROBES], ctx.dir / "model")
     return metrics
 

@@ -40,6 +40,7 @@ from rlhf.scoring import token_logprobs
 from rlhf.splits import split_by_prompt
 from rlhf.stage import StageContext, run_stage
 from rlhf.tracking import Tracker
+from rlhf.zero import TEMPLATES, connect
 
 Row = dict[str, list[int]]  # input_ids, and completion_mask: 1 on tokens that are trained
 
@@ -164,15 +165,8 @@ def deepspeed_file(recipe: Recipe) -> str | None:
     launch = recipe.launch
     if "WORLD_SIZE" not in os.environ or not (launch.zero_stage or launch.deepspeed_config):
         return None
-    import deepspeed
-    import deepspeed.ops
-
-    if not torch.cuda.is_available():
-        # Otherwise every start compiles an operator for a minute or more, which training does not use.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed()  # before the trainer's settings, or ZeRO on CPUs is not switched on
-    ours = Path(__file__).parents[1] / "launch" / "deepspeed" / f"zero{launch.zero_stage}.json"
-    return launch.deepspeed_config or str(ours)
+    connect()  # before the trainer's settings, or ZeRO on CPUs is not switched on
+    return launch.deepspeed_config or str(TEMPLATES / f"zero{launch.zero_stage}.json")
 
 
 class Reporter(TrainerCallback):

@@ -1,0 +1,53 @@
+"""AdamW that clips every parameter group by the group's own norm, whole or partitioned over processes.
+
+Policy and value model share one optimiser; one norm over both would let a large value gradient shrink the policy's step
+(DESIGN: clip and set learning rates per group). DeepSpeed clips by one norm, so its clipping is off and this is done
+inside the optimiser it drives: ZeRO calls `step` for one group at a time, on this process's part of the gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class ClippedAdamW(torch.optim.AdamW):
+    """torch's AdamW; groups carry "name" and "max_grad_norm".
+
+    Attributes:
+        partitioned: whether each process holds a part of every gradient (ZeRO 1 to 3) and not the whole.
+        grad_norms: by group name, of the last step, before clipping.
+        non_finite: name of the first group whose norm was not finite; then the call did not step.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, partitioned: bool = False, **options: Any) -> None:
+        super().__init__(groups, **options)
+        self.partitioned = partitioned
+        self.grad_norms: dict[str, float] = {}
+        self.non_finite = ""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Clip the groups that have gradients, and step them unless one is not finite."""
+        held = [group for group in self.param_groups if any(p.grad is not None for p in group["params"])]
+        norms = [self._norm([p.grad for p in group["params"] if p.grad is not None]) for group in held]
+        for group, norm in zip(held, norms, strict=True):
+            self.grad_norms[group["name"]] = float(norm)
+            if not torch.isfinite(norm):
+                self.non_finite = self.non_finite or group["name"]
+        if self.non_finite:
+            return
+        for group, norm in zip(held, norms, strict=True):
+            torch.nn.utils.clip_grads_with_norm_(group["params"], group["max_grad_norm"], norm)
+        super().step(closure)
+
+    def _norm(self, grads: list[Tensor]) -> Tensor:
+        norm = torch.nn.utils.get_total_norm(grads).float()
+        if self.partitioned:
+            square = norm.square()
+            dist.all_reduce(square)
+            norm = square.sqrt()
+        return norm

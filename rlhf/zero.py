@@ -1,0 +1,196 @@
+"""The training engine of several processes: DeepSpeed, ZeRO stages 0 to 3, behind the interface of rlhf/engine.py.
+
+The loops call accumulate, backward and step as they do in one process. A step may hold any number of backward passes
+(PPO's micro-batches, then those of the pretraining text): DeepSpeed is told that the caller owns the boundary, for with
+a fixed count ZeRO 1 and 2 keep the last gradient only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rlhf.clipping import ClippedAdamW
+from rlhf.config import Recipe
+from rlhf.engine import Engine, ParamGroup, StepResult
+from rlhf.errors import UserError
+from rlhf.sharding import processes
+from rlhf.stage import pick_device
+
+TEMPLATES = Path(__file__).resolve().parents[1] / "launch" / "deepspeed"
+TAG = "engine"  # DeepSpeed writes into a folder of this name; ours is the seal around it
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """DeepSpeed's settings for our loops: the recipe's JSON with what the loops decide filled in.
+
+    Raises:
+        UserError: when the user's own file sets what is the recipe's to say.
+    """
+    path = Path(recipe.launch.deepspeed_config or TEMPLATES / f"zero{recipe.launch.zero_stage}.json").expanduser()
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("optimizer", "scheduler"):
+        if key in found:
+            raise UserError(f"{key} is the recipe's to say", str(path), f"take {key} out of the DeepSpeed file")
+    zero = found.get("zero_optimization", {})
+    if zero.get("stage", 0) != 2:
+        zero["overlap_comm"] = False  # DeepSpeed overlaps on ZeRO 2 alone where the caller owns the boundary
+    return found | {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed's own bookkeeping: the loops cut the micro-batches
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.0,  # by group, in ClippedAdamW
+        "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+class ZeroEngine(Engine):
+    """`Engine` on DeepSpeed; see there for the contract of the losses."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: list[ParamGroup],
+        recipe: Recipe,
+        device: torch.device,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_skipped_steps: int = 3,
+    ) -> None:
+        import deepspeed  # seconds to import, and one process does without
+
+        connect()
+        config = settings(recipe)
+        self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
+        if self.stage == 0 and recipe.model.dtype != "float32":
+            raise UserError(
+                f"{recipe.model.dtype} over several processes needs float32 copies of the weights, which ZeRO 1 to 3 "
+                "keep and ZeRO 0 does not",
+                "launch.zero_stage",
+                "set launch.zero_stage=1",
+            )
+        self.groups = groups
+        self._device = device
+        model.to(device)
+        self._optimizer = ClippedAdamW(
+            [{"params": g.parameters(), "lr": g.lr, "name": g.name, "max_grad_norm": g.max_grad_norm} for g in groups],
+            partitioned=self.stage > 0,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+        )
+        self.model, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=self._optimizer, config=config)
+        self.max_skipped_steps = max_skipped_steps
+        self.skipped_in_a_row = 0
+        self.skipped_steps = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model.module
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum of a tensor over processes."""
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        """Nothing to arrange: gradients meet in `step`, or at every backward where they are partitioned."""
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, this process's share of the global loss."""
+        # Data-parallel reduction averages; our losses are shares of a global sum.
+        self.model.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+
+    def grads(self, group: str) -> list[Tensor]:
+        """None of them: they lie in parts on all processes, or have not been summed over them yet."""
+        return []
+
+    def step(self, lr_factor: float = 1.0) -> StepResult:
+        """Clip each group, step, clear the gradients; a non-finite gradient skips the step and is counted."""
+        rates = {group.name: group.lr * lr_factor for group in self.groups}
+        for state in self.optimizer.param_groups:
+            state["lr"] = rates[state["name"]]
+        self._optimizer.grad_norms, self._optimizer.non_finite = {}, ""
+        self.model.step()
+        overflow = bool(getattr(self.optimizer, "overflow", False))
+        bad = self._optimizer.non_finite or ("a gradient on some process" if overflow else "")
+        self._count_skipped(bad)
+        return StepResult(dict(self._optimizer.grad_norms), bad)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the optimiser steps, whole and in float32, by name; all processes must ask."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        whole = {}
+        for name, parameter in self.trainable().items():
+            value = safe_get_full_fp32_param(parameter) if self.stage else parameter
+            whole[name] = value.detach()
+        return whole
+
+    def save(self, folder: Path) -> None:
+        """Write trainable weights and optimiser state, every process its own part; all of them must call."""
+        state = {"skipped": [self.skipped_in_a_row, self.skipped_steps], "rng": torch.get_rng_state()}
+        self.model.save_checkpoint(
+            str(folder), tag=TAG, client_state=state, save_latest=False, exclude_frozen_parameters=True
+        )
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, on as many processes.
+
+        Raises:
+            UserError: when the checkpoint is of another number of processes or of other parameters.
+        """
+        parts = len(list((folder / TAG).glob("*optim_states.pt")))
+        if self.stage and parts != dist.get_world_size():
+            raise UserError(
+                f"the checkpoint is of {parts} processes, and this run has {dist.get_world_size()}",
+                str(folder),
+                "go on with as many processes, or redo the stage with --fresh",
+            )
+        path, state = self.model.load_checkpoint(
+            str(folder), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False
+        )
+        if path is None:
+            raise UserError("DeepSpeed found no checkpoint", str(folder), "redo the stage with --fresh")
+        self.skipped_in_a_row, self.skipped_steps = state["skipped"]
+        torch.set_rng_state(state["rng"])
+
+
+def connect() -> None:
+    """Let DeepSpeed use the group of processes that is there."""
+    import deepspeed
+    import deepspeed.ops
+
+    if not torch.cuda.is_available():
+        # Otherwise every start compiles an operator for a minute or more, which training does not use.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+
+
+def make_engine(model: nn.Module, groups: list[ParamGroup], recipe: Recipe, **options: Any) -> Engine:
+    """The engine for as many processes as there are.
+
+    Args:
+        options: betas, eps, weight_decay, max_skipped_steps.
+    """
+    if processes() == 1:
+        return Engine(model, groups, device=recipe.run.device, **options)
+    return ZeroEngine(model, groups, recipe, pick_device(recipe), **options)
