@@ -13,7 +13,6 @@ import difflib
 import json
 import re
 import sys
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from data_overlap import NGRAM, Text, content, ngrams, overlaps, words  # noqa: E402
 
 from rlhf.errors import UserError  # noqa: E402
 from rlhf.labelers import agreement  # noqa: E402
@@ -47,9 +48,8 @@ TABLE_1 = {
     "extract": 1.9,
 }
 USE_FILES = ("demonstrations", "prompts", "prompts_heldout", "rankings")
-NGRAM = 13  # words; the length at which GPT-3's authors called two texts contaminated
 SAME_START = 0.03  # largest share of responses that may begin with the same four words
-NEAR_PROMPT = 0.6  # Jaccard similarity of two prompts' sets of word pairs from which they count as one prompt
+NEAR_PROMPT = 0.6  # Jaccard similarity of two prompts' word pairs or content words that makes them one
 
 
 @dataclass(frozen=True)
@@ -101,26 +101,7 @@ STRAY = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class Text:
-    """One text and where it stands."""
-
-    file: str
-    line: int
-    field: str
-    text: str
-
-    @property
-    def place(self) -> str:
-        return f"{self.file}.jsonl, line {self.line}, field `{self.field}`"
-
-
 Rows = dict[str, list[dict[str, Any]]]
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words without punctuation: what two texts must share to count as copied."""
-    return re.findall(r"\w+(?:'\w+)*", unicodedata.normalize("NFKC", text).replace("\u2019", "'").lower())
 
 
 def texts_of(rows: Rows) -> list[Text]:
@@ -183,28 +164,6 @@ def check_hygiene(texts: Iterable[Text]) -> list[str]:
     ]
 
 
-def ngrams(text: str, n: int = NGRAM) -> set[tuple[str, ...]]:
-    """The text's runs of n words; a shorter text of at least five words is one run."""
-    w = words(text)
-    if 5 <= len(w) < n:
-        return {tuple(w)}
-    return {tuple(w[i : i + n]) for i in range(len(w) - n + 1)}
-
-
-def overlaps(texts: Sequence[Text]) -> list[tuple[Text, Text, str]]:
-    """Pairs of texts of different rows that share a run of 13 words (or are the same short text), once a pair."""
-    holders: dict[tuple[str, ...], list[Text]] = defaultdict(list)
-    for text in texts:
-        for gram in ngrams(text.text):
-            holders[gram].append(text)
-    found: dict[tuple[Text, Text], str] = {}
-    for gram, group in holders.items():
-        for a, b in combinations(group, 2):
-            if (a.file, a.line) != (b.file, b.line):
-                found.setdefault((a, b), " ".join(gram))
-    return [(a, b, gram) for (a, b), gram in found.items()]
-
-
 def check_overlap(texts: Sequence[Text]) -> tuple[list[str], int]:
     """Problems of runs shared between or within files, and the number of pairs of sampled outputs that share one.
 
@@ -224,14 +183,14 @@ def check_overlap(texts: Sequence[Text]) -> tuple[list[str], int]:
 def check_near_prompts(rows: Rows) -> list[str]:
     """Prompts of different rows that are nearly the same, within and between the files of prompts."""
     prompts = [
-        (f"{file}.jsonl, line {line}", row["prompt"], set(zip(w, w[1:], strict=False)))
+        (f"{file}.jsonl, line {line}", row["prompt"], set(zip(w, w[1:], strict=False)), content(w))
         for file in ("demonstrations", "prompts", "prompts_heldout")
         for line, row in enumerate(rows.get(file, ()), start=1)
         if (w := words(str(row.get("prompt", ""))))
     ]
     problems = []
-    for (place, prompt, a), (other, _, b) in combinations(prompts, 2):
-        if a and b and len(a & b) >= NEAR_PROMPT * len(a | b):
+    for (place, prompt, *a), (other, _, *b) in combinations(prompts, 2):
+        if any(len(x | y) > 2 and len(x & y) >= NEAR_PROMPT * len(x | y) for x, y in zip(a, b, strict=True)):
             problems.append(f"{place} and {other}: nearly the same prompt: {prompt[:60]!r}")
     return problems
 

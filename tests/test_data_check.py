@@ -69,10 +69,15 @@ def test_nearly_the_same_prompt_is_found() -> None:
         "prompts_heldout": [
             {"prompt": "write a short poem about the first snow in my town"},
             {"prompt": "Write a recipe for soup"},
+            {"prompt": "whats the diffrence between jam and marmalade"},
         ],
+        "demonstrations": [{"prompt": "What is the difference between jam and marmalade?"}],
     }
+    # The snow poems share 8 of their 12 pairs of words; jam and marmalade 2 of 3 content words, in 5 letters or fewer.
     problems = data_check.check_near_prompts(rows)
-    assert len(problems) == 1 and "prompts_heldout.jsonl, line 1" in problems[0]
+    assert len(problems) == 2
+    assert "demonstrations.jsonl, line 1 and prompts_heldout.jsonl, line 3" in problems[0]
+    assert "prompts.jsonl, line 1 and prompts_heldout.jsonl, line 1" in problems[1]
 
 
 def test_proportions_are_those_of_table_1_to_one_row() -> None:
