@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 torch.set_num_threads(1)
 
@@ -23,6 +24,7 @@ def main() -> int:
     dist.init_process_group("gloo")
     for stage, arguments in json.loads(Path(sys.argv[1]).read_text()):
         code = importlib.import_module(f"stages.{stage}").main(arguments)
+        unset_hf_deepspeed_config()  # SFT's ZeRO-3 would partition whatever a later stage of this process loads
         print(f"{stage} {arguments[1:3]}: {code}", flush=True)
         if code:
             return code
