@@ -25,7 +25,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data_overlap import NGRAM, Text, content, ngrams, overlaps, words  # noqa: E402
+from data_overlap import NGRAM, Text, content, ngrams, overlaps, similar, words  # noqa: E402
 
 from rlhf.errors import UserError  # noqa: E402
 from rlhf.labelers import agreement  # noqa: E402
@@ -49,7 +49,6 @@ TABLE_1 = {
 }
 USE_FILES = ("demonstrations", "prompts", "prompts_heldout", "rankings")
 SAME_START = 0.03  # largest share of responses that may begin with the same four words
-NEAR_PROMPT = 0.6  # Jaccard similarity of two prompts' word pairs or content words that makes them one
 
 
 @dataclass(frozen=True)
@@ -189,8 +188,9 @@ def check_near_prompts(rows: Rows) -> list[str]:
         if (w := words(str(row.get("prompt", ""))))
     ]
     problems = []
-    for (place, prompt, *a), (other, _, *b) in combinations(prompts, 2):
-        if any(len(x | y) > 2 and len(x & y) >= NEAR_PROMPT * len(x | y) for x, y in zip(a, b, strict=True)):
+    for (place, prompt, a, about), (other, _, b, other_about) in combinations(prompts, 2):
+        # Two prompts of one or two content words between them are too short to be told apart by those alone.
+        if similar(a, b) or (len(about | other_about) > 2 and similar(about, other_about)):
             problems.append(f"{place} and {other}: nearly the same prompt: {prompt[:60]!r}")
     return problems
 

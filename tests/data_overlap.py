@@ -8,11 +8,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 NGRAM = 13  # words; the length at which GPT-3's authors called two texts contaminated
 COMMON = frozenset(
     "the and for with what whats between difference write one two three sentence short".split()  # noqa: SIM905
 )
+NEAR = 0.6  # Jaccard similarity from which two prompts count as one
 
 
 @dataclass(frozen=True)
@@ -59,3 +61,8 @@ def overlaps(texts: Sequence[Text]) -> list[tuple[Text, Text, str]]:
 def content(w: Sequence[str]) -> set[str]:
     """Beginnings of the words that say what a prompt is about: misspelt and inflected ones are mostly the same."""
     return {word[:5] for word in w if len(word) > 2 and word not in COMMON}
+
+
+def similar(a: set[Any], b: set[Any]) -> bool:
+    """Whether two sets, neither of them empty, share most of what they have."""
+    return bool(a and b) and len(a & b) >= NEAR * len(a | b)

@@ -78,6 +78,8 @@ def test_nearly_the_same_prompt_is_found() -> None:
     assert len(problems) == 2
     assert "demonstrations.jsonl, line 1 and prompts_heldout.jsonl, line 3" in problems[0]
     assert "prompts.jsonl, line 1 and prompts_heldout.jsonl, line 1" in problems[1]
+    again = {"prompts": [{"prompt": "Tell a joke"}], "prompts_heldout": [{"prompt": "tell a joke!"}]}
+    assert len(data_check.check_near_prompts(again)) == 1
 
 
 def test_proportions_are_those_of_table_1_to_one_row() -> None:
