@@ -20,6 +20,11 @@ def is_adapted(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value]
+
+
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The model's list of transformer layers, whatever its architecture calls it.
 

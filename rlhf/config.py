@@ -197,7 +197,15 @@ class LaunchSection(Section):
     processes: int = Field(1, ge=1, description="processes on this machine")
     hostfile: str = Field("", description="DeepSpeed hostfile for several machines")
     zero_stage: Literal[0, 1, 2, 3] = 0
+    offload: bool = Field(False, description="optimiser state (ZeRO 2 and 3) and weights (ZeRO 3) in the host's memory")
     deepspeed_config: str = Field("", description="own DeepSpeed JSON instead of launch/deepspeed/zeroN.json")
+    frozen: Literal["whole", "partitioned", "cpu"] = Field(
+        "whole",
+        description="models that a stage does not train: on every process, in parts, or in host memory between passes",
+    )
+    gather: Literal["once", "by_layer"] = Field(
+        "once", description="sampling and scoring with partitioned models: all layers at once, or each in its turn"
+    )
     gradient_checkpointing: bool = False
 
 

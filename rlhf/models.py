@@ -27,6 +27,7 @@ from rlhf.adapters import add_lora, decoder_layers, is_adapted, merged_state_dic
 from rlhf.cache import publish
 from rlhf.config import ModelSection
 from rlhf.errors import UserError
+from rlhf.placement import filled, full_shape
 from rlhf.quiet import quiet_transformers, say
 from rlhf.resolve import not_loaded, resolve_model
 from rlhf.tokenizer import load_tokenizer, same_tokenizer
@@ -106,7 +107,8 @@ def new_reward_model(
     if others := [name for name in missing if not name.startswith("score.")]:
         raise UserError(f"weights are missing: {_few(others)}", where=where, fix="name a complete language model")
     if missing:
-        nn.init.normal_(head.weight, std=0.0 if head_init == "zero" else 1 / math.sqrt(head.in_features + 1))
+        with filled([head.weight]):
+            nn.init.normal_(head.weight, std=0.0 if head_init == "zero" else 1 / math.sqrt(head.in_features + 1))
     if keep_layers:
         _cut_layers(reward, keep_layers)
     reward.config.reward_mean, reward.config.reward_std = 0.0, 1.0
@@ -258,12 +260,13 @@ def _set_dropout(config: PretrainedConfig, rate: float, where: str) -> None:
 
 def _fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Embedding rows for every token, special ids that agree, and a generation config that says nothing else."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = full_shape(model.get_input_embeddings().weight)[0]
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        heads = [model.get_input_embeddings(), model.get_output_embeddings()]
-        with torch.no_grad():
-            for head in (head for head in heads if head is not None):
+        both = [model.get_input_embeddings(), model.get_output_embeddings()]
+        heads = [head for head in both if head is not None]
+        with torch.no_grad(), filled([p for head in heads for p in head.parameters()]):
+            for head in heads:
                 # At the mean, a token that was never trained is as unlikely as the average one.
                 head.weight[rows:] = head.weight[:rows].mean(0)
                 if getattr(head, "bias", None) is not None:

@@ -176,6 +176,7 @@ def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
     if recipe.launch.deepspeed_config and not Path(recipe.launch.deepspeed_config).expanduser().is_file():
         raise UserError("there is no such DeepSpeed file", "launch.deepspeed_config", "give the path of a JSON file")
     world_size(recipe)
+    _check_launch(recipe)
     if "sft" in stages:
         plan_sft(recipe)
         if recipe.sft.pretraining_mix > 0:
@@ -268,6 +269,14 @@ def _ptx_rows(recipe: Recipe, processes: int) -> int:
         "ppo.ptx_examples_per_episode and ppo.minibatch_size",
         f"ppo.ptx_examples_per_episode={' or '.join(good)}",
     )
+
+
+def _check_launch(recipe: Recipe) -> None:
+    launch = recipe.launch
+    if launch.offload and not launch.deepspeed_config and launch.zero_stage < 2:
+        raise UserError(
+            f"ZeRO {launch.zero_stage} has no template with offload", "launch.offload", "set launch.zero_stage=2 or 3"
+        )
 
 
 def _check_order(stages: list[str]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from rlhf.scoring import Pair, SequenceBatch, response_logprobs, response_values, token_logprobs
@@ -59,19 +58,3 @@ def reference_logprobs(
             return token_logprobs(policy, pairs, temperature, tokens)
 
     return with_model if reference is not None else with_adapter_off
-
-
-def freeze(model: nn.Module) -> nn.Module:
-    """No gradients, no dropout."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model.eval()
-
-
-@torch.no_grad()
-def swap_in(parameters: dict[str, Tensor], replacement: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Put `replacement` into the live parameters; returns what was there."""
-    before = {name: parameters[name].detach().clone() for name in replacement}
-    for name, value in replacement.items():
-        parameters[name].copy_(value)
-    return before

@@ -5,7 +5,6 @@ The program that uses it is stages/ppo.py.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,15 +29,16 @@ from rlhf.models import (
     same_tokenizer,
 )
 from rlhf.plan import PpoPlan, plan_ppo
-from rlhf.policy_value import PolicyValue, freeze, reference_logprobs
+from rlhf.policy_value import PolicyValue, reference_logprobs
 from rlhf.probes import check_probes
 from rlhf.progress import is_main_process
 from rlhf.prompting import fit_prompts, stop_ids
 from rlhf.records import Drops, read_prompts, read_texts
 from rlhf.scoring import check_plain_head
 from rlhf.sharding import barrier
+from rlhf.stage import pick_device
 from rlhf.tax import blocks
-from rlhf.zero import make_engine
+from rlhf.zero import frozen, make_engine, trained
 
 
 @dataclass
@@ -84,20 +84,19 @@ def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
         raise UserError("PPO-ptx has no pretraining text", where="data.pretraining", fix="name a text file or run ppo")
 
     torch.manual_seed(recipe.run.seed)  # adapters are drawn from the global generator
-    policy = load_policy(str(sft_dir), recipe.model)
+    device, lora = pick_device(recipe), recipe.model.lora.enabled
+    policy = trained(recipe, lambda: load_policy(str(sft_dir), recipe.model))
     check_plain_head(policy)
-    lora = recipe.model.lora.enabled
-    reference = None if lora else freeze(load_policy(str(sft_dir), recipe.model))
+    reference = None if lora else frozen(recipe, device, lambda: load_policy(str(sft_dir), recipe.model))
     if lora:
         policy = add_lora(policy, recipe.model.lora, "CAUSAL_LM")
-    reward_model = freeze(load_reward_model(str(reward_dir), recipe.model))
+    reward_model = frozen(recipe, device, lambda: load_reward_model(str(reward_dir), recipe.model))
     check_probes(reward_model, reward_dir)
     rows_of = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
     check_context(reward_model, rows_of, "data.max_prompt_tokens + data.max_response_tokens")
     if ptx:
         check_context(policy, cfg.ptx_tokens, "ppo.ptx_tokens")
-    value = copy.deepcopy(reward_model)
-    value.requires_grad_(True)
+    value = trained(recipe, lambda: load_reward_model(str(reward_dir), recipe.model))
     if recipe.reward.lora.enabled:
         value = add_lora(value, recipe.reward.lora, "SEQ_CLS")
     networks = PolicyValue(policy.eval(), value.eval())
@@ -115,8 +114,6 @@ def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
         eps=cfg.adam_eps,
         max_skipped_steps=cfg.max_skipped_steps,
     )
-    for frozen in filter(None, (reference, reward_model)):
-        frozen.to(engine.device)
     ema = {}
     if cfg.ema_decay > 0:
         ema = {n: p.detach().cpu().clone() for n, p in engine.weights().items() if n.startswith("policy.")}

@@ -40,7 +40,7 @@ class Signals:
     def agreed(self) -> int:
         """`received`, on all processes as soon as one has it; all of them must ask at the same places."""
         if dist.is_initialized() and dist.get_world_size() > 1:
-            flag = torch.tensor(self.received, device=_collective_device())
+            flag = torch.tensor(self.received, device=collective_device())
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             if flag:  # else `received` stays: a signal that came during the reduction is for the next call
                 self.received = int(flag)
@@ -91,7 +91,7 @@ def from_first(make: Callable[[], T]) -> T:
         except BaseException as error:
             failure, answer = error, [None, True]
     if dist.is_initialized():
-        dist.broadcast_object_list(answer, src=0, device=_collective_device())
+        dist.broadcast_object_list(answer, src=0, device=collective_device())
     if failure:
         raise failure
     if answer[1]:
@@ -99,6 +99,6 @@ def from_first(make: Callable[[], T]) -> T:
     return answer[0]
 
 
-def _collective_device() -> torch.device:
+def collective_device() -> torch.device:
     """Where small tensors of a collective must be: a group with NCCL alone takes GPU tensors only."""
     return torch.device("cpu" if "gloo" in str(dist.get_backend_config()) else "cuda")

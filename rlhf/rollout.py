@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.placement import at_hand
 from rlhf.scoring import token_logprobs
-from rlhf.sharding import processes, shared, whole_weights
+from rlhf.sharding import gathered, own, processes
 
 Engine = Literal["native", "generate"]
 
@@ -128,11 +129,12 @@ def sample(
         return out
 
     try:
-        with torch.no_grad(), whole_weights(policy):
-            for i, row in zip(order, shared(order, decode_rows), strict=True):
-                rows[i] = row
+        with torch.no_grad(), at_hand(policy):
+            mine = decode_rows(own(order))
     finally:
         policy.train(training)
+    for i, row in zip(order, gathered(mine), strict=True):
+        rows[i] = row
     return _assemble(prompts, rows, int(tokenizer.pad_token_id), set(stop_ids))
 
 

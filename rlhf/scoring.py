@@ -16,10 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
+from rlhf.adapters import base_model
 from rlhf.errors import UserError
-from rlhf.sharding import processes, shared, whole_weights
+from rlhf.placement import at_hand
+from rlhf.sharding import gathered, own, processes
 
 Pair = tuple[Sequence[int], Sequence[int]]
 HEAD_CHUNK = 512  # positions per pass through the LM head: 100 MB of logits at V = 49152 in float32
@@ -78,11 +79,6 @@ def token_budget_batches(lengths: Sequence[int], tokens: int) -> Iterator[list[i
         batch.append(i)
     if batch:
         yield batch
-
-
-def base_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value]
 
 
 def hidden_states(model: nn.Module, batch: SequenceBatch) -> Tensor:
@@ -159,14 +155,12 @@ def _over_batches(
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), whole_weights(model):
-            rows = shared(
-                [pairs[i] for i in by_length], lambda mine: _in_batches(model, mine, tokens, forward, advance)
-            )
+        with torch.no_grad(), at_hand(model):
+            mine = _in_batches(model, [pairs[i] for i in own(by_length)], tokens, forward, advance)
     finally:
         model.train(training)
     results: list[Tensor] = [torch.empty(0)] * len(pairs)
-    for i, row in zip(by_length, rows, strict=True):
+    for i, row in zip(by_length, gathered(mine), strict=True):
         results[i] = row
     return results
 
@@ -239,11 +233,11 @@ def check_plain_head(policy: nn.Module) -> None:
         UserError: when the two disagree on a probe of eight tokens.
     """
     base = base_model(policy)
-    vocabulary = base.get_output_embeddings().weight.shape[0]
-    ids = (torch.arange(8, device=base.device) * 7 + 3).remainder(vocabulary)[None]
     training = policy.training
     policy.eval()
-    with torch.no_grad():
+    with torch.no_grad(), at_hand(policy):
+        vocabulary = base.get_output_embeddings().weight.shape[0]
+        ids = (torch.arange(8, device=base.device) * 7 + 3).remainder(vocabulary)[None]
         whole = policy(input_ids=ids, use_cache=False).logits.float()
         ours = base.get_output_embeddings()(getattr(base, base.base_model_prefix)(ids, use_cache=False)[0]).float()
     policy.train(training)

@@ -1,19 +1,19 @@
 """Rows shared out over the processes of a distributed run: each works on its part, and all get the whole back.
 
 What PPO, rank and evaluate compute without gradients (samples, log-probabilities, values, scores) is a function of one
-row, so it does not matter who computes it. No collective happens while a process works on its rows: one whose responses
-are long keeps the others waiting at the end, and never hangs them.
+row, so it does not matter who computes it. A process whose responses are long keeps the others waiting at the end, and
+never hangs them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import SimpleNamespace
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
-from torch import nn
+
+from rlhf.processes import collective_device
 
 Row = TypeVar("Row")
 Result = TypeVar("Result")
@@ -38,12 +38,6 @@ def gathered(results: Sequence[Result]) -> list[Result]:
     return whole
 
 
-def shared(rows: Sequence[Row], compute: Callable[[list[Row]], Sequence[Result]]) -> list[Result]:
-    """compute(rows), each process computing its own rows; `compute` is not called for an empty share."""
-    mine = own(rows)
-    return gathered(compute(mine) if mine else [])
-
-
 def everyones(value: Result) -> list[Result]:
     """`value` of every process, in order; all processes must call it."""
     if processes() == 1:
@@ -58,27 +52,10 @@ def barrier() -> Callable[[], object] | None:
     return (lambda: everyones(None)) if processes() > 1 else None
 
 
-@contextmanager
-def whole_weights(*models: nn.Module) -> Iterator[None]:
-    """Models with every weight in place: ZeRO-3 gathers theirs on all processes, elsewhere nothing is to be done.
-
-    Inside, a process runs as many forward passes as it has rows, without waiting for others: ranks whose responses end
-    at different steps cannot hang. Changes of gathered weights are lost at the end.
-    """
-    parameters = [p for model in models for p in model.parameters() if hasattr(p, "ds_id")]
-    held = [p for p in parameters if getattr(p, "_z3_optimizer", None) is not None]
-    if not parameters:
-        yield
-        return
-    import deepspeed
-    from trl.models.utils import add_hooks, remove_hooks  # the hooks would partition a layer again after its forward
-
-    owner = SimpleNamespace(optimizer=held[0]._z3_optimizer) if held else None
-    with deepspeed.zero.GatheredParameters(parameters):
-        if owner:
-            remove_hooks(owner)
-        try:
-            yield
-        finally:
-            if owner:
-                add_hooks(owner)
+def anyone(here: bool) -> bool:
+    """Whether it is so on any process; all processes must ask."""
+    if processes() == 1:
+        return here
+    flag = torch.tensor(int(here), device=collective_device())
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)

@@ -8,10 +8,10 @@ a fixed count ZeRO 1 and 2 keep the last gradient only.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,11 +21,20 @@ from rlhf.clipping import ClippedAdamW
 from rlhf.config import Recipe
 from rlhf.engine import Engine, ParamGroup, StepResult
 from rlhf.errors import UserError
+from rlhf.placement import Placement
 from rlhf.sharding import processes
 from rlhf.stage import pick_device
 
+Model = TypeVar("Model", bound=nn.Module)
 TEMPLATES = Path(__file__).resolve().parents[1] / "launch" / "deepspeed"
 TAG = "engine"  # DeepSpeed writes into a folder of this name; ours is the seal around it
+
+
+def config_path(recipe: Recipe) -> Path:
+    """The DeepSpeed JSON of a recipe: the user's own, or the template of the stage."""
+    launch = recipe.launch
+    offload = "-offload" if launch.offload else ""
+    return Path(launch.deepspeed_config or TEMPLATES / f"zero{launch.zero_stage}{offload}.json").expanduser()
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
@@ -34,7 +43,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     Raises:
         UserError: when the user's own file sets what is the recipe's to say.
     """
-    path = Path(recipe.launch.deepspeed_config or TEMPLATES / f"zero{recipe.launch.zero_stage}.json").expanduser()
+    path = config_path(recipe)
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     for key in ("optimizer", "scheduler"):
         if key in found:
@@ -51,6 +60,53 @@ def settings(recipe: Recipe) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def zero_stage(recipe: Recipe) -> int:
+    """ZeRO stage of the recipe's DeepSpeed file; 0 for a single process, which runs without DeepSpeed."""
+    return int(settings(recipe).get("zero_optimization", {}).get("stage", 0)) if processes() > 1 else 0
+
+
+def trained(recipe: Recipe, load: Callable[[], Model]) -> Model:
+    """`load()` for a model that an engine will train: under ZeRO-3 it is in parts from the start."""
+    with _loading(recipe, zero_stage(recipe) == 3):
+        model = load()
+    model.placement = Placement(by_layer=recipe.launch.gather == "by_layer")
+    return model
+
+
+def frozen(recipe: Recipe, device: torch.device, load: Callable[[], Model]) -> Model:
+    """`load()` for a model that only samples or scores, without gradients, placed as `launch.frozen` says."""
+    how = recipe.launch.frozen
+    with _loading(recipe, how == "partitioned"):
+        model = load()
+    model.requires_grad_(False)
+    if how == "cpu":
+        model.placement = Placement(visits=device)
+    else:
+        model.placement = Placement(by_layer=recipe.launch.gather == "by_layer")
+        model.to(device)
+    return model.eval()
+
+
+@contextmanager
+def _loading(recipe: Recipe, parted: bool) -> Iterator[None]:
+    """Inside, models are loaded in parts where `parted`: no process ever holds one whole."""
+    if not parted or processes() == 1:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    connect()
+    config = settings(recipe)
+    if zero_stage(recipe) != 3:
+        config["zero_optimization"] = {"stage": 3}
+    live = HfDeepSpeedConfig(config)  # transformers builds models under deepspeed.zero.Init while it lives
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del live
 
 
 class ZeroEngine(Engine):
@@ -72,7 +128,7 @@ class ZeroEngine(Engine):
 
         connect()
         config = settings(recipe)
-        self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
+        self.stage = zero_stage(recipe)
         if self.stage == 0 and recipe.model.dtype != "float32":
             raise UserError(
                 f"{recipe.model.dtype} over several processes needs float32 copies of the weights, which ZeRO 1 to 3 "

@@ -57,6 +57,7 @@ from rlhf.rundir import RunFolder, write_atomic
 from rlhf.scoring import scores, token_logprobs
 from rlhf.stage import StageContext, run_stage
 from rlhf.tax import blocks, cloze_accuracy, pretraining_loss
+from rlhf.zero import frozen
 
 
 @dataclass
@@ -337,7 +338,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
         console.print(f"dropped {n}: {reason}")
 
     def load(name: str) -> nn.Module:
-        return load_policy(str(folders[name]), recipe.model, tokenizer=tokenizer).to(ctx.device).eval()
+        return frozen(recipe, ctx.device, lambda: load_policy(str(folders[name]), recipe.model, tokenizer=tokenizer))
 
     answers: dict[str, Answers] = {}
     # SFT comes last: while it is in memory it is also the reference of all the others.
@@ -354,7 +355,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
     reward_dir = ctx.run.model_dir("reward")
     if reward_dir.is_dir():
         ctx.use(reward_dir)
-        reward_model = load_reward_model(str(reward_dir), recipe.model).to(ctx.device).eval()
+        reward_model = frozen(recipe, ctx.device, lambda: load_reward_model(str(reward_dir), recipe.model))
         check_probes(reward_model, reward_dir)
         add_scores(recipe, reward_model, answers)
         del reward_model

@@ -36,14 +36,15 @@ from rlhf.models import save_model
 from rlhf.objectives import adaptive_kl_coef, ema_update, policy_loss, ptx_loss, value_loss
 from rlhf.order import stream
 from rlhf.perf import measured_peak_flops, peak_memory_gb, training_flops
-from rlhf.policy_value import swap_in, text_pairs
+from rlhf.placement import whole_state
+from rlhf.policy_value import text_pairs
 from rlhf.ppo_state import Ppo, build, load_checkpoint, save_checkpoint
 from rlhf.progress import Progress, console, is_main_process
 from rlhf.recipe import load_recipe
 from rlhf.rollout import Rollout, row_seed, sample
 from rlhf.schedule import lr_factor
 from rlhf.scoring import build_batch, scores, token_logprobs, token_values
-from rlhf.sharding import everyones, own, processes, whole_weights
+from rlhf.sharding import everyones, own, processes
 from rlhf.stage import StageContext, exit_code, parse_stage_args, run_stage
 
 
@@ -296,21 +297,21 @@ def work(ctx: StageContext, variant: str) -> dict[str, Any]:
     metrics = train(ppo, ctx)
     if ppo.iteration < ppo.plan.iterations:
         return {}
-    with whole_weights(ppo.networks.policy):
-        if is_main_process():
-            save_policies(ppo, ctx.dir)
-        everyones(None)  # wait: what was saved belongs to the result of all processes
+    save_policies(ppo, ctx.dir)
     return metrics
 
 
 def save_policies(ppo: Ppo, folder: Path) -> None:
-    """The policy as model/ and, where there is one, its average as ema/."""
-    if ppo.ema:
-        live = ppo.engine.trainable()
-        raw = swap_in(live, ppo.ema)
-        save_model(ppo.networks.policy, ppo.tokenizer, folder / "ema")
-        swap_in(live, raw)
-    save_model(ppo.networks.policy, ppo.tokenizer, folder / "model")
+    """The policy as model/ and, where there is one, its average as ema/; all processes must call."""
+    policy = ppo.networks.policy
+    weights = whole_state(policy)
+    if is_main_process():
+        if ppo.ema:
+            average = {name.removeprefix("policy."): tensor for name, tensor in ppo.ema.items()}
+            average = {name: tensor.to(weights[name].dtype) for name, tensor in average.items()}
+            save_model(policy, ppo.tokenizer, folder / "ema", weights | average)
+        save_model(policy, ppo.tokenizer, folder / "model", weights)
+    everyones(None)  # wait: what was saved belongs to the result of all processes
 
 
 def main(argv: Sequence[str] | None = None) -> int:

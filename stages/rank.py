@@ -37,6 +37,7 @@ from rlhf.rollout import row_seed, sample
 from rlhf.rubric import rubric_score
 from rlhf.rundir import write_atomic
 from rlhf.stage import StageContext, run_stage
+from rlhf.zero import frozen
 
 TABLE_ROWS = 64
 
@@ -337,7 +338,9 @@ def work(ctx: StageContext) -> dict[str, Any]:
         sft_dir = ctx.run.require("sft", "model")
         samples = Samples(ctx.dir / "samples.jsonl", fingerprint(ctx, sft_dir))
         tokenizer = load_tokenizer(str(sft_dir), ctx.recipe.model.prompt_format)
-        policy = load_policy(str(sft_dir), ctx.recipe.model, tokenizer=tokenizer).to(ctx.device).eval()
+        policy = frozen(
+            ctx.recipe, ctx.device, lambda: load_policy(str(sft_dir), ctx.recipe.model, tokenizer=tokenizer)
+        )
         prompts = choose_prompts(ctx, tokenizer, drops)
         sample_outputs(ctx, policy, tokenizer, prompts, samples)
         if ctx.stop_requested:

@@ -25,6 +25,7 @@ from rlhf.engine import Engine, ParamGroup
 from rlhf.errors import UserError
 from rlhf.models import add_lora, check_context, load_tokenizer, new_reward_model, recompute_activations, save_model
 from rlhf.order import stream
+from rlhf.placement import whole_state
 from rlhf.probes import write_probes
 from rlhf.progress import Progress, console, is_main_process
 from rlhf.prompting import fit_demonstrations, fit_rankings
@@ -32,10 +33,10 @@ from rlhf.ranking import PairCounts, accuracy_interval, calibration, count_pairs
 from rlhf.records import Drops, read_demonstrations, read_rankings
 from rlhf.schedule import lr_factor
 from rlhf.scoring import Pair, build_batch, raw_scores, scores
-from rlhf.sharding import barrier, everyones, gathered, own, processes, whole_weights
+from rlhf.sharding import barrier, everyones, gathered, own, processes
 from rlhf.splits import split_by_prompt
 from rlhf.stage import StageContext, run_stage
-from rlhf.zero import make_engine
+from rlhf.zero import make_engine, trained
 
 PROBES = 8
 SCALE_SAMPLE = 128  # outputs, spread evenly, that the deviation is estimated on
@@ -241,7 +242,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
             raise UserError(f"no {what} is left for the reward stage", where="data", fix="see the dropped rows above")
 
     torch.manual_seed(recipe.run.seed)
-    model = new_reward_model(source, recipe.model, cfg.keep_layers, cfg.head_init)
+    model = trained(recipe, lambda: new_reward_model(source, recipe.model, cfg.keep_layers, cfg.head_init))
     check_context(model, cfg.max_tokens, "reward.max_tokens")
     if cfg.lora.enabled:
         model = add_lora(model, cfg.lora, "SEQ_CLS")
@@ -271,10 +272,10 @@ def work(ctx: StageContext) -> dict[str, Any]:
         ctx.tracker.table("calibration", ["confidence", "accuracy", "n"], [list(r.values()) for r in rows], tokens)
     metrics["reward/training_prompts"] = float(len(train_groups))
     metrics["reward/tied_pairs"] = float(sum(len(tied_pairs(g.ranks)) for g in train_groups))
-    with whole_weights(model):
-        if is_main_process():
-            save_model(model, tokenizer, ctx.dir / "model")
-        everyones(None)
+    weights = whole_state(model)
+    if is_main_process():
+        save_model(model, tokenizer, ctx.dir / "model", weights)
+    everyones(None)  # the probes are written into the folder
     write_probes(model, tokenizer, ranked[:PROBES], ctx.dir / "model")
     return metrics
 

@@ -24,13 +24,13 @@ import datasets
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTConfig, SFTTrainer
 
 from rlhf.checkpoint import keep_last, newest_sealed, sealed_write
 from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.models import add_lora, check_context, load_policy, load_tokenizer, resolve_model, save_model
+from rlhf.placement import whole_state
 from rlhf.plan import plan_sft
 from rlhf.progress import Progress, console
 from rlhf.prompting import Encoded, fit_demonstrations
@@ -40,7 +40,7 @@ from rlhf.scoring import token_logprobs
 from rlhf.splits import split_by_prompt
 from rlhf.stage import StageContext, run_stage
 from rlhf.tracking import Tracker
-from rlhf.zero import TEMPLATES, connect
+from rlhf.zero import config_path, connect, trained
 
 Row = dict[str, list[int]]  # input_ids, and completion_mask: 1 on tokens that are trained
 
@@ -166,7 +166,7 @@ def deepspeed_file(recipe: Recipe) -> str | None:
     if "WORLD_SIZE" not in os.environ or not (launch.zero_stage or launch.deepspeed_config):
         return None
     connect()  # before the trainer's settings, or ZeRO on CPUs is not switched on
-    return launch.deepspeed_config or str(TEMPLATES / f"zero{launch.zero_stage}.json")
+    return str(config_path(recipe))
 
 
 class Reporter(TrainerCallback):
@@ -287,10 +287,11 @@ def validation_loss(policy: torch.nn.Module, heldout: Sequence[Encoded[Demonstra
 
 
 def write_policy(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save the trained policy from the first process; ZeRO-3 gathers its partitioned weights on all of them first."""
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if is_deepspeed_zero3_enabled() else None
+    """Save the trained policy from the first process; all of them must call."""
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    weights = whole_state(policy)
     if trainer.is_world_process_zero():
-        save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder, weights)
+        save_model(policy, tokenizer, folder, weights)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -312,7 +313,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
     if not section.lora.enabled:
         # The optimiser needs float32 weights: an update of 1e-5 is lost in a bfloat16 weight of 0.01. Adapters are.
         section = section.model_copy(update={"dtype": "float32"})
-    policy = load_policy(base, section, recipe.sft.dropout, tokenizer)
+    policy = trained(recipe, lambda: load_policy(base, section, recipe.sft.dropout, tokenizer))
     rows_of = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
     check_context(policy, rows_of, "data.max_prompt_tokens + data.max_response_tokens")
     if recipe.sft.packing:

@@ -12,7 +12,6 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerB
 from rlhf.config import LoraSection
 from rlhf.errors import UserError
 from rlhf.models import add_lora, load_tokenizer
-from rlhf.policy_value import freeze
 from rlhf.ppo_state import Ppo
 from rlhf.scoring import build_batch, response_logprobs, token_logprobs
 from stages.ppo import check_first_minibatch, ppo_step, rollout, score
@@ -28,7 +27,7 @@ def start(kind: str, tokenizer: PreTrainedTokenizerBase, gpt2_dir: str) -> Ppo:
     policy = make()
     if kind == "lora":
         return make_ppo(add_lora(policy, LoraSection(enabled=True, rank=4), "CAUSAL_LM"), None, tokenizer)
-    return make_ppo(policy, freeze(make()), tokenizer)
+    return make_ppo(policy, make().requires_grad_(False).eval(), tokenizer)
 
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])

@@ -25,7 +25,7 @@ from rlhf.engine import Engine, ParamGroup
 from rlhf.experience import Experience
 from rlhf.models import load_policy, load_tokenizer
 from rlhf.plan import plan_ppo
-from rlhf.policy_value import PolicyValue, freeze, reference_logprobs
+from rlhf.policy_value import PolicyValue, reference_logprobs
 from rlhf.ppo_state import Ppo
 from rlhf.records import Drops
 from rlhf.tracking import Tracker
@@ -104,7 +104,7 @@ def make_ppo(policy: nn.Module, reference: nn.Module | None, tokenizer: PreTrain
         stop_ids=[tokenizer.eos_token_id, *range(0, len(tokenizer), 6)],
         engine=Engine(networks, groups, device="cpu"),
         reference=reference_logprobs(networks.policy, reference, TEMPERATURE),
-        reward_model=freeze(reward_model),
+        reward_model=reward_model.requires_grad_(False).eval(),
         ema={},
         kl_coef=0.05,
         drops=Drops(),
@@ -114,7 +114,7 @@ def make_ppo(policy: nn.Module, reference: nn.Module | None, tokenizer: PreTrain
 @pytest.fixture
 def ppo(tiny_tokenizer: PreTrainedTokenizerBase) -> Ppo:
     policy = llama(LlamaForCausalLM, tiny_tokenizer)
-    return make_ppo(policy, freeze(llama(LlamaForCausalLM, tiny_tokenizer)), tiny_tokenizer)
+    return make_ppo(policy, llama(LlamaForCausalLM, tiny_tokenizer).requires_grad_(False).eval(), tiny_tokenizer)
 
 
 def with_ppo(ppo: Ppo, **changes: Any) -> Ppo:
