@@ -23,8 +23,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports to the Hub
 import datasets
 import torch
 from accelerate import PartialState
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from rlhf.checkpoint import keep_last, newest_sealed, sealed_write
 from rlhf.config import Recipe
@@ -37,6 +38,7 @@ from rlhf.prompting import Encoded, fit_demonstrations
 from rlhf.quiet import quiet_transformers
 from rlhf.records import Demonstration, Drops, read_demonstrations, read_texts
 from rlhf.scoring import token_logprobs
+from rlhf.sft_batches import Trainer
 from rlhf.splits import split_by_prompt
 from rlhf.stage import StageContext, run_stage
 from rlhf.tracking import Tracker
@@ -125,9 +127,8 @@ def trainer_config(recipe: Recipe, folder: Path) -> SFTConfig:
             max_length=sft.max_tokens if sft.packing else None,
             completion_only_loss=True,
             seed=recipe.run.seed,
-            data_seed=recipe.run.seed,
             # sizes
-            num_train_epochs=sft.epochs,
+            num_train_epochs=1,  # of the loader, which makes all passes: see rlhf/sft_batches.py
             per_device_train_batch_size=sft.micro_batch_size,
             gradient_accumulation_steps=plan_sft(recipe).accumulation,
             gradient_checkpointing=recipe.launch.gradient_checkpointing,
@@ -150,7 +151,6 @@ def trainer_config(recipe: Recipe, folder: Path) -> SFTConfig:
             # logs and checkpoints are ours
             logging_steps=1,
             logging_nan_inf_filter=False,
-            include_num_input_tokens_seen="non_padding",
             report_to="none",
             disable_tqdm=True,
             log_level="error",
@@ -176,10 +176,9 @@ class Reporter(TrainerCallback):
         self.checkpoints, self.tracker, self.stop_requested = checkpoints, tracker, stop_requested
         self.last_loss = math.nan
 
-    def on_train_begin(self, args: SFTConfig, state: Any, control: Any, **_: Any) -> None:
-        self.tracker.truncate_after(
-            state.num_input_tokens_seen, again=("sft/validation_loss",)
-        )  # what came after the checkpoint happens again
+    def on_train_begin(self, args: SFTConfig, state: Any, control: Any, train_dataloader: DataLoader, **_: Any) -> None:
+        seen = train_dataloader.batch_sampler.tokens_after(state.global_step)
+        self.tracker.truncate_after(seen, again=("sft/validation_loss",))  # what came after the checkpoint comes again
         self.progress = Progress("sft", total=state.max_steps, unit="steps")
         self.progress.__enter__()
         self.progress.advance(state.global_step)
@@ -190,7 +189,15 @@ class Reporter(TrainerCallback):
         # The last step is sealed too, so that a run killed while it validates does not train again.
         control.should_save |= control.should_training_stop or state.global_step == state.max_steps
 
-    def on_log(self, args: SFTConfig, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+    def on_log(
+        self,
+        args: SFTConfig,
+        state: Any,
+        control: Any,
+        logs: dict[str, float],
+        train_dataloader: DataLoader,
+        **_: Any,
+    ) -> None:
         if "loss" not in logs:
             return  # the summary at the end of training
         if not math.isfinite(logs["loss"]) or not math.isfinite(logs["grad_norm"]):
@@ -203,7 +210,7 @@ class Reporter(TrainerCallback):
         names = {"sft/loss": "loss", "sft/lr": "learning_rate", "sft/grad_norm": "grad_norm"}
         names["sft/token_accuracy"] = "mean_token_accuracy"
         metrics = {ours: float(logs[theirs]) for ours, theirs in names.items()}
-        self.tracker.log(metrics, int(state.num_input_tokens_seen))
+        self.tracker.log(metrics, train_dataloader.batch_sampler.tokens_after(state.global_step))
 
     def on_save(self, args: SFTConfig, state: Any, control: Any, **_: Any) -> None:
         # The trainer writes in place, which a kill leaves half done: what it wrote is moved under a seal.
@@ -232,15 +239,18 @@ def build_trainer(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
-    config: SFTConfig,
+    recipe: Recipe,
+    folder: Path,
     reporter: Reporter,
-) -> SFTTrainer:
+) -> Trainer:
     """TRL's trainer on rows that are tokenised already, without its own bars and tables."""
     datasets.disable_progress_bars()
     with quiet_transformers():
-        trainer = SFTTrainer(
+        trainer = Trainer(
+            epochs=recipe.sft.epochs,
+            batch_size=recipe.sft.batch_size,
             model=policy,
-            args=config,
+            args=trainer_config(recipe, folder),
             train_dataset=datasets.Dataset.from_list(list(rows)),
             processing_class=tokenizer,
             callbacks=[reporter],
@@ -257,7 +267,7 @@ def train_sft(
     folder: Path,
     tracker: Tracker,
     stop_requested: Callable[[], bool] = lambda: False,
-) -> tuple[SFTTrainer, float]:
+) -> tuple[Trainer, float]:
     """Train `policy` in place on `rows`, from the newest sealed checkpoint in `folder` if there is one.
 
     Args:
@@ -271,7 +281,7 @@ def train_sft(
         the trainer and the loss of the last step (nan when a finished training was resumed).
     """
     reporter = Reporter(folder / "checkpoints", tracker, stop_requested)
-    trainer = build_trainer(policy, tokenizer, rows, trainer_config(recipe, folder / "trainer"), reporter)
+    trainer = build_trainer(policy, tokenizer, rows, recipe, folder / "trainer", reporter)
     sealed = newest_sealed(folder / "checkpoints")
     with quiet_transformers():
         trainer.train(resume_from_checkpoint=str(sealed) if sealed else None)
@@ -286,7 +296,7 @@ def validation_loss(policy: torch.nn.Module, heldout: Sequence[Encoded[Demonstra
     return -float(logprobs.mean())
 
 
-def write_policy(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def write_policy(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save the trained policy from the first process; all of them must call."""
     policy = trainer.accelerator.unwrap_model(trainer.model)
     weights = whole_state(policy)
@@ -327,7 +337,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
     trainer, last_loss = train_sft(policy, tokenizer, rows, recipe, ctx.dir, ctx.tracker, lambda: ctx.stop_requested)
     if trainer.state.global_step < trainer.state.max_steps:
         return {}
-    tokens = int(trainer.state.num_input_tokens_seen)
+    tokens = trainer.tokens
     metrics |= {"sft/loss": last_loss, "sft/steps": float(trainer.state.global_step), "sft/tokens": float(tokens)}
     if heldout:
         metrics["sft/validation_loss"] = validation_loss(trainer.model, heldout)

@@ -32,7 +32,7 @@ from rlhf.tracking import Tracker
 from stages.ppo import ppo_step, ptx_step, rollout, score
 from stages.reward import Group, Scored
 from stages.reward import step as reward_step
-from stages.sft import Reporter, build_trainer, trainer_config
+from stages.sft import Reporter, build_trainer
 
 EPISODES = 8
 SPLITS = [1, 2, 4]  # micro-batch sizes held against one forward of all eight
@@ -239,7 +239,8 @@ def test_sft_gradient(tiny_dir: str, tmp_path: Path) -> None:
             load_policy(tiny_dir, ModelSection(name="tiny")),
             tokenizer,
             rows,
-            trainer_config(recipe, folder / "trainer"),
+            recipe,
+            folder / "trainer",
             Reporter(folder / "checkpoints", tracker, lambda: False),
         )
         trainer.add_callback(Catch())
