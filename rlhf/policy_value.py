@@ -31,10 +31,14 @@ class PolicyValue(nn.Module):
         self.value = value
 
     def forward(
-        self, mode: Literal["ppo", "ptx"], batch: SequenceBatch, temperature: float = 1.0
+        self, mode: Literal["ppo", "ptx"], batch: SequenceBatch, temperature: float = 1.0, pieces: int = 0
     ) -> PpoForward | Tensor:
-        """`ppo`: a PpoForward. `ptx`: negative log-likelihoods [N] of all tokens but the first of each row."""
-        logprobs, entropies = response_logprobs(self.policy, batch, temperature)
+        """`ppo`: a PpoForward. `ptx`: negative log-likelihoods [N] of all tokens but the first of each row.
+
+        `pieces`: in how many the LM head runs. Under ZeRO-3 all processes gather it together each time, so it must be
+        one number for all of them and not follow from the tokens of each.
+        """
+        logprobs, entropies = response_logprobs(self.policy, batch, temperature, pieces)
         if mode == "ptx":
             return -logprobs
         return PpoForward(logprobs, entropies, response_values(self.value, batch))

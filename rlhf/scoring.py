@@ -99,14 +99,22 @@ def _head_chunk(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: f
     return logp.gather(1, targets[:, None]).squeeze(1), entropy
 
 
-def head_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def head_pieces(tokens: int) -> int:
+    """In how many pieces the LM head takes that many positions."""
+    return max(1, -(-tokens // HEAD_CHUNK))
+
+
+def head_logprobs(
+    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, pieces: int = 0
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N] of `targets` [N] given hidden states [N, H], and the entropies [N] (no gradient), in nats.
 
-    Runs in chunks; with gradients each chunk is recomputed in the backward pass instead of kept.
+    Runs in `pieces`, as many as needed when 0; with gradients each is recomputed in the backward pass instead of kept.
     """
     logps, entropies = [], []
-    for h, t in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
-        if torch.is_grad_enabled() and hidden.requires_grad and len(hidden) > HEAD_CHUNK:
+    pieces = pieces or head_pieces(len(hidden))
+    for h, t in zip(hidden.tensor_split(pieces), targets.tensor_split(pieces), strict=True):
+        if torch.is_grad_enabled() and hidden.requires_grad and pieces > 1:
             logp, entropy = checkpoint(_head_chunk, head, h, t, temperature, use_reentrant=False)
         else:
             logp, entropy = _head_chunk(head, h, t, temperature)
@@ -115,10 +123,12 @@ def head_logprobs(head: nn.Module, hidden: Tensor, targets: Tensor, temperature:
     return torch.cat(logps), torch.cat(entropies)
 
 
-def response_logprobs(policy: nn.Module, batch: SequenceBatch, temperature: float) -> tuple[Tensor, Tensor]:
+def response_logprobs(
+    policy: nn.Module, batch: SequenceBatch, temperature: float, pieces: int = 0
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N] of the response tokens and the entropies [N] of the distributions they came from."""
     hidden = hidden_states(policy, batch)[batch.rows, batch.before]
-    return head_logprobs(base_model(policy).get_output_embeddings(), hidden, batch.targets, temperature)
+    return head_logprobs(base_model(policy).get_output_embeddings(), hidden, batch.targets, temperature, pieces)
 
 
 def normalised(model: nn.Module, raw: Tensor) -> Tensor:

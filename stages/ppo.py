@@ -43,7 +43,7 @@ from rlhf.progress import Progress, console, is_main_process
 from rlhf.recipe import load_recipe
 from rlhf.rollout import Rollout, row_seed, sample
 from rlhf.schedule import lr_factor
-from rlhf.scoring import build_batch, scores, token_logprobs, token_values
+from rlhf.scoring import build_batch, head_pieces, scores, token_logprobs, token_values
 from rlhf.sharding import everyones, own, processes
 from rlhf.stage import StageContext, exit_code, parse_stage_args, run_stage
 
@@ -98,6 +98,7 @@ def ppo_step(ppo: Ppo, experience: Experience, minibatch: Sequence[int], last: b
     sums: dict[str, float] = defaultdict(float)
     ratio_max = ratio_error = 0.0
     mine, size = own(minibatch), cfg.micro_batch_size
+    pieces = head_pieces(size * ppo.recipe.data.max_response_tokens)
     for start in range(0, len(mine), size):
         rows = mine[start : start + size]
         batch = build_batch([experience.pairs[i] for i in rows], ppo.tokenizer.pad_token_id).to(device)
@@ -108,7 +109,7 @@ def ppo_step(ppo: Ppo, experience: Experience, minibatch: Sequence[int], last: b
 
         mask = take(experience.mask)
         with ppo.engine.accumulate(last and start + size >= len(mine)):
-            out = ppo.engine.model("ppo", batch, cfg.temperature)
+            out = ppo.engine.model("ppo", batch, cfg.temperature, pieces)
             logprobs, values = batch.unflatten(out.logprobs, width), batch.unflatten(out.values, width)
             policy = policy_loss(logprobs, take(experience.logprobs), take(experience.advantages), mask, cfg.clip)
             value = value_loss(values, take(experience.values), take(experience.returns), mask, cfg.value_clip)
@@ -136,7 +137,7 @@ def ptx_step(ppo: Ppo, step: int) -> dict[str, float]:
     for start in range(0, len(mine), size):
         batch = build_batch(text_pairs(mine[start : start + size]), ppo.tokenizer.pad_token_id).to(ppo.engine.device)
         with ppo.engine.accumulate(start + size >= len(mine)):
-            token_nll = ppo.engine.model("ptx", batch)
+            token_nll = ppo.engine.model("ptx", batch, pieces=head_pieces(size * ppo.recipe.ppo.ptx_tokens))
             loss = ptx_loss(token_nll, torch.ones_like(token_nll, dtype=torch.bool), ppo.ptx_coef)
             ppo.engine.backward(loss / tokens)
         nll += float(token_nll.detach().sum() / tokens)

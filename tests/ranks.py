@@ -1,33 +1,84 @@
-"""One rank of a distributed test: runs a list of stages in one process, which is started once and not once a stage.
+"""One rank of a distributed test: runs a list of jobs in one process, which is started once and not once a job.
 
     RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python tests/ranks.py JOBS.json
 
-JOBS.json is a list of [stage, arguments]; the first stage that fails ends the rank with its exit code.
+JOBS.json is a list of {"module", "arguments", "stop_after"}: `module.main(arguments)` must return 0, or 143 where
+`stop_after` is set: then the last rank gets SIGTERM before that optimiser step. The engines that a job made are written
+to JOBS-RANK.json, a list of class names (with the ZeRO stage) for every job.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from rlhf.clipping import ClippedAdamW
+
 torch.set_num_threads(1)
+
+engines: list[str] = []  # of the job that is running
+steps_left = 0  # until SIGTERM; 0: never
+
+
+def note_engines() -> None:
+    """Have DeepSpeed and torch's data parallelism note what they build."""
+    initialize, ddp = deepspeed.initialize, torch.nn.parallel.DistributedDataParallel
+    build = ddp.__init__
+
+    def noted_initialize(*args: Any, **options: Any) -> Any:
+        made = initialize(*args, **options)
+        engines.append(f"{type(made[0]).__name__} {made[0].zero_optimization_stage()}")
+        return made
+
+    def noted_build(self: Any, *args: Any, **options: Any) -> None:
+        engines.append(type(self).__name__)
+        build(self, *args, **options)
+
+    deepspeed.initialize, ddp.__init__ = noted_initialize, noted_build
+
+
+def count_steps() -> None:
+    """Send SIGTERM to this process before the optimiser step that `steps_left` says."""
+    step = ClippedAdamW.step
+
+    def counted(self: ClippedAdamW, closure: None = None) -> None:
+        global steps_left
+        steps_left -= 1
+        if steps_left == 0:
+            signal.raise_signal(signal.SIGTERM)
+        step(self, closure)
+
+    ClippedAdamW.step = counted
 
 
 def main() -> int:
     """Run the jobs of the file that is named on the command line."""
+    global steps_left
+    note_engines()
+    count_steps()
     dist.init_process_group("gloo")
-    for stage, arguments in json.loads(Path(sys.argv[1]).read_text()):
-        code = importlib.import_module(f"stages.{stage}").main(arguments)
+    file, rank, made = Path(sys.argv[1]), int(os.environ["RANK"]), []
+    for job in json.loads(file.read_text()):
+        engines.clear()
+        last = rank == dist.get_world_size() - 1
+        steps_left = job.get("stop_after", 0) if last else 0
+        code = importlib.import_module(job["module"]).main(job["arguments"])
         unset_hf_deepspeed_config()  # SFT's ZeRO-3 would partition whatever a later stage of this process loads
-        print(f"{stage} {arguments[1:3]}: {code}", flush=True)
-        if code:
-            return code
+        made.append(list(engines))
+        print(f"{job['module']} {job['arguments'][1:3]}: {code}", flush=True)
+        if code != (143 if job.get("stop_after") else 0):
+            return 1
+    file.with_name(f"{file.stem}-{rank}.json").write_text(json.dumps(made))
     dist.barrier()
     dist.destroy_process_group()
     return 0
