@@ -12,10 +12,14 @@ import io
 import json
 from contextlib import redirect_stderr
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rlhf.cache import build_once
+from rlhf.cache import build_once, cache_root
 from rlhf.errors import UserError
 from rlhf.quiet import quiet_transformers, say
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 NAME = "smollm2-135m"
 CONVERSION = 1  # raise it when the saved folder changes
@@ -36,6 +40,25 @@ def embedded_dir() -> Path:
         UserError: when the wheel is not installed.
     """
     return build_once(f"{NAME}-{CONVERSION}", _convert)
+
+
+def model_config() -> PretrainedConfig:
+    """The model's config, from the file's header where it has not been converted yet: no weight is read.
+
+    Raises:
+        UserError: when the wheel is not installed.
+    """
+    from transformers import AutoConfig
+
+    converted = cache_root() / f"{NAME}-{CONVERSION}"
+    if converted.is_dir():
+        return AutoConfig.from_pretrained(converted)
+    gguf = find_gguf()
+    with quiet_transformers(), redirect_stderr(io.StringIO()):
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def find_gguf() -> Path:

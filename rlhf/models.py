@@ -35,6 +35,7 @@ from rlhf.tokenizer import load_tokenizer, same_tokenizer
 __all__ = [
     "add_lora",
     "check_context",
+    "cut_layers",
     "load_policy",
     "load_reward_model",
     "load_tokenizer",
@@ -110,7 +111,7 @@ def new_reward_model(
         with filled([head.weight]):
             nn.init.normal_(head.weight, std=0.0 if head_init == "zero" else 1 / math.sqrt(head.in_features + 1))
     if keep_layers:
-        _cut_layers(reward, keep_layers)
+        cut_layers(reward, keep_layers)
     reward.config.reward_mean, reward.config.reward_std = 0.0, 1.0
     return _fit_to_tokenizer(reward, load_tokenizer(where, model.prompt_format, model.trust_remote_code))
 
@@ -281,7 +282,12 @@ def _fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     return model
 
 
-def _cut_layers(model: PreTrainedModel, keep: int) -> None:
+def cut_layers(model: PreTrainedModel, keep: int) -> None:
+    """Keep the first `keep` transformer layers, in place.
+
+    Raises:
+        UserError: when the model has fewer.
+    """
     layers = decoder_layers(model)
     if keep > len(layers):
         raise UserError(

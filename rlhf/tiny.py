@@ -115,23 +115,23 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def _build_llama(folder: Path) -> None:
-    _save(
-        folder,
-        lambda ids: LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=64,
-                intermediate_size=176,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=1024,
-                tie_word_embeddings=True,
-                **ids,
-            )
-        ),
+def config(**ids: int | None) -> LlamaConfig:
+    """Shape of the model `tiny`, with the special ids of a tokenizer where they are known."""
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        **ids,
     )
+
+
+def _build_llama(folder: Path) -> None:
+    _save(folder, lambda ids: LlamaForCausalLM(config(**ids)))
 
 
 def _save(folder: Path, make: Callable[[dict[str, int | None]], PreTrainedModel]) -> None:

@@ -1,0 +1,230 @@
+"""What a pass of the program holds in memory, found by running its own code on the meta device.
+
+Meta tensors have shapes and no storage: no weight is loaded and nothing is computed, but every operation says what it
+would allocate, and autograd keeps and frees as it would. So LoRA that stops the backward early, recomputed layers and
+chunks of the LM head need no formula of their own. Layers are alike: two sizes of model are run, and the rest is a
+straight line.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+
+from rlhf.adapters import base_model, decoder_layers
+from rlhf.rollout import inverse_cdf
+from rlhf.scoring import build_batch, head_pieces, hidden_states, raw_scores, response_logprobs, response_values
+from rlhf.shapes import ModelSpec, build
+
+PassKind = Literal["backbone", "policy", "value", "reward"]
+SAMPLE = (1, 2)  # layers of the models that are run
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one pass, weights and complete gradients left out.
+
+    Attributes:
+        activations: kept for the backward by the transformer layers.
+        head: kept for the backward by what comes after them: logits, normalised logits.
+        working: the most that is there besides these, for the length of an operation.
+        head_gradients: of the LM head and embeddings, which are there before the first activations are freed.
+    """
+
+    activations: float = 0.0
+    head: float = 0.0
+    working: float = 0.0
+    head_gradients: float = 0.0
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that come into being inside, the model's own left out; `peak` follows `live` until `freeze` is called."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+        self.gradients: dict[int, int] = {}
+        self.live = self.peak = self.gradients_at_peak = 0
+        self.frozen = False
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return False  # whether a mask is all ones: it is not, for rows differ in length
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._add(tensor)
+        return out
+
+    def __enter__(self) -> Live:
+        self.attention = _FusedAttention()
+        self.attention.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.attention.__exit__(*error)
+
+    def mark_gradient(self, parameter: Tensor) -> None:
+        """The parameter's gradient is complete."""
+        if parameter.grad is not None:
+            key = parameter.grad.untyped_storage()._cdata
+            self.gradients[key] = self.sizes.get(key, 0)
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.sizes or key in self.known:
+            return
+        self.sizes[key] = storage.nbytes()
+        self.live += storage.nbytes()
+        weakref.finalize(storage, self._drop, key)
+        if not self.frozen and self.live > self.peak:
+            self.peak, self.gradients_at_peak = self.live, sum(self.gradients.values())
+
+    def _drop(self, key: int) -> None:
+        self.live -= self.sizes.pop(key, 0)
+        self.gradients.pop(key, None)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """The fused attention kernel, which keeps no attention weights: by itself the meta device takes the plain one."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        mask = kwargs.get("attn_mask")
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.where(mask, 0.0, -torch.inf).to(args[0].dtype)
+        causal = kwargs.get("is_causal", False)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, 0.0, causal, attn_mask=mask)[0]
+
+
+@lru_cache(maxsize=256)
+def training_pass(spec: ModelSpec, kind: PassKind, rows: int, prompt: int, response: int, recompute: bool) -> Footprint:
+    """Forward and backward over `rows` rows of `prompt` + `response` tokens, gradients not there before.
+
+    Args:
+        kind: backbone ends before the LM head, policy goes through it at the response's positions; value and reward
+            have the scalar head.
+        recompute: gradient checkpointing.
+    """
+    return _line(spec, lambda spec: _run_training(spec, kind, rows, prompt, response, recompute))
+
+
+@lru_cache(maxsize=256)
+def scoring_pass(spec: ModelSpec, kind: PassKind, rows: int, prompt: int, response: int) -> float:
+    """Most bytes besides the weights in a pass without gradients; it does not depend on the number of layers."""
+    model = build(_cut(spec, SAMPLE[0]))
+    with torch.no_grad(), Live(model) as memory:
+        _forward(model, kind, rows, prompt, response)
+    return float(memory.peak)
+
+
+@lru_cache(maxsize=256)
+def decoding_pass(spec: ModelSpec, rows: int, prompts: int, prompt: int, response: int) -> float:
+    """Most bytes besides weights and KV cache while `rows` responses to `prompts` distinct prompts are sampled."""
+    model = build(_cut(spec, SAMPLE[0]))
+    with torch.no_grad(), Live(model) as memory:
+        prefill = _decode_step(model, memory, prompts, 0, prompt)
+        last = _decode_step(model, memory, rows, prompt + response, 1)
+    return float(max(prefill, last))
+
+
+def _decode_step(model: PreTrainedModel, memory: Live, rows: int, cached: int, tokens: int) -> int:
+    """Most bytes besides the KV cache in a step of the decode loop, as rlhf/rollout.py does it."""
+    config, device = base_model(model).config, model.device
+    cache = DynamicCache(config=config)
+    if cached:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        for layer in range(SAMPLE[0]):
+            held = torch.zeros(2, rows, heads, cached - 1, size, dtype=model.dtype, device=device)
+            cache.update(held[0], held[1], layer)
+    before = memory.live
+    memory.peak = before
+    ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
+    mask = torch.ones(rows, max(cached, tokens), dtype=torch.long, device=device)
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1)[:, -tokens:],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    inverse_cdf(logits.float(), torch.zeros(rows, dtype=torch.float64, device=device))
+    torch.log_softmax(logits.float(), -1)
+    kept = 0 if cached else sum(t.numel() * t.element_size() for each in cache.layers for t in (each.keys, each.values))
+    return memory.peak - before - kept
+
+
+def _line(spec: ModelSpec, run: Callable[[ModelSpec], Footprint]) -> Footprint:
+    """The footprint of `spec` from those of two smaller models; layers without gradients keep nothing."""
+    deep = spec.backward_layers
+    if deep <= SAMPLE[0]:
+        return run(_cut(spec, deep))
+    low, high = (run(_cut(spec, layers)) for layers in SAMPLE)
+    per_layer = (high.activations - low.activations) / (SAMPLE[1] - SAMPLE[0])
+    values = {f.name: getattr(high, f.name) for f in fields(Footprint)}
+    return Footprint(**values | {"activations": low.activations + per_layer * (deep - SAMPLE[0])})
+
+
+def _cut(spec: ModelSpec, layers: int) -> ModelSpec:
+    """The same model with so many layers, all of them with adapters where it has any."""
+    lora = spec.lora and spec.lora.model_copy(update={"last_layers": 0})
+    return replace(spec, keep_layers=layers, lora=lora)
+
+
+def _run_training(
+    spec: ModelSpec, kind: PassKind, rows: int, prompt: int, response: int, recompute: bool
+) -> Footprint:
+    model = build(spec)
+    if recompute:
+        # Without the generator's state, which is kept for dropout and which no fake tensor has.
+        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        model.train()
+    layers = decoder_layers(base_model(model))
+    inside = {id(p) for p in layers.parameters()}
+    kept: list[int] = []
+    with Live(model) as memory:
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.register_post_accumulate_grad_hook(_on_gradient(memory, id(parameter) in inside))
+        layers[-1].register_forward_hook(lambda *_: kept.append(memory.live))
+        loss = _forward(model, kind, rows, prompt, response)
+        after = memory.live
+        loss.backward()
+    held = memory.peak - memory.gradients_at_peak
+    return Footprint(kept[0], max(0, after - kept[0]), max(0, held - after), memory.gradients_at_peak)
+
+
+def _on_gradient(memory: Live, in_layers: bool) -> Callable[[Tensor], None]:
+    def hook(parameter: Tensor) -> None:
+        memory.mark_gradient(parameter)
+        memory.frozen = memory.frozen or in_layers  # from here on activations go and gradients come
+
+    return hook
+
+
+def _forward(model: nn.Module, kind: PassKind, rows: int, prompt: int, response: int) -> Tensor:
+    """The pass as the stages make it; returns a scalar."""
+    device = next(model.parameters()).device
+    batch = build_batch([([0] * prompt, [0] * response)] * rows, 0).to(device)
+    if kind == "backbone":
+        return hidden_states(model, batch).sum()
+    if kind == "policy":
+        logprobs, entropies = response_logprobs(model, batch, 1.0, head_pieces(rows * response))
+        return logprobs.sum() + entropies.sum().detach()
+    return (response_values(model, batch) if kind == "value" else raw_scores(model, batch)).sum()

@@ -1,0 +1,84 @@
+"""Cards that a plan can be made for, with what their data sheets say."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+
+import psutil
+import torch
+
+from rlhf.errors import UserError
+from rlhf.perf import measured_peak_flops
+
+
+@dataclass(frozen=True)
+class Card:
+    """A device that one process works on.
+
+    Attributes:
+        memory: bytes; for `cpu` of the whole machine, which all processes share.
+        flops: FLOP/s by type of the weights, dense; float32 without TF32, which is PyTorch's default.
+        bandwidth: bytes per second from its memory.
+        base: bytes that are gone before the first tensor: CUDA context and communication buffers. Our assumption.
+    """
+
+    name: str
+    memory: float
+    flops: dict[str, float]
+    bandwidth: float
+    base: float = 1.2e9
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.name != "cpu"
+
+
+def _card(name: str, gigabytes: float, bf16: float, fp32: float, bandwidth: float) -> Card:
+    """Memory in units of 1e9 bytes, TFLOP/s dense, bandwidth in TB/s."""
+    return Card(name, gigabytes * 1e9, {"bfloat16": bf16 * 1e12, "float32": fp32 * 1e12}, bandwidth * 1e12)
+
+
+CARDS = {
+    card.name: card
+    for card in (
+        _card("a100-40g", 40, 312, 19.5, 1.555),
+        _card("a100-80g", 80, 312, 19.5, 2.039),
+        _card("h100-80g", 80, 989, 67, 3.35),
+        _card("h200-141g", 141, 989, 67, 4.8),
+        _card("b200-180g", 180, 2250, 75, 7.7),
+        _card("l40s-48g", 48, 362, 91.6, 0.864),
+        _card("a10-24g", 24, 125, 31.2, 0.6),
+        _card("rtx4090-24g", 24, 165, 82.6, 1.008),
+        _card("v100-32g", 32, 125, 15.7, 0.9),  # its 16-bit rate is float16's: it computes bfloat16 much slower
+    )
+}
+
+
+def find_card(name: str) -> Card:
+    """The card of that name, `cpu` for this machine.
+
+    Raises:
+        UserError: no such card.
+    """
+    if name == "cpu":
+        return this_machine()
+    if name not in CARDS:
+        raise UserError(f"there is no card {name!r}", "--gpu", f"one of: cpu, {', '.join(CARDS)}")
+    return CARDS[name]
+
+
+@lru_cache(maxsize=1)
+def this_machine() -> Card:
+    """This machine without its GPUs: its memory, and arithmetic and copying as measured now (about a second)."""
+    cpu = torch.device("cpu")
+    flops = {name: measured_peak_flops(cpu, getattr(torch, name)) for name in ("float32", "bfloat16")}
+    source = torch.ones(1 << 25)  # 128 MiB: past the caches
+    target = torch.empty_like(source)
+    best = 0.0
+    for _ in range(4):
+        begin = time.perf_counter()
+        target.copy_(source)
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - begin))
+    return Card("cpu", float(psutil.virtual_memory().total), flops, best, base=0.0)

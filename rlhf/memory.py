@@ -1,0 +1,394 @@
+"""Memory that each stage needs on one process, by component, from the recipe and the shapes of its models.
+
+A stage is a sequence of phases (sampling, scoring, training, the optimiser's step). Some components are there all the
+time, others for a phase; the peak is that of the largest phase. What is kept whole and what is partitioned follows
+rlhf/engine.py, rlhf/zero.py and DeepSpeed 0.19; `held` is the one place that says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from transformers import PretrainedConfig
+
+from rlhf.config import Recipe
+from rlhf.footprint import Footprint, decoding_pass, scoring_pass, training_pass
+from rlhf.hardware import Card
+from rlhf.plan import plan_ppo, world_size
+from rlhf.shapes import ModelSpec, count, model_config
+from rlhf.zero import settings
+
+LIBRARIES = {"sft": 530e6, "rank": 385e6, "reward": 420e6, "ppo": 430e6, "evaluate": 385e6}  # measured, on Linux
+UNUSED = {"cpu": 0.25, "gpu": 0.1}  # share of what comes and goes that the allocator holds besides: measured; assumed
+DEEPSPEED = 60e6  # more, with several processes; measured
+BUCKET, LIVE = 5e8, 1e9  # DeepSpeed's defaults: numbers in a reduction buffer, and gathered ones that stay
+TILE = (4096, 32768)  # tokens and vocabulary that TRL's loss treats at a time
+TILES_ON_CPU = 8.25  # tiles alive in its backward, where no kernel fuses the operations; counted in its code
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Configs of the recipe's two models: the policy's, and what the reward model starts from."""
+
+    policy: PretrainedConfig
+    reward: PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component; `host`: on a GPU it lies in the memory of the machine."""
+
+    name: str
+    bytes: float
+    host: bool = False
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """A stage's components in bytes per process.
+
+    Attributes:
+        always: components that are there in every phase.
+        phases: those of each phase besides.
+    """
+
+    stage: str
+    on_gpu: bool
+    always: tuple[Part, ...]
+    phases: dict[str, tuple[Part, ...]]
+
+    def of(self, phase: str) -> float:
+        """Bytes of a phase, on the device where there is one."""
+        return sum(part.bytes for part in (*self.always, *self.phases[phase]) if not (self.on_gpu and part.host))
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=self.of)
+
+    @property
+    def peak(self) -> float:
+        """Bytes of the largest phase."""
+        return self.of(self.peak_phase)
+
+    @property
+    def host(self) -> float:
+        """Bytes in the machine's memory on behalf of a GPU process, at the most."""
+        kept, phases = ([p for p in parts if p.host] for parts in (self.always, sum(self.phases.values(), ())))
+        return sum(p.bytes for p in kept) + max((p.bytes for p in phases), default=0.0) if self.on_gpu else 0.0
+
+    def components(self) -> dict[str, float]:
+        """Each component at its largest; those of different phases are not there at the same time."""
+        sizes = {part.name: part.bytes for part in self.always}
+        for parts in self.phases.values():
+            for part in parts:
+                sizes[part.name] = max(sizes.get(part.name, 0.0), part.bytes)
+        return {name: size for name, size in sizes.items() if size}
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How DeepSpeed divides what is trained; stage 0 with one process, which runs without it."""
+
+    stage: int
+    processes: int
+    bucket: float
+    buckets: int  # reduction buffers
+    offload: bool  # of the optimiser
+    offload_weights: bool
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes per process of a trained model."""
+
+    weights: float
+    gradients: float
+    optimiser: float
+    reduction: float  # buffers that gradients are summed over processes in
+    gathered: float  # partitioned weights that are whole while they are used in training
+    step: float  # temporary, in the optimiser's step
+
+
+def shapes_of(recipe: Recipe) -> Shapes:
+    """Configs of the recipe's models.
+
+    Raises:
+        UserError: a name that is not here and cannot be reached.
+    """
+    policy = model_config(recipe.model.name, recipe.model.trust_remote_code)
+    if recipe.reward.model == "sft":
+        return Shapes(policy, policy)
+    return Shapes(policy, model_config(recipe.reward.model, recipe.model.trust_remote_code))
+
+
+def sharding(recipe: Recipe) -> Sharding:
+    """Of the recipe's DeepSpeed file and number of processes."""
+    processes = world_size(recipe)
+    if processes == 1:
+        return Sharding(0, 1, 0, 0, False, False)
+    zero = settings(recipe).get("zero_optimization", {})
+    stage = int(zero.get("stage", 0))
+    return Sharding(
+        stage,
+        processes,
+        float(zero.get("reduce_bucket_size", BUCKET)),
+        2 if stage == 2 and zero.get("overlap_comm") else 1,
+        zero.get("offload_optimizer", {}).get("device", "none") != "none",
+        zero.get("offload_param", {}).get("device", "none") != "none",
+    )
+
+
+def held(spec: ModelSpec, how: Sharding, on_gpu: bool) -> Held:
+    """What a trained model takes, partitioned as ZeRO does.
+
+    AdamW keeps two float32 moments, and float32 copies of weights that are bfloat16. ZeRO 1 and 2 step copies of the
+    weights in any type.
+    """
+    c = count(spec)
+    size = c.trained_bytes / max(1, c.trained)  # bytes of a trained weight
+    copies = 4 if size < 4 or how.stage in (1, 2) else 0
+    parts = how.processes if how.stage else 1
+    optimiser = (8 + copies) * c.trained / parts
+    # The buffers are allocated whole; on a CPU pages that are never written to take no memory.
+    used = how.bucket * how.buckets if on_gpu else min(how.bucket, c.trained)
+    reduction = 0.0 if how.processes == 1 else (used if how.stage else min(how.bucket, c.trained)) * size
+    gradients = c.trained_bytes if how.stage < 2 else 4 * c.trained / parts
+    if how.stage == 1 and size < 4:
+        gradients = 4.0 * c.trained
+    # torch steps a GPU's tensors in groups that have temporary copies, a CPU's one after the other.
+    step = 4 * c.trained / parts if on_gpu and not how.offload else 8 * c.largest / parts
+    if copies and how.stage == 0 or how.stage in (1, 2):
+        step += 4 * c.trained / parts  # gradients as float32, or flattened
+    weights = c.bytes / parts if how.stage == 3 else float(c.bytes)
+    gathered = min(c.bytes, LIVE * c.bytes / c.total) if how.stage == 3 else 0.0
+    return Held(weights, gradients, optimiser, reduction, gathered, step)
+
+
+def frozen_weights(spec: ModelSpec, recipe: Recipe, name: str) -> tuple[Part, float]:
+    """A frozen model's weights where launch.frozen puts them, and the bytes that are added while it is used."""
+    size, processes = float(count(spec).bytes), world_size(recipe)
+    if recipe.launch.frozen == "cpu":
+        return Part(name, size, host=True), size
+    if recipe.launch.frozen == "partitioned" and processes > 1:
+        return Part(name, size / processes), at_work(spec, recipe)
+    return Part(name, size), 0.0
+
+
+def at_work(spec: ModelSpec, recipe: Recipe) -> float:
+    """Bytes of partitioned weights that are gathered for sampling or scoring: all, or what is outside the layers and
+    one layer."""
+    c = count(spec)
+    if recipe.launch.gather == "once":
+        return float(c.bytes)
+    return c.bytes * (c.total - (spec.layers - 1) * c.layer) / c.total
+
+
+def stage_memory(recipe: Recipe, stage: str, shapes: Shapes, card: Card) -> StageMemory:
+    """Memory of a stage on each of the recipe's processes.
+
+    Args:
+        stage: sft, rank, reward, ppo-ptx, ppo or evaluate.
+
+    Raises:
+        UserError: sizes that do not divide by the number of processes.
+    """
+    name = "ppo" if stage.startswith("ppo") else stage
+    base = card.base or LIBRARIES[name] + (DEEPSPEED if world_size(recipe) > 1 else 0)
+    label = "CUDA context and buffers" if card.is_gpu else "Python and libraries"
+    make = {"sft": _sft, "rank": _rank, "reward": _reward, "ppo": _ppo, "evaluate": _evaluate}[name]
+    always, phases = make(recipe, shapes, card.is_gpu, stage == "ppo-ptx")
+    share = UNUSED["gpu" if card.is_gpu else "cpu"]
+    phases = {
+        phase: (*parts, Part("allocator overhead", share * sum(p.bytes for p in parts if not (card.is_gpu and p.host))))
+        for phase, parts in phases.items()
+    }
+    return StageMemory(stage, card.is_gpu, (Part(label, base), *always), phases)
+
+
+def policy_spec(recipe: Recipe, shapes: Shapes, trained: bool = True, sft: bool = False) -> ModelSpec:
+    """The policy as PPO or SFT trains it, or plain with merged adapters."""
+    lora = recipe.model.lora if trained and recipe.model.lora.enabled else None
+    how = sharding(recipe)
+    # SFT without adapters loads float32 weights, which DeepSpeed converts.
+    dtype = "float32" if sft and lora is None and how.processes == 1 else recipe.model.dtype
+    return ModelSpec(shapes.policy, dtype, recipe.model.attention, lora=lora, partitioned=how.stage == 3)
+
+
+def reward_spec(recipe: Recipe, shapes: Shapes, trained: bool = True) -> ModelSpec:
+    """The reward model, as it is trained or plain; the value model is built like the trained one."""
+    cfg = recipe.reward
+    lora = cfg.lora if trained and cfg.lora.enabled else None
+    spec = ModelSpec(shapes.reward, recipe.model.dtype, recipe.model.attention, scalar=True, lora=lora)
+    return replace(spec, keep_layers=cfg.keep_layers, partitioned=sharding(recipe).stage == 3)
+
+
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+Composition = tuple[tuple[Part, ...], dict[str, tuple[Part, ...]]]
+
+
+def _sft(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Composition:
+    cfg, data, spec = recipe.sft, recipe.data, policy_spec(recipe, shapes, sft=True)
+    how = sharding(recipe)
+    rows = min(cfg.micro_batch_size, max(1, cfg.batch_size // how.processes))
+    if cfg.packing:
+        rows, tokens = 1, rows * cfg.max_tokens  # packed rows are laid end to end
+    else:
+        tokens = min(cfg.max_tokens, data.max_prompt_tokens + data.max_response_tokens)
+    passed = training_pass(spec, "backbone", rows, 1, tokens - 1, recipe.launch.gradient_checkpointing)
+    c, vocabulary = count(spec), shapes.policy.vocab_size
+    tile = min(rows * tokens, TILE[0]) * min(vocabulary, TILE[1])
+    head = tile * (4 if not on_gpu else c.bytes / c.total) * (1 if on_gpu else TILES_ON_CPU)
+    if spec.lora is None:
+        head += 4 * vocabulary * shapes.policy.hidden_size  # the gradient of the head, before it is added to the other
+    passed = replace(passed, working=max(passed.working, head))
+    once = cfg.batch_size == rows * how.processes
+    always, training, step = _trained([("policy", spec)], [passed], how, on_gpu, once)
+    phases = {"training": training, "step": step}
+    plain = policy_spec(recipe, shapes, trained=False, sft=True)
+    scoring = _scoring(plain, recipe, how.processes, 2048, "policy")
+    gathered = (Part("gathered weights", at_work(plain, recipe)),) if how.stage == 3 else ()
+    return always, phases | {"validation": (scoring, *gathered)}
+
+
+def _rank(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Composition:
+    cfg, spec, processes = recipe.rank, policy_spec(recipe, shapes, trained=False), world_size(recipe)
+    if cfg.labeler == "file":
+        return (), {"reading files": ()}
+    prompts = max(1, cfg.batch_size // cfg.outputs_per_prompt)
+    prompts = min(prompts, cfg.prompts or prompts)
+    rows = min(-(-prompts * cfg.outputs_per_prompt // processes), cfg.batch_size)
+    policy, added = frozen_weights(spec, recipe, "weights: policy")
+    return (policy,), {"sampling": _sampling(spec, recipe, rows, min(prompts, rows), added)}
+
+
+def _reward(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Composition:
+    cfg, data, spec, how = recipe.reward, recipe.data, reward_spec(recipe, shapes), sharding(recipe)
+    prompts = min(cfg.micro_batch_size, max(1, cfg.batch_size // how.processes))
+    longest = data.max_prompt_tokens + data.max_response_tokens
+    tokens = cfg.max_tokens if recipe.rank.labeler == "file" else min(cfg.max_tokens, longest)
+    rows = prompts * recipe.rank.outputs_per_prompt
+    passed = training_pass(spec, "reward", rows, 1, tokens - 1, recipe.launch.gradient_checkpointing)
+    once = cfg.batch_size == prompts * how.processes
+    always, training, step = _trained([("reward", spec)], [passed], how, on_gpu, once)
+    scoring = _scoring(spec, recipe, how.processes, 2048, "reward")
+    gathered = (Part("gathered weights", at_work(spec, recipe)),) if how.stage == 3 else ()
+    return always, {"training": training, "step": step, "measuring": (scoring, *gathered)}
+
+
+def _ppo(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Composition:
+    cfg, data, how, plan = recipe.ppo, recipe.data, sharding(recipe), plan_ppo(recipe)
+    recompute = recipe.launch.gradient_checkpointing
+    policy, value = policy_spec(recipe, shapes), reward_spec(recipe, shapes)
+    plain, reward = policy_spec(recipe, shapes, trained=False), reward_spec(recipe, shapes, trained=False)
+    rows = min(cfg.micro_batch_size, plan.minibatch_per_process)
+    size = (data.max_prompt_tokens, data.max_response_tokens, recompute)
+    passes = [training_pass(policy, "policy", rows, *size), training_pass(value, "value", rows, *size)]
+    once = plan.micro_batches == 1
+    always, training, step = _trained([("policy", policy), ("value", value)], passes, how, on_gpu, once)
+    phases = {"PPO step": training, "optimiser step": step}
+    if ptx:
+        text_rows = min(cfg.micro_batch_size, plan.ptx_rows_per_process)
+        text = training_pass(policy, "policy", text_rows, 1, cfg.ptx_tokens - 1, recompute)
+        _, ptx_training, _ = _trained([("policy", policy), ("value", value)], [text], how, on_gpu, False)
+        # One process tells the two gradients apart by a copy.
+        copies = (Part("copy of gradients", count(policy).trained_bytes),) if how.processes == 1 else ()
+        phases["pretraining step"] = (*ptx_training, *copies)
+    reference = ()
+    visiting = 0.0
+    if policy.lora is None:
+        part, visiting = frozen_weights(plain, recipe, "weights: reference")
+        reference = (part,)
+    judge, judging = frozen_weights(reward, recipe, "weights: reward model")
+    whole = at_work(plain, recipe) if how.stage == 3 else 0.0
+    phases["sampling"] = _sampling(plain, recipe, min(cfg.rollout_batch_size, plan.batch_per_process), 0, whole)
+    scoring = max(
+        (_scoring(plain, recipe, how.processes, cfg.score_tokens, "policy").bytes + max(visiting, whole), "reference"),
+        (_scoring(reward, recipe, how.processes, cfg.score_tokens, "reward").bytes + judging, "reward"),
+    )[0]
+    phases["scoring"] = (Part("working buffers", scoring),)
+    average = ()
+    if cfg.ema_decay > 0:
+        trained = count(policy).trained
+        average = (Part("averaged policy", 4.0 * trained, host=True),)
+        if how.stage:  # the engine hands out all trained weights, whole
+            phases["averaging"] = (Part("gathered weights", 4.0 * (trained + count(value).trained)),)
+    return (*always, *reference, judge, *average), phases
+
+
+def _evaluate(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Composition:
+    cfg, processes = recipe.evaluate, world_size(recipe)
+    plain, reward = policy_spec(recipe, shapes, trained=False), reward_spec(recipe, shapes, trained=False)
+    rows = recipe.ppo.rollout_batch_size
+    if cfg.prompts:
+        rows = min(rows, -(-cfg.prompts * cfg.samples_per_prompt // processes))
+    policy, added = frozen_weights(plain, recipe, "weights: policy")
+    judge, judging = frozen_weights(reward, recipe, "weights: reward model")
+    scored = _scoring(plain, recipe, processes, recipe.ppo.score_tokens, "policy")
+    judged = _scoring(reward, recipe, processes, recipe.ppo.score_tokens, "reward")
+    return (), {  # one model at a time
+        "sampling": (policy, *_sampling(plain, recipe, rows, 0, added)),
+        "scoring": (policy, Part("working buffers", scored.bytes + added)),
+        "reward scores": (judge, Part("working buffers", judged.bytes + judging)),
+    }
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _trained(
+    models: list[tuple[str, ModelSpec]], passes: list[Footprint], how: Sharding, on_gpu: bool, once: bool
+) -> tuple[tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]]:
+    """Components of a training loop: always there, in the passes, in the optimiser's step.
+
+    Args:
+        once: a step is one forward and backward, so that no gradients are there before the activations.
+    """
+    each = [(name, held(spec, how, on_gpu)) for name, spec in models]
+    total = {field: sum(getattr(h, field) for _, h in each) for field in ("gradients", "optimiser", "gathered", "step")}
+    always = [Part(f"weights: {name}", h.weights, host=how.offload_weights) for name, h in each]
+    always.append(Part("optimiser state", total["optimiser"], host=how.offload))
+    if how.stage == 3:
+        always.append(Part("gradients", total["gradients"], host=how.offload))
+    activations, logits = sum(p.activations for p in passes), sum(p.head for p in passes)
+    reduction = max(h.reduction for _, h in each)
+    before = sum(p.head_gradients for p in passes) if once else total["gradients"]
+    if how.stage == 2:  # sums of all passes stay in parts; this pass's own gradients fill the buffer
+        before += total["gradients"] if once else 0.0
+    training: list[Part] = []
+    if how.stage < 3:
+        training.append(Part("gradients", before, host=how.offload))
+    training += [
+        Part("activations", activations),
+        Part("logits", logits),
+        Part("working buffers", max(p.working for p in passes)),
+        Part("gathered weights", total["gathered"]),
+    ]
+    if on_gpu or how.stage >= 2:
+        training.append(Part("reduction buffers", reduction))
+    step = [Part("working buffers", total["step"]), Part("reduction buffers", 0.0 if how.stage >= 2 else reduction)]
+    if how.stage < 3:
+        step.append(Part("gradients", total["gradients"], host=how.offload))
+    return tuple(always), tuple(training), tuple(step)
+
+
+def _sampling(spec: ModelSpec, recipe: Recipe, rows: int, prompts: int, gathered: float) -> tuple[Part, ...]:
+    """KV cache at full length and what a decode step works with; `prompts` distinct ones, 0 when all are."""
+    prompt, response = recipe.data.max_prompt_tokens, recipe.data.max_response_tokens
+    cache = rows * (prompt + response) * count(spec).kv_bytes
+    working = decoding_pass(spec, rows, prompts or rows, prompt, response)
+    return Part("KV cache", float(cache)), Part("working buffers", working), Part("gathered weights", gathered)
+
+
+def _scoring(spec: ModelSpec, recipe: Recipe, processes: int, tokens: int, kind: str) -> Part:
+    """A pass without gradients over as many rows of full length as the token budget takes."""
+    prompt, response = recipe.data.max_prompt_tokens, recipe.data.max_response_tokens
+    rows = max(1, tokens // (prompt + response))
+    return Part("working buffers", scoring_pass(replace(spec, lora=None), kind, rows, prompt, response))
+
+
+def all_stages(recipe: Recipe, shapes: Shapes, card: Card) -> Iterator[StageMemory]:
+    """Memory of each of run.stages."""
+    for stage in recipe.run.stages:
+        yield stage_memory(recipe, stage, shapes, card)

@@ -1,0 +1,144 @@
+"""The models of a recipe as shapes: configs and meta-device models, for numbers that need no weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+
+from rlhf import embedded, tiny
+from rlhf.adapters import add_lora, base_model, decoder_layers
+from rlhf.config import LoraSection, Recipe
+from rlhf.models import cut_layers
+from rlhf.quiet import quiet_transformers
+from rlhf.resolve import not_loaded, resolve_model
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, eq=False)
+class ModelSpec:
+    """A model as a stage builds it.
+
+    Attributes:
+        scalar: a reward or value model: a scalar head in place of the LM head.
+        keep_layers: the first N transformer layers only; 0 keeps all.
+        lora: adapters that are trained, the rest is frozen; None: all is trained.
+        partitioned: adapters keep the type of the weights, which ZeRO-3 wants.
+    """
+
+    config: PretrainedConfig
+    dtype: str
+    attention: str
+    scalar: bool = False
+    keep_layers: int = 0
+    lora: LoraSection | None = None
+    partitioned: bool = False
+
+    @property
+    def key(self) -> tuple:
+        lora = self.lora.model_dump_json() if self.lora else ""
+        rest = (self.dtype, self.attention, self.scalar, self.keep_layers, lora, self.partitioned)
+        return (self.config.to_json_string(), *rest)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModelSpec) and self.key == other.key
+
+    @property
+    def layers(self) -> int:
+        return self.keep_layers or self.config.num_hidden_layers
+
+    @property
+    def backward_layers(self) -> int:
+        """Layers that the gradient passes through."""
+        return min(self.lora.last_layers or self.layers, self.layers) if self.lora else self.layers
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters of a model, tied ones once.
+
+    Attributes:
+        total: all of them; `bytes` is what they take.
+        trained: with gradients and an optimiser state; `trained_bytes` what they take as weights.
+        through: in layers that the gradient passes through, frozen ones included.
+        largest: of the largest single tensor that is trained.
+        layer: of the largest transformer layer.
+        kv_bytes: keys and values of one token in all layers.
+    """
+
+    total: int
+    bytes: int
+    trained: int
+    trained_bytes: int
+    through: int
+    largest: int
+    layer: int
+    kv_bytes: int
+
+
+def model_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a model name: built in code, from a local folder, or from the Hub; no weights are read.
+
+    Raises:
+        UserError: no such model, or a Hub name that cannot be reached.
+    """
+    if name == tiny.NAME:
+        return tiny.config()
+    if name == embedded.NAME:
+        return embedded.model_config()
+    where = resolve_model(name)
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise not_loaded("model's config", where, error) from error
+
+
+def build(spec: ModelSpec) -> nn.Module:
+    """The model on the meta device, where weights have a shape and no storage."""
+    config = type(spec.config).from_dict(spec.config.to_dict())
+    if spec.scalar:
+        config.num_labels = 1
+    kind = AutoModelForSequenceClassification if spec.scalar else AutoModelForCausalLM
+    with torch.device("meta"), quiet_transformers():
+        model = kind.from_config(config, dtype=getattr(torch, spec.dtype), attn_implementation=spec.attention)
+        if spec.scalar:
+            model.config.reward_mean, model.config.reward_std = 0.0, 1.0
+        if spec.keep_layers:
+            cut_layers(model, spec.keep_layers)
+        if spec.lora:
+            model = add_lora(model, spec.lora, "SEQ_CLS" if spec.scalar else "CAUSAL_LM")
+    return model.eval()
+
+
+@lru_cache(maxsize=64)
+def count(spec: ModelSpec) -> Counts:
+    """Parameters of the model, counted on the meta device."""
+    model = build(spec)
+    base = base_model(model)
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    through, reached = 0, False
+    for parameter in parameters:
+        reached = reached or parameter.requires_grad
+        through += parameter.numel() if reached else 0
+    config = base.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Counts(
+        total=sum(p.numel() for p in parameters),
+        bytes=sum(p.numel() * p.element_size() for p in parameters),
+        trained=sum(p.numel() for p in trained),
+        trained_bytes=sum(p.numel() * p.element_size() for p in trained),
+        through=through,
+        largest=max((p.numel() for p in trained), default=0),
+        layer=max(sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(base)),
+        kv_bytes=2 * spec.layers * heads * size * BYTES[spec.dtype],
+    )

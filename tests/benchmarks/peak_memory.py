@@ -1,0 +1,90 @@
+"""Peak memory of the training stages against the plan's: `python tests/benchmarks/peak_memory.py FOLDER [RECIPE ...]`.
+
+Runs the shortened recipes (default: tiny and demo, which is SmolLM2-135M) on one CPU process, then sft, reward and ppo on two
+under ZeRO 0, 2 and 3, and prints predicted and measured peaks as a Markdown table, row by row. The measured one is the
+kernel's largest resident set of a rank; of two ranks the larger. On two cores it takes an hour.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from rlhf.hardware import this_machine
+from rlhf.memory import shapes_of, stage_memory
+from rlhf.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+ZERO = (0, 2, 3)
+COMMON = ("tracking.wandb=disabled", "run.device=cpu")
+SHORT = {
+    "tiny": ("ppo.episodes=16", "rank.prompts=16"),
+    "demo": ("sft.epochs=0.15", "rank.prompts=32", "ppo.episodes=48"),
+}
+TWO = {
+    "tiny": ("sft.micro_batch_size=8", "reward.micro_batch_size=2", "ppo.micro_batch_size=4"),
+    "demo": ("sft.micro_batch_size=8", "ppo.micro_batch_size=4"),
+}
+STAGES = ("sft", "rank", "reward", "ppo-ptx")
+UPSTREAM = {"sft": (), "reward": ("sft", "rank"), "ppo-ptx": ("sft", "rank", "reward")}
+
+
+def measure(stage: str, arguments: list[str], processes: int) -> float:
+    """Largest resident set in bytes of the stage's ranks."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    module = f"stages.{'ppo' if stage == 'ppo-ptx' else stage}"
+    ranks = []
+    for rank in range(processes):
+        if processes > 1:
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-m", module, *arguments]
+        ranks.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+    peaks = []
+    for process in ranks:
+        errors = process.stderr.read().decode()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"{stage} ended with {process.returncode}:\n{errors[-3000:]}")
+        peaks.append(usage.ru_maxrss * 1024)
+    return float(max(peaks))
+
+
+def show(recipe: str, stage: str, overrides: list[str], processes: int, zero: int | str, measured: float) -> None:
+    """One row of the table."""
+    loaded = load_recipe(recipe, overrides)
+    found = stage_memory(loaded, stage, shapes_of(loaded), this_machine())
+    cells = (recipe, stage, processes, zero, f"{found.peak / 1e6:.0f}", f"{measured / 1e6:.0f}")
+    print(f"| {' | '.join(map(str, cells))} | {found.peak / measured:.2f} |", flush=True)
+
+
+def main(folder: Path, recipes: list[str]) -> None:
+    """Measure and print."""
+    print("| recipe | stage | processes | ZeRO | predicted MB | measured MB | ratio |\n|---|---|---|---|---|---|---|")
+    for recipe in recipes:
+        one = [*COMMON, *SHORT[recipe]]
+        for stage in STAGES:
+            arguments = [recipe, f"run.dir={folder}", f"run.name={recipe}", *one]
+            show(recipe, stage, one, 1, "-", measure(stage, arguments, 1))
+        for zero in ZERO:
+            for stage, before in UPSTREAM.items():
+                name = f"{recipe}-zero{zero}-{stage}"
+                two = [*one, *TWO[recipe], "launch.processes=2", f"launch.zero_stage={zero}"]
+                for part in before:
+                    ignore = shutil.ignore_patterns("checkpoints")
+                    shutil.copytree(folder / recipe / part, folder / name / part, ignore=ignore)
+                arguments = [recipe, f"run.dir={folder}", f"run.name={name}", *two]
+                show(recipe, stage, two, 2, zero, measure(stage, arguments, 2))
+                shutil.rmtree(folder / name)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:] or list(SHORT))
