@@ -25,7 +25,7 @@ rlhf run demo                        every stage; run it again to resume
 
 rlhf run demo run.name=b run.seed=2  another run, in runs/b
 
-rlhf plan instructgpt-1.3b           derived numbers, nothing loaded
+rlhf plan demo --gpu h100-80g --count 2   steps, memory, time; nothing loaded
 
 rlhf ppo demo --variant ppo          one stage alone
 
@@ -138,15 +138,32 @@ def chat(
 
 
 @app.command()
-def plan(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Print what follows from a recipe: iterations, steps, micro-batches. Loads and writes nothing."""
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="CARD", help="Plan for this card, or cpu; default: what is here.")
+    ] = None,
+    count: Annotated[int | None, typer.Option("--count", help="Processes in all; default: the recipe's.")] = None,
+) -> None:
+    """Print what follows from a recipe: steps, micro-batches, memory by component, whether it fits, and about how long.
+
+    Loads and writes nothing: memory is computed from the shapes of the models. Cards: a100-40g, a100-80g, h100-80g,
+    h200-141g, b200-180g, l40s-48g, a10-24g, rtx4090-24g, v100-32g, cpu.
+    """
     from launch.pipeline import show_plan
+    from rlhf.fit import with_count
     from rlhf.plan import check
     from rlhf.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
+    if count is not None:
+        loaded = with_count(loaded, count)
     check(loaded)
     show_plan(loaded, loaded.run.stages)
+    from launch.plan_report import show_memory_and_time
+
+    show_memory_and_time(loaded, gpu)
 
 
 @app.command()

@@ -7,7 +7,7 @@ micro-batches and processes, never averaged.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,7 +152,7 @@ class Engine:
         """Trainable parameters by name, as the model computes with them (not copies)."""
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Mapping[str, Tensor]:
         """What the optimiser steps, by name: the trainable parameters, or their float32 copies."""
         return {name: self._copies.get(p, p) for name, p in self.trainable().items()}
 

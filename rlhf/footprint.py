@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.adapters import base_model, decoder_layers
 from rlhf.rollout import inverse_cdf
@@ -68,13 +68,14 @@ class Live(TorchDispatchMode):
         return out
 
     def __enter__(self) -> Live:
-        self.attention = _FusedAttention()
-        self.attention.__enter__()
+        # Not by a mode: recomputed layers run in a thread of the backward, where modes of functions do not hold.
+        self.attention = functional.scaled_dot_product_attention
+        functional.scaled_dot_product_attention = _fused_attention
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self.attention.__exit__(*error)
+        functional.scaled_dot_product_attention = self.attention
 
     def mark_gradient(self, parameter: Tensor) -> None:
         """The parameter's gradient is complete."""
@@ -98,18 +99,14 @@ class Live(TorchDispatchMode):
         self.gradients.pop(key, None)
 
 
-class _FusedAttention(TorchFunctionMode):
-    """The fused attention kernel, which keeps no attention weights: by itself the meta device takes the plain one."""
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        mask = kwargs.get("attn_mask")
-        if mask is not None and mask.dtype == torch.bool:
-            mask = torch.where(mask, 0.0, -torch.inf).to(args[0].dtype)
-        causal = kwargs.get("is_causal", False)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, 0.0, causal, attn_mask=mask)[0]
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **_: Any
+) -> Tensor:
+    """The kernel that keeps no attention weights: by itself the meta device takes the plain one, which does."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(query, key, value, 0.0, is_causal, attn_mask=attn_mask)[0]
 
 
 @lru_cache(maxsize=256)
@@ -188,9 +185,7 @@ def _cut(spec: ModelSpec, layers: int) -> ModelSpec:
     return replace(spec, keep_layers=layers, lora=lora)
 
 
-def _run_training(
-    spec: ModelSpec, kind: PassKind, rows: int, prompt: int, response: int, recompute: bool
-) -> Footprint:
+def _run_training(spec: ModelSpec, kind: PassKind, rows: int, prompt: int, response: int, recompute: bool) -> Footprint:
     model = build(spec)
     if recompute:
         # Without the generator's state, which is kept for dropout and which no fake tensor has.

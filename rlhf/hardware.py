@@ -12,6 +12,8 @@ import torch
 from rlhf.errors import UserError
 from rlhf.perf import measured_peak_flops
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Card:
@@ -69,16 +71,20 @@ def find_card(name: str) -> Card:
     return CARDS[name]
 
 
-@lru_cache(maxsize=1)
-def this_machine() -> Card:
-    """This machine without its GPUs: its memory, and arithmetic and copying as measured now (about a second)."""
-    cpu = torch.device("cpu")
-    flops = {name: measured_peak_flops(cpu, getattr(torch, name)) for name in ("float32", "bfloat16")}
-    source = torch.ones(1 << 25)  # 128 MiB: past the caches
+@lru_cache(maxsize=2)
+def this_machine(device: torch.device = CPU) -> Card:
+    """What this machine has: the memory of its CPU or GPU, arithmetic and copying as measured now (about a second)."""
+    flops = {name: measured_peak_flops(device, getattr(torch, name)) for name in ("float32", "bfloat16")}
+    source = torch.ones(1 << 25, device=device)  # 128 MiB: past the caches
     target = torch.empty_like(source)
     best = 0.0
     for _ in range(4):
         begin = time.perf_counter()
         target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         best = max(best, 2 * source.nbytes / (time.perf_counter() - begin))
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return Card(properties.name, float(properties.total_memory), flops, best)
     return Card("cpu", float(psutil.virtual_memory().total), flops, best, base=0.0)

@@ -19,9 +19,9 @@ from rlhf.plan import plan_ppo, world_size
 from rlhf.shapes import ModelSpec, count, model_config
 from rlhf.zero import settings
 
-LIBRARIES = {"sft": 530e6, "rank": 385e6, "reward": 420e6, "ppo": 430e6, "evaluate": 385e6}  # measured, on Linux
+LIBRARIES = {"sft": 560e6, "rank": 385e6, "reward": 420e6, "ppo": 430e6, "evaluate": 385e6}  # measured, on Linux
 UNUSED = {"cpu": 0.25, "gpu": 0.1}  # share of what comes and goes that the allocator holds besides: measured; assumed
-DEEPSPEED = 60e6  # more, with several processes; measured
+DEEPSPEED, HOOKS = 60e6, 90e6  # more, with several processes; under ZeRO-3 also TRL, which SFT has anyway; measured
 BUCKET, LIVE = 5e8, 1e9  # DeepSpeed's defaults: numbers in a reduction buffer, and gathered ones that stay
 TILE = (4096, 32768)  # tokens and vocabulary that TRL's loss treats at a time
 TILES_ON_CPU = 8.25  # tiles alive in its backward, where no kernel fuses the operations; counted in its code
@@ -194,7 +194,7 @@ def stage_memory(recipe: Recipe, stage: str, shapes: Shapes, card: Card) -> Stag
         UserError: sizes that do not divide by the number of processes.
     """
     name = "ppo" if stage.startswith("ppo") else stage
-    base = card.base or LIBRARIES[name] + (DEEPSPEED if world_size(recipe) > 1 else 0)
+    base = card.base or _libraries(name, sharding(recipe))
     label = "CUDA context and buffers" if card.is_gpu else "Python and libraries"
     make = {"sft": _sft, "rank": _rank, "reward": _reward, "ppo": _ppo, "evaluate": _evaluate}[name]
     always, phases = make(recipe, shapes, card.is_gpu, stage == "ppo-ptx")
@@ -204,6 +204,11 @@ def stage_memory(recipe: Recipe, stage: str, shapes: Shapes, card: Card) -> Stag
         for phase, parts in phases.items()
     }
     return StageMemory(stage, card.is_gpu, (Part(label, base), *always), phases)
+
+
+def _libraries(stage: str, how: Sharding) -> float:
+    more = DEEPSPEED if how.processes > 1 else 0.0
+    return LIBRARIES[stage] + more + (HOOKS if how.stage == 3 and stage != "sft" else 0.0)
 
 
 def policy_spec(recipe: Recipe, shapes: Shapes, trained: bool = True, sft: bool = False) -> ModelSpec:
@@ -310,10 +315,7 @@ def _ppo(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Composition
     phases["scoring"] = (Part("working buffers", scoring),)
     average = ()
     if cfg.ema_decay > 0:
-        trained = count(policy).trained
-        average = (Part("averaged policy", 4.0 * trained, host=True),)
-        if how.stage:  # the engine hands out all trained weights, whole
-            phases["averaging"] = (Part("gathered weights", 4.0 * (trained + count(value).trained)),)
+        average = (Part("averaged policy", 4.0 * count(policy).trained, host=True),)
     return (*always, *reference, judge, *average), phases
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rlhf import embedded, tiny
 from rlhf.adapters import add_lora, base_model, decoder_layers
-from rlhf.config import LoraSection, Recipe
+from rlhf.config import LoraSection
 from rlhf.models import cut_layers
 from rlhf.quiet import quiet_transformers
 from rlhf.resolve import not_loaded, resolve_model

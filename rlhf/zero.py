@@ -8,7 +8,7 @@ a fixed count ZeRO 1 and 2 keep the last gradient only.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -191,15 +191,12 @@ class ZeroEngine(Engine):
         self._count_skipped(bad)
         return StepResult(dict(self._optimizer.grad_norms), bad)
 
-    def weights(self) -> dict[str, Tensor]:
-        """What the optimiser steps, whole and in float32, by name; all processes must ask."""
-        from deepspeed.utils import safe_get_full_fp32_param
+    def weights(self) -> Mapping[str, Tensor]:
+        """What the optimiser steps, whole and in float32, by name, each gathered when it is asked for.
 
-        whole = {}
-        for name, parameter in self.trainable().items():
-            value = safe_get_full_fp32_param(parameter) if self.stage else parameter
-            whole[name] = value.detach()
-        return whole
+        All processes must ask, and in the same order.
+        """
+        return _Gathered(self.trainable(), self.stage > 0)
 
     def save(self, folder: Path) -> None:
         """Write trainable weights and optimiser state, every process its own part; all of them must call."""
@@ -228,6 +225,25 @@ class ZeroEngine(Engine):
             raise UserError("DeepSpeed found no checkpoint", str(folder), "redo the stage with --fresh")
         self.skipped_in_a_row, self.skipped_steps = state["skipped"]
         torch.set_rng_state(state["rng"])
+
+
+class _Gathered(Mapping[str, Tensor]):
+    """Trained weights, one at a time: a card that holds a part of each has no room for all of them whole."""
+
+    def __init__(self, parameters: dict[str, Tensor], partitioned: bool) -> None:
+        self.parameters, self.partitioned = parameters, partitioned
+
+    def __getitem__(self, name: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        parameter = self.parameters[name]
+        return (safe_get_full_fp32_param(parameter) if self.partitioned else parameter).detach()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parameters)
+
+    def __len__(self) -> int:
+        return len(self.parameters)
 
 
 def connect() -> None:

@@ -23,7 +23,7 @@ ZERO = (0, 2, 3)
 COMMON = ("tracking.wandb=disabled", "run.device=cpu")
 SHORT = {
     "tiny": ("ppo.episodes=16", "rank.prompts=16"),
-    "demo": ("sft.epochs=0.15", "rank.prompts=32", "ppo.episodes=48"),
+    "demo": ("sft.epochs=0.1", "rank.prompts=16", "ppo.episodes=16", "ppo.batch_size=16"),
 }
 TWO = {
     "tiny": ("sft.micro_batch_size=8", "reward.micro_batch_size=2", "ppo.micro_batch_size=4"),

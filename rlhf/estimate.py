@@ -1,0 +1,173 @@
+"""How long each stage takes, from its arithmetic and the bytes it reads: an order of magnitude, with its assumptions.
+
+Training and scoring are bound by arithmetic: 2 FLOPs a weight and token forward, 2 where the gradient passes through, 2
+where it trains (6 N D for all weights), 2 more where activations are computed again (8 N D), and attention's products.
+A decode step is bound by what it reads: all weights and the KV cache of its rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf.config import Recipe
+from rlhf.hardware import Card
+from rlhf.memory import Shapes, policy_spec, reward_spec
+from rlhf.plan import plan_ppo, world_size
+from rlhf.records import Drops, read_demonstrations, read_prompts, read_rankings
+from rlhf.shapes import ModelSpec, count
+from rlhf.sources import local_path
+
+TRAINING, FORWARD, READING = 0.35, 0.4, 0.5  # share of the card's FLOP/s in training and scoring, of its bandwidth
+THOUSAND = 1000  # rows that a time is told for where their number is not known before the data is read
+ASSUMPTIONS = (
+    f"{TRAINING:.0%} of the card's FLOP/s in training and {FORWARD:.0%} in scoring, {READING:.0%} of its bandwidth in "
+    "decoding; every prompt and response at its full length; loading, saving and the network between cards left out"
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of a stage by what it does; `rows` says how many examples they are for, 0 for the whole stage."""
+
+    stage: str
+    parts: dict[str, float]
+    rows: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+
+def forward_flops(spec: ModelSpec, tokens: float, context: int) -> float:
+    """FLOPs of a forward pass: 2 a weight and token, and attention over half the context on average."""
+    return tokens * (2.0 * count(spec).total + _attention(spec, context) * spec.layers)
+
+
+def training_flops(spec: ModelSpec, tokens: float, context: int, recompute: bool) -> float:
+    """FLOPs of forward and backward; with `recompute` (gradient checkpointing) of one more forward."""
+    c = count(spec)
+    weights = 2.0 * ((2 if recompute else 1) * c.total + c.through + c.trained)
+    layers = (2 if recompute else 1) * spec.layers + 2 * spec.backward_layers
+    return tokens * (weights + _attention(spec, context) * layers)
+
+
+def decode_seconds(spec: ModelSpec, rows: int, prompt: int, response: int, card: Card) -> float:
+    """Seconds to sample `rows` responses together: prompts at once, then one token of each row a step."""
+    c, speed = count(spec), card.flops[spec.dtype] * FORWARD
+    read = c.bytes + rows * (prompt + response / 2) * c.kv_bytes
+    step = max(read / (card.bandwidth * READING), rows * 2.0 * c.total / speed)
+    return forward_flops(spec, rows * prompt, prompt) / speed + response * step
+
+
+def stage_time(recipe: Recipe, stage: str, shapes: Shapes, card: Card) -> Estimate:
+    """Time of a stage on all of the recipe's processes, each on a card of its own (on the CPU they share it)."""
+    make = {"sft": _sft, "rank": _rank, "reward": _reward, "evaluate": _evaluate}.get(stage)
+    found = make(recipe, shapes, card) if make else _ppo(recipe, shapes, card, stage)
+    share = 1 if card.is_gpu else world_size(recipe)
+    return Estimate(found.stage, {name: seconds * share for name, seconds in found.parts.items()}, found.rows)
+
+
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+
+def _attention(spec: ModelSpec, context: int) -> float:
+    return 2.0 * spec.config.hidden_size * context  # two products of 2 d per pair, over half the pairs
+
+
+def _lengths(recipe: Recipe) -> tuple[int, int]:
+    return recipe.data.max_prompt_tokens, recipe.data.max_response_tokens
+
+
+def _sft(recipe: Recipe, shapes: Shapes, card: Card) -> Estimate:
+    spec, length = policy_spec(recipe, shapes, sft=True), min(recipe.sft.max_tokens, sum(_lengths(recipe)))
+    known = _known_demonstrations(recipe)
+    rows = known or THOUSAND
+    tokens = rows * recipe.sft.epochs * length / (1 - recipe.sft.pretraining_mix) / world_size(recipe)
+    flops = training_flops(spec, tokens, length, recipe.launch.gradient_checkpointing)
+    dtype = recipe.model.dtype  # mixed precision where the weights are float32
+    return Estimate("sft", {"train": flops / (card.flops[dtype] * TRAINING)}, 0 if known else THOUSAND)
+
+
+def _rank(recipe: Recipe, shapes: Shapes, card: Card) -> Estimate:
+    cfg = recipe.rank
+    if cfg.labeler == "file":
+        return Estimate("rank", {"reading files": 0.0})
+    known = cfg.prompts or _known_prompts(recipe.data.prompts)
+    spec = policy_spec(recipe, shapes, trained=False)
+    return Estimate(
+        "rank",
+        {"sampling": _sampling(spec, recipe, (known or THOUSAND) * cfg.outputs_per_prompt, cfg.batch_size, card)},
+        0 if known else THOUSAND,
+    )
+
+
+def _reward(recipe: Recipe, shapes: Shapes, card: Card) -> Estimate:
+    cfg, spec = recipe.reward, reward_spec(recipe, shapes)
+    if recipe.rank.labeler == "file":
+        known, length = _known_rankings(recipe), cfg.max_tokens
+    else:
+        known = recipe.rank.prompts or _known_prompts(recipe.data.prompts)
+        length = min(cfg.max_tokens, sum(_lengths(recipe)))
+    tokens = (known or THOUSAND) * cfg.epochs * recipe.rank.outputs_per_prompt * length / world_size(recipe)
+    flops = training_flops(spec, tokens, length, recipe.launch.gradient_checkpointing)
+    return Estimate("reward", {"train": flops / (card.flops[spec.dtype] * TRAINING)}, 0 if known else THOUSAND)
+
+
+def _ppo(recipe: Recipe, shapes: Shapes, card: Card, stage: str) -> Estimate:
+    cfg, plan, processes = recipe.ppo, plan_ppo(recipe), world_size(recipe)
+    prompt, response = _lengths(recipe)
+    policy, value = policy_spec(recipe, shapes), reward_spec(recipe, shapes)
+    plain, reward = policy_spec(recipe, shapes, trained=False), reward_spec(recipe, shapes, trained=False)
+    recompute, speed = recipe.launch.gradient_checkpointing, card.flops[recipe.model.dtype]
+    tokens, context = plan.batch_per_process * (prompt + response), prompt + response
+    passes = [plain, reward, reward] + ([plain] if recipe.model.dtype != "float32" else [])
+    trained = sum(training_flops(spec, tokens * cfg.epochs, context, recompute) for spec in (policy, value))
+    parts = {
+        "sampling": _sampling(plain, recipe, plan.batch_per_process * processes, cfg.rollout_batch_size, card),
+        "scoring": sum(forward_flops(spec, tokens, context) for spec in passes) / (speed * FORWARD),
+        "PPO steps": trained / (speed * TRAINING),
+    }
+    if stage == "ppo-ptx":
+        text = plan.ptx_rows_per_process * cfg.ptx_tokens * plan.steps_per_iteration
+        flops = training_flops(policy, text, cfg.ptx_tokens, recompute)
+        parts["pretraining steps"] = flops / (speed * TRAINING)
+    return Estimate(stage, {name: seconds * plan.iterations for name, seconds in parts.items()})
+
+
+def _evaluate(recipe: Recipe, shapes: Shapes, card: Card) -> Estimate:
+    cfg, plain = recipe.evaluate, policy_spec(recipe, shapes, trained=False)
+    known = cfg.prompts or _known_prompts(recipe.data.prompts_heldout)
+    aligned = [stage for stage in recipe.run.stages if stage.startswith("ppo")]
+    policies = 1 + len(aligned) * (2 if cfg.ema and recipe.ppo.ema_decay else 1)
+    rows = (known or THOUSAND) * cfg.samples_per_prompt
+    tokens = rows * sum(_lengths(recipe)) / world_size(recipe)
+    reward = reward_spec(recipe, shapes, trained=False)
+    flops = forward_flops(plain, tokens, sum(_lengths(recipe))) + forward_flops(reward, tokens, sum(_lengths(recipe)))
+    parts = {
+        "sampling": _sampling(plain, recipe, rows, recipe.ppo.rollout_batch_size, card) * policies,
+        "scoring": flops * policies / (card.flops[recipe.model.dtype] * FORWARD),
+    }
+    return Estimate("evaluate", parts, 0 if known else THOUSAND)
+
+
+def _sampling(spec: ModelSpec, recipe: Recipe, rows: int, together: int, card: Card) -> float:
+    """Seconds of sampling `rows` responses, shared out over the processes, `together` at a time on each."""
+    mine = -(-rows // world_size(recipe))
+    together = min(together, mine)
+    return decode_seconds(spec, together, *_lengths(recipe), card) * -(-mine // together)
+
+
+def _known_demonstrations(recipe: Recipe) -> int:
+    if any(local_path(source) is None for source in recipe.data.demonstrations):
+        return 0
+    whole = len(read_demonstrations(recipe.data.demonstrations, Drops()))
+    return round(whole * (1 - recipe.data.validation_fraction))
+
+
+def _known_prompts(sources: list[str]) -> int:
+    return 0 if any(local_path(source) is None for source in sources) else len(read_prompts(sources, Drops()))
+
+
+def _known_rankings(recipe: Recipe) -> int:
+    sources = recipe.data.rankings
+    return 0 if any(local_path(source) is None for source in sources) else len(read_rankings(sources, Drops()))

@@ -1,0 +1,106 @@
+"""Whether a recipe fits a card, and settings of the recipe that make it fit, found by computing them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rlhf.config import Recipe
+from rlhf.errors import UserError
+from rlhf.hardware import Card
+from rlhf.memory import Shapes, all_stages
+from rlhf.plan import world_size
+
+Settings = dict[str, Any]  # dotted field: value
+
+
+def with_settings(recipe: Recipe, settings: Settings) -> Recipe:
+    """The recipe with fields set, checked like any other."""
+    values = recipe.model_dump()
+    for field, value in settings.items():
+        *sections, name = field.split(".")
+        section = values
+        for each in sections:
+            section = section[each]
+        section[name] = value
+    return Recipe.model_validate(values)
+
+
+def budget(recipe: Recipe, card: Card) -> float:
+    """Bytes that one process may take: its card, or its share of the machine's memory."""
+    return card.memory if card.is_gpu else card.memory / recipe.launch.processes
+
+
+def fits(recipe: Recipe, shapes: Shapes, card: Card) -> bool:
+    """Whether the peak of every stage stays within the budget."""
+    return all(memory.peak <= budget(recipe, card) for memory in all_stages(recipe, shapes, card))
+
+
+def settings_that_fit(recipe: Recipe, shapes: Shapes, card: Card) -> Settings | None:
+    """The first settings that fit, in the order of `ladder`, with the largest micro-batches; None when none does."""
+    for base in ladder(recipe):
+        variants = list(micro_batches(recipe))
+        # The smallest first: where that does not fit, no other does.
+        if not fits(with_settings(recipe, base | variants[-1]), shapes, card):
+            continue
+        return next(base | v for v in variants if fits(with_settings(recipe, base | v), shapes, card))
+    return None
+
+
+def ladder(recipe: Recipe) -> Iterator[Settings]:
+    """Settings to try, each with all before it: none, gradient checkpointing, ZeRO 1 to 3, frozen models in parts, layers
+    gathered one by one, the optimiser in the host's memory; at last LoRA instead of them."""
+    found: Settings = {}
+    yield dict(found)
+    launch = recipe.launch
+    if not launch.gradient_checkpointing:
+        found["launch.gradient_checkpointing"] = True
+        yield dict(found)
+    first = dict(found)
+    if world_size(recipe) > 1 and not launch.deepspeed_config:
+        for stage in range(launch.zero_stage + 1, 4):
+            found["launch.zero_stage"] = stage
+            yield dict(found)
+        for field, value in (("launch.frozen", "partitioned"), ("launch.gather", "by_layer"), ("launch.offload", True)):
+            found[field] = value
+            yield dict(found)
+    if not recipe.model.lora.enabled:
+        yield first | {"model.lora.enabled": True, "reward.lora.enabled": True}
+        yield found | {"model.lora.enabled": True, "reward.lora.enabled": True}
+
+
+def micro_batches(recipe: Recipe) -> Iterator[Settings]:
+    """Smaller and smaller micro-batches of every stage; only those that divide the batches. The first is no change."""
+    processes = world_size(recipe)
+    row = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
+    sizes = {
+        "sft.micro_batch_size": (recipe.sft.micro_batch_size, recipe.sft.batch_size // processes, 1),
+        "reward.micro_batch_size": (recipe.reward.micro_batch_size, recipe.reward.batch_size // processes, 1),
+        "ppo.micro_batch_size": (recipe.ppo.micro_batch_size, recipe.ppo.minibatch_size // processes, 1),
+        "ppo.rollout_batch_size": (recipe.ppo.rollout_batch_size, 0, 1),
+        "ppo.score_tokens": (recipe.ppo.score_tokens, 0, row),
+        "rank.batch_size": (recipe.rank.batch_size, 0, recipe.rank.outputs_per_prompt),
+    }
+    seen: list[Settings] = []
+    for power in range(12):
+        smaller = {}
+        for field, (now, whole, least) in sizes.items():
+            size = max(min(now, least), now >> power)
+            while whole and whole % size:
+                size -= 1
+            if size != now:
+                smaller[field] = size
+        if smaller not in seen:
+            seen.append(smaller)
+            yield smaller
+
+
+def with_count(recipe: Recipe, count: int) -> Recipe:
+    """The recipe on `count` processes in all, whatever its hosts.
+
+    Raises:
+        UserError: below 1.
+    """
+    if count < 1:
+        raise UserError(f"there cannot be {count} processes", "--count", "give a number from 1")
+    return with_settings(recipe, {"launch.processes": count, "launch.hostfile": ""})
