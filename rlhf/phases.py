@@ -41,8 +41,8 @@ def progressed() -> None:
 
 
 def listen(call: Callable[[], None] | None) -> None:
-    """Have `call()` made whenever another phase begins; None ends that, and puts `now` back to the start."""
+    """Be at the start of a stage and have `call()` made whenever another phase begins; None ends that."""
     _listeners.clear()
-    now.phase, now.step, now.beat, now.activity = "start", None, 0, 0
     if call:
+        now.phase, now.step, now.beat, now.activity = "start", None, 0, 0
         _listeners.append(call)

@@ -39,7 +39,7 @@ from rlhf.plan import as_launched, check
 from rlhf.processes import Signals, StopNow, from_first, joined, launched, world_size
 from rlhf.progress import close_progress, console, duration, is_main_process, table, warn
 from rlhf.quiet import quiet_libraries
-from rlhf.ranklog import own_log
+from rlhf.ranklog import PeerFailed, own_log
 from rlhf.recipe import load_recipe
 from rlhf.rundir import LOGS, RunFolder, hash_path, size_of
 from rlhf.tracking import Tracker
@@ -273,7 +273,8 @@ def _run_work(
         except BaseException as error:
             failure = _disk_full(error, run.path) or cause(error)
             try:
-                finish("failed", inputs, error=f"{type(error).__name__}: {error}")
+                told = isinstance(failure, PeerFailed)
+                finish("failed", inputs, error=str(failure) if told else f"{type(error).__name__}: {error}")
             except OSError as second:
                 warn(f"stage.json could not be written: {second}")  # the first error is the one to show
             if failure is error:

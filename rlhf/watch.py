@@ -176,8 +176,8 @@ def watched(stage: str, processes: int, timeout: float) -> Iterator[None]:
     # Two on every machine: each sees when the other is the one that hangs. More would only load a shared disk.
     reads = int(os.environ.get("LOCAL_RANK", "0")) < 2
     _watch = Watch(log.folder, stage, log.rank, processes, timeout, reads)
-    _watch.start(log)
     phases.listen(_watch.write)
+    _watch.start(log)
     try:
         yield
     finally:
