@@ -1,4 +1,4 @@
-"""Two machines on one: two `rlhf` with a node_rank each, in network namespaces of their own, and under a stand-in Slurm."""
+"""Two machines on one: two `rlhf` with a node_rank each, in network namespaces, and under a stand-in Slurm."""
 
 from __future__ import annotations
 
@@ -176,14 +176,14 @@ def start_slurm(folder: Path, *settings: str) -> subprocess.Popen[str]:
 @pytest.mark.slow
 def test_the_slurm_script_stops_at_a_signal_and_goes_on_to_the_end(tmp_path: Path) -> None:
     common = ("run.name=nodes", "'run.stages=[sft]'", "tracking.wandb=disabled", "sft.micro_batch_size=8")
-    job = start_slurm(tmp_path, *common, "sft.epochs=20")
+    job = start_slurm(tmp_path, *common, "sft.epochs=2")
     wait_for(lambda: phase(tmp_path, 1) == "update", job)
     job.send_signal(signal.SIGTERM)
     output, _ = job.communicate(timeout=120)
     assert job.returncode == 143, output
     assert record(tmp_path, "sft")["state"] == "stopped"
     assert list((tmp_path / "runs/nodes/sft/checkpoints").glob("step-*"))
-    job = start_slurm(tmp_path, *common, "sft.epochs=20")
+    job = start_slurm(tmp_path, *common, "sft.epochs=2")
     output, _ = job.communicate(timeout=240)
     assert job.returncode == 0, output
     assert record(tmp_path, "sft")["state"] == "done" and record(tmp_path, "sft")["attempts"] == 2
