@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from test_stage_processes import free_port
 
+pytestmark = pytest.mark.distributed
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 LAUNCHERS = {  # with the options that a port of its own needs here
@@ -51,7 +53,6 @@ def run(launcher: list[str], stage: str, name: str, folder: Path) -> subprocess.
     return done
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "stage"), [("torchrun", "reward"), ("deepspeed", "reward"), ("accelerate", "sft")]
 )

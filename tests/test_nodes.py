@@ -15,6 +15,8 @@ import psutil
 import pytest
 from test_stage_processes import free_port, wait_for
 
+pytestmark = pytest.mark.distributed
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
     "tracking.wandb=disabled",
@@ -83,7 +85,6 @@ def namespaces() -> Iterator[list[tuple[str, str, str]]]:
             ip(f"netns del {name}")
 
 
-@pytest.mark.slow
 def test_the_chain_completes_over_two_network_namespaces(
     tmp_path: Path, namespaces: list[tuple[str, str, str]]
 ) -> None:
@@ -115,7 +116,6 @@ def test_the_chain_completes_over_two_network_namespaces(
     assert (tmp_path / "runs/nodes/report.html").exists()
 
 
-@pytest.mark.slow
 def test_killing_one_node_ends_the_other(tmp_path: Path) -> None:
     port = free_port()
     arguments = ["run.stages=[sft]", "sft.epochs=1000", "launch.master_addr=127.0.0.1", f"launch.master_port={port}"]
@@ -173,7 +173,6 @@ def start_slurm(folder: Path, *settings: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.slow
 def test_the_slurm_script_stops_at_a_signal_and_goes_on_to_the_end(tmp_path: Path) -> None:
     common = ("run.name=nodes", "'run.stages=[sft]'", "tracking.wandb=disabled", "sft.micro_batch_size=8")
     job = start_slurm(tmp_path, *common, "sft.epochs=2")
