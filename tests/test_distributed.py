@@ -29,6 +29,7 @@ SIZES = [
     "run.device=cpu",
     "sft.batch_size=8",
     "sft.micro_batch_size=4",
+    "sft.epochs=1.3",
     "rank.prompts=44",
     "reward.micro_batch_size=2",
     "ppo.episodes=80",
@@ -179,9 +180,11 @@ def test_training_gives_the_numbers_of_one_process(runs: tuple[Path, dict[str, l
         assert a["step"] == b["step"]
         for name in COMPARED[setting.stage]:
             if name in b:
-                assert a[name] == pytest.approx(b[name], rel=setting.tolerance, abs=setting.tolerance / 10), name
+                # KL is what is left of sums of hundreds of nats.
+                least = setting.tolerance if name == "ppo/kl" else setting.tolerance / 10
+                assert a[name] == pytest.approx(b[name], rel=setting.tolerance, abs=least), name
                 compared += 1
-    assert compared >= 20
+    assert compared >= 20  # ten optimiser steps or five iterations of PPO
     for model in ("model", "ema") if setting.stage == "ppo" else ("model",):
         same_weights(where / setting.name / part / model, where / setting.like / part / model, setting.tolerance)
 
