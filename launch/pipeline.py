@@ -32,7 +32,7 @@ from rlhf.watch import last_phases
 
 ROOT = Path(__file__).resolve().parent.parent  # holds rlhf/, stages/ and launch/, in a checkout and when installed
 PORTS = ("sft", "rank", "reward", "ppo-ptx", "ppo", "evaluate")  # each a port of its own: none meets the one before
-GRACE = 10.0  # seconds that the launcher gets to end the others once a process has told an error
+GRACE = 25.0  # seconds that the launcher gets to end the others once a process has told an error
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # CUDA, ROCm, Windows' subsystem
 TRAINED = ("sft", "reward", "ppo-ptx", "ppo")
 SMOLLM2_BYTES = 540_000_000  # the embedded model as float32 safetensors

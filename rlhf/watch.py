@@ -31,7 +31,7 @@ from rlhf.phases import Now, now
 from rlhf.ranklog import PeerFailed, RankLog
 
 HUNG = 124  # exit code of a process that ends because another hangs, as of timeout(1)
-GRACE = 10.0  # seconds that a process gets to end by itself once another has told an error
+GRACE = 5.0  # seconds that a process gets to end by itself once another has told an error
 _watch: Watch | None = None
 
 

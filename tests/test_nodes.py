@@ -16,6 +16,7 @@ import pytest
 from test_stage_processes import free_port, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = [
     "tracking.wandb=disabled",
     "sft.micro_batch_size=8",
@@ -34,11 +35,12 @@ def start_node(
 ) -> subprocess.Popen[str]:
     """`rlhf run tiny` as machine `node` of `hosts`, with one process, its output in node-N.txt."""
     (folder / "hosts").write_text("".join(f"{host} slots=1\n" for host in hosts))
+    assert "`launch.hostfile=hosts\nlaunch.node_rank=0`" in README
     options = ["launch.hostfile=hosts", f"launch.node_rank={node}", *SMALL, *arguments]
     return subprocess.Popen(
         [*namespace, sys.executable, "-m", "launch.cli", "run", "tiny", "run.name=nodes", *options],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"} | env,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"} | env,
         stdout=(folder / f"node-{node}.txt").open("w"),
         stderr=subprocess.STDOUT,
         text=True,

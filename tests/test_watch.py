@@ -198,7 +198,7 @@ def test_rlhf_ends_with_one_message_and_no_orphans(sent: signal.Signals, words: 
     os.kill(int(str(report(1)["pid"])), sent)
     begin = time.monotonic()
     output, _ = parent.communicate(timeout=120)
-    assert time.monotonic() - begin < 45
+    assert time.monotonic() - begin < 60
     assert parent.returncode in codes
     assert len(re.findall(words, output)) == 1, output
     assert "Traceback" not in output and "return code" not in output
