@@ -210,7 +210,7 @@ def ended(processes: list[psutil.Process]) -> Callable[[], bool]:
 )
 def test_rlhf_ends_with_one_message_and_no_orphans(sent: signal.Signals, words: str, codes: tuple[int, ...]) -> None:
     parent = start_rlhf("launch.timeout_s=5")
-    wait_for(in_update, parent)
+    wait_for(in_update, parent, seconds=300)
     below = tree(parent.pid)
     assert len(below) >= 4  # runner, launcher, two ranks
     os.kill(int(str(report(1)["pid"])), sent)
