@@ -191,6 +191,7 @@ def start_slurm(folder: Path, *settings: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1300)
 def test_the_slurm_script_stops_at_a_signal_and_goes_on_to_the_end(tmp_path: Path) -> None:
     common = ("run.name=nodes", "'run.stages=[sft]'", "tracking.wandb=disabled", "sft.micro_batch_size=8")
     job = start_slurm(tmp_path, *common, "sft.epochs=2")
