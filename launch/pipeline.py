@@ -32,7 +32,7 @@ from rlhf.watch import last_phases
 
 ROOT = Path(__file__).resolve().parent.parent  # holds rlhf/, stages/ and launch/, in a checkout and when installed
 PORTS = ("sft", "rank", "reward", "ppo-ptx", "ppo", "evaluate")  # each a port of its own: none meets the one before
-GRACE = 10.0  # seconds that the launcher gets to end the others once a process has told an error
+GRACE = 25.0  # seconds that the launcher gets to end the others once a process has told an error
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # CUDA, ROCm, Windows' subsystem
 TRAINED = ("sft", "reward", "ppo-ptx", "ppo")
 SMOLLM2_BYTES = 540_000_000  # the embedded model as float32 safetensors
@@ -133,7 +133,7 @@ def start(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str
     line = command(stage, recipe, name_or_path, overrides, fresh)
     before = _when_told(logs)
     code = _supervise(line, environment(recipe, launched), launched and not by_ssh, logs if launched else None)
-    if launched and code not in (0, 2, 130, 143) and _when_told(logs) == before:
+    if launched and code not in (0, 2, 130, 143) and not _told(logs, before):
         for text in last_phases(logs, world_size(recipe)):
             console.print(text, markup=False, soft_wrap=True)
     return code
@@ -197,7 +197,7 @@ def _supervise(arguments: list[str], env: dict[str, str], local_ranks: bool, log
     The stage seals a checkpoint and ends; a second Ctrl-C kills it. Once a process has told an error in `logs`, the
     launcher and what it started end within GRACE, stopped processes too.
     """
-    told_before = _when_told(logs)
+    told_before = _when_told(logs) if logs else 0.0
     process = subprocess.Popen(arguments, env=env, start_new_session=True)
     received: list[int] = []
 
@@ -226,23 +226,29 @@ def _supervise(arguments: list[str], env: dict[str, str], local_ranks: bool, log
 
 
 def _wait(process: subprocess.Popen[bytes], logs: Path | None, before: float) -> int:
+    """The exit code of the launcher; `before` is what `_when_told` gave before it was started."""
     told_at = 0.0
     while True:
         try:
             return process.wait(timeout=1.0 if logs else None)
         except subprocess.TimeoutExpired:
-            if not told_at and _when_told(logs) != before:
+            if logs and not told_at and _told(logs, before):
                 told_at = time.monotonic()
             if told_at and time.monotonic() - told_at > GRACE:
                 _kill_group(process)
 
 
-def _when_told(logs: Path | None) -> float:
+def _when_told(logs: Path) -> float:
     """When a process told the error that is in error.txt, 0 when there is none."""
     try:
-        return (logs / ERROR).stat().st_mtime if logs else 0.0
+        return (logs / ERROR).stat().st_mtime
     except FileNotFoundError:
         return 0.0
+
+
+def _told(logs: Path, before: float) -> bool:
+    """Whether an error was told since; one of an earlier attempt is there at first, and then removed."""
+    return _when_told(logs) not in (0.0, before)
 
 
 def _kill_group(leader: subprocess.Popen[bytes]) -> None:

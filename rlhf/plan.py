@@ -174,7 +174,7 @@ def as_launched(recipe: Recipe, processes: int | None) -> Recipe:
         )
     if processes in (None, world_size(recipe)):
         return recipe
-    launch = recipe.launch.model_copy(update={"processes": processes, "hostfile": ""})
+    launch = recipe.launch.model_copy(update={"processes": processes, "hostfile": "", "node_rank": -1})
     return recipe.model_copy(update={"launch": launch})
 
 

@@ -1,6 +1,6 @@
 """The watch that ends a distributed stage when one of its processes dies or hangs, naming it and its last phase.
 
-    runs/<run>/<stage>/logs/rank-1.json    {"rank": 1, "host": "a", "pid": 4711, "phase": "update", "step": 3, ...}
+    runs/<run>/<stage>/logs/rank-1.json    {"rank": 1, "machine": ..., "pid": 4711, "phase": "update", "step": 3, ...}
 
 Every process keeps such a file with a thread of its own, and some on each machine read everybody's: a file that no
 longer changes is of a process that is stopped, dead or cut off, and when no file tells of progress the processes wait
@@ -31,7 +31,7 @@ from rlhf.phases import Now, now
 from rlhf.ranklog import PeerFailed, RankLog
 
 HUNG = 124  # exit code of a process that ends because another hangs, as of timeout(1)
-GRACE = 10.0  # seconds that a process gets to end by itself once another has told an error
+GRACE = 5.0  # seconds that a process gets to end by itself once another has told an error
 _watch: Watch | None = None
 
 
@@ -58,7 +58,7 @@ class Watch:
         self.folder, self.stage, self.rank, self.timeout, self.reads = folder, stage, rank, timeout, reads
         self.interval = min(10.0, max(0.25, timeout / 100))
         self._ticks, self._write_lock, self._ended = 0, threading.Lock(), threading.Event()
-        self._main = threading.main_thread().ident
+        self._main, self._machine = threading.main_thread().ident, _machine()
         begin = time.monotonic()
         self._peers = {r: Peer({}, begin, begin) for r in range(processes)}
         self._told_at: float | None = None
@@ -78,7 +78,7 @@ class Watch:
         """This process's report, replaced at once."""
         with self._write_lock:  # the thread writes, and the main one when a phase begins
             self._ticks += 1
-            report = {"rank": self.rank, "host": socket.gethostname(), "pid": os.getpid(), **vars(now)}
+            report = {"rank": self.rank, "machine": self._machine, "pid": os.getpid(), **vars(now)}
             report |= {"waits": _in_collective(sys._current_frames().get(self._main)), "tick": self._ticks}
             staged = self.folder / f"rank-{self.rank}.json.tmp"
             staged.write_text(json.dumps(report))
@@ -115,7 +115,7 @@ class Watch:
         """What to say of processes of this machine that are gone; empty when there are none."""
         found = {}
         for rank, peer in self._peers.items():
-            if peer.report.get("host") == socket.gethostname():
+            if peer.report.get("machine") == self._machine:
                 ended, number = _ended(peer.report["pid"])
                 if ended:
                     found[rank] = f"died (signal {number})" if number else "has ended"
@@ -132,7 +132,7 @@ class Watch:
         lines = []
         for rank in ranks[:4]:
             report = self._peers[rank].report
-            where = Now(report["phase"], report["step"]).words() if report else "the start"
+            where = Now(report["phase"], report["step"]).words() if report else "phase start"
             lines.append(f"rank {rank} {how}, in {where}, of {self.stage}\n  log: {self.folder}/rank-{rank}.txt")
         if len(ranks) > 4:
             lines.append(f"and so are {len(ranks) - 4} more")
@@ -199,7 +199,7 @@ def cause(error: BaseException) -> BaseException:
         _watch.look()
         if words := _watch.dead() or _watch.silent(3 * _watch.interval):
             return PeerFailed(words)
-        time.sleep(0.1)
+        time.sleep(0.2)
     return error
 
 
@@ -226,6 +226,15 @@ def _in_collective(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _machine() -> str:
+    """What processes have in common that can look each other up: host names are the same on too many machines."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def _ended(pid: int) -> tuple[bool, int]:

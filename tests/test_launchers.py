@@ -57,6 +57,8 @@ def run(launcher: list[str], stage: str, name: str, folder: Path) -> subprocess.
     ("launcher", "stage"), [("torchrun", "reward"), ("deepspeed", "reward"), ("accelerate", "sft")]
 )
 def test_a_stage_started_by(launcher: str, stage: str, folder: Path) -> None:
+    shown = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"`{' '.join(LAUNCHERS[launcher][:-1])} stages/{stage}.py RECIPE`" in shown
     done = run([*LAUNCHERS[launcher], free_port()], stage, launcher, folder)
     if launcher == "accelerate":
         assert "are the recipe's" in done.stderr

@@ -18,6 +18,7 @@ from test_stage_processes import free_port, wait_for
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = [
     "tracking.wandb=disabled",
     "sft.micro_batch_size=8",
@@ -31,20 +32,43 @@ SMALL = [
 ]
 
 
+_started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers() -> Iterator[None]:
+    """Whatever a test that failed has left behind is killed, with all that it started."""
+    yield
+    for child in _started:
+        if child.poll() is None:
+            for process in [*psutil.Process(child.pid).children(recursive=True), child]:
+                process.kill()
+    _started.clear()
+
+
+def started(*command: str, folder: Path, output: str, **env: str) -> subprocess.Popen[str]:
+    """A command in `folder`, what it prints going to the file `output` there."""
+    child = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"} | env,
+        stdout=(folder / output).open("w"),
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    _started.append(child)
+    return child
+
+
 def start_node(
     folder: Path, node: int, hosts: list[str], *arguments: str, namespace: tuple[str, ...] = (), **env: str
 ) -> subprocess.Popen[str]:
     """`rlhf run tiny` as machine `node` of `hosts`, with one process, its output in node-N.txt."""
     (folder / "hosts").write_text("".join(f"{host} slots=1\n" for host in hosts))
+    assert "`launch.hostfile=hosts\nlaunch.node_rank=0`" in README
     options = ["launch.hostfile=hosts", f"launch.node_rank={node}", *SMALL, *arguments]
-    return subprocess.Popen(
-        [*namespace, sys.executable, "-m", "launch.cli", "run", "tiny", "run.name=nodes", *options],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"} | env,
-        stdout=(folder / f"node-{node}.txt").open("w"),
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command = [*namespace, sys.executable, "-m", "launch.cli", "run", "tiny", "run.name=nodes", *options]
+    return started(*command, folder=folder, output=f"node-{node}.txt", **env)
 
 
 def record(folder: Path, stage: str) -> dict[str, object]:
@@ -85,6 +109,7 @@ def namespaces() -> Iterator[list[tuple[str, str, str]]]:
             ip(f"netns del {name}")
 
 
+@pytest.mark.timeout(1300)
 def test_the_chain_completes_over_two_network_namespaces(
     tmp_path: Path, namespaces: list[tuple[str, str, str]]
 ) -> None:
@@ -102,7 +127,7 @@ def test_the_chain_completes_over_two_network_namespaces(
         )
         for n, (name, _, interface) in enumerate(namespaces)
     ]
-    codes = [node.wait(timeout=540) for node in nodes]
+    codes = [node.wait(timeout=1200) for node in nodes]
     first, second = ((tmp_path / f"node-{n}.txt").read_text() for n in (0, 1))
     assert codes == [0, 0], first + second
     for stage in stages:
@@ -120,13 +145,13 @@ def test_killing_one_node_ends_the_other(tmp_path: Path) -> None:
     port = free_port()
     arguments = ["run.stages=[sft]", "sft.epochs=1000", "launch.master_addr=127.0.0.1", f"launch.master_port={port}"]
     nodes = [start_node(tmp_path, n, ["a", "b"], *arguments, "launch.timeout_s=20") for n in (0, 1)]
-    wait_for(lambda: phase(tmp_path, 0) == phase(tmp_path, 1) == "update", *nodes)
+    wait_for(lambda: phase(tmp_path, 0) == phase(tmp_path, 1) == "update", *nodes, seconds=300)
     survivors = psutil.Process(nodes[0].pid).children(recursive=True)
     for process in [*psutil.Process(nodes[1].pid).children(recursive=True), psutil.Process(nodes[1].pid)]:
         process.send_signal(signal.SIGKILL)
     begin = time.monotonic()
-    assert nodes[0].wait(timeout=60) not in (0, 2)
-    assert time.monotonic() - begin < 20 + 15
+    assert nodes[0].wait(timeout=120) not in (0, 2)
+    assert time.monotonic() - begin < 60
     output = (tmp_path / "node-0.txt").read_text()
     assert "in phase update, step" in output and output.count("rank 1 ") == 1 and "Traceback" not in output
     assert record(tmp_path, "sft")["state"] == "failed"
@@ -161,30 +186,22 @@ def start_slurm(folder: Path, *settings: str) -> subprocess.Popen[str]:
     for name, text in FAKES.items():
         (folder / name).write_text(f"#!/bin/bash\n{text}")
         (folder / name).chmod(0o755)
-    env = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    env |= {"SLURM_JOB_ID": free_port(), "SLURM_JOB_NODELIST": "node[1-2]"}
-    return subprocess.Popen(
-        ["bash", "slurm.sbatch"],
-        cwd=folder,
-        env=os.environ | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    env = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": free_port(), "SLURM_JOB_NODELIST": "node[1-2]"}
+    return started("bash", "slurm.sbatch", folder=folder, output="slurm.txt", **env)
 
 
+@pytest.mark.timeout(1300)
 def test_the_slurm_script_stops_at_a_signal_and_goes_on_to_the_end(tmp_path: Path) -> None:
     common = ("run.name=nodes", "'run.stages=[sft]'", "tracking.wandb=disabled", "sft.micro_batch_size=8")
     job = start_slurm(tmp_path, *common, "sft.epochs=2")
-    wait_for(lambda: phase(tmp_path, 1) == "update", job)
+    wait_for(lambda: phase(tmp_path, 1) == "update", job, seconds=300)
     job.send_signal(signal.SIGTERM)
-    output, _ = job.communicate(timeout=120)
-    assert job.returncode == 143, output
+    assert job.wait(timeout=200) == 143, (tmp_path / "slurm.txt").read_text()
     assert record(tmp_path, "sft")["state"] == "stopped"
     assert list((tmp_path / "runs/nodes/sft/checkpoints").glob("step-*"))
     job = start_slurm(tmp_path, *common, "sft.epochs=2")
-    output, _ = job.communicate(timeout=240)
-    assert job.returncode == 0, output
+    code, output = job.wait(timeout=500), (tmp_path / "slurm.txt").read_text()
+    assert code == 0, output
     assert record(tmp_path, "sft")["state"] == "done" and record(tmp_path, "sft")["attempts"] == 2
     assert output.count("sft: done") == 1
-    assert not list(tmp_path.glob("rlhf-*"))
+    assert not list(tmp_path.glob("rlhf-*"))  # hostfile and process number

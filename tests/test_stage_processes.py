@@ -34,8 +34,8 @@ def start(program: str, *arguments: str, **env: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(what: Callable[[], bool], *children: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+def wait_for(what: Callable[[], bool], *children: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline and all(child.poll() is None for child in children)
         time.sleep(0.02)

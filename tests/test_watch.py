@@ -18,6 +18,7 @@ import pytest
 from test_stage import RECIPE, folder  # noqa: F401 (`folder` is the fixture of both files)
 from test_stage_processes import free_port, wait_for
 
+from launch import pipeline
 from rlhf.ranklog import current
 from rlhf.stage import StageContext, run_stage
 from rlhf.watch import Watch
@@ -123,7 +124,7 @@ def test_in_time_is_when_nothing_has_to_be_said(tmp_path: Path) -> None:
 
     def write(beats: list[int], waits: list[bool], tick: int) -> None:
         for rank, (beat, wait) in enumerate(zip(beats, waits, strict=True)):
-            report = {"rank": rank, "host": "a", "pid": 1, "phase": "update", "step": beat, "beat": beat}
+            report = {"rank": rank, "machine": "a", "pid": 1, "phase": "update", "step": beat, "beat": beat}
             report |= {"activity": beat, "waits": wait, "tick": tick}
             (tmp_path / f"rank-{rank}.json").write_text(json.dumps(report))
 
@@ -162,6 +163,23 @@ def test_one_process_keeps_no_logs_and_no_watch() -> None:
     assert not LOGS.exists() and threading.active_count() == before
 
 
+def test_the_error_of_an_earlier_attempt_does_not_end_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "GRACE", 0.1)
+    error = tmp_path / "error.txt"
+    error.write_text("of before")
+    os.utime(error, (1, 1))
+    remove = f"import os, time; os.remove({str(error)!r}); time.sleep(3)"
+
+    def run(program: str) -> int:
+        return pipeline._supervise([sys.executable, "-c", program], dict(os.environ), True, tmp_path)
+
+    assert run(remove) == 0
+    tell = f"import time; open({str(error)!r}, 'w').write('now'); time.sleep(60)"
+    begin = time.monotonic()
+    assert run(tell) == 128 + signal.SIGKILL
+    assert time.monotonic() - begin < 30
+
+
 # --- under `rlhf` and DeepSpeed's launcher ----------------------------------------------------------------------------
 
 
@@ -194,13 +212,13 @@ def ended(processes: list[psutil.Process]) -> Callable[[], bool]:
 )
 def test_rlhf_ends_with_one_message_and_no_orphans(sent: signal.Signals, words: str, codes: tuple[int, ...]) -> None:
     parent = start_rlhf("launch.timeout_s=5")
-    wait_for(in_update, parent)
+    wait_for(in_update, parent, seconds=300)
     below = tree(parent.pid)
     assert len(below) >= 4  # runner, launcher, two ranks
     os.kill(int(str(report(1)["pid"])), sent)
     begin = time.monotonic()
     output, _ = parent.communicate(timeout=120)
-    assert time.monotonic() - begin < 45
+    assert time.monotonic() - begin < 60
     assert parent.returncode in codes
     assert len(re.findall(words, output)) == 1, output
     assert "Traceback" not in output and "return code" not in output
