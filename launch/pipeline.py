@@ -1,7 +1,8 @@
 """`rlhf run`: show the plan, then start every stage as a program of its own, one after the other.
 
 The stage programs skip themselves when they are finished and resume where they stopped, so running again is always the
-way to go on. One process needs no launcher; more of them, or several machines, are started by DeepSpeed's.
+way to go on. One process needs no launcher; more of them, or several machines, are started by DeepSpeed's: through ssh
+from one of them, or, with launch.node_rank, by the same command on each, where the first one alone shows anything.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -20,12 +23,17 @@ import psutil
 from rlhf.config import Recipe
 from rlhf.dependencies import check_data_files
 from rlhf.errors import UserError
-from rlhf.plan import check, plan_rows, world_size
+from rlhf.plan import check, plan_rows, read_hosts, world_size
 from rlhf.progress import console, table
+from rlhf.ranklog import ERROR
 from rlhf.recipe import load_recipe, recipe_names
-from rlhf.rundir import require_disk
+from rlhf.rundir import LOGS, require_disk
+from rlhf.watch import last_phases
 
 ROOT = Path(__file__).resolve().parent.parent  # holds rlhf/, stages/ and launch/, in a checkout and when installed
+PORTS = ("sft", "rank", "reward", "ppo-ptx", "ppo", "evaluate")  # each a port of its own: none meets the one before
+GRACE = 25.0  # seconds that the launcher gets to end the others once a process has told an error
+GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # CUDA, ROCm, Windows' subsystem
 TRAINED = ("sft", "reward", "ppo-ptx", "ppo")
 SMOLLM2_BYTES = 540_000_000  # the embedded model as float32 safetensors
 
@@ -38,6 +46,7 @@ def run(name_or_path: str, overrides: Sequence[str]) -> int:
     """
     recipe = load_recipe(name_or_path, overrides)
     check(recipe)
+    leads = speaks(recipe)
     check_data_files(recipe, recipe.run.stages)
     show_plan(recipe, recipe.run.stages)
     check_disk(recipe)
@@ -49,7 +58,7 @@ def run(name_or_path: str, overrides: Sequence[str]) -> int:
             how = "stopped" if code in (130, 143) else f"failed (exit code {code}): the cause is named above"
             console.print(f"stage {stage} {how}. To go on where it stopped: {again}", markup=False, soft_wrap=True)
             return code
-    if "evaluate" in recipe.run.stages:
+    if leads and "evaluate" in recipe.run.stages:
         report(Path(recipe.run.dir) / recipe.run.name)
     return 0
 
@@ -58,8 +67,15 @@ def run_one(stage: str, name_or_path: str, overrides: Sequence[str], fresh: bool
     """Run a single stage, whatever `run.stages` says, from scratch when `fresh`; returns its exit code."""
     recipe = load_recipe(name_or_path, overrides)
     check(recipe, [stage])
+    speaks(recipe)
     show_plan(recipe, [stage])
     return start(stage, recipe, name_or_path, overrides, fresh)
+
+
+def speaks(recipe: Recipe) -> bool:
+    """Whether this is the machine that shows and reports; the console of the others is silenced."""
+    console.quiet = recipe.launch.node_rank > 0
+    return not console.quiet
 
 
 def show_plan(recipe: Recipe, stages: Sequence[str]) -> None:
@@ -112,10 +128,15 @@ def _model_bytes(name: str) -> int:
 
 def start(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str], fresh: bool = False) -> int:
     """Run a stage program to its end; returns its exit code, 128 + N when signal N ended it."""
-    launched = world_size(recipe) > 1
-    local_ranks = launched and not recipe.launch.hostfile  # a runner of several machines passes signals on itself
+    launched, logs = world_size(recipe) > 1, Path(recipe.run.dir) / recipe.run.name / stage / LOGS
+    by_ssh = bool(recipe.launch.hostfile) and recipe.launch.node_rank < 0  # its runner passes signals on itself
     line = command(stage, recipe, name_or_path, overrides, fresh)
-    return _supervise(line, environment(recipe, launched), local_ranks)
+    before = _when_told(logs)
+    code = _supervise(line, environment(recipe, launched), launched and not by_ssh, logs if launched else None)
+    if launched and code not in (0, 2, 130, 143) and not _told(logs, before):
+        for text in last_phases(logs, world_size(recipe)):
+            console.print(text, markup=False, soft_wrap=True)
+    return code
 
 
 def command(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str], fresh: bool = False) -> list[str]:
@@ -125,15 +146,24 @@ def command(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[s
     arguments = [program, where, *overrides, *options, *(["--fresh"] if fresh else [])]
     if world_size(recipe) == 1:
         return [sys.executable, "-m", *arguments]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
-    if recipe.launch.hostfile:
-        if any("'" in argument for argument in arguments):
+    # It logs how its processes end, which is told better here, as errors.
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"]
+    launch = recipe.launch
+    if launch.hostfile:
+        if launch.node_rank < 0 and any("'" in argument for argument in arguments):
             # The launcher quotes arguments for the remote shells with single quotes and does not escape them.
             raise UserError("a quote cannot be passed to other machines", "the command line", "put it in a recipe file")
-        launcher += ["--hostfile", str(Path(recipe.launch.hostfile).expanduser().resolve())]
+        launcher += ["--hostfile", str(Path(launch.hostfile).expanduser().resolve())]
+        launcher += ["--master_port", str(launch.master_port + PORTS.index(stage))]
+        address = launch.master_addr
+        if launch.node_rank >= 0:
+            launcher += ["--no_ssh", "--node_rank", str(launch.node_rank)]
+            address = address or read_hosts(launch.hostfile)[0]  # by ssh the runner asks the machine for its address
+        if address:
+            launcher += ["--master_addr", address]
     else:
         launcher += ["--master_port", str(_free_port())]  # so that two runs on one machine do not meet
-    return [*launcher, "--num_gpus", str(recipe.launch.processes), "--module", "--no_local_rank", *arguments]
+    return [*launcher, "--num_gpus", str(launch.processes), "--module", "--no_local_rank", *arguments]
 
 
 def stage_program(stage: str) -> list[str]:
@@ -154,16 +184,20 @@ def environment(recipe: Recipe, launched: bool) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // (recipe.launch.processes if launched else 1))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         env.setdefault(name, str(threads))
-    if recipe.run.device == "cpu":
-        env["DS_ACCELERATOR"] = "cpu"
+    if recipe.run.device == "cpu" or not any(Path(device).exists() for device in GPU_DEVICES):
+        env["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns in each of its programs that it found no GPU
+    if launched:
+        env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return env
 
 
-def _supervise(arguments: list[str], env: dict[str, str], local_ranks: bool) -> int:
+def _supervise(arguments: list[str], env: dict[str, str], local_ranks: bool, logs: Path | None = None) -> int:
     """Run a command in a session of its own and hand Ctrl-C, SIGTERM and a closed terminal on to it, once each.
 
-    The stage seals a checkpoint and ends; a second Ctrl-C kills it.
+    The stage seals a checkpoint and ends; a second Ctrl-C kills it. Once a process has told an error in `logs`, the
+    launcher and what it started end within GRACE, stopped processes too.
     """
+    told_before = _when_told(logs) if logs else 0.0
     process = subprocess.Popen(arguments, env=env, start_new_session=True)
     received: list[int] = []
 
@@ -178,13 +212,48 @@ def _supervise(arguments: list[str], env: dict[str, str], local_ranks: bool) -> 
 
     before = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        code = process.wait()
+        code = _wait(process, logs, told_before)
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+    if logs:
+        _kill_group(process)  # what a launcher that was killed itself has left behind
+        if code > 192:  # DeepSpeed's launcher gives -N for signal N, of which the system keeps a byte
+            code -= 256
     if received:
         return 128 + (signal.SIGINT if received[0] == signal.SIGINT else signal.SIGTERM)
     return code if code >= 0 else 128 - code
+
+
+def _wait(process: subprocess.Popen[bytes], logs: Path | None, before: float) -> int:
+    """The exit code of the launcher; `before` is what `_when_told` gave before it was started."""
+    told_at = 0.0
+    while True:
+        try:
+            return process.wait(timeout=1.0 if logs else None)
+        except subprocess.TimeoutExpired:
+            if logs and not told_at and _told(logs, before):
+                told_at = time.monotonic()
+            if told_at and time.monotonic() - told_at > GRACE:
+                _kill_group(process)
+
+
+def _when_told(logs: Path) -> float:
+    """When a process told the error that is in error.txt, 0 when there is none."""
+    try:
+        return (logs / ERROR).stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _told(logs: Path, before: float) -> bool:
+    """Whether an error was told since; one of an earlier attempt is there at first, and then removed."""
+    return _when_told(logs) not in (0.0, before)
+
+
+def _kill_group(leader: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):  # all of them have ended
+        os.killpg(leader.pid, signal.SIGKILL)
 
 
 def _ranks(launcher: int) -> list[int]:

@@ -196,6 +196,12 @@ class LaunchSection(Section):
 
     processes: int = Field(1, ge=1, description="processes on this machine")
     hostfile: str = Field("", description="DeepSpeed hostfile for several machines")
+    node_rank: int = Field(
+        -1, ge=-1, description="place of this machine in the hostfile, from 0, when each one starts `rlhf`; -1: by ssh"
+    )
+    master_addr: str = Field("", description="address of the first machine; empty: its name in the hostfile")
+    master_port: int = Field(29500, ge=1024, le=65500, description="first of six free ports there, one for each stage")
+    timeout_s: int = Field(1800, ge=1, description="a process that dies or hangs ends the stage within that time")
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: bool = Field(False, description="optimiser state (ZeRO 2 and 3) and weights (ZeRO 3) in the host's memory")
     deepspeed_config: str = Field("", description="own DeepSpeed JSON instead of launch/deepspeed/zeroN.json")

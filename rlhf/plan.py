@@ -155,18 +155,27 @@ def read_hosts(path: str) -> list[str]:
     return hosts
 
 
-def check_launched(recipe: Recipe, processes: int) -> None:
-    """Refuse to train with another number of processes than the recipe's.
+def as_launched(recipe: Recipe, processes: int | None) -> Recipe:
+    """The recipe for as many processes as there are: `launch` says how `rlhf run` starts them, another launcher decides
+    itself, and the result does not depend on their number.
 
     Args:
-        processes: how many processes this program runs as, by the launcher's count.
+        processes: the launcher's count; None when the program was started without one.
+
+    Raises:
+        UserError: without a launcher, when the recipe is for several processes.
     """
-    if processes != world_size(recipe):
+    if processes is None and world_size(recipe) > 1:
         raise UserError(
-            f"the recipe is for {world_size(recipe)} processes, and this program runs as {processes}",
+            f"the recipe is for {world_size(recipe)} processes, and this program runs as one without a launcher",
             "launch.processes",
-            "start it with `rlhf run` or `rlhf STAGE`, which use the launcher, or set launch.processes=1",
+            "start it with `rlhf run`, `rlhf STAGE`, deepspeed or torchrun (on CPUs `accelerate launch` starts several "
+            "with --use_deepspeed alone), or set launch.processes=1",
         )
+    if processes in (None, world_size(recipe)):
+        return recipe
+    launch = recipe.launch.model_copy(update={"processes": processes, "hostfile": "", "node_rank": -1})
+    return recipe.model_copy(update={"launch": launch})
 
 
 def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
@@ -175,7 +184,6 @@ def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
     _check_order(stages)
     if recipe.launch.deepspeed_config and not Path(recipe.launch.deepspeed_config).expanduser().is_file():
         raise UserError("there is no such DeepSpeed file", "launch.deepspeed_config", "give the path of a JSON file")
-    world_size(recipe)
     _check_launch(recipe)
     if "sft" in stages:
         plan_sft(recipe)
@@ -272,7 +280,17 @@ def _ptx_rows(recipe: Recipe, processes: int) -> int:
 
 
 def _check_launch(recipe: Recipe) -> None:
-    launch = recipe.launch
+    launch, machines = recipe.launch, 1
+    if launch.hostfile:
+        machines = len(read_hosts(launch.hostfile))
+    elif launch.node_rank >= 0:
+        raise UserError("launch.node_rank is a place in a hostfile", "launch.hostfile", "give the hostfile")
+    if launch.node_rank >= machines:
+        raise UserError(
+            f"launch.node_rank {launch.node_rank} is not of the {machines} machines in the hostfile",
+            "launch.node_rank",
+            f"the first is 0, the last {machines - 1}",
+        )
     if launch.offload and not launch.deepspeed_config and launch.zero_stage < 2:
         raise UserError(
             f"ZeRO {launch.zero_stage} has no template with offload", "launch.offload", "set launch.zero_stage=2 or 3"

@@ -7,11 +7,14 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from rlhf import ranklog
+from rlhf.errors import UserError
 from rlhf.progress import is_main_process
 
 T = TypeVar("T")
@@ -53,27 +56,50 @@ class Signals:
                 signal.signal(each, signal.SIG_DFL)
             raise StopNow
         self.received = number
-        if is_main_process():
+        log = ranklog.current()
+        if is_main_process() and not (log and log.told()):  # a launcher ends what is left after a failure
             # Not through a buffered stream: the signal may have come while one was being written to.
             os.write(2, b"\nstopping after this step; again to stop at once\n")
 
 
 def world_size() -> int:
     """How many processes the launcher started, 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return launched() or 1
+
+
+def launched() -> int | None:
+    """How many processes the launcher started, None without one."""
+    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[None]:
-    """Be in one group with the processes that a launcher started; nothing for a single process."""
+def joined(device: torch.device, timeout_s: int) -> Iterator[None]:
+    """Be in one group with the processes that a launcher started; nothing for a single process.
+
+    Args:
+        timeout_s: seconds to wait for the others, here and in collectives (a little longer: the watch speaks first).
+
+    Raises:
+        UserError: when the others do not come.
+    """
     if world_size() == 1 or dist.is_initialized():
         yield
         return
+    backend: dict[str, Any] = {"backend": "gloo"}
     if device.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
+        backend = {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
+    # The watch (rlhf/watch.py) looks every hundredth of the time, at least four times a second, at most every 10 s.
+    margin = 5 + timeout_s // 50
+    try:
+        dist.init_process_group(**backend, timeout=timedelta(seconds=timeout_s + margin))
+    except dist.DistError as error:
+        raise UserError(
+            f"the {world_size()} processes did not find each other within {timeout_s} s: {str(error).splitlines()[0]}",
+            f"{os.environ.get('MASTER_ADDR')} port {os.environ.get('MASTER_PORT')}",
+            "start the stage on every machine; see that this address and port can be reached from all of them",
+        ) from None
     yield
+    dist.barrier()  # the launcher ends the others when one has gone with another code than 0
     dist.destroy_process_group()  # not after an error: the others may hang in a collective, and the launcher ends them
 
 

@@ -1,7 +1,8 @@
 """What a person sees of a run: progress bars with rate and time left, tables, warnings.
 
 On a terminal progress is a bar; elsewhere it is a plain line at the start, about every ten seconds, and at the end:
-`sampling 64/256 12.3 responses/s 0:15 left`. Only the first process of a distributed run shows anything.
+`sampling 64/256 12.3 responses/s 0:15 left`. Only the first process of a distributed run shows anything, and lines at
+that, for they go to its log file as well.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rlhf.phases import progressed
+
 T = TypeVar("T")
 PLAIN_INTERVAL = 10.0  # seconds between lines when the output is not a terminal
 
@@ -27,6 +30,7 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+_bars = os.environ.get("WORLD_SIZE", "1") == "1"
 # Without a terminal rich assumes 80 columns, which breaks tables of a log file for no reason.
 _width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
 console = Console(quiet=not is_main_process(), width=_width, highlight=False)
@@ -93,7 +97,7 @@ class Progress:
         self._start = self._last = self._printed = time.monotonic()
         if not is_main_process():
             return self
-        if console.is_terminal:
+        if console.is_terminal and _bars:
             self._task = _show(self)
         else:
             self._line(f"{self._count()} {self.unit}")
@@ -112,11 +116,12 @@ class Progress:
         """Count n more as done."""
         self.done = self.done + n if self.total is None else min(self.done + n, self.total)
         self._last = time.monotonic()
+        progressed()
         if self._first is None:
             self._first = (self._last, self.done)
         if self._task is not None and _display is not None:
             _display.update(self._task, completed=self.done)
-        elif is_main_process() and not console.is_terminal and self._last - self._printed >= PLAIN_INTERVAL:
+        elif self._task is None and is_main_process() and self._last - self._printed >= PLAIN_INTERVAL:
             self._printed = self._last
             left = self.seconds_left()
             rest = f"{duration(left)} left" if left is not None else ""

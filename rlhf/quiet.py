@@ -1,13 +1,28 @@
-"""Silence for transformers while it loads or saves: our own lines and progress bars are enough."""
+"""Silence for the libraries: our own lines and progress bars are enough."""
 
 from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from transformers.utils import logging
+
+
+def quiet_libraries() -> None:
+    """No warnings of what changes in later versions, and no settings of other programs that would change the training.
+
+    `accelerate launch` sets variables by which Accelerate would choose ZeRO stage and precision: the recipe does.
+    """
+    for module in ("transformers", "torch", "accelerate", "trl", "deepspeed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    ruled = [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]
+    if any(os.environ[name] == "true" for name in ruled if name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")):
+        say("ZeRO stage and precision are the recipe's (launch.zero_stage, model.dtype), not those of `accelerate`")
+    for name in ruled:
+        del os.environ[name]
 
 
 @contextmanager

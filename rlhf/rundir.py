@@ -4,6 +4,7 @@
     runs/<name>/lock                   the process that writes, while there is one
     runs/<name>/<stage>/stage.json     state, inputs, outputs, metrics
     runs/<name>/<stage>/model/         Hugging Face folder
+    runs/<name>/<stage>/logs/          one file for each of several processes      rlhf/ranklog.py, rlhf/watch.py
 
 Several machines share the run folder: it must be on a file system that all of them see.
 """
@@ -24,6 +25,8 @@ from typing import Any
 import psutil
 
 from rlhf.errors import UserError
+
+LOGS = "logs"
 
 
 class RunFolder:
@@ -89,13 +92,16 @@ class RunFolder:
         Checkpoints are only of use to go on with, and what is set aside will not be resumed.
         """
         folder, old = self.stage_dir(stage), self.path / f"{stage}.old"
-        if not folder.exists():
+        if not folder.exists() or [part.name for part in folder.iterdir()] == [LOGS]:
             return None
         if old.exists():
             shutil.rmtree(old)
         folder.rename(old)
         if (old / "checkpoints").exists():
             shutil.rmtree(old / "checkpoints")
+        if (old / LOGS).exists():
+            folder.mkdir()
+            (old / LOGS).rename(folder / LOGS)  # this attempt writes there already
         return old
 
     def key(self, path: str | Path) -> str:

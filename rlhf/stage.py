@@ -21,7 +21,6 @@ import math
 import os
 import signal
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -36,15 +35,18 @@ from rlhf.allocator import keep_freed_memory
 from rlhf.config import Recipe
 from rlhf.dependencies import ABSENT, changes, check_recipe, declared_inputs, fingerprint, is_started
 from rlhf.errors import UserError
-from rlhf.plan import check, check_launched
-from rlhf.processes import Signals, StopNow, from_first, joined, world_size
+from rlhf.plan import as_launched, check
+from rlhf.processes import Signals, StopNow, from_first, joined, launched, world_size
 from rlhf.progress import close_progress, console, duration, is_main_process, table, warn
+from rlhf.quiet import quiet_libraries
+from rlhf.ranklog import PeerFailed, own_log
 from rlhf.recipe import load_recipe
-from rlhf.rundir import RunFolder, hash_path, size_of
+from rlhf.rundir import LOGS, RunFolder, hash_path, size_of
 from rlhf.tracking import Tracker
+from rlhf.watch import cause, watched
 
 PRODUCTS = {"rank": "rankings.jsonl", "evaluate": "results.json"}  # what proves a stage complete; elsewhere model/
-NOT_OUTPUTS = ("stage.json", "metrics.jsonl", "wandb_id.txt", "tables", "checkpoints", "trainer")
+NOT_OUTPUTS = ("stage.json", "metrics.jsonl", "wandb_id.txt", "tables", "checkpoints", "trainer", LOGS)
 
 
 @dataclass
@@ -110,11 +112,12 @@ def parse_stage_args(argv: Sequence[str] | None, program: str) -> tuple[str, lis
     )
     parser.add_argument("recipe", help="name from `rlhf recipes`, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="set fields, as sft.lr=1e-5")
+    parser.add_argument("--local_rank", type=int, help="the deepspeed launcher's; LOCAL_RANK says the same, so ignored")
     parser.add_argument("--fresh", action="store_true", help="redo from scratch; what is there moves to STAGE.old")
     if stage == "ppo":
         parser.add_argument("--variant", choices=("ppo-ptx", "ppo"), help="default: ppo-ptx where ppo.ptx_coef > 0")
     found = vars(parser.parse_intermixed_args(argv))
-    recipe, overrides = found.pop("recipe"), found.pop("overrides")
+    recipe, overrides, _ = found.pop("recipe"), found.pop("overrides"), found.pop("local_rank")
     return recipe, overrides, {"variant": None, **found}
 
 
@@ -148,16 +151,21 @@ def run_stage(
 
 def _run_stage(name: str, work: Callable[[StageContext], dict[str, Any] | None], argv: Sequence[str] | None) -> int:
     recipe_name, overrides, options = parse_stage_args(argv, f"stages/{'ppo' if name == 'ppo-ptx' else name}.py")
-    recipe = load_recipe(recipe_name, overrides)
+    recipe = as_launched(load_recipe(recipe_name, overrides), launched())
     check(recipe, [name])
-    check_launched(recipe, world_size())
     device = pick_device(recipe)
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
         keep_freed_memory()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    quiet_libraries()
     run = RunFolder(Path(recipe.run.dir) / recipe.run.name)
-    with joined(device), run.lock() if is_main_process() else nullcontext():
+    processes, timeout_s = world_size(), recipe.launch.timeout_s
+    with (
+        own_log(run.stage_dir(name) / LOGS, processes),
+        joined(device, timeout_s),
+        watched(name, processes, timeout_s),
+        run.lock() if is_main_process() else nullcontext(),
+    ):
         record = from_first(lambda: _prepare(recipe, run, name, options["fresh"]))
         if record is None:
             console.print(
@@ -263,9 +271,10 @@ def _run_work(
             stopped, metrics = True, {}
             finish("stopped", inputs)
         except BaseException as error:
-            failure = _disk_full(error, run.path) or error
+            failure = _disk_full(error, run.path) or cause(error)
             try:
-                finish("failed", inputs, error=f"{type(error).__name__}: {error}")
+                told = isinstance(failure, PeerFailed)
+                finish("failed", inputs, error=str(failure) if told else f"{type(error).__name__}: {error}")
             except OSError as second:
                 warn(f"stage.json could not be written: {second}")  # the first error is the one to show
             if failure is error:

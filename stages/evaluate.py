@@ -38,6 +38,7 @@ from rlhf.evaluation import (
 from rlhf.labelers import Labeler, Output, make_judge
 from rlhf.models import load_policy, load_reward_model, load_tokenizer
 from rlhf.objectives import kl_k1, kl_k3
+from rlhf.phases import phase
 from rlhf.probes import check_probes
 from rlhf.progress import Progress, console, is_main_process
 from rlhf.prompting import fit_prompts, stop_ids
@@ -162,6 +163,7 @@ def read_questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, drops: Dr
 def ask(recipe: Recipe, name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: Questions) -> Answers:
     """Sample the policy's responses and measure its alignment tax."""
     tokens = recipe.ppo.score_tokens
+    phase("rollout")
     with Progress(f"{name}: sampling", total=len(asked.ids), unit="responses") as progress:
         rollout = sample(
             policy,
@@ -180,6 +182,7 @@ def ask(recipe: Recipe, name: str, policy: nn.Module, tokenizer: PreTrainedToken
         rows = token_logprobs(policy, rollout.pairs(), recipe.evaluate.temperature, tokens)
         for i, row in enumerate(rows):
             rollout.logprobs[i, : len(row)] = row
+    phase("scoring")
     tax: dict[str, Any] = {}
     if asked.text_rows:
         with Progress(f"{name}: pretraining loss", total=len(asked.text_rows), unit="rows") as progress:
@@ -361,6 +364,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
         del reward_model
 
     comparisons, over_sft = compare_all(recipe, make_judge(recipe, ctx.run), asked, answers)
+    phase("save")
     results = {
         "labeler": cfg.labeler,
         "prompts": len(asked.prompts),

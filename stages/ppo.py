@@ -36,6 +36,7 @@ from rlhf.models import save_model
 from rlhf.objectives import adaptive_kl_coef, ema_update, policy_loss, ptx_loss, value_loss
 from rlhf.order import stream
 from rlhf.perf import measured_peak_flops, peak_memory_gb, training_flops
+from rlhf.phases import phase
 from rlhf.placement import whole_state
 from rlhf.policy_value import text_pairs
 from rlhf.ppo_state import Ppo, build, load_checkpoint, save_checkpoint
@@ -160,6 +161,7 @@ def update(ppo: Ppo, experience: Experience, seconds: dict[str, float]) -> dict[
         for m in range(plan.minibatches):
             minibatch = order[m * cfg.minibatch_size : (m + 1) * cfg.minibatch_size]
             begin = time.perf_counter()
+            phase("update", (ppo.iteration * cfg.epochs + epoch) * plan.minibatches + m)
             metrics = ppo_step(ppo, experience, minibatch, last=ppo.ptx_coef == 0)
             if epoch == 0 and m == 0:
                 check_first_minibatch(ppo, experience, metrics["ratio_error"])
@@ -222,9 +224,11 @@ def train(ppo: Ppo, ctx: StageContext) -> dict[str, float]:
             seconds = dict.fromkeys(("rollout", "score", "train", "ptx"), 0.0)
             seconds["save"] = seconds_save  # of the checkpoint since the last row, if there was one
             begin = time.perf_counter()
+            phase("rollout", ppo.iteration)
             episodes = rollout(ppo)
             seconds["rollout"] = time.perf_counter() - begin
             begin = time.perf_counter()
+            phase("scoring", ppo.iteration)
             experience = score(ppo, episodes)
             seconds["score"] = time.perf_counter() - begin
             metrics = summary(experience) | {"ppo/kl_coef": ppo.kl_coef}
@@ -247,6 +251,7 @@ def train(ppo: Ppo, ctx: StageContext) -> dict[str, float]:
             begin, stopping = time.perf_counter(), ctx.stop_requested
             last = ppo.iteration == ppo.plan.iterations
             if last or stopping or (cfg.save_every and ppo.iteration % cfg.save_every == 0):
+                phase("save", ppo.iteration)
                 save_checkpoint(ppo, ctx.dir / "checkpoints")
             seconds_save = time.perf_counter() - begin
             progress.advance(cfg.batch_size)
@@ -298,6 +303,7 @@ def work(ctx: StageContext, variant: str) -> dict[str, Any]:
     metrics = train(ppo, ctx)
     if ppo.iteration < ppo.plan.iterations:
         return {}
+    phase("save")
     save_policies(ppo, ctx.dir)
     return metrics
 

@@ -28,6 +28,7 @@ from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.labelers import Labeler, Output, agreement, expected_agreement, make_labeler, noise_for_agreement
 from rlhf.models import load_policy, load_tokenizer
+from rlhf.phases import phase
 from rlhf.progress import Progress, console, is_main_process
 from rlhf.progress import table as print_table
 from rlhf.prompting import Encoded, fit_prompts, stop_ids
@@ -135,6 +136,7 @@ def sample_outputs(
             if chunk in kept:
                 continue
             begin = time.perf_counter()
+            phase("rollout", chunks.index(chunk))
             rollout = sample(
                 policy,
                 tokenizer,
@@ -214,6 +216,7 @@ def label(ctx: StageContext, candidates: Sequence[Candidate]) -> Ranked:
         }
     labeler = make_labeler(cfg.labeler, recipe, ctx.run, about["noise_sigma"])
     rankings = []
+    phase("scoring")
     with Progress("rank: labelling", total=len(candidates), unit="prompts") as progress:
         for c in candidates:
             ranks = labeler.rank(c.prompt, c.outputs, recipe.run.seed)
@@ -356,6 +359,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
         raise UserError(
             "no ranking is left", where=f"rank.labeler={ctx.recipe.rank.labeler}", fix="see the drops above"
         )
+    phase("save")
     return write(ctx, ranked, drops, tokens)
 
 

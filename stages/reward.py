@@ -25,6 +25,7 @@ from rlhf.engine import Engine, ParamGroup
 from rlhf.errors import UserError
 from rlhf.models import add_lora, check_context, load_tokenizer, new_reward_model, recompute_activations, save_model
 from rlhf.order import stream
+from rlhf.phases import phase
 from rlhf.placement import whole_state
 from rlhf.probes import write_probes
 from rlhf.progress import Progress, console, is_main_process
@@ -159,6 +160,7 @@ def train(engine: Engine, groups: list[Group], ctx: StageContext, pad_id: int) -
             chosen = stream(len(groups), seed, "rankings", first, min(cfg.batch_size, total - first))
             batch = [groups[i] for i in chosen]
             factor = lr_factor(done, steps, cfg.schedule, cfg.warmup_steps, cfg.final_lr_fraction)
+            phase("update", done)
             loss, counts = step(engine, batch, ctx.recipe, pad_id)
             result = engine.step(factor)
             done, tokens = done + 1, tokens + sum(g.tokens for g in batch)
@@ -183,6 +185,7 @@ def train(engine: Engine, groups: list[Group], ctx: StageContext, pad_id: int) -
                     if is_main_process():
                         (staged / "state.json").write_text(json.dumps(state))
 
+                phase("save", done)
                 sealed_write(folder / f"step-{done:06d}", write, barrier())
                 keep_last(folder, 2)
     return tokens if done == steps else None
@@ -259,6 +262,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
     if tokens is None:
         return {}
 
+    phase("scoring")
     ranked = sample_outputs(train_groups, SCALE_SAMPLE, recipe.run.seed)
     metrics = normalise(model, demonstrations, ranked, cfg.normalise_scale)
     if heldout:
@@ -272,6 +276,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
         ctx.tracker.table("calibration", ["confidence", "accuracy", "n"], [list(r.values()) for r in rows], tokens)
     metrics["reward/training_prompts"] = float(len(train_groups))
     metrics["reward/tied_pairs"] = float(sum(len(tied_pairs(g.ranks)) for g in train_groups))
+    phase("save")
     weights = whole_state(model)
     if is_main_process():
         save_model(model, tokenizer, ctx.dir / "model", weights)

@@ -31,6 +31,7 @@ from rlhf.checkpoint import keep_last, newest_sealed, sealed_write
 from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.models import add_lora, check_context, load_policy, load_tokenizer, resolve_model, save_model
+from rlhf.phases import phase
 from rlhf.placement import whole_state
 from rlhf.plan import plan_sft
 from rlhf.progress import Progress, console
@@ -182,9 +183,11 @@ class Reporter(TrainerCallback):
         self.progress = Progress("sft", total=state.max_steps, unit="steps")
         self.progress.__enter__()
         self.progress.advance(state.global_step)
+        phase("update", state.global_step)
 
     def on_step_end(self, args: SFTConfig, state: Any, control: Any, **_: Any) -> None:
         self.progress.advance(1)
+        phase("update", state.global_step)
         control.should_training_stop |= self._any_process_stops(args)
         # The last step is sealed too, so that a run killed while it validates does not train again.
         control.should_save |= control.should_training_stop or state.global_step == state.max_steps
@@ -214,6 +217,7 @@ class Reporter(TrainerCallback):
 
     def on_save(self, args: SFTConfig, state: Any, control: Any, **_: Any) -> None:
         # The trainer writes in place, which a kill leaves half done: what it wrote is moved under a seal.
+        phase("save", state.global_step)
         processes = PartialState()
         processes.wait_for_everyone()
         if processes.is_main_process:
@@ -339,9 +343,11 @@ def work(ctx: StageContext) -> dict[str, Any]:
         return {}
     tokens = trainer.tokens
     metrics |= {"sft/loss": last_loss, "sft/steps": float(trainer.state.global_step), "sft/tokens": float(tokens)}
+    phase("scoring")
     if heldout:
         metrics["sft/validation_loss"] = validation_loss(trainer.model, heldout)
         ctx.tracker.log({"sft/validation_loss": metrics["sft/validation_loss"]}, tokens)
+    phase("save")
     write_policy(trainer, tokenizer, ctx.dir / "model")
     return metrics
 

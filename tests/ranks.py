@@ -2,6 +2,8 @@
 
     RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python tests/ranks.py JOBS.json
 
+Without those variables it is a single process, with no group and no DeepSpeed.
+
 JOBS.json is a list of {"module", "arguments", "stop_after"}: `module.main(arguments)` must return 0, or 143 where
 `stop_after` is set: then the last rank gets SIGTERM before that optimiser step. The engines that a job made are written
 to JOBS-RANK.json, a list of class names (with the ZeRO stage) for every job.
@@ -66,11 +68,13 @@ def main() -> int:
     global steps_left
     note_engines()
     count_steps()
-    dist.init_process_group("gloo")
-    file, rank, made = Path(sys.argv[1]), int(os.environ["RANK"]), []
+    file, rank, made = Path(sys.argv[1]), int(os.environ.get("RANK", "0")), []
+    grouped = "WORLD_SIZE" in os.environ
+    if grouped:
+        dist.init_process_group("gloo")
     for job in json.loads(file.read_text()):
         engines.clear()
-        last = rank == dist.get_world_size() - 1
+        last = grouped and rank == dist.get_world_size() - 1
         steps_left = job.get("stop_after", 0) if last else 0
         code = importlib.import_module(job["module"]).main(job["arguments"])
         unset_hf_deepspeed_config()  # SFT's ZeRO-3 would partition whatever a later stage of this process loads
@@ -79,8 +83,9 @@ def main() -> int:
         if code != (143 if job.get("stop_after") else 0):
             return 1
     file.with_name(f"{file.stem}-{rank}.json").write_text(json.dumps(made))
-    dist.barrier()
-    dist.destroy_process_group()
+    if grouped:
+        dist.barrier()
+        dist.destroy_process_group()
     return 0
 
 

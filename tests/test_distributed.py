@@ -29,6 +29,7 @@ SIZES = [
     "run.device=cpu",
     "sft.batch_size=8",
     "sft.micro_batch_size=4",
+    "sft.epochs=1.3",
     "rank.prompts=44",
     "reward.micro_batch_size=2",
     "ppo.episodes=80",
@@ -37,7 +38,12 @@ SIZES = [
     "ppo.ema_decay=0.9",
     "evaluate.prompts=7",
 ]
-LORA = ["model.lora.enabled=true", "reward.lora.enabled=true", "model.lora.rank=4", "reward.lora.rank=4"]
+TRAINED = ("sft", "reward", "ppo")
+OWN = {  # what the runs of one process set
+    "one": [],
+    "lora": ["model.lora.enabled=true", "reward.lora.enabled=true", "model.lora.rank=4", "reward.lora.rank=4"],
+    "bf16": ["model.dtype=bfloat16", "ppo.ratio_tolerance=0.2"],
+}
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,11 @@ SETTINGS += [
     *(Setting("ppo", zero, more=("ppo.micro_batch_size=1",)) for zero in (1, 2, 3)),
     *(Setting(stage, 3, more=("launch.gradient_checkpointing=true",)) for stage in ("sft", "reward", "ppo")),
     *(Setting("ppo", zero, more=("launch.offload=true",)) for zero in (2, 3)),
-    *(Setting(stage, 3, like="lora", more=("model.lora.rank=4",)) for stage in ("sft", "reward", "ppo")),
+    *(Setting(stage, 3, like="lora", more=("launch.gather=by_layer",)) for stage in ("sft", "reward", "ppo")),
     # bfloat16 rounds what two processes add up in another order
     *(Setting("ppo", zero, like="bf16", more=("model.dtype=bfloat16",), tolerance=0.05) for zero in (2, 3)),
 ]
-RESUMED = [Setting("ppo", zero, stop_after=25, more=("run.seed=1",)) for zero in (0, 2, 3)]
+RESUMED = [Setting("ppo", zero, stop_after=5) for zero in (0, 2, 3)]
 
 
 def arguments(folder: Path, run: str, *more: str) -> list[str]:
@@ -87,13 +93,14 @@ def run_ranks(jobs: list[dict[str, Any]], folder: Path, processes: int = 2, time
         port = str(sock.getsockname()[1])
     file = folder / f"jobs{port}.json"
     file.write_text(json.dumps(jobs))
-    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu"}
-    common |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    common = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    if processes > 1:
+        common |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     logs = [folder / f"rank{port}-{rank}.txt" for rank in range(processes)]
     ranks = [
         subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "ranks.py"), str(file)],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=os.environ | common | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}),
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
         )
@@ -106,15 +113,8 @@ def run_ranks(jobs: list[dict[str, Any]], folder: Path, processes: int = 2, time
             rank.kill()
     assert codes == [0] * processes, "\n".join(log.read_text()[-4000:] for log in logs)
     made = [json.loads((folder / f"jobs{port}-{rank}.json").read_text()) for rank in range(processes)]
-    assert made[0] == made[1]
+    assert all(each == made[0] for each in made)
     return made[0]
-
-
-def one_process(folder: Path, run: str, *more: str) -> None:
-    """All stages in one process."""
-    for stage in STAGES:
-        command = [sys.executable, "-m", f"stages.{stage}", *arguments(folder, run, *more)]
-        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
 
 
 def prepared(folder: Path, setting: Setting, name: str) -> dict[str, Any]:
@@ -122,11 +122,10 @@ def prepared(folder: Path, setting: Setting, name: str) -> dict[str, Any]:
     for before in STAGES[: STAGES.index(setting.stage)]:
         part = FOLDER.get(before, before)
         shutil.copytree(folder / setting.like / part, folder / name / part)
-    own = {"one": [], "lora": LORA, "bf16": ["ppo.ratio_tolerance=0.2"]}[setting.like]
     launch = ["launch.processes=2", f"launch.zero_stage={setting.zero}"]
     return {
         "module": f"stages.{setting.stage}",
-        "arguments": arguments(folder, name, *own, *launch, *setting.more),
+        "arguments": arguments(folder, name, *OWN[setting.like], *launch, *setting.more),
         "stop_after": setting.stop_after,
     }
 
@@ -135,9 +134,12 @@ def prepared(folder: Path, setting: Setting, name: str) -> dict[str, Any]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
     """A folder with the runs one, lora and bf16 of one process and one run for every setting; and their engines."""
     folder = tmp_path_factory.mktemp("distributed")
-    one_process(folder, "one")
-    one_process(folder, "lora", *LORA)
-    one_process(folder, "bf16", "model.dtype=bfloat16", "ppo.ratio_tolerance=0.2")
+    alone = [(run, stage) for run in ("one", "lora", "bf16") for stage in (STAGES if run == "one" else TRAINED)]
+    own = [{"module": f"stages.{stage}", "arguments": arguments(folder, run, *OWN[run])} for run, stage in alone]
+    run_ranks(own[: len(STAGES)], folder, processes=1)
+    for run in ("lora", "bf16"):
+        shutil.copytree(folder / "one" / "rank", folder / run / "rank")
+    run_ranks(own[len(STAGES) :], folder, processes=1)
     jobs = {setting.name: prepared(folder, setting, setting.name) for setting in SETTINGS}
     assert len(jobs) == len(SETTINGS)
     for setting in RESUMED:
@@ -178,9 +180,11 @@ def test_training_gives_the_numbers_of_one_process(runs: tuple[Path, dict[str, l
         assert a["step"] == b["step"]
         for name in COMPARED[setting.stage]:
             if name in b:
-                assert a[name] == pytest.approx(b[name], rel=setting.tolerance, abs=setting.tolerance / 10), name
+                # KL is what is left of sums of hundreds of nats.
+                least = setting.tolerance if name == "ppo/kl" else setting.tolerance / 10
+                assert a[name] == pytest.approx(b[name], rel=setting.tolerance, abs=least), name
                 compared += 1
-    assert compared >= 20
+    assert compared >= 20  # ten optimiser steps or five iterations of PPO
     for model in ("model", "ema") if setting.stage == "ppo" else ("model",):
         same_weights(where / setting.name / part / model, where / setting.like / part / model, setting.tolerance)
 

@@ -9,8 +9,8 @@ import pytest
 from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.plan import (
+    as_launched,
     check,
-    check_launched,
     exact_div,
     plan_ppo,
     plan_rank,
@@ -147,10 +147,30 @@ def test_hostfile_counts_machines(tmp_path: Path) -> None:
         read_hosts(str(hosts))
 
 
-def test_a_stage_must_run_with_the_processes_of_its_recipe() -> None:
-    check_launched(recipe(), 1)
-    with pytest.raises(UserError, match="for 2 processes, and this program runs as 1"):
-        check_launched(recipe("launch.processes=2"), 1)
+def test_the_launcher_decides_how_many_processes_there_are_and_without_one_the_recipe_must_agree(
+    tmp_path: Path,
+) -> None:
+    assert as_launched(recipe(), None) == recipe() == as_launched(recipe(), 1)
+    two = recipe("launch.processes=2")
+    assert as_launched(two, 2) == two and as_launched(recipe(), 2) == two
+    assert plan_sft(as_launched(recipe("sft.batch_size=16", "sft.micro_batch_size=4"), 2)).accumulation == 2
+    with pytest.raises(UserError, match="does not divide by processes 3"):
+        check(as_launched(recipe("sft.batch_size=16"), 3), ["sft"])
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a slots=1\nb slots=1\n", encoding="utf-8")
+    assert plan_sft(as_launched(recipe(f"launch.hostfile={hosts}", "sft.micro_batch_size=2"), 4)).processes == 4
+    with pytest.raises(UserError, match="for 2 processes, and this program runs as one without a launcher"):
+        as_launched(two, None)
+
+
+def test_a_node_rank_is_a_place_in_the_hostfile(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a slots=1\nb slots=1\n", encoding="utf-8")
+    check(recipe(f"launch.hostfile={hosts}", "launch.node_rank=1", "sft.micro_batch_size=8"), ["sft"])
+    with pytest.raises(UserError, match="2 machines"):
+        check(recipe(f"launch.hostfile={hosts}", "launch.node_rank=2", "sft.micro_batch_size=8"), ["sft"])
+    with pytest.raises(UserError, match="hostfile"):
+        check(recipe("launch.node_rank=0"), ["sft"])
 
 
 @pytest.mark.parametrize("name", ["demo", "tiny", "instructgpt-1.3b", "tldr-pythia-1b"])

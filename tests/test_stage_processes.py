@@ -34,8 +34,8 @@ def start(program: str, *arguments: str, **env: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(what: Callable[[], bool], *children: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+def wait_for(what: Callable[[], bool], *children: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline and all(child.poll() is None for child in children)
         time.sleep(0.02)
@@ -89,11 +89,14 @@ sys.exit(run_stage("sft", work, sys.argv[1:]))
 """
 
 
-def start_pair(*arguments: str, **env: str) -> list[subprocess.Popen[str]]:
+def free_port() -> str:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
-        port = str(sock.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **env}
+        return str(sock.getsockname()[1])
+
+
+def start_pair(*arguments: str, **env: str) -> list[subprocess.Popen[str]]:
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **env}
     arguments = ("launch.processes=2", "sft.micro_batch_size=8", *arguments)
     return [start(PAIR, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in (0, 1)]
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from rlhf.adapters import decoder_layers
 from rlhf.config import LaunchSection, ModelSection, Recipe, RunSection
 from rlhf.models import load_policy, load_tokenizer
 from rlhf.progress import is_main_process
@@ -26,6 +28,21 @@ def rows(rollout: Rollout) -> list[list[int]]:
     return [rollout.response(i) for i in range(len(rollout))]
 
 
+def check_parts(policy: nn.Module, gather: str) -> None:
+    """No weight is whole after loading; during a layer's forward, another layer is only where all are gathered once."""
+    assert all(p.numel() == 0 < p.ds_numel for p in policy.parameters())
+    seen: list[int] = []
+    layers = decoder_layers(policy)
+    hook = layers[1].register_forward_pre_hook(
+        lambda layer, _: seen.append(sum(p.numel() for p in layers[0].parameters()))
+    )
+    token_logprobs(policy, [(PROMPT, PROMPT)])
+    hook.remove()
+    whole = sum(p.ds_numel for p in layers[0].parameters())
+    assert set(seen) <= {whole if gather == "once" else 0}, seen
+    assert all(p.numel() == 0 for p in policy.parameters())
+
+
 def main(arguments: list[str]) -> int:
     """Sample and score the cases below, the first process writes the results."""
     out, gather, where = arguments
@@ -36,6 +53,8 @@ def main(arguments: list[str]) -> int:
     )
     tokenizer = load_tokenizer("tiny")
     policy = frozen(recipe, torch.device("cpu"), lambda: load_policy("tiny", recipe.model, tokenizer=tokenizer))
+    if where == "partitioned":
+        check_parts(policy, gather)
 
     def draw(seeds: list[int], stops: list[int], longest: int, engine: Any = "native", size: int = 2) -> Rollout:
         how: dict[str, Any] = {"max_new_tokens": longest, "temperature": 1.0, "batch_size": size, "engine": engine}

@@ -1,0 +1,48 @@
+"""What this process is doing right now, for the log and the watch over a distributed run (rlhf/watch.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass
+class Now:
+    """Where a process stands; all processes of a stage go through the same phases in the same order."""
+
+    phase: str = "start"  # start, rollout, scoring, update, save
+    step: int | None = None  # of the phase: an iteration, an optimiser step or a chunk
+    beat: int = 0  # phases and steps begun, to be compared between processes
+    activity: int = 0  # grows with every sign of progress, smaller ones included
+
+    def words(self) -> str:
+        """`phase update, step 3`."""
+        return f"phase {self.phase}" + (f", step {self.step}" if self.step is not None else "")
+
+
+now = Now()
+_listeners: list[Callable[[], None]] = []  # called when another phase begins
+
+
+def phase(name: str, step: int | None = None) -> None:
+    """Say that a phase, or the next step of the same one, begins; it lasts until the next call."""
+    another = name != now.phase
+    now.phase, now.step = name, step
+    now.beat += 1
+    now.activity += 1
+    if another:
+        for listener in _listeners:
+            listener()
+
+
+def progressed() -> None:
+    """Say that the phase goes on well; loops with a progress bar say it at every advance."""
+    now.activity += 1
+
+
+def listen(call: Callable[[], None] | None) -> None:
+    """Be at the start of a stage and have `call()` made whenever another phase begins; None ends that."""
+    _listeners.clear()
+    if call:
+        now.phase, now.step, now.beat, now.activity = "start", None, 0, 0
+        _listeners.append(call)

@@ -1,0 +1,169 @@
+"""Output of a distributed run: one voice on the terminal, a log file for every process, an error told once.
+
+    runs/<run>/<stage>/logs/rank-0.txt    what the first process printed, which is also on the terminal
+    runs/<run>/<stage>/logs/rank-1.txt    everything that process 1 wrote, libraries included; traceback of its error
+    runs/<run>/<stage>/logs/error.txt     the error that ended the last attempt, as the terminal showed it
+
+The process whose error comes first creates error.txt and tells; what follows from it in the others goes to their files.
+A single process has none of this.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from rlhf.errors import UserError
+from rlhf.phases import now
+
+ERROR = "error.txt"
+_STYLES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_open: RankLog | None = None
+
+
+class PeerFailed(Exception):
+    """Another process of the run has ended or hangs; the text names it and its last phase."""
+
+
+class RankLog:
+    """Log file of this process and the terminal it was started from."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.rank, self.folder = rank, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"rank-{rank}.txt"
+        self.file = self.path.open("a", encoding="utf-8", buffering=1)
+        # Written again once all have joined: what the watch then finds is of this attempt.
+        (folder / f"rank-{rank}.json").unlink(missing_ok=True)
+        self.file.write(f"--- process {os.getpid()} begins, {time.strftime('%Y-%m-%d %H:%M:%S')} ---\n")
+        if rank == 0:
+            (folder / ERROR).unlink(missing_ok=True)  # of the attempt before; nobody tells one before all have joined
+        self.terminal = os.dup(2)
+
+    def told(self) -> bool:
+        """Whether some process has told an error."""
+        return (self.folder / ERROR).exists()
+
+    def tell(self, text: str) -> bool:
+        """Show an error on the terminal, unless another process was first; returns whether this one was."""
+        try:
+            descriptor = os.open(self.folder / ERROR, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            return False
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+        self.file.write(text + "\n")
+        red = ("\x1b[31m", "\x1b[0m") if os.isatty(self.terminal) and "NO_COLOR" not in os.environ else ("", "")
+        os.write(self.terminal, f"{red[0]}{text}{red[1]}\n".encode())
+        return True
+
+
+@contextmanager
+def own_log(folder: Path, processes: int) -> Iterator[None]:
+    """Keep what this process of several writes in its file, and tell an error that leaves the block.
+
+    Args:
+        folder: logs/ of the stage. processes: how many there are; with one the block runs as it is.
+
+    Raises:
+        SystemExit: (2) in place of a UserError, (1) in place of other exceptions, once that is told.
+    """
+    global _open
+    if processes == 1:
+        yield
+        return
+    log = _open = RankLog(folder, int(os.environ["RANK"]))
+    try:
+        with _tee(log.file) if log.rank == 0 else _redirect(log.file), _deepspeed_to(log.file):
+            yield
+    except UserError as error:
+        log.tell(f"error: {error}" if log.rank == 0 else f"error on rank {log.rank}: {error}")
+        raise SystemExit(2) from None
+    except PeerFailed as failure:
+        log.tell(str(failure))
+        raise SystemExit(1) from None
+    except Exception as error:
+        traceback.print_exc(file=log.file)
+        what = "".join(traceback.format_exception_only(error)).strip()
+        log.tell(f"error on rank {log.rank} in {now.words()}: {what}\n  traceback: {log.path}")
+        raise SystemExit(1) from None
+    finally:
+        os.close(log.terminal)
+        log.file.close()
+        _open = None
+
+
+def current() -> RankLog | None:
+    """The log of this process; None where there is only one process, or the stage has not begun."""
+    return _open
+
+
+class _Tee:
+    """A text stream that a log file follows, without colours."""
+
+    def __init__(self, stream: TextIO, file: TextIO) -> None:
+        self._stream, self._file = stream, file
+
+    def write(self, text: str) -> int:
+        self._file.write(_STYLES.sub("", text))
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> object:  # isatty, encoding, flush and the rest are the stream's
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def _tee(file: TextIO) -> Iterator[None]:
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Tee(sys.stdout, file), _Tee(sys.stderr, file)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def _redirect(file: TextIO) -> Iterator[None]:
+    """Descriptors 1 and 2 to the file, so that it has what libraries print from C++ too."""
+    kept = {number: os.dup(number) for number in (1, 2)}
+    streams = (sys.stdout, sys.stderr)
+    for stream in streams:
+        stream.flush()
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
+    for number in kept:
+        os.dup2(file.fileno(), number)
+    try:
+        yield
+    finally:
+        for stream in streams:
+            stream.flush()
+        for number, descriptor in kept.items():
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+
+
+@contextmanager
+def _deepspeed_to(file: TextIO) -> Iterator[None]:
+    """DeepSpeed logs to standard output: its warnings go to the file alone, its errors to the terminal as well."""
+
+    def divert(record: logging.LogRecord) -> bool:
+        if record.levelno < logging.ERROR:
+            file.write(f"DeepSpeed {record.levelname.lower()}: {record.getMessage()}\n")
+        return record.levelno >= logging.ERROR
+
+    logger = logging.getLogger("DeepSpeed")  # a filter of the logger holds for the handlers of a later import too
+    logger.addFilter(divert)
+    try:
+        yield
+    finally:
+        logger.removeFilter(divert)

@@ -1,0 +1,248 @@
+"""The watch that ends a distributed stage when one of its processes dies or hangs, naming it and its last phase.
+
+    runs/<run>/<stage>/logs/rank-1.json    {"rank": 1, "machine": ..., "pid": 4711, "phase": "update", "step": 3, ...}
+
+Every process keeps such a file with a thread of its own, and some on each machine read everybody's: a file that no
+longer changes is of a process that is stopped, dead or cut off, and when no file tells of progress the processes wait
+for one that hangs. Nothing here is a collective, so it works while those are stuck, with gloo and with NCCL; over
+several machines the shared run folder serves. Times are by this machine's clock, from when a change was seen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from rlhf import phases, ranklog
+from rlhf.phases import Now, now
+from rlhf.ranklog import PeerFailed, RankLog
+
+HUNG = 124  # exit code of a process that ends because another hangs, as of timeout(1)
+GRACE = 5.0  # seconds that a process gets to end by itself once another has told an error
+_watch: Watch | None = None
+
+
+@dataclass
+class Peer:
+    """What was last read of a process, and when it changed (time.monotonic)."""
+
+    report: dict[str, Any]
+    alive: float  # last sign of life
+    moved: float  # last sign of progress
+
+
+class Watch:
+    """Keeps this process's report and reads the others'.
+
+    Args:
+        folder: logs/ of the stage.
+        processes: how many there are.
+        timeout: seconds without a sign of life of a process, or without progress of all of them, that end the stage.
+        reads: whether this process looks at the others.
+    """
+
+    def __init__(self, folder: Path, stage: str, rank: int, processes: int, timeout: float, reads: bool) -> None:
+        self.folder, self.stage, self.rank, self.timeout, self.reads = folder, stage, rank, timeout, reads
+        self.interval = min(10.0, max(0.25, timeout / 100))
+        self._ticks, self._write_lock, self._ended = 0, threading.Lock(), threading.Event()
+        self._main, self._machine = threading.main_thread().ident, _machine()
+        begin = time.monotonic()
+        self._peers = {r: Peer({}, begin, begin) for r in range(processes)}
+        self._told_at: float | None = None
+
+    def start(self, log: RankLog) -> None:
+        """Write the first report, and go on in a thread."""
+        self.write()
+        self._thread = threading.Thread(target=self._run, args=(log,), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._ended.set()
+        self._thread.join()
+
+    def write(self) -> None:
+        """This process's report, replaced at once."""
+        with self._write_lock:  # the thread writes, and the main one when a phase begins
+            self._ticks += 1
+            report = {"rank": self.rank, "machine": self._machine, "pid": os.getpid(), **vars(now)}
+            report |= {"waits": _in_collective(sys._current_frames().get(self._main)), "tick": self._ticks}
+            staged = self.folder / f"rank-{self.rank}.json.tmp"
+            staged.write_text(json.dumps(report))
+            staged.replace(self.folder / f"rank-{self.rank}.json")
+
+    def look(self) -> None:
+        """Read what the others report."""
+        at = time.monotonic()
+        for rank, peer in self._peers.items():
+            path = self.folder / f"rank-{rank}.json"
+            report = json.loads(path.read_text()) if path.exists() else {}
+            if report.get("tick") != peer.report.get("tick"):
+                peer.alive = at
+            if report.get("activity") != peer.report.get("activity"):
+                peer.moved = at
+            peer.report = report
+
+    def stuck(self) -> str:
+        """What to say of a process that gives no sign of life, or keeps all of them waiting; empty when all is well."""
+        if words := self.silent(self.timeout):
+            return words
+        at = time.monotonic()
+        if all(at - peer.moved > self.timeout for peer in self._peers.values()):
+            return self._say(self._holding_up(), f"makes no progress for {self.timeout:g} s")
+        return ""
+
+    def silent(self, seconds: float) -> str:
+        """What to say of processes whose report has not changed for so long; empty when there are none."""
+        at = time.monotonic()
+        silent = [rank for rank, peer in self._peers.items() if at - peer.alive > seconds]
+        return self._say(silent, f"gives no sign of life for {seconds:g} s") if silent else ""
+
+    def dead(self) -> str:
+        """What to say of processes of this machine that are gone; empty when there are none."""
+        found = {}
+        for rank, peer in self._peers.items():
+            if peer.report.get("machine") == self._machine:
+                ended, number = _ended(peer.report["pid"])
+                if ended:
+                    found[rank] = f"died (signal {number})" if number else "has ended"
+        return "\n".join(self._say([rank], how) for rank, how in found.items())
+
+    def _holding_up(self) -> list[int]:
+        """Ranks that the others wait for: those that have come least far; of them, those not in a collective."""
+        reports = {rank: peer.report for rank, peer in self._peers.items()}
+        least = min(report.get("beat", 0) for report in reports.values())
+        behind = [rank for rank, report in sorted(reports.items()) if report.get("beat", 0) == least]
+        return [rank for rank in behind if not reports[rank].get("waits")] or behind
+
+    def _say(self, ranks: list[int], how: str) -> str:
+        lines = []
+        for rank in ranks[:4]:
+            report = self._peers[rank].report
+            where = Now(report["phase"], report["step"]).words() if report else "phase start"
+            lines.append(f"rank {rank} {how}, in {where}, of {self.stage}\n  log: {self.folder}/rank-{rank}.txt")
+        if len(ranks) > 4:
+            lines.append(f"and so are {len(ranks) - 4} more")
+        return "\n".join(lines)
+
+    def _run(self, log: RankLog) -> None:
+        while not self._ended.wait(self.interval):
+            try:
+                self.write()
+                if self.reads:
+                    self.look()
+            except OSError as error:  # a full or slow disk: the next round may find it well
+                os.write(log.terminal, f"warning: the watch of rank {self.rank}: {error}\n".encode())
+                continue
+            if self.reads and (words := self.stuck()):
+                log.tell(words)
+                self._end(log, words)
+            if self.reads and not log.told() and (words := self.dead()):
+                log.tell(words)
+            if log.told():
+                self._told_at = self._told_at or time.monotonic()
+                if time.monotonic() - self._told_at > GRACE:  # in a collective that will never end
+                    self._end(log, "ended: another process has failed")
+
+    def _end(self, log: RankLog, why: str) -> None:
+        """End this process from the thread, with the stack of its main thread in the log."""
+        log.file.write(f"{why}\nthis process was at:\n")
+        if frame := sys._current_frames().get(self._main):
+            traceback.print_stack(frame, file=log.file)
+        os._exit(HUNG)
+
+
+@contextmanager
+def watched(stage: str, processes: int, timeout: float) -> Iterator[None]:
+    """Watch over the processes of a stage while the block lasts, within `own_log`; nothing for a single one."""
+    global _watch
+    log = ranklog.current()
+    if log is None:
+        yield
+        return
+    # Two on every machine: each sees when the other is the one that hangs. More would only load a shared disk.
+    reads = int(os.environ.get("LOCAL_RANK", "0")) < 2
+    _watch = Watch(log.folder, stage, log.rank, processes, timeout, reads)
+    phases.listen(_watch.write)
+    _watch.start(log)
+    try:
+        yield
+    finally:
+        phases.listen(None)
+        _watch.stop()
+        _watch = None
+
+
+def cause(error: BaseException) -> BaseException:
+    """The error to tell: PeerFailed in place of one that only follows from the end of another process."""
+    log = ranklog.current()
+    if _watch is None or log is None or not _from_collective(error):
+        return error
+    traceback.print_exception(error, file=log.file)
+    deadline = time.monotonic() + 4 * _watch.interval + 2
+    while time.monotonic() < deadline:
+        if log.told():
+            return PeerFailed((log.folder / ranklog.ERROR).read_text().strip())
+        _watch.look()
+        if words := _watch.dead() or _watch.silent(3 * _watch.interval):
+            return PeerFailed(words)
+        time.sleep(0.2)
+    return error
+
+
+def last_phases(folder: Path, processes: int) -> list[str]:
+    """A line for each process that left a report in logs/: the phase it was last in, and its log."""
+    lines = []
+    for path in (folder / f"rank-{rank}.json" for rank in range(processes)):
+        if path.exists():
+            report = json.loads(path.read_text())
+            where = Now(report["phase"], report["step"]).words()
+            lines.append(f"rank {report['rank']} was last in {where}; log: {path.with_suffix('.txt')}")
+    return lines
+
+
+def _from_collective(error: BaseException) -> bool:
+    """Whether the error came out of a collective operation."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, RuntimeError) and any("torch/distributed" in frame.filename for frame in frames)
+
+
+def _in_collective(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if "torch/distributed" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _machine() -> str:
+    """What processes have in common that can look each other up: host names are the same on too many machines."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _ended(pid: int) -> tuple[bool, int]:
+    """Whether a process of this machine has ended, and the signal that ended it where that can be known, else 0."""
+    try:
+        if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            return False, 0
+        status = int(Path(f"/proc/{pid}/stat").read_text().split()[-1])  # as wait(2) gives it
+    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+        return True, 0
+    return True, status & 0x7F
