@@ -48,8 +48,8 @@ def settings_that_fit(recipe: Recipe, shapes: Shapes, card: Card) -> Settings | 
 
 
 def ladder(recipe: Recipe) -> Iterator[Settings]:
-    """Settings to try, each with all before it: none, gradient checkpointing, ZeRO 1 to 3, frozen models in parts, layers
-    gathered one by one, the optimiser in the host's memory; at last LoRA instead of them."""
+    """Settings to try, each with all before it: none, gradient checkpointing, ZeRO 1 to 3, frozen models in parts,
+    layers gathered one by one, the optimiser in the host's memory; at last LoRA instead of them."""
     found: Settings = {}
     yield dict(found)
     launch = recipe.launch

@@ -48,7 +48,10 @@ class Footprint:
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all tensors that come into being inside, the model's own left out; `peak` follows `live` until `freeze` is called."""
+    """Counts the bytes of all tensors that come into being inside, the model's own left out.
+
+    `peak` follows `live` until `frozen` is set.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,8 +16,11 @@ def peak_memory_gb(device: torch.device) -> float:
     """Largest memory so far, in GB: of the GPU where there is one, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
+    if sys.platform == "linux":
+        # Not ru_maxrss: it begins with what the process was forked from, however large that was.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
 @lru_cache(maxsize=4)

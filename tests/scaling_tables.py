@@ -1,7 +1,8 @@
 """The tables of docs/scaling.md: `python tests/scaling_tables.py` prints them, `--write` puts them into the file.
 
-Models have the shapes of Brown et al. 2020 (arXiv 2005.14165, table 2.1; the 1.3B row with 16 heads, for its 24 of 128 do not
-make a width of 2048), the reward and value models 6B as in Ouyang et al. 2022. All is arithmetic: nothing here was run.
+Models have the shapes of Brown et al. 2020 (arXiv 2005.14165, table 2.1; the 1.3B row with 16 heads, for its 24 of 128
+do not make a width of 2048), the reward and value models 6B as in Ouyang et al. 2022. All is arithmetic: nothing here
+was run.
 """
 
 from __future__ import annotations

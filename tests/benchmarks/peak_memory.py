@@ -1,8 +1,8 @@
-"""Peak memory of the training stages against the plan's: `python tests/benchmarks/peak_memory.py FOLDER [RECIPE ...]`.
+"""Peak memory of the stages against the plan's: `python tests/benchmarks/peak_memory.py FOLDER [RECIPE ...]`.
 
-Runs the shortened recipes (default: tiny and demo, which is SmolLM2-135M) on one CPU process, then sft, reward and ppo on two
-under ZeRO 0, 2 and 3, and prints predicted and measured peaks as a Markdown table, row by row. The measured one is the
-kernel's largest resident set of a rank; of two ranks the larger. On two cores it takes an hour.
+Runs the shortened recipes (default: tiny and demo, which is SmolLM2-135M) on one CPU process, then sft, reward and ppo
+on two under ZeRO 0, 2 and 3, and prints predicted and measured peaks as a Markdown table, row by row. The measured one
+is the kernel's largest resident set of a rank; of two ranks the larger. On two cores it takes an hour.
 """
 
 from __future__ import annotations
@@ -33,47 +33,55 @@ STAGES = ("sft", "rank", "reward", "ppo-ptx")
 UPSTREAM = {"sft": (), "reward": ("sft", "rank"), "ppo-ptx": ("sft", "rank", "reward")}
 
 
-def measure(stage: str, arguments: list[str], processes: int) -> float:
-    """Largest resident set in bytes of the stage's ranks."""
+RANK = """
+import importlib, sys, torch
+from pathlib import Path
+from rlhf.perf import peak_memory_gb
+out, module, *arguments = sys.argv[1:]
+code = importlib.import_module(module).main(arguments)
+Path(out).write_text(str(peak_memory_gb(torch.device("cpu"))))
+raise SystemExit(code)
+"""
+
+
+def measure(stage: str, arguments: list[str], processes: int, folder: Path) -> float:
+    """Largest resident set in GB of the stage's ranks."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     module = f"stages.{'ppo' if stage == 'ppo-ptx' else stage}"
-    ranks = []
-    for rank in range(processes):
+    ranks, files = [], [folder / f"peak-{rank}" for rank in range(processes)]
+    for rank, file in enumerate(files):
         if processes > 1:
             env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, "-m", module, *arguments]
+        command = [sys.executable, "-c", RANK, str(file), module, *arguments]
         ranks.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
-    peaks = []
     for process in ranks:
-        errors = process.stderr.read().decode()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        errors = process.communicate()[1].decode()
         if process.returncode:
             raise SystemExit(f"{stage} ended with {process.returncode}:\n{errors[-3000:]}")
-        peaks.append(usage.ru_maxrss * 1024)
-    return float(max(peaks))
+    return max(float(file.read_text()) for file in files)
 
 
 def show(recipe: str, stage: str, overrides: list[str], processes: int, zero: int | str, measured: float) -> None:
     """One row of the table."""
     loaded = load_recipe(recipe, overrides)
     found = stage_memory(loaded, stage, shapes_of(loaded), this_machine())
-    cells = (recipe, stage, processes, zero, f"{found.peak / 1e6:.0f}", f"{measured / 1e6:.0f}")
-    print(f"| {' | '.join(map(str, cells))} | {found.peak / measured:.2f} |", flush=True)
+    cells = (recipe, stage, processes, zero, f"{found.peak / 1e6:.0f}", f"{measured * 1e3:.0f}")
+    print(f"| {' | '.join(map(str, cells))} | {found.peak / 1e9 / measured:.2f} |", flush=True)
 
 
 def main(folder: Path, recipes: list[str]) -> None:
     """Measure and print."""
+    folder.mkdir(parents=True, exist_ok=True)
     print("| recipe | stage | processes | ZeRO | predicted MB | measured MB | ratio |\n|---|---|---|---|---|---|---|")
     for recipe in recipes:
         one = [*COMMON, *SHORT[recipe]]
         for stage in STAGES:
             arguments = [recipe, f"run.dir={folder}", f"run.name={recipe}", *one]
-            show(recipe, stage, one, 1, "-", measure(stage, arguments, 1))
+            show(recipe, stage, one, 1, "-", measure(stage, arguments, 1, folder))
         for zero in ZERO:
             for stage, before in UPSTREAM.items():
                 name = f"{recipe}-zero{zero}-{stage}"
@@ -82,7 +90,7 @@ def main(folder: Path, recipes: list[str]) -> None:
                     ignore = shutil.ignore_patterns("checkpoints")
                     shutil.copytree(folder / recipe / part, folder / name / part, ignore=ignore)
                 arguments = [recipe, f"run.dir={folder}", f"run.name={name}", *two]
-                show(recipe, stage, two, 2, zero, measure(stage, arguments, 2))
+                show(recipe, stage, two, 2, zero, measure(stage, arguments, 2, folder))
                 shutil.rmtree(folder / name)
 
 
