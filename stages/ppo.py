@@ -169,7 +169,8 @@ def update(ppo: Ppo, experience: Experience, seconds: dict[str, float]) -> dict[
             if ppo.ptx_coef > 0:
                 begin = time.perf_counter()
                 step = (ppo.iteration * cfg.epochs + epoch) * plan.minibatches + m
-                # The two gradients are accumulated one after the other; a copy tells them apart for the log.
+                # The two gradients are accumulated one after the other; a copy tells them apart for the log. DeepSpeed
+                # shows none before its step: over several processes the norm of the sum is all there is.
                 before = [g.clone() for g in ppo.engine.grads("policy")]
                 metrics |= ptx_step(ppo, step)
                 if before:
@@ -179,8 +180,9 @@ def update(ppo: Ppo, experience: Experience, seconds: dict[str, float]) -> dict[
                 seconds["ptx"] += time.perf_counter() - begin
             begin = time.perf_counter()
             result = ppo.engine.step(factor)
-            # Over several processes the two gradients cannot be told apart: then this is the norm of their sum.
-            metrics.setdefault("ppo/grad_norm_policy", result.grad_norms.get("policy", math.nan))
+            metrics["ppo/grad_norm"] = result.grad_norms.get("policy", math.nan)
+            if ppo.ptx_coef == 0:
+                metrics["ppo/grad_norm_policy"] = metrics["ppo/grad_norm"]
             metrics["ppo/grad_norm_value"] = result.grad_norms.get("value", math.nan)
             if ppo.ema and not result.non_finite:
                 ema_update(ppo.ema, ppo.engine.weights(), cfg.ema_decay)
