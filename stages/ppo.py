@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from rlhf.checkpoint import newest_sealed
-from rlhf.engine import grad_norm
+from rlhf.clipping import grad_norm
 from rlhf.errors import UserError
 from rlhf.experience import Experience, make_experience, summary
 from rlhf.models import save_model
@@ -174,9 +174,10 @@ def update(ppo: Ppo, experience: Experience, seconds: dict[str, float]) -> dict[
                 before = [g.clone() for g in ppo.engine.grads("policy")]
                 metrics |= ptx_step(ppo, step)
                 if before:
-                    metrics["ppo/grad_norm_policy"] = grad_norm(before)
+                    metrics["ppo/grad_norm_policy"] = float(grad_norm(before))
                     after = ppo.engine.grads("policy")
-                    metrics["ppo/grad_norm_ptx"] = grad_norm([a - b for a, b in zip(after, before, strict=True)])
+                    parts = [a - b for a, b in zip(after, before, strict=True)]
+                    metrics["ppo/grad_norm_ptx"] = float(grad_norm(parts))
                 seconds["ptx"] += time.perf_counter() - begin
             begin = time.perf_counter()
             result = ppo.engine.step(factor)

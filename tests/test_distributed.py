@@ -78,8 +78,8 @@ SETTINGS += [
     *(Setting(stage, 3, more=("launch.gradient_checkpointing=true",)) for stage in ("sft", "reward", "ppo")),
     *(Setting("ppo", zero, more=("launch.offload=true",)) for zero in (2, 3)),
     *(Setting(stage, 3, like="lora", more=("launch.gather=by_layer",)) for stage in ("sft", "reward", "ppo")),
-    # bfloat16 rounds what two processes add up in another order
-    *(Setting("ppo", zero, like="bf16", more=("model.dtype=bfloat16",), tolerance=0.05) for zero in (2, 3)),
+    # a bfloat16 holds three digits
+    *(Setting("ppo", zero, like="bf16", more=("model.dtype=bfloat16",), tolerance=5e-3) for zero in (2, 3)),
 ]
 RESUMED = [Setting("ppo", zero, stop_after=5) for zero in (0, 2, 3)]
 
@@ -181,8 +181,9 @@ def test_training_gives_the_numbers_of_one_process(runs: tuple[Path, dict[str, N
     where, part = runs[0], FOLDER.get(setting.stage, setting.stage)
     ours, theirs = metrics(where / setting.name / part), metrics(where / setting.like / part)
     assert len(ours) == len(theirs) >= 5
-    compared = 0
-    for a, b in zip(ours, theirs, strict=True):
+    exact, compared = setting.like != "bf16", 0
+    # After a step in bfloat16 other samples are drawn; then the final weights alone are compared.
+    for a, b in list(zip(ours, theirs, strict=True))[: None if exact else 1]:
         assert a["step"] == b["step"]
         for name in COMPARED[setting.stage]:
             if name in b:
@@ -190,7 +191,7 @@ def test_training_gives_the_numbers_of_one_process(runs: tuple[Path, dict[str, N
                 least = setting.tolerance if name == "ppo/kl" else setting.tolerance / 10
                 assert a[name] == pytest.approx(b[name], rel=setting.tolerance, abs=least), name
                 compared += 1
-    assert compared >= 20  # ten optimiser steps or five iterations of PPO
+    assert compared >= (20 if exact else 5)  # ten optimiser steps or five iterations of PPO
     for model in ("model", "ema") if setting.stage == "ppo" else ("model",):
         same_weights(where / setting.name / part / model, where / setting.like / part / model, setting.tolerance)
 
@@ -210,7 +211,7 @@ def test_rollouts_are_those_of_one_process_token_for_token(
     ours, theirs = (runs[1][name]["rollouts"] for name in (setting.name, f"{setting.like}-ppo"))
     assert [len(rows) for rows in theirs] == [16] * 5
     if setting.like == "bf16":
-        ours, theirs = ours[:1], theirs[:1]  # later ones are sampled from weights that differ in rounding
+        ours, theirs = ours[:1], theirs[:1]
     assert ours == theirs
 
 
