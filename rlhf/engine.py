@@ -204,11 +204,6 @@ class Engine:
             parameter.copy_(copy)
 
 
-def grad_norm(grads: list[Tensor]) -> float:
-    """Euclidean norm over all of them."""
-    return float(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads]))) if grads else 0.0
-
-
 def _first_non_finite(module: nn.Module) -> str:
     for name, parameter in module.named_parameters():
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():

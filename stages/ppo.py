@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from rlhf.checkpoint import newest_sealed
-from rlhf.engine import grad_norm
+from rlhf.clipping import grad_norm
 from rlhf.errors import UserError
 from rlhf.experience import Experience, make_experience, summary
 from rlhf.models import save_model
@@ -169,18 +169,21 @@ def update(ppo: Ppo, experience: Experience, seconds: dict[str, float]) -> dict[
             if ppo.ptx_coef > 0:
                 begin = time.perf_counter()
                 step = (ppo.iteration * cfg.epochs + epoch) * plan.minibatches + m
-                # The two gradients are accumulated one after the other; a copy tells them apart for the log.
+                # The two gradients are accumulated one after the other; a copy tells them apart for the log. DeepSpeed
+                # shows none before its step: over several processes the norm of the sum is all there is.
                 before = [g.clone() for g in ppo.engine.grads("policy")]
                 metrics |= ptx_step(ppo, step)
                 if before:
-                    metrics["ppo/grad_norm_policy"] = grad_norm(before)
+                    metrics["ppo/grad_norm_policy"] = float(grad_norm(before))
                     after = ppo.engine.grads("policy")
-                    metrics["ppo/grad_norm_ptx"] = grad_norm([a - b for a, b in zip(after, before, strict=True)])
+                    parts = [a - b for a, b in zip(after, before, strict=True)]
+                    metrics["ppo/grad_norm_ptx"] = float(grad_norm(parts))
                 seconds["ptx"] += time.perf_counter() - begin
             begin = time.perf_counter()
             result = ppo.engine.step(factor)
-            # Over several processes the two gradients cannot be told apart: then this is the norm of their sum.
-            metrics.setdefault("ppo/grad_norm_policy", result.grad_norms.get("policy", math.nan))
+            metrics["ppo/grad_norm"] = result.grad_norms.get("policy", math.nan)
+            if ppo.ptx_coef == 0:
+                metrics["ppo/grad_norm_policy"] = metrics["ppo/grad_norm"]
             metrics["ppo/grad_norm_value"] = result.grad_norms.get("value", math.nan)
             if ppo.ema and not result.non_finite:
                 ema_update(ppo.ema, ppo.engine.weights(), cfg.ema_decay)

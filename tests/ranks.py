@@ -5,8 +5,8 @@
 Without those variables it is a single process, with no group and no DeepSpeed.
 
 JOBS.json is a list of {"module", "arguments", "stop_after"}: `module.main(arguments)` must return 0, or 143 where
-`stop_after` is set: then the last rank gets SIGTERM before that optimiser step. The engines that a job made are written
-to JOBS-RANK.json, a list of class names (with the ZeRO stage) for every job.
+`stop_after` is set: then the last rank gets SIGTERM before that optimiser step. JOBS-RANK.json gets what was noted of
+every job: the class names of the engines it made, with the ZeRO stage, and the token ids of PPO's rollouts.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ import torch
 import torch.distributed as dist
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+import stages.ppo
 from rlhf.clipping import ClippedAdamW
 
 torch.set_num_threads(1)
 
 engines: list[str] = []  # of the job that is running
+rollouts: list[list[list[int]]] = []  # of the job that is running: rows of every iteration
 steps_left = 0  # until SIGTERM; 0: never
 
 
@@ -49,6 +51,18 @@ def note_engines() -> None:
     deepspeed.initialize, ddp.__init__ = noted_initialize, noted_build
 
 
+def note_rollouts() -> None:
+    """Have PPO's rollouts noted."""
+    rollout = stages.ppo.rollout
+
+    def noted(ppo: Any) -> Any:
+        episodes = rollout(ppo)
+        rollouts.append([episodes.response(i) for i in range(len(episodes))])
+        return episodes
+
+    stages.ppo.rollout = noted
+
+
 def count_steps() -> None:
     """Send SIGTERM to this process before the optimiser step that `steps_left` says."""
     step = ClippedAdamW.step
@@ -67,6 +81,7 @@ def main() -> int:
     """Run the jobs of the file that is named on the command line."""
     global steps_left
     note_engines()
+    note_rollouts()
     count_steps()
     file, rank, made = Path(sys.argv[1]), int(os.environ.get("RANK", "0")), []
     grouped = "WORLD_SIZE" in os.environ
@@ -74,11 +89,12 @@ def main() -> int:
         dist.init_process_group("gloo")
     for job in json.loads(file.read_text()):
         engines.clear()
+        rollouts.clear()
         last = grouped and rank == dist.get_world_size() - 1
         steps_left = job.get("stop_after", 0) if last else 0
         code = importlib.import_module(job["module"]).main(job["arguments"])
         unset_hf_deepspeed_config()  # SFT's ZeRO-3 would partition whatever a later stage of this process loads
-        made.append(list(engines))
+        made.append({"engines": list(engines), "rollouts": list(rollouts)})
         print(f"{job['module']} {job['arguments'][1:3]}: {code}", flush=True)
         if code != (143 if job.get("stop_after") else 0):
             return 1

@@ -45,6 +45,8 @@ OWN = {  # what the runs of one process set
     "bf16": ["model.dtype=bfloat16", "ppo.ratio_tolerance=0.2"],
 }
 
+Noted = dict[str, list]
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -76,8 +78,8 @@ SETTINGS += [
     *(Setting(stage, 3, more=("launch.gradient_checkpointing=true",)) for stage in ("sft", "reward", "ppo")),
     *(Setting("ppo", zero, more=("launch.offload=true",)) for zero in (2, 3)),
     *(Setting(stage, 3, like="lora", more=("launch.gather=by_layer",)) for stage in ("sft", "reward", "ppo")),
-    # bfloat16 rounds what two processes add up in another order
-    *(Setting("ppo", zero, like="bf16", more=("model.dtype=bfloat16",), tolerance=0.05) for zero in (2, 3)),
+    # a bfloat16 holds three digits
+    *(Setting("ppo", zero, like="bf16", more=("model.dtype=bfloat16",), tolerance=5e-3) for zero in (2, 3)),
 ]
 RESUMED = [Setting("ppo", zero, stop_after=5) for zero in (0, 2, 3)]
 
@@ -86,8 +88,8 @@ def arguments(folder: Path, run: str, *more: str) -> list[str]:
     return ["tiny", f"run.dir={folder}", f"run.name={run}", *SIZES, *more]
 
 
-def run_ranks(jobs: list[dict[str, Any]], folder: Path, processes: int = 2, timeout: float = 1200) -> list[list[str]]:
-    """Run the jobs on as many ranks; returns the engines of every job."""
+def run_ranks(jobs: list[dict[str, Any]], folder: Path, processes: int = 2, timeout: float = 1500) -> list[Noted]:
+    """Run the jobs on as many ranks; returns what tests/ranks.py noted of every job."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = str(sock.getsockname()[1])
@@ -131,22 +133,23 @@ def prepared(folder: Path, setting: Setting, name: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
-    """A folder with the runs one, lora and bf16 of one process and one run for every setting; and their engines."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Noted]]:
+    """A folder with the runs one, lora and bf16 of one process and one run for every setting; and what was noted."""
     folder = tmp_path_factory.mktemp("distributed")
     alone = [(run, stage) for run in ("one", "lora", "bf16") for stage in (STAGES if run == "one" else TRAINED)]
     own = [{"module": f"stages.{stage}", "arguments": arguments(folder, run, *OWN[run])} for run, stage in alone]
-    run_ranks(own[: len(STAGES)], folder, processes=1)
+    noted = run_ranks(own[: len(STAGES)], folder, processes=1)
     for run in ("lora", "bf16"):
         shutil.copytree(folder / "one" / "rank", folder / run / "rank")
-    run_ranks(own[len(STAGES) :], folder, processes=1)
+    noted += run_ranks(own[len(STAGES) :], folder, processes=1)
+    found = {f"{run}-{stage}": each for (run, stage), each in zip(alone, noted, strict=True)}
     jobs = {setting.name: prepared(folder, setting, setting.name) for setting in SETTINGS}
     assert len(jobs) == len(SETTINGS)
     for setting in RESUMED:
         name = f"resumed-{setting.name}"
         jobs[f"stopped-{setting.name}"] = prepared(folder, setting, name)
         jobs[name] = jobs[f"stopped-{setting.name}"] | {"stop_after": 0}
-    return folder, dict(zip(jobs, run_ranks(list(jobs.values()), folder), strict=True))
+    return folder, found | dict(zip(jobs, run_ranks(list(jobs.values()), folder), strict=True))
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -165,18 +168,22 @@ def same_weights(ours: Path, theirs: Path, tolerance: float) -> None:
 COMPARED = {
     "sft": ("sft/loss", "sft/grad_norm", "sft/validation_loss"),
     "reward": ("reward/loss", "reward/grad_norm", "reward/train_accuracy", "reward/accuracy"),
-    "ppo": ("ppo/policy_loss", "ppo/value_loss", "ppo/ptx_loss", "ppo/kl", "ppo/reward_score", "ppo/grad_norm_value"),
+    "ppo": (
+        *("ppo/policy_loss", "ppo/value_loss", "ppo/ptx_loss", "ppo/kl", "ppo/reward_score", "ppo/response_length"),
+        *("ppo/grad_norm", "ppo/grad_norm_value"),
+    ),
 }
 TRAINING = [setting for setting in SETTINGS if setting.stage in COMPARED]
 
 
 @pytest.mark.parametrize("setting", TRAINING, ids=lambda s: s.name)
-def test_training_gives_the_numbers_of_one_process(runs: tuple[Path, dict[str, list[str]]], setting: Setting) -> None:
+def test_training_gives_the_numbers_of_one_process(runs: tuple[Path, dict[str, Noted]], setting: Setting) -> None:
     where, part = runs[0], FOLDER.get(setting.stage, setting.stage)
     ours, theirs = metrics(where / setting.name / part), metrics(where / setting.like / part)
     assert len(ours) == len(theirs) >= 5
-    compared = 0
-    for a, b in zip(ours, theirs, strict=True):
+    exact, compared = setting.like != "bf16", 0
+    # After a step in bfloat16 other samples are drawn; then the final weights alone are compared.
+    for a, b in list(zip(ours, theirs, strict=True))[: None if exact else 1]:
         assert a["step"] == b["step"]
         for name in COMPARED[setting.stage]:
             if name in b:
@@ -184,22 +191,33 @@ def test_training_gives_the_numbers_of_one_process(runs: tuple[Path, dict[str, l
                 least = setting.tolerance if name == "ppo/kl" else setting.tolerance / 10
                 assert a[name] == pytest.approx(b[name], rel=setting.tolerance, abs=least), name
                 compared += 1
-    assert compared >= 20  # ten optimiser steps or five iterations of PPO
+    assert compared >= (20 if exact else 5)  # ten optimiser steps or five iterations of PPO
     for model in ("model", "ema") if setting.stage == "ppo" else ("model",):
         same_weights(where / setting.name / part / model, where / setting.like / part / model, setting.tolerance)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
-def test_the_engine_is_the_one_that_was_asked_for(runs: tuple[Path, dict[str, list[str]]], setting: Setting) -> None:
+def test_the_engine_is_the_one_that_was_asked_for(runs: tuple[Path, dict[str, Noted]], setting: Setting) -> None:
     expected = [f"DeepSpeedEngine {setting.zero}"]
     if setting.stage == "sft" and setting.zero == 0:
         expected = ["DistributedDataParallel"]  # TRL's trainer on its own does what ZeRO 0 does
-    assert runs[1][setting.name] == (expected if setting.stage in COMPARED else [])
+    assert runs[1][setting.name]["engines"] == (expected if setting.stage in COMPARED else [])
+
+
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if s.stage == "ppo"], ids=lambda s: s.name)
+def test_rollouts_are_those_of_one_process_token_for_token(
+    runs: tuple[Path, dict[str, Noted]], setting: Setting
+) -> None:
+    ours, theirs = (runs[1][name]["rollouts"] for name in (setting.name, f"{setting.like}-ppo"))
+    assert [len(rows) for rows in theirs] == [16] * 5
+    if setting.like == "bf16":
+        ours, theirs = ours[:1], theirs[:1]
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("setting", [s for s in SETTINGS if s.stage in ("rank", "evaluate")], ids=lambda s: s.name)
 def test_samples_do_not_depend_on_the_number_of_processes(
-    runs: tuple[Path, dict[str, list[str]]], setting: Setting
+    runs: tuple[Path, dict[str, Noted]], setting: Setting
 ) -> None:
     def rows(path: Path, *fields: str) -> list[list]:
         return [[row[f] for f in fields] for row in map(json.loads, path.read_text().splitlines())]
@@ -215,7 +233,7 @@ def test_samples_do_not_depend_on_the_number_of_processes(
 
 
 @pytest.mark.parametrize("setting", RESUMED, ids=lambda s: s.name)
-def test_a_stopped_run_goes_on_to_the_same_bits(runs: tuple[Path, dict[str, list[str]]], setting: Setting) -> None:
+def test_a_stopped_run_goes_on_to_the_same_bits(runs: tuple[Path, dict[str, Noted]], setting: Setting) -> None:
     where = runs[0]
     straight, resumed = where / f"ppo-zero{setting.zero}" / "ppo-ptx", where / f"resumed-{setting.name}" / "ppo-ptx"
     record = json.loads((resumed / "stage.json").read_text())

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf.engine import Engine, ParamGroup, grad_norm
+from rlhf.clipping import grad_norm
+from rlhf.engine import Engine, ParamGroup
 from rlhf.errors import UserError
 
 
@@ -126,10 +127,19 @@ def test_gradients_add_up_over_micro_batches_and_are_gone_after_the_step() -> No
             engine.backward(engine.model(x[i : i + 1], y[i : i + 1]))
     weight, bias = engine.grads("first")
     assert weight.flatten().tolist() == [4.0, 1.0] and bias.tolist() == [2.0]  # the sum of the rows, two rows
-    assert grad_norm([weight, bias]) == pytest.approx(math.sqrt(16 + 1 + 4))
-    assert len(engine.grads("second")) == 2 and engine.grads("none") == [] and grad_norm([]) == 0.0
+    assert float(grad_norm([weight, bias])) == pytest.approx(math.sqrt(16 + 1 + 4))
+    assert len(engine.grads("second")) == 2 and engine.grads("none") == [] and float(grad_norm([])) == 0.0
     engine.step()
     assert engine.grads("first") == []
+
+
+def test_the_norm_is_exact_for_large_tensors_and_does_not_depend_on_how_they_are_cut() -> None:
+    grad = torch.randn(3_000_000, generator=torch.Generator().manual_seed(1))
+    expected = math.sqrt(sum((part.double() ** 2).sum().item() for part in grad.split(100_000)))
+    assert float(grad_norm([grad])) == pytest.approx(expected, rel=1e-6)
+    assert float(grad_norm([grad[:17].reshape(1, 17), grad[17:]])) == pytest.approx(expected, rel=1e-6)
+    # A bfloat16 gradient's norm is not rounded to the three digits of its type.
+    assert float(grad_norm([torch.full((3,), 2.0, dtype=torch.bfloat16)])) == pytest.approx(math.sqrt(12), rel=1e-6)
 
 
 def test_frozen_parameters_are_left_out() -> None:
