@@ -11,17 +11,19 @@ from dataclasses import dataclass
 
 from rlhf.config import Recipe
 from rlhf.hardware import Card
-from rlhf.memory import Shapes, policy_spec, reward_spec
-from rlhf.plan import plan_ppo, world_size
+from rlhf.memory import Shapes, policy_spec, reward_spec, sharding
+from rlhf.plan import plan_ppo, plan_reward, plan_sft, world_size
 from rlhf.records import Drops, read_demonstrations, read_prompts, read_rankings
 from rlhf.shapes import ModelSpec, count
 from rlhf.sources import local_path
+from rlhf.traffic import SHARE, exchange_seconds, gathering_traffic, training_traffic
 
 TRAINING, FORWARD, READING = 0.35, 0.4, 0.5  # share of the card's FLOP/s in training and scoring, of its bandwidth
 THOUSAND = 1000  # rows that a time is told for where their number is not known before the data is read
 ASSUMPTIONS = (
     f"{TRAINING:.0%} of the card's FLOP/s in training and {FORWARD:.0%} in scoring, {READING:.0%} of its bandwidth in "
-    "decoding; every prompt and response at its full length; loading, saving and the network between cards left out"
+    f"decoding; every prompt and response at its full length; {SHARE:.0%} of the links between cards, while nothing "
+    "else is done; loading and saving left out"
 )
 
 
@@ -85,7 +87,10 @@ def _sft(recipe: Recipe, shapes: Shapes, card: Card) -> Estimate:
     tokens = rows * recipe.sft.epochs * length / (1 - recipe.sft.pretraining_mix) / world_size(recipe)
     flops = training_flops(spec, tokens, length, recipe.launch.gradient_checkpointing)
     dtype = recipe.model.dtype  # mixed precision where the weights are float32
-    return Estimate("sft", {"train": flops / (card.flops[dtype] * TRAINING)}, 0 if known else THOUSAND)
+    steps = rows * recipe.sft.epochs / (1 - recipe.sft.pretraining_mix) / recipe.sft.batch_size
+    traffic = steps * training_traffic(recipe, spec, plan_sft(recipe).accumulation)
+    parts = {"train": flops / (card.flops[dtype] * TRAINING), "exchange": exchange_seconds(recipe, card, traffic)}
+    return Estimate("sft", parts, 0 if known else THOUSAND)
 
 
 def _rank(recipe: Recipe, shapes: Shapes, card: Card) -> Estimate:
@@ -94,11 +99,10 @@ def _rank(recipe: Recipe, shapes: Shapes, card: Card) -> Estimate:
         return Estimate("rank", {"reading files": 0.0})
     known = cfg.prompts or _known_prompts(recipe.data.prompts)
     spec = policy_spec(recipe, shapes, trained=False)
-    return Estimate(
-        "rank",
-        {"sampling": _sampling(spec, recipe, (known or THOUSAND) * cfg.outputs_per_prompt, cfg.batch_size, card)},
-        0 if known else THOUSAND,
-    )
+    rows = (known or THOUSAND) * cfg.outputs_per_prompt
+    partitioned = recipe.launch.frozen == "partitioned"
+    parts = _sampling(spec, recipe, rows, cfg.batch_size, card, partitioned, calls=-(-rows // cfg.batch_size))
+    return Estimate("rank", parts, 0 if known else THOUSAND)
 
 
 def _reward(recipe: Recipe, shapes: Shapes, card: Card) -> Estimate:
@@ -108,13 +112,16 @@ def _reward(recipe: Recipe, shapes: Shapes, card: Card) -> Estimate:
     else:
         known = recipe.rank.prompts or _known_prompts(recipe.data.prompts)
         length = min(cfg.max_tokens, sum(_lengths(recipe)))
-    tokens = (known or THOUSAND) * cfg.epochs * recipe.rank.outputs_per_prompt * length / world_size(recipe)
+    prompts = (known or THOUSAND) * cfg.epochs
+    tokens = prompts * recipe.rank.outputs_per_prompt * length / world_size(recipe)
     flops = training_flops(spec, tokens, length, recipe.launch.gradient_checkpointing)
-    return Estimate("reward", {"train": flops / (card.flops[spec.dtype] * TRAINING)}, 0 if known else THOUSAND)
+    traffic = prompts / cfg.batch_size * training_traffic(recipe, spec, plan_reward(recipe).accumulation)
+    parts = {"train": flops / (card.flops[spec.dtype] * TRAINING), "exchange": exchange_seconds(recipe, card, traffic)}
+    return Estimate("reward", parts, 0 if known else THOUSAND)
 
 
 def _ppo(recipe: Recipe, shapes: Shapes, card: Card, stage: str) -> Estimate:
-    cfg, plan, processes = recipe.ppo, plan_ppo(recipe), world_size(recipe)
+    cfg, plan = recipe.ppo, plan_ppo(recipe)
     prompt, response = _lengths(recipe)
     policy, value = policy_spec(recipe, shapes), reward_spec(recipe, shapes)
     plain, reward = policy_spec(recipe, shapes, trained=False), reward_spec(recipe, shapes, trained=False)
@@ -122,11 +129,17 @@ def _ppo(recipe: Recipe, shapes: Shapes, card: Card, stage: str) -> Estimate:
     tokens, context = plan.batch_per_process * (prompt + response), prompt + response
     passes = [plain, reward, reward] + ([plain] if recipe.model.dtype != "float32" else [])
     trained = sum(training_flops(spec, tokens * cfg.epochs, context, recompute) for spec in (policy, value))
-    parts = {
-        "sampling": _sampling(plain, recipe, plan.batch_per_process * processes, cfg.rollout_batch_size, card),
-        "scoring": sum(forward_flops(spec, tokens, context) for spec in passes) / (speed * FORWARD),
-        "PPO steps": trained / (speed * TRAINING),
-    }
+    partitioned, parts = recipe.launch.frozen == "partitioned", {}
+    parts |= _sampling(plain, recipe, cfg.batch_size, cfg.rollout_batch_size, card, sharding(recipe).stage == 3)
+    parts["scoring"] = sum(forward_flops(spec, tokens, context) for spec in passes) / (speed * FORWARD)
+    parts["PPO steps"] = trained / (speed * TRAINING)
+    batches = tokens / cfg.score_tokens
+    traffic = gathering_traffic(recipe, plain, batches, sharding(recipe).stage == 3)
+    traffic += sum(gathering_traffic(recipe, spec, batches, partitioned) for spec in (plain, reward))
+    micro_batches = plan.micro_batches + (plan.ptx_micro_batches if stage == "ppo-ptx" else 0)
+    for spec, forwards in ((policy, micro_batches), (value, plan.micro_batches)):
+        traffic += plan.steps_per_iteration * training_traffic(recipe, spec, forwards)
+    parts["exchange"] = exchange_seconds(recipe, card, traffic)
     if stage == "ppo-ptx":
         text = plan.ptx_rows_per_process * cfg.ptx_tokens * plan.steps_per_iteration
         flops = training_flops(policy, text, cfg.ptx_tokens, recompute)
@@ -143,18 +156,30 @@ def _evaluate(recipe: Recipe, shapes: Shapes, card: Card) -> Estimate:
     tokens = rows * sum(_lengths(recipe)) / world_size(recipe)
     reward = reward_spec(recipe, shapes, trained=False)
     flops = forward_flops(plain, tokens, sum(_lengths(recipe))) + forward_flops(reward, tokens, sum(_lengths(recipe)))
-    parts = {
-        "sampling": _sampling(plain, recipe, rows, recipe.ppo.rollout_batch_size, card) * policies,
-        "scoring": flops * policies / (card.flops[recipe.model.dtype] * FORWARD),
-    }
+    partitioned = recipe.launch.frozen == "partitioned"
+    parts = _sampling(plain, recipe, rows, recipe.ppo.rollout_batch_size, card, partitioned)
+    parts["scoring"] = flops / (card.flops[recipe.model.dtype] * FORWARD)
+    parts = {name: seconds * policies for name, seconds in parts.items()}
     return Estimate("evaluate", parts, 0 if known else THOUSAND)
 
 
-def _sampling(spec: ModelSpec, recipe: Recipe, rows: int, together: int, card: Card) -> float:
-    """Seconds of sampling `rows` responses, shared out over the processes, `together` at a time on each."""
+def _sampling(
+    spec: ModelSpec, recipe: Recipe, rows: int, together: int, card: Card, partitioned: bool, calls: int = 1
+) -> dict[str, float]:
+    """Seconds of sampling `rows` responses, shared out over the processes, `together` at a time on each.
+
+    Args:
+        calls: how often the sampling begins anew, and gathers a partitioned model.
+    """
     mine = -(-rows // world_size(recipe))
     together = min(together, mine)
-    return decode_seconds(spec, together, *_lengths(recipe), card) * -(-mine // together)
+    batches = -(-mine // together)
+    passes = batches * (1 + recipe.data.max_response_tokens)
+    traffic = gathering_traffic(recipe, spec, passes, partitioned) * (calls if recipe.launch.gather == "once" else 1)
+    return {
+        "sampling": decode_seconds(spec, together, *_lengths(recipe), card) * batches,
+        "gathering": exchange_seconds(recipe, card, traffic),
+    }
 
 
 def _known_demonstrations(recipe: Recipe) -> int:

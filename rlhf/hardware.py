@@ -23,37 +23,44 @@ class Card:
         memory: bytes; for `cpu` of the whole machine, which all processes share.
         flops: FLOP/s by type of the weights, dense; float32 without TF32, which is PyTorch's default.
         bandwidth: bytes per second from its memory.
+        link: bytes per second that it sends to others of its machine, while it receives as many.
         base: bytes that are gone before the first tensor: CUDA context and communication buffers. Our assumption.
+        network: bytes per second that it sends to other machines: 400 Gbit/s for each card. Our assumption.
+        per_machine: how many a machine has. Our assumption.
     """
 
     name: str
     memory: float
     flops: dict[str, float]
     bandwidth: float
+    link: float = 0.0
     base: float = 1.2e9
+    network: float = 50e9
+    per_machine: int = 8
 
     @property
     def is_gpu(self) -> bool:
         return self.name != "cpu"
 
 
-def _card(name: str, gigabytes: float, bf16: float, fp32: float, bandwidth: float) -> Card:
-    """Memory in units of 1e9 bytes, TFLOP/s dense, bandwidth in TB/s."""
-    return Card(name, gigabytes * 1e9, {"bfloat16": bf16 * 1e12, "float32": fp32 * 1e12}, bandwidth * 1e12)
+def _card(name: str, gigabytes: float, bf16: float, fp32: float, bandwidth: float, link: float) -> Card:
+    """Memory in units of 1e9 bytes, TFLOP/s dense, bandwidth in TB/s, link in GB/s one way."""
+    flops = {"bfloat16": bf16 * 1e12, "float32": fp32 * 1e12}
+    return Card(name, gigabytes * 1e9, flops, bandwidth * 1e12, link * 1e9)
 
 
 CARDS = {
     card.name: card
     for card in (
-        _card("a100-40g", 40, 312, 19.5, 1.555),
-        _card("a100-80g", 80, 312, 19.5, 2.039),
-        _card("h100-80g", 80, 989, 67, 3.35),
-        _card("h200-141g", 141, 989, 67, 4.8),
-        _card("b200-180g", 180, 2250, 75, 7.7),
-        _card("l40s-48g", 48, 362, 91.6, 0.864),
-        _card("a10-24g", 24, 125, 31.2, 0.6),
-        _card("rtx4090-24g", 24, 165, 82.6, 1.008),
-        _card("v100-32g", 32, 125, 15.7, 0.9),  # its 16-bit rate is float16's: it computes bfloat16 much slower
+        _card("a100-40g", 40, 312, 19.5, 1.555, 300),
+        _card("a100-80g", 80, 312, 19.5, 2.039, 300),
+        _card("h100-80g", 80, 989, 67, 3.35, 450),
+        _card("h200-141g", 141, 989, 67, 4.8, 450),
+        _card("b200-180g", 180, 2250, 75, 7.7, 900),
+        _card("l40s-48g", 48, 362, 91.6, 0.864, 32),
+        _card("a10-24g", 24, 125, 31.2, 0.6, 32),
+        _card("rtx4090-24g", 24, 165, 82.6, 1.008, 32),
+        _card("v100-32g", 32, 125, 15.7, 0.9, 150),  # its 16-bit rate is float16's: it computes bfloat16 much slower
     )
 }
 

@@ -13,7 +13,7 @@ coefficient, and Schulman's note "Approximating KL divergence" (2020) for the k1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -181,7 +181,7 @@ def adaptive_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, ho
 
 
 @torch.no_grad()
-def ema_update(average: dict[str, Tensor], parameters: Mapping[str, Tensor], decay: float) -> None:
+def ema_update(average: dict[str, Tensor], parameters: dict[str, Tensor], decay: float) -> None:
     """average <- decay average + (1 - decay) parameters, in place (paper C.4: decay 0.992)."""
     for name, mean in average.items():
         mean.mul_(decay).add_(parameters[name].detach().to(mean.device, mean.dtype), alpha=1 - decay)

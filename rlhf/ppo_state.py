@@ -6,7 +6,7 @@ The program that uses it is stages/ppo.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from rlhf.models import (
     recompute_activations,
     same_tokenizer,
 )
+from rlhf.objectives import ema_update
 from rlhf.plan import PpoPlan, plan_ppo
 from rlhf.policy_value import PolicyValue, reference_logprobs
 from rlhf.probes import check_probes
@@ -55,7 +56,7 @@ class Ppo:
     engine: Engine
     reference: Callable[..., list[Tensor]]  # (pairs, tokens per batch) -> log-probabilities
     reward_model: nn.Module
-    ema: dict[str, Tensor]  # of the policy's trainable weights, on the CPU; empty without average
+    ema: dict[str, Tensor]  # of the policy's trainable weights, on the first process's CPU; else empty
     kl_coef: float
     drops: Drops
     iteration: int = 0
@@ -114,10 +115,7 @@ def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
         eps=cfg.adam_eps,
         max_skipped_steps=cfg.max_skipped_steps,
     )
-    ema = {}
-    if cfg.ema_decay > 0:
-        ema = {n: p.detach().cpu().clone() for n, p in engine.weights().items() if n.startswith("policy.")}
-    return Ppo(
+    ppo = Ppo(
         recipe=recipe,
         plan=plan,
         ptx_coef=cfg.ptx_coef if ptx else 0.0,
@@ -128,10 +126,28 @@ def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
         engine=engine,
         reference=reference_logprobs(networks.policy, reference, cfg.temperature),
         reward_model=reward_model,
-        ema=ema,
+        ema={},
         kl_coef=cfg.kl_coef,
         drops=drops,
     )
+    if cfg.ema_decay > 0:
+        for name, weight in _policy_weights(ppo):
+            if is_main_process():
+                ppo.ema[name] = weight.cpu().clone()
+    return ppo
+
+
+def update_average(ppo: Ppo) -> None:
+    """Take the stepped policy into its average; all processes must call, the first one keeps it."""
+    for name, weight in _policy_weights(ppo):
+        if is_main_process():
+            ema_update({name: ppo.ema[name]}, {name: weight}, ppo.recipe.ppo.ema_decay)
+
+
+def _policy_weights(ppo: Ppo) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of what the policy trains, partitioned weights gathered one at a time on all processes."""
+    weights = ppo.engine.weights()
+    return ((name, weights[name].detach()) for name in weights if name.startswith("policy."))
 
 
 def save_checkpoint(ppo: Ppo, folder: Path) -> None:
@@ -153,7 +169,7 @@ def save_checkpoint(ppo: Ppo, folder: Path) -> None:
 def load_checkpoint(ppo: Ppo, folder: Path) -> None:
     """Restore what `save_checkpoint` sealed."""
     ppo.engine.load(folder / "engine")
-    if ppo.ema:
+    if ppo.ema:  # of the first process alone
         ppo.ema = load_file(folder / "ema.safetensors")
     state = json.loads((folder / "state.json").read_text())
     ppo.iteration, ppo.kl_coef, ppo.metrics = state["iteration"], state["kl_coef"], state["metrics"]

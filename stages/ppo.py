@@ -33,13 +33,13 @@ from rlhf.clipping import grad_norm
 from rlhf.errors import UserError
 from rlhf.experience import Experience, make_experience, summary
 from rlhf.models import save_model
-from rlhf.objectives import adaptive_kl_coef, ema_update, policy_loss, ptx_loss, value_loss
+from rlhf.objectives import adaptive_kl_coef, policy_loss, ptx_loss, value_loss
 from rlhf.order import stream
 from rlhf.perf import measured_peak_flops, peak_memory_gb, training_flops
 from rlhf.phases import phase
 from rlhf.placement import whole_state
 from rlhf.policy_value import text_pairs
-from rlhf.ppo_state import Ppo, build, load_checkpoint, save_checkpoint
+from rlhf.ppo_state import Ppo, build, load_checkpoint, save_checkpoint, update_average
 from rlhf.progress import Progress, console, is_main_process
 from rlhf.recipe import load_recipe
 from rlhf.rollout import Rollout, row_seed, sample
@@ -185,8 +185,8 @@ def update(ppo: Ppo, experience: Experience, seconds: dict[str, float]) -> dict[
             if ppo.ptx_coef == 0:
                 metrics["ppo/grad_norm_policy"] = metrics["ppo/grad_norm"]
             metrics["ppo/grad_norm_value"] = result.grad_norms.get("value", math.nan)
-            if ppo.ema and not result.non_finite:
-                ema_update(ppo.ema, ppo.engine.weights(), cfg.ema_decay)
+            if cfg.ema_decay > 0 and not result.non_finite:
+                update_average(ppo)
             seconds["train"] += time.perf_counter() - begin
             for name, value in metrics.items():
                 history[name].append(value)
