@@ -12,6 +12,7 @@ from rlhf.hardware import Card, find_card, this_machine
 from rlhf.memory import Shapes, StageMemory, all_stages, shapes_of
 from rlhf.plan import world_size
 from rlhf.progress import console, duration, table
+from rlhf.quiet import quiet_libraries
 
 
 def show_memory_and_time(recipe: Recipe, card_name: str | None) -> None:
@@ -24,6 +25,7 @@ def show_memory_and_time(recipe: Recipe, card_name: str | None) -> None:
     Raises:
         UserError: no such card; with a card, also a model whose config cannot be had.
     """
+    quiet_libraries()
     card = find_card(card_name) if card_name else this_machine(_device(recipe))
     try:
         shapes = shapes_of(recipe)
@@ -73,7 +75,8 @@ def _show_time(recipe: Recipe, shapes: Shapes, card: Card) -> None:
     rows = []
     for stage in recipe.run.stages:
         estimate = stage_time(recipe, stage, shapes, card)
-        parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in estimate.parts.items())
+        large = {name: seconds for name, seconds in estimate.parts.items() if seconds > estimate.seconds / 100}
+        parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in large.items())
         rows.append([stage, f"{estimate.rows:,} rows" if estimate.rows else "all", duration(estimate.seconds), parts])
     table("Time, h:mm:ss, an order of magnitude", ["stage", "of", "about", "parts"], rows)
     console.print(f"Assumed: {ASSUMPTIONS}.", markup=False, soft_wrap=True)

@@ -1,0 +1,169 @@
+"""Memory and time of a plan: counts, divisions and traffic by hand; what fits; the command."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import scaling_tables
+from test_cli import rlhf
+from transformers import LlamaConfig
+
+from rlhf import tiny
+from rlhf.config import LoraSection, Recipe
+from rlhf.errors import UserError
+from rlhf.estimate import decode_seconds, forward_flops, training_flops
+from rlhf.fit import fits, ladder, micro_batches, settings_that_fit, with_count, with_settings
+from rlhf.footprint import scoring_pass, training_pass
+from rlhf.hardware import find_card
+from rlhf.memory import Shapes, Sharding, held, shapes_of, stage_memory
+from rlhf.recipe import load_recipe
+from rlhf.shapes import ModelSpec, count
+from rlhf.traffic import exchange_seconds, gathering_traffic, training_traffic
+
+TINY = ModelSpec(tiny.config(), "float32", "eager")
+EMBEDDINGS, LAYER = 1024 * 64, 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 176 + 2 * 64
+ALL = EMBEDDINGS + 4 * LAYER + 64  # the LM head is the embeddings
+H100 = find_card("h100-80g")
+
+
+def large(*overrides: str) -> tuple[Recipe, Shapes]:
+    """A recipe for eight cards, and a model of 6.7 billion weights."""
+    shape = LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    )
+    common = ("model.dtype=bfloat16", "model.attention=sdpa", "launch.processes=8")
+    return load_recipe("instructgpt-1.3b", [*common, *overrides]), Shapes(shape, shape)
+
+
+def test_weights_are_counted_as_by_hand() -> None:
+    c = count(TINY)
+    assert (c.total, c.bytes, c.trained, c.layer) == (ALL, 4 * ALL, ALL, LAYER)
+    assert c.largest == EMBEDDINGS
+    assert c.kv_bytes == 2 * 4 * 2 * 16 * 4  # keys and values, layers, heads of them, their width, bytes
+    assert count(replace(TINY, dtype="bfloat16")).bytes == 2 * ALL
+    reward = count(replace(TINY, scalar=True, keep_layers=3))
+    assert reward.total == EMBEDDINGS + 3 * LAYER + 64 + 64
+
+
+def test_adapters_alone_are_trained_and_the_gradient_passes_no_further_than_they_lie() -> None:
+    lora = LoraSection(enabled=True, rank=4, last_layers=2)
+    c = count(replace(TINY, lora=lora))
+    attention = (64 + 64) + 2 * (64 + 32) + (64 + 64)
+    assert c.trained == 2 * 4 * (attention + 3 * (64 + 176))  # two layers, rank 4, in + out of seven matrices
+    assert c.total == ALL + c.trained
+    # The last two layers, but for the first matrix, whose adapter comes after it.
+    assert c.through == 2 * LAYER + 64 + c.trained - 64 * 64
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "weights", "gradients", "optimiser"),
+    [
+        # bytes a weight: on one process, or divided by four
+        (0, "float32", 4, 4, 8),
+        (1, "float32", 4, 4, 12 / 4),
+        (2, "float32", 4, 4 / 4, 12 / 4),
+        (3, "float32", 4 / 4, 4 / 4, 8 / 4),
+        (0, "bfloat16", 2, 2, 12),
+        (2, "bfloat16", 2, 4 / 4, 12 / 4),
+        (3, "bfloat16", 2 / 4, 4 / 4, 12 / 4),
+    ],
+)
+def test_zero_divides_what_it_says(stage: int, dtype: str, weights: float, gradients: float, optimiser: float) -> None:
+    how = Sharding(stage, 4, bucket=5e8, buckets=1, offload=False, offload_weights=False)
+    found = held(replace(TINY, dtype=dtype), how, on_gpu=True)
+    assert (found.weights, found.gradients, found.optimiser) == pytest.approx(
+        (weights * ALL, gradients * ALL, optimiser * ALL)
+    )
+
+
+def test_recomputed_layers_keep_their_inputs_and_nothing_else() -> None:
+    rows, tokens = 3, 1 + 39
+    kept = training_pass(TINY, "policy", rows, 1, 39, recompute=True)
+    assert kept.activations >= 4 * rows * tokens * 64 * 4  # the input of each of four layers
+    assert kept.activations < 4 * rows * tokens * 64 * 4 * 2
+    whole = training_pass(TINY, "policy", rows, 1, 39, recompute=False)
+    assert whole.activations > 5 * kept.activations
+    # of logits in float32, normalised, at 39 positions, at the least
+    assert whole.head >= rows * 39 * 1024 * 4
+    one = training_pass(replace(TINY, lora=LoraSection(enabled=True, last_layers=1)), "policy", rows, 1, 39, False)
+    assert one.activations < whole.activations / 2
+    assert scoring_pass(TINY, "policy", rows, 1, 39) < whole.activations
+
+
+def test_more_partitioning_takes_less() -> None:
+    peaks = []
+    for stage in (0, 1, 2, 3):
+        recipe, shapes = large(f"launch.zero_stage={stage}", "launch.gradient_checkpointing=true")
+        peaks.append(stage_memory(recipe, "ppo-ptx", shapes, H100).peak)
+    recipe, shapes = large("launch.zero_stage=3", "launch.gradient_checkpointing=true", "launch.frozen=partitioned")
+    peaks.append(stage_memory(recipe, "ppo-ptx", shapes, H100).peak)
+    # ZeRO 2 divides the gradients, which are not there while it samples; and that takes most here.
+    assert peaks[0] > peaks[1] >= peaks[2] > peaks[3] > peaks[4]
+    # Policy, value and the two frozen models at 2 bytes, the trained ones with 12 and 2 more: nothing is divided.
+    assert peaks[0] > 6.7e9 * (4 * 2 + 2 * 14)
+
+
+def test_settings_that_fit_are_the_first_that_do() -> None:
+    recipe, shapes = large("launch.zero_stage=0")
+    assert not fits(recipe, shapes, H100)
+    found = settings_that_fit(recipe, shapes, H100)
+    assert found is not None and fits(with_settings(recipe, found), shapes, H100)
+    base = {field: value for field, value in found.items() if field.startswith("launch.") or "lora" in field}
+    tried = list(ladder(recipe))
+    smallest = list(micro_batches(recipe))[-1]
+    for earlier in tried[: tried.index(base)]:
+        assert not fits(with_settings(recipe, earlier | smallest), shapes, H100)
+    assert settings_that_fit(*large("launch.zero_stage=0"), replace(H100, memory=3e9)) is None
+
+
+def test_arithmetic_by_hand() -> None:
+    attention = 2 * 64 * 40  # per layer and token: 4 d for two products, over half of 40 positions
+    assert forward_flops(TINY, 10, 40) == 10 * (2 * ALL + 4 * attention)
+    assert training_flops(TINY, 10, 40, recompute=False) == 10 * (6 * ALL + 3 * 4 * attention)
+    assert training_flops(TINY, 10, 40, recompute=True) == 10 * (8 * ALL + 4 * 4 * attention)
+    # Half the bandwidth reads the weights and the cache of two rows, at their prompt and half their response.
+    step = (4 * ALL + 2 * (30 + 5) * 1024) / (H100.bandwidth * 0.5)
+    start = 60 * (2 * ALL + 4 * 2 * 64 * 30) / (H100.flops["float32"] * 0.4)
+    assert decode_seconds(TINY, 2, 30, 10, H100) == pytest.approx(start + 10 * step)
+
+
+def test_traffic_by_hand() -> None:
+    size = 4 * ALL
+    expected = {0: 2 * size, 1: 2 * size, 2: 5 * size + size, 3: 5 * 3 * size}
+    for stage, traffic in expected.items():
+        recipe = load_recipe("tiny", ["launch.processes=2", f"launch.zero_stage={stage}"])
+        assert training_traffic(recipe, TINY, micro_batches=5) == traffic
+    recipe = load_recipe("tiny", ["launch.processes=2", "launch.gather=by_layer"])
+    assert gathering_traffic(recipe, TINY, 7, partitioned=True) == 7 * size
+    assert gathering_traffic(load_recipe("tiny", ["launch.processes=2"]), TINY, 7, partitioned=True) == size
+    assert gathering_traffic(recipe, TINY, 7, partitioned=False) == 0
+    assert exchange_seconds(recipe, H100, 1e9) == pytest.approx(0.5 * 1e9 / (450e9 * 0.7))
+    sixteen = with_count(recipe, 16)
+    assert exchange_seconds(sixteen, H100, 1e9) == pytest.approx(15 / 16 * 1e9 / (50e9 * 0.7))
+    assert exchange_seconds(load_recipe("tiny"), H100, 1e9) == 0
+
+
+def test_what_cannot_be_planned_is_told() -> None:
+    with pytest.raises(UserError, match="h100-80g"):
+        find_card("h100")
+    with pytest.raises(UserError, match="--count"):
+        with_count(load_recipe("tiny"), 0)
+    with pytest.raises(UserError, match="nowhere"):
+        shapes_of(load_recipe("tiny", ["model.name=./nowhere"]))
+
+
+def test_the_command_shows_components_fit_and_time_and_writes_nothing(tmp_path: Path) -> None:
+    sizes = ("sft.micro_batch_size=8", "reward.micro_batch_size=2", "ppo.micro_batch_size=4")
+    done = rlhf("plan", "demo", "--gpu", "h100-80g", "--count", "2", *sizes, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in ("weights: policy", "optimiser state", "KV cache", "PEAK", "fits 80.00", "It fits.", "Assumed: 35%"):
+        assert words in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    assert rlhf("plan", "demo", "--gpu", "abacus", cwd=tmp_path).returncode == 2
+
+
+@pytest.mark.slow
+def test_the_tables_in_the_docs_are_what_the_code_gives() -> None:
+    assert scaling_tables.in_docs().strip() == scaling_tables.tables().strip()
