@@ -17,12 +17,13 @@ from rlhf.estimate import stage_time
 from rlhf.fit import with_settings
 from rlhf.hardware import find_card
 from rlhf.memory import Shapes, stage_memory
+from rlhf.quiet import quiet_libraries
 from rlhf.recipe import load_recipe
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
 BEGIN, END = "<!-- tables: python tests/scaling_tables.py --write -->\n", "<!-- end of tables -->\n"
 CARD = "h100-80g"
-GPUS = (8, 16, 64, 256)
+GPUS = (8, 16, 64, 128, 256)
 STAGES = ("sft", "reward", "ppo-ptx")
 LARGE = {"launch.zero_stage": 3, "launch.frozen": "partitioned", "launch.gather": "by_layer"}
 SIZES = {  # layers, width, heads, settings
@@ -40,6 +41,7 @@ def shape(size: str) -> GPT2Config:
 
 def recipe_of(size: str, gpus: int) -> Recipe:
     """The recipe instructgpt-1.3b in bfloat16 with micro-batches of 1; batches no smaller than the number of GPUs."""
+    quiet_libraries()
     recipe = load_recipe("instructgpt-1.3b", ["model.dtype=bfloat16", "model.attention=sdpa"])
     settings = {f"{stage}.micro_batch_size": 1 for stage in ("sft", "reward", "ppo")}
     settings |= {"launch.processes": gpus, "launch.gradient_checkpointing": True, "ppo.score_tokens": 4096}
@@ -58,10 +60,12 @@ def rows(size: str) -> list[str]:
         times = {stage: stage_time(recipe, stage, shapes, card) for stage in ("reward", "ppo-ptx")}
         fits = all(m.peak <= card.memory for m in memories)
         peaks = [f"{m.peak / 1e9:.0f} ({m.peak_phase})" for m in memories]
-        days = times["ppo-ptx"].seconds / 86400
+        ppo = times["ppo-ptx"]
+        between = sum(ppo.parts[name] for name in ("gathering", "exchange")) / ppo.seconds
         hours = times["reward"].seconds / 3600 * (33207 / times["reward"].rows if times["reward"].rows else 1)
         host = max(m.host for m in memories) / 1e9
-        cells = [str(gpus), *peaks, f"{host:.0f}", "yes" if fits else "no", f"{hours:.1f}", f"{days:.1f}"]
+        cells = [str(gpus), *peaks, f"{host:.0f}", "yes" if fits else "no", f"{hours:.1f}"]
+        cells += [f"{ppo.seconds / 86400:.1f}", f"{between:.0%}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -72,7 +76,8 @@ def tables() -> str:
     for size, (layers, width, heads, settings) in SIZES.items():
         words = " ".join(f"{field}={value}" for field, value in settings.items())
         parts.append(f"**{size}** ({layers} layers, width {width}, {heads} heads): `{words}`\n")
-        names = ["GPUs", "sft GB", "reward GB", "ppo-ptx GB", "host GB", f"fits {CARD}", "reward h", "ppo-ptx days"]
+        names = ["GPUs", *(f"{stage} GB" for stage in STAGES), "host GB", f"fits {CARD}"]
+        names += ["reward h", "ppo-ptx days", "between cards"]
         parts.append(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
         parts.append("\n".join(rows(size)) + "\n")
     return "\n".join(parts)
