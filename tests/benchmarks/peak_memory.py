@@ -7,23 +7,29 @@ is the kernel's largest resident set of a rank; of two ranks the larger. On two 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from rlhf.config import Recipe
 from rlhf.hardware import this_machine
 from rlhf.memory import shapes_of, stage_memory
+from rlhf.prompting import encode_prompt, encode_response
 from rlhf.recipe import load_recipe
+from rlhf.records import Prompt
+from rlhf.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 ZERO = (0, 2, 3)
 COMMON = ("tracking.wandb=disabled", "run.device=cpu")
 SHORT = {
     "tiny": ("ppo.episodes=16", "rank.prompts=16"),
-    "demo": ("sft.epochs=0.1", "rank.prompts=16", "ppo.episodes=16", "ppo.batch_size=16"),
+    "demo": ("rank.prompts=16", "ppo.episodes=16", "ppo.batch_size=16"),
 }
 TWO = {
     "tiny": ("sft.micro_batch_size=8", "reward.micro_batch_size=2", "ppo.micro_batch_size=4"),
@@ -42,6 +48,23 @@ code = importlib.import_module(module).main(arguments)
 Path(out).write_text(str(peak_memory_gb(torch.device("cpu"))))
 raise SystemExit(code)
 """
+
+
+def full_length_rows(file: Path, recipe: Recipe, count: int = 64) -> None:
+    """Demonstrations whose prompts and responses are as long as the recipe allows: what the plan reckons with."""
+    tokenizer, data = load_tokenizer(recipe.model.name, recipe.model.prompt_format), recipe.data
+
+    def grown(text: str, tokens: Callable[[str], int], limit: int) -> str:
+        while tokens(text + " and") <= limit:
+            text += " and"
+        return text
+
+    rows = []
+    for i in range(count):
+        prompt = grown(f"{i}", lambda t: len(encode_prompt(tokenizer, Prompt.from_text(t))), data.max_prompt_tokens)
+        response = grown(f"{i}", lambda t: len(encode_response(tokenizer, t)), data.max_response_tokens)
+        rows.append(json.dumps({"prompt": prompt, "response": response}))
+    file.write_text("\n".join(rows) + "\n")
 
 
 def measure(stage: str, arguments: list[str], processes: int, folder: Path) -> float:
@@ -78,7 +101,9 @@ def main(folder: Path, recipes: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     print("| recipe | stage | processes | ZeRO | predicted MB | measured MB | ratio |\n|---|---|---|---|---|---|---|")
     for recipe in recipes:
-        one = [*COMMON, *SHORT[recipe]]
+        rows = folder / f"{recipe}.jsonl"
+        full_length_rows(rows, load_recipe(recipe))
+        one = [*COMMON, *SHORT[recipe], f"data.demonstrations=[{rows}]", "sft.epochs=1"]
         for stage in STAGES:
             arguments = [recipe, f"run.dir={folder}", f"run.name={recipe}", *one]
             show(recipe, stage, one, 1, "-", measure(stage, arguments, 1, folder))
