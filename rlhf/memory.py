@@ -154,8 +154,9 @@ def held(spec: ModelSpec, how: Sharding, on_gpu: bool) -> Held:
     # The buffers are allocated whole; on a CPU pages that are never written to take no memory.
     used = how.bucket * how.buckets if on_gpu else min(how.bucket, c.trained)
     reduction = 0.0 if how.processes == 1 else (used if how.stage else min(how.bucket, c.trained)) * size
-    if how.stage in (1, 2):  # DeepSpeed reduces a flattened copy of the buffer
-        reduction += min(how.bucket, c.trained) * size
+    if how.stage:  # DeepSpeed reduces a flattened copy of the buffer; to parts, gloo makes another
+        copies_of_it = 2 if how.stage == 3 and not on_gpu else 1
+        reduction += copies_of_it * min(how.bucket, c.trained) * size
     gradients = c.trained_bytes if how.stage < 2 else 4 * c.trained / parts
     if how.stage == 1 and size < 4:
         gradients = 4.0 * c.trained

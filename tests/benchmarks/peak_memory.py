@@ -102,8 +102,10 @@ def main(folder: Path, recipes: list[str]) -> None:
     print("| recipe | stage | processes | ZeRO | predicted MB | measured MB | ratio |\n|---|---|---|---|---|---|---|")
     for recipe in recipes:
         rows = folder / f"{recipe}.jsonl"
-        full_length_rows(rows, load_recipe(recipe))
-        one = [*COMMON, *SHORT[recipe], f"data.demonstrations=[{rows}]", "sft.epochs=1"]
+        one = [*COMMON, *SHORT[recipe]]
+        if not load_recipe(recipe).sft.packing:  # packed rows are full as they are
+            full_length_rows(rows, load_recipe(recipe))
+            one.append(f"data.demonstrations=[{rows}]")
         for stage in STAGES:
             arguments = [recipe, f"run.dir={folder}", f"run.name={recipe}", *one]
             show(recipe, stage, one, 1, "-", measure(stage, arguments, 1, folder))
