@@ -6,7 +6,6 @@ from typing import Literal
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.config import LoraSection
@@ -41,10 +40,14 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     )
 
 
-def add_lora(model: PreTrainedModel, lora: LoraSection, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> nn.Module:
+def add_lora(
+    model: PreTrainedModel, lora: LoraSection, task: Literal["CAUSAL_LM", "SEQ_CLS"], one_type: bool = False
+) -> nn.Module:
     """Adapters on every linear map of the transformer layers (or of the last ones); all else is frozen.
 
-    The scalar head of a reward model stays trainable. Adapter weights are drawn from torch's global generator.
+    The scalar head of a reward model stays trainable. Adapter weights are drawn from torch's global generator. They are
+    float32, but for `one_type` and under ZeRO-3, which joins trained parameters of one type only: its optimiser steps
+    float32 copies.
 
     Raises:
         UserError: when there are fewer layers than `lora.last_layers`.
@@ -71,8 +74,8 @@ def add_lora(model: PreTrainedModel, lora: LoraSection, task: Literal["CAUSAL_LM
         fan_in_fan_out=any(isinstance(module, Conv1D) for _, module in linear),
         modules_to_save=["score"] if task == "SEQ_CLS" else None,
     )
-    # ZeRO-3 gathers parameters of one type only, so that adapters keep the type of the weights there.
-    return get_peft_model(model, config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
+    one_type = one_type or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return get_peft_model(model, config, autocast_adapter_dtype=not one_type)
 
 
 def merged_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,9 +7,10 @@ micro-batches and processes, never averaged.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,32 @@ class StepResult:
 
     grad_norms: dict[str, float] = field(default_factory=dict)
     non_finite: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint is cut into files; another layout cannot read it."""
+
+    processes: int = 1
+    zero_stage: int = 0
+
+    def write(self, folder: Path) -> None:
+        """Note it in the checkpoint."""
+        (folder / "layout.json").write_text(json.dumps(asdict(self)))
+
+    def check(self, folder: Path) -> None:
+        """Raises UserError when the checkpoint in the folder was written in another layout."""
+        theirs = Layout(**json.loads((folder / "layout.json").read_text()))
+        if theirs != self:
+            raise UserError(
+                f"the checkpoint is of {theirs.words()}, and this run has {self.words()}",
+                str(folder),
+                "go on with launch.processes and launch.zero_stage as they were, or redo the stage with --fresh",
+            )
+
+    def words(self) -> str:
+        """`2 processes under ZeRO 3`."""
+        return "1 process" if self.processes == 1 else f"{self.processes} processes under ZeRO {self.zero_stage}"
 
 
 class Engine:
@@ -166,13 +193,15 @@ class Engine:
             "torch_rng": torch.get_rng_state(),
         }
         torch.save(state, folder / "optimizer.pt")
+        Layout().write(folder)
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote.
 
         Raises:
-            UserError: when the checkpoint holds other parameters than this recipe trains.
+            UserError: when the checkpoint is of several processes, or holds other parameters than this recipe trains.
         """
+        Layout().check(folder)
         saved = load_file(folder / "trainable.safetensors")
         ours = self.weights()
         if saved.keys() != ours.keys():

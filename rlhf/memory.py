@@ -157,9 +157,7 @@ def held(spec: ModelSpec, how: Sharding, on_gpu: bool) -> Held:
     if how.stage:  # DeepSpeed reduces a flattened copy of the buffer; to parts, gloo makes another
         copies_of_it = 2 if how.stage == 3 and not on_gpu else 1
         reduction += copies_of_it * min(how.bucket, c.trained) * size
-    gradients = c.trained_bytes if how.stage < 2 else 4 * c.trained / parts
-    if how.stage == 1 and size < 4:
-        gradients = 4.0 * c.trained
+    gradients = c.trained_bytes / (parts if how.stage > 1 else 1)  # added up in the type of the weights
     # torch steps a GPU's tensors in groups that have temporary copies, a CPU's one after the other.
     step = 4 * c.trained / parts if on_gpu and not how.offload else 8 * c.largest / parts
     if copies and how.stage == 0 or how.stage in (1, 2):
@@ -310,11 +308,11 @@ def _ppo(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Composition
         part, visiting = frozen_weights(plain, recipe, "weights: reference")
         reference = (part,)
     judge, judging = frozen_weights(reward, recipe, "weights: reward model")
-    whole = at_work(plain, recipe) if how.stage == 3 else 0.0
+    whole, valuing = (at_work(spec, recipe) if how.stage == 3 else 0.0 for spec in (plain, reward))
     phases["sampling"] = _sampling(plain, recipe, min(cfg.rollout_batch_size, plan.batch_per_process), 0, whole)
     scoring = max(
         (_scoring(plain, recipe, how.processes, cfg.score_tokens, "policy").bytes + max(visiting, whole), "reference"),
-        (_scoring(reward, recipe, how.processes, cfg.score_tokens, "reward").bytes + judging, "reward"),
+        (_scoring(reward, recipe, how.processes, cfg.score_tokens, "reward").bytes + max(judging, valuing), "reward"),
     )[0]
     phases["scoring"] = (Part("working buffers", scoring),)
     average = ()

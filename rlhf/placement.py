@@ -153,6 +153,15 @@ def _no_engine_hooks(parted: list[nn.Parameter]) -> Iterator[None]:
             add_hooks(engine)
 
 
+def with_ties(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under all names that the model has for them: a tied head is listed as embeddings alone."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    tied = {name: same for same in names.values() for name in same}
+    return {name: tensor for given, tensor in weights.items() for name in tied[given]}
+
+
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """The model's weights by name, whole; partitioned ones one after the other into the first process's host memory.
 

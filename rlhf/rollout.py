@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.phases import progressed
 from rlhf.placement import at_hand
 from rlhf.scoring import token_logprobs
 from rlhf.sharding import gathered, own, processes
@@ -189,6 +190,7 @@ def _decode_native(
         for row, token, logprob in zip(alive.tolist(), tokens.tolist(), logprobs.tolist(), strict=True):
             out[row][0].append(token)
             out[row][1].append(logprob)
+        progressed()
         going = ~torch.isin(tokens, stops)
         if not bool(going.any()):
             break

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf.adapters import base_model
 from rlhf.errors import UserError
+from rlhf.phases import progressed
 from rlhf.placement import at_hand
 from rlhf.sharding import gathered, own, processes
 
@@ -188,6 +189,7 @@ def _in_batches(
         batch = build_batch([pairs[i] for i in indices], 0).to(device)
         for i, result in zip(indices, forward(batch), strict=True):
             results[i] = result.cpu()
+        progressed()
         if advance:
             advance(len(indices) * processes())
     return results

@@ -114,7 +114,7 @@ def build(spec: ModelSpec) -> nn.Module:
         if spec.keep_layers:
             cut_layers(model, spec.keep_layers)
         if spec.lora:
-            model = add_lora(model, spec.lora, "SEQ_CLS" if spec.scalar else "CAUSAL_LM")
+            model = add_lora(model, spec.lora, "SEQ_CLS" if spec.scalar else "CAUSAL_LM", spec.partitioned)
     return model.eval()
 
 

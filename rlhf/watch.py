@@ -144,14 +144,14 @@ class Watch:
                 self.write()
                 if self.reads:
                     self.look()
-            except OSError as error:  # a full or slow disk: the next round may find it well
+                    if words := self.stuck():
+                        log.tell(words)
+                        self._end(log, words)
+                    if not log.told() and (words := self.dead()):
+                        log.tell(words)
+            except (OSError, ValueError, psutil.Error) as error:  # a full or slow disk: the next round may find it well
                 os.write(log.terminal, f"warning: the watch of rank {self.rank}: {error}\n".encode())
                 continue
-            if self.reads and (words := self.stuck()):
-                log.tell(words)
-                self._end(log, words)
-            if self.reads and not log.told() and (words := self.dead()):
-                log.tell(words)
             if log.told():
                 self._told_at = self._told_at or time.monotonic()
                 if time.monotonic() - self._told_at > GRACE:  # in a collective that will never end

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from rlhf.clipping import ClippedAdamW
 from rlhf.config import Recipe
-from rlhf.engine import Engine, ParamGroup, StepResult
+from rlhf.engine import Engine, Layout, ParamGroup, StepResult
 from rlhf.errors import UserError
 from rlhf.placement import Placement
+from rlhf.progress import is_main_process
 from rlhf.sharding import processes
 from rlhf.stage import pick_device
 
@@ -51,6 +52,8 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     zero = found.get("zero_optimization", {})
     if zero.get("stage", 0) != 2:
         zero["overlap_comm"] = False  # DeepSpeed overlaps on ZeRO 2 alone where the caller owns the boundary
+    if zero.get("stage", 0) == 3:
+        zero["sub_group_size"] = 10**15  # else a large group is stepped, and clipped, in pieces with norms of their own
     return found | {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed's own bookkeeping: the loops cut the micro-batches
         "gradient_accumulation_steps": 1,
@@ -129,6 +132,7 @@ class ZeroEngine(Engine):
         connect()
         config = settings(recipe)
         self.stage = zero_stage(recipe)
+        self.layout = Layout(dist.get_world_size(), self.stage)
         if self.stage == 0 and recipe.model.dtype != "float32":
             raise UserError(
                 f"{recipe.model.dtype} over several processes needs float32 copies of the weights, which ZeRO 1 to 3 "
@@ -204,20 +208,16 @@ class ZeroEngine(Engine):
         self.model.save_checkpoint(
             str(folder), tag=TAG, client_state=state, save_latest=False, exclude_frozen_parameters=True
         )
+        if is_main_process():
+            self.layout.write(folder)
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, on as many processes.
 
         Raises:
-            UserError: when the checkpoint is of another number of processes or of other parameters.
+            UserError: when the checkpoint is of another number of processes, ZeRO stage or of other parameters.
         """
-        parts = len(list((folder / TAG).glob("*optim_states.pt")))
-        if self.stage and parts != dist.get_world_size():
-            raise UserError(
-                f"the checkpoint is of {parts} processes, and this run has {dist.get_world_size()}",
-                str(folder),
-                "go on with as many processes, or redo the stage with --fresh",
-            )
+        self.layout.check(folder)
         path, state = self.model.load_checkpoint(
             str(folder), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False
         )

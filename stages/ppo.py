@@ -37,9 +37,10 @@ from rlhf.objectives import adaptive_kl_coef, policy_loss, ptx_loss, value_loss
 from rlhf.order import stream
 from rlhf.perf import measured_peak_flops, peak_memory_gb, training_flops
 from rlhf.phases import phase
-from rlhf.placement import whole_state
+from rlhf.placement import whole_state, with_ties
 from rlhf.policy_value import text_pairs
 from rlhf.ppo_state import Ppo, build, load_checkpoint, save_checkpoint, update_average
+from rlhf.processes import from_first
 from rlhf.progress import Progress, console, is_main_process
 from rlhf.recipe import load_recipe
 from rlhf.rollout import Rollout, row_seed, sample
@@ -299,7 +300,7 @@ def work(ctx: StageContext, variant: str) -> dict[str, Any]:
     ppo = build(ctx.recipe, variant == "ppo-ptx", sft_dir, reward_dir)
     for reason, n in ppo.drops.table():
         console.print(f"dropped {n}: {reason}")
-    sealed = newest_sealed(ctx.dir / "checkpoints")
+    sealed = from_first(lambda: newest_sealed(ctx.dir / "checkpoints"))
     if sealed:
         load_checkpoint(ppo, sealed)
     ctx.tracker.truncate_after(ppo.iteration * ctx.recipe.ppo.batch_size)
@@ -319,7 +320,7 @@ def save_policies(ppo: Ppo, folder: Path) -> None:
         if ppo.ema:
             average = {name.removeprefix("policy."): tensor for name, tensor in ppo.ema.items()}
             average = {name: tensor.to(weights[name].dtype) for name, tensor in average.items()}
-            save_model(policy, ppo.tokenizer, folder / "ema", weights | average)
+            save_model(policy, ppo.tokenizer, folder / "ema", weights | with_ties(policy, average))
         save_model(policy, ppo.tokenizer, folder / "model", weights)
     everyones(None)  # wait: what was saved belongs to the result of all processes
 

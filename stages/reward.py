@@ -10,6 +10,7 @@ probes     a few texts with their scores, checked whenever the model is loaded
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from rlhf.order import stream
 from rlhf.phases import phase
 from rlhf.placement import whole_state
 from rlhf.probes import write_probes
+from rlhf.processes import from_first
 from rlhf.progress import Progress, console, is_main_process
 from rlhf.prompting import fit_demonstrations, fit_rankings
 from rlhf.ranking import PairCounts, accuracy_interval, calibration, count_pairs, has_pairs, ranking_loss, tied_pairs
@@ -147,7 +149,7 @@ def train(engine: Engine, groups: list[Group], ctx: StageContext, pad_id: int) -
     total = cfg.epochs * len(groups)
     steps = -(-total // cfg.batch_size)
     done, tokens, folder = 0, 0, ctx.dir / "checkpoints"
-    sealed = newest_sealed(folder)
+    sealed = from_first(lambda: newest_sealed(folder))
     if sealed:
         engine.load(sealed)
         state = json.loads((sealed / "state.json").read_text())
@@ -170,7 +172,7 @@ def train(engine: Engine, groups: list[Group], ctx: StageContext, pad_id: int) -
                     "reward/loss": loss,
                     "reward/train_accuracy": sum(c.correct for c in counts) / max(1, pairs),
                     "reward/train_margin": sum(m for c in counts for m in c.margins) / max(1, pairs),
-                    "reward/grad_norm": result.grad_norms["reward"],
+                    "reward/grad_norm": result.grad_norms.get("reward", math.nan),  # nan: DeepSpeed skipped the step
                     "reward/lr": cfg.lr * factor,
                 },
                 tokens,

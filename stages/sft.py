@@ -32,8 +32,9 @@ from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.models import add_lora, check_context, load_policy, load_tokenizer, resolve_model, save_model
 from rlhf.phases import phase
-from rlhf.placement import whole_state
+from rlhf.placement import is_partitioned, whole_state
 from rlhf.plan import plan_sft
+from rlhf.processes import from_first
 from rlhf.progress import Progress, console
 from rlhf.prompting import Encoded, fit_demonstrations
 from rlhf.quiet import quiet_transformers
@@ -286,7 +287,7 @@ def train_sft(
     """
     reporter = Reporter(folder / "checkpoints", tracker, stop_requested)
     trainer = build_trainer(policy, tokenizer, rows, recipe, folder / "trainer", reporter)
-    sealed = newest_sealed(folder / "checkpoints")
+    sealed = from_first(lambda: newest_sealed(folder / "checkpoints"))
     with quiet_transformers():
         trainer.train(resume_from_checkpoint=str(sealed) if sealed else None)
     if trainer.is_world_process_zero():
@@ -334,6 +335,8 @@ def work(ctx: StageContext) -> dict[str, Any]:
         check_context(policy, recipe.sft.max_tokens, "sft.max_tokens")
     if recipe.model.lora.enabled:
         policy = add_lora(policy, recipe.model.lora, "CAUSAL_LM")
+    if not any(is_partitioned(p) for p in policy.parameters()):
+        policy.to(ctx.device)
     metrics = {"sft/demonstrations": float(len(train)), "sft/heldout_demonstrations": float(len(heldout))}
     if heldout:
         metrics["sft/validation_loss_before"] = validation_loss(policy, heldout)

@@ -5,7 +5,8 @@
 Without those variables it is a single process, with no group and no DeepSpeed.
 
 JOBS.json is a list of {"module", "arguments", "stop_after"}: `module.main(arguments)` must return 0, or 143 where
-`stop_after` is set: then the last rank gets SIGTERM before that optimiser step. JOBS-RANK.json gets what was noted of
+`stop_after` is set: then the last rank gets SIGTERM before that optimiser step. With `spoil_at`, the
+loss of its backward of that number is infinite. JOBS-RANK.json gets what was noted of
 every job: the class names of the engines it made, with the ZeRO stage, and the token ids of PPO's rollouts.
 """
 
@@ -26,12 +27,14 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import stages.ppo
 from rlhf.clipping import ClippedAdamW
+from rlhf.zero import ZeroEngine
 
 torch.set_num_threads(1)
 
 engines: list[str] = []  # of the job that is running
 rollouts: list[list[list[int]]] = []  # of the job that is running: rows of every iteration
 steps_left = 0  # until SIGTERM; 0: never
+backwards_left = 0  # until an infinite loss; 0: never
 
 
 def note_engines() -> None:
@@ -77,12 +80,25 @@ def count_steps() -> None:
     ClippedAdamW.step = counted
 
 
+def spoil_losses() -> None:
+    """Make a loss infinite, in the call of `backward` that `backwards_left` says."""
+    backward = ZeroEngine.backward
+
+    def spoiled(self: ZeroEngine, loss: torch.Tensor) -> None:
+        global backwards_left
+        backwards_left -= 1
+        backward(self, loss * (float("inf") if backwards_left == 0 else 1.0))
+
+    ZeroEngine.backward = spoiled
+
+
 def main() -> int:
     """Run the jobs of the file that is named on the command line."""
-    global steps_left
+    global steps_left, backwards_left
     note_engines()
     note_rollouts()
     count_steps()
+    spoil_losses()
     file, rank, made = Path(sys.argv[1]), int(os.environ.get("RANK", "0")), []
     grouped = "WORLD_SIZE" in os.environ
     if grouped:
@@ -92,6 +108,7 @@ def main() -> int:
         rollouts.clear()
         last = grouped and rank == dist.get_world_size() - 1
         steps_left = job.get("stop_after", 0) if last else 0
+        backwards_left = job.get("spoil_at", 0) if last else 0
         code = importlib.import_module(job["module"]).main(job["arguments"])
         unset_hf_deepspeed_config()  # SFT's ZeRO-3 would partition whatever a later stage of this process loads
         made.append({"engines": list(engines), "rollouts": list(rollouts)})

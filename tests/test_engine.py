@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.clipping import grad_norm
-from rlhf.engine import Engine, ParamGroup
+from rlhf.engine import Engine, Layout, ParamGroup
 from rlhf.errors import UserError
+from rlhf.recipe import load_recipe
+from rlhf.zero import settings
 
 
 class Two(nn.Module):
@@ -255,3 +258,18 @@ def test_a_checkpoint_with_other_shapes_is_refused(tmp_path: Path, saved: int, o
     with pytest.raises(UserError, match=r"does not fit the recipe: parameter b\.weight"):
         engine.load(tmp_path)
     assert all(torch.equal(before[name], p) for name, p in weights(engine).items()), "nothing was half loaded"
+
+
+def test_a_group_is_stepped_whole_whatever_a_users_deepspeed_file_says(tmp_path: Path) -> None:
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "sub_group_size": 1000}}))
+    found = settings(load_recipe("tiny", [f"launch.deepspeed_config={file}"]))
+    assert found["zero_optimization"]["sub_group_size"] > 10**12  # DeepSpeed calls the optimiser once a sub-group
+
+
+def test_a_checkpoint_of_another_layout_is_refused(tmp_path: Path) -> None:
+    engine = make()
+    engine.save(tmp_path)
+    Layout(2, 3).write(tmp_path)
+    with pytest.raises(UserError, match="of 2 processes under ZeRO 3, and this run has 1 process"):
+        engine.load(tmp_path)

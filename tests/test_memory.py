@@ -66,8 +66,8 @@ def test_adapters_alone_are_trained_and_the_gradient_passes_no_further_than_they
         (2, "float32", 4, 4 / 4, 12 / 4),
         (3, "float32", 4 / 4, 4 / 4, 8 / 4),
         (0, "bfloat16", 2, 2, 12),
-        (2, "bfloat16", 2, 4 / 4, 12 / 4),
-        (3, "bfloat16", 2 / 4, 4 / 4, 12 / 4),
+        (2, "bfloat16", 2, 2 / 4, 12 / 4),
+        (3, "bfloat16", 2 / 4, 2 / 4, 12 / 4),
     ],
 )
 def test_zero_divides_what_it_says(stage: int, dtype: str, weights: float, gradients: float, optimiser: float) -> None:

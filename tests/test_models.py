@@ -32,6 +32,7 @@ from rlhf.models import (
     same_tokenizer,
     save_model,
 )
+from rlhf.placement import with_ties
 from rlhf.scoring import build_batch, response_logprobs
 from rlhf.tiny import train_tokenizer
 from rlhf.tokenizer import PAD
@@ -364,3 +365,12 @@ def test_saving_replaces_an_older_model(tiny_dir: str, tmp_path: Path) -> None:
     assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o644 & (
         tmp_path / "model"
     ).stat().st_mode
+
+
+def test_an_averaged_weight_is_averaged_under_every_name(tiny_dir: str) -> None:
+    policy = load_policy(tiny_dir, SECTION)
+    averages = {name: torch.zeros_like(parameter) for name, parameter in policy.named_parameters()}
+    assert "lm_head.weight" not in averages  # it is the embeddings
+    found = with_ties(policy, averages)
+    assert found.keys() == policy.state_dict().keys()
+    assert found["lm_head.weight"] is found["model.embed_tokens.weight"]
