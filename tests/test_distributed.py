@@ -7,7 +7,6 @@ left before it. `make test-distributed` runs these; they are marked `distributed
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import socket
@@ -80,13 +79,13 @@ SETTINGS += [
     *(Setting(stage, 3, more=("launch.gradient_checkpointing=true",)) for stage in ("sft", "reward", "ppo")),
     *(Setting("ppo", zero, more=("launch.offload=true",)) for zero in (2, 3)),
     *(Setting(stage, 3, like="lora", more=("launch.gather=by_layer",)) for stage in ("sft", "reward", "ppo")),
-    # a bfloat16 holds three digits
+    # a bfloat16 holds three digits, and adapters are of that type under ZeRO-3 alone
     *(Setting("ppo", zero, like="bf16", more=("model.dtype=bfloat16",), tolerance=5e-3) for zero in (2, 3)),
     *(
-        Setting(stage, 3, like="lora-bf16", more=("model.dtype=bfloat16",), tolerance=5e-3)
+        Setting(stage, 3, like="lora-bf16", more=("model.dtype=bfloat16",), tolerance=2e-2)
         for stage in ("sft", "reward")
     ),
-    Setting("ppo", 3, like="lora-bf16", more=("launch.frozen=partitioned",), tolerance=5e-3),
+    Setting("ppo", 3, like="lora-bf16", more=("launch.frozen=partitioned",), tolerance=2e-2),
 ]
 SPOILED = [Setting("reward", zero) for zero in (0, 1, 2, 3)]  # a loss of one process is infinite, once
 RESUMED = [Setting("ppo", zero, stop_after=5) for zero in (0, 2, 3)]
@@ -255,8 +254,8 @@ def test_an_infinite_loss_on_one_process_skips_the_step_on_all(
     both = (metrics(folder), metrics(runs[0] / "one" / "reward"))
     norms, expected = ([row["reward/grad_norm"] for row in rows if "reward/grad_norm" in row] for rows in both)
     assert len(norms) == len(expected)
-    assert [i for i, norm in enumerate(norms) if not math.isfinite(norm)] == [1]  # two micro-batches make a step
-    assert norms[0] == pytest.approx(expected[0], rel=1e-5)
+    assert [i for i, norm in enumerate(norms) if norm is None] == [2]  # the third; JSON has no infinity
+    assert norms[:2] == pytest.approx(expected[:2], rel=1e-5)
     assert all(tensor.isfinite().all() for tensor in load_file(folder / "model" / "model.safetensors").values())
 
 
