@@ -1,34 +1,46 @@
 """Checkpoints that are whole or not there: written aside, flushed to disk, sealed by a manifest, then renamed.
 
-    checkpoints/step-000040/manifest.json    {"files": {name: {"bytes": n, "sha256": hex}}}, written last
+    checkpoints/step-000040/manifest.json    {"of": ..., "files": {name: {"bytes": n, "sha256": hex}}}, written last
     checkpoints/.tmp-step-000041/            one that was interrupted; never read, removed by the next
 
-A kill, a power cut or a full disk at any point leaves the checkpoints sealed before as they are.
+`of` says whose they are: a stage with its recipe and inputs (rlhf/dependencies.py, `identity`). A kill, a power cut or
+a full disk at any point leaves the checkpoints sealed before as they are. rlhf/saving.py keeps those of a stage.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.progress import is_main_process, warn
-from rlhf.rundir import fsync_dir, hash_path
+from rlhf.rundir import fsync_dir, fsync_file, hash_path
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
+FOREIGN = "it belongs to another run, recipe or input"
 
 
-def sealed_write(final_dir: Path, write: Callable[[Path], object], barrier: Callable[[], None] | None = None) -> Path:
-    """Have `write(folder)` fill a new folder and seal it as `final_dir`; returns that.
+@dataclass(frozen=True)
+class Sealed:
+    """What sealing took: bytes in the checkpoint, seconds in all, and of them seconds of hashing."""
+
+    bytes: int
+    seconds: float
+    hash_seconds: float
+
+
+def write_aside(final_dir: Path, write: Callable[[Path], object], barrier: Callable[[], None] | None = None) -> Path:
+    """Have `write(folder)` fill a new folder beside `final_dir`, to be sealed; returns it.
 
     Args:
-        final_dir: `.../checkpoints/step-NNNNNN`; one that is there already is replaced.
+        final_dir: `.../checkpoints/step-NNNNNN`.
         write: puts files into the folder it is given.
         barrier: waits for all processes. Given, all of them must call this: each one writes into the same folder, files
-            of its own names, and the first process seals. Without it the calling process alone writes.
+            of its own names. Without it the calling process alone writes.
     """
     staged = final_dir.with_name(f"{TEMPORARY}{final_dir.name}")
     wait = barrier or (lambda: None)
@@ -40,86 +52,109 @@ def sealed_write(final_dir: Path, write: Callable[[Path], object], barrier: Call
         wait()
         write(staged)
         wait()
-        if leads:
-            seal(staged, final_dir)
     except BaseException:
         if leads:
             shutil.rmtree(staged, ignore_errors=True)  # on a full disk this gives back what the attempt took
         raise
-    wait()
-    return final_dir
+    return staged
 
 
-def seal(staged: Path, final_dir: Path) -> None:
+def seal(staged: Path, final_dir: Path, of: str = "") -> Sealed:
     """Flush every file of `staged`, write its manifest last and give it its name, in the same parent folder.
+
+    What has that name already is replaced where it is a damaged checkpoint, and moved aside where it is another run's.
 
     Raises:
         ValueError: when there is nothing to seal, or the two are not in one folder (a rename must be one step).
     """
+    begin = time.perf_counter()
     if staged.parent.resolve() != final_dir.parent.resolve():
         raise ValueError(f"{staged} and {final_dir} must be in one folder")
     files = sorted(p for p in staged.rglob("*") if p.is_file() and p != staged / MANIFEST)
     if not files:
         raise ValueError(f"there is nothing to seal in {staged}")
     for file in files:
-        _fsync(file)
+        fsync_file(file)
+    hashing = time.perf_counter()
     entries = {
         file.relative_to(staged).as_posix(): {"bytes": file.stat().st_size, "sha256": hash_path(file)} for file in files
     }
+    hash_seconds = time.perf_counter() - hashing
     manifest = staged / MANIFEST
-    manifest.write_text(json.dumps({"files": entries}, indent=1) + "\n", encoding="utf-8")
-    _fsync(manifest)
+    manifest.write_text(json.dumps({"of": of, "files": entries}, indent=1) + "\n", encoding="utf-8")
+    fsync_file(manifest)
     for folder in [staged, *(p for p in staged.rglob("*") if p.is_dir())]:
         fsync_dir(folder)
     if final_dir.exists():
-        _remove(final_dir)  # a damaged one: newest_sealed went back past it
+        if verify(final_dir, contents=False, of=of) == [FOREIGN]:
+            _move_aside(final_dir)
+        else:
+            _remove(final_dir)  # a damaged one: newest_sealed went back past it
     staged.rename(final_dir)
     fsync_dir(final_dir.parent)
+    total = sum(entry["bytes"] for entry in entries.values())
+    return Sealed(int(total), time.perf_counter() - begin, hash_seconds)
 
 
-def verify(folder: Path, contents: bool = True) -> list[str]:
+def verify(folder: Path, contents: bool = True, of: str = "") -> list[str]:
     """What is wrong with a sealed folder; empty when nothing is. Files that the manifest does not name are ignored.
 
     Args:
         folder: a checkpoint.
         contents: compare hashes as well as sizes.
+        of: whose it must be; anybody's when empty.
     """
     manifest = folder / MANIFEST
-    if not manifest.is_file():
-        return [f"{MANIFEST} is missing"]
     try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        if not manifest.is_file():
+            return [f"{MANIFEST} is missing"]
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+        files, owner = found["files"], found.get("of", "")
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return [f"{MANIFEST} cannot be read"]
+    except OSError as error:
+        return [f"{MANIFEST} cannot be read ({error.strerror})"]
     if not expected:
         return [f"{MANIFEST} names no file"]
+    if of and owner != of:
+        return [FOREIGN]
     problems = []
     for name, (size, digest) in expected.items():
         file = folder / name
-        if not file.is_file():
-            problems.append(f"{name} is missing")
-        elif file.stat().st_size != size:
-            problems.append(f"{name} has {file.stat().st_size} bytes instead of {size}")
-        elif contents and hash_path(file) != digest:
-            problems.append(f"{name} has other content than was sealed")
+        try:
+            if not file.is_file():
+                problems.append(f"{name} is missing")
+            elif file.stat().st_size != size:
+                problems.append(f"{name} has {file.stat().st_size} bytes instead of {size}")
+            elif contents and hash_path(file) != digest:
+                problems.append(f"{name} has other content than was sealed")
+        except OSError as error:
+            problems.append(f"{name} cannot be read ({error.strerror})")
     return problems
 
 
-def newest_sealed(checkpoints: Path) -> Path | None:
-    """The newest sound checkpoint, None when there is none; damaged ones are skipped with a warning that says why."""
+def newest_sealed(checkpoints: Path, of: str = "") -> Path | None:
+    """The newest sound checkpoint, None when there is none; others are skipped with a warning that says why.
+
+    Args:
+        checkpoints: the folder that holds them.
+        of: whose they must be; anybody's when empty.
+    """
     for folder in reversed(list_checkpoints(checkpoints)):
-        problems = verify(folder)
+        problems = verify(folder, of=of)
         if not problems:
             return folder
-        warn(f"checkpoint {folder} is damaged and skipped: {'; '.join(problems)}")
+        what = "skipped" if problems == [FOREIGN] else "damaged and skipped"
+        warn(f"checkpoint {folder} is {what}: {'; '.join(problems)}")
     return None
 
 
-def keep_last(checkpoints: Path, n: int) -> None:
+def keep_last(checkpoints: Path, n: int, of: str = "") -> None:
     """Remove checkpoints older than the newest n sound ones (by size), and what interrupted writes have left.
 
-    Damaged ones among the newest are left as they are and do not count. Only the first process does anything.
+    Damaged ones among the newest are left as they are and do not count; those of another run are never touched.
+    Only the first process does anything.
 
     Raises:
         ValueError: when n is below 1.
@@ -128,8 +163,9 @@ def keep_last(checkpoints: Path, n: int) -> None:
         raise ValueError(f"cannot keep {n} checkpoints")
     if not is_main_process() or not checkpoints.is_dir():
         return
-    folders = list_checkpoints(checkpoints)
-    sound = [folder for folder in folders if not verify(folder, contents=False)]
+    found = {folder: verify(folder, contents=False, of=of) for folder in list_checkpoints(checkpoints)}
+    folders = [folder for folder, problems in found.items() if problems != [FOREIGN]]
+    sound = [folder for folder in folders if not found[folder]]
     if len(sound) > n:
         for folder in folders[: folders.index(sound[-n])]:
             _remove(folder)
@@ -155,9 +191,9 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _fsync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _move_aside(folder: Path) -> None:
+    """Rename another run's checkpoint to step-NNNNNN.other-N, which nothing reads or removes."""
+    number = 1
+    while (other := folder.with_name(f"{folder.name}.other-{number}")).exists():
+        number += 1
+    folder.rename(other)

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlhf.fragments import MOMENTS
+
 PIECE = 1 << 15
 
 
@@ -54,6 +56,20 @@ class ClippedAdamW(torch.optim.AdamW):
             dist.all_reduce(square)
             norm = square.sqrt()
         return norm.float()
+
+
+def steps_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> int:
+    """Adam steps that a tensor has had."""
+    return int(optimizer.state.get(parameter, {}).get("step", 0))
+
+
+def set_steps(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: int) -> None:
+    """Give a tensor the state of AdamW after that many steps, its moments zero, for them to be filled in."""
+    if steps == 0:
+        optimizer.state.pop(parameter, None)
+        return
+    moments = {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in MOMENTS}
+    optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
 
 
 def grad_norm(grads: Sequence[Tensor]) -> Tensor:

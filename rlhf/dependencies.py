@@ -71,6 +71,12 @@ def fingerprint(recipe: Recipe, stage: str) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def identity(recipe: Recipe, stage: str, inputs: dict[str, str]) -> str:
+    """Hash that the checkpoints of a stage carry: of its name, recipe fields and declared inputs when it began."""
+    parts = [stage, fingerprint(recipe, stage), sorted(inputs.items())]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def declared_inputs(recipe: Recipe, stage: str, run: RunFolder) -> dict[str, str]:
     """Hashes of the inputs that can be known before the stage runs; "absent" for what is not there.
 

@@ -10,17 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlhf.clipping import ClippedAdamW
+from rlhf.clipping import ClippedAdamW, set_steps, steps_of
 from rlhf.errors import UserError
+from rlhf.fragments import MOMENTS, WEIGHT, Fragment, FragmentReader, write_fragments
+from rlhf.progress import is_main_process
 
 
 @dataclass(frozen=True)
@@ -42,32 +42,6 @@ class StepResult:
 
     grad_norms: dict[str, float] = field(default_factory=dict)
     non_finite: str = ""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a checkpoint is cut into files; another layout cannot read it."""
-
-    processes: int = 1
-    zero_stage: int = 0
-
-    def write(self, folder: Path) -> None:
-        """Note it in the checkpoint."""
-        (folder / "layout.json").write_text(json.dumps(asdict(self)))
-
-    def check(self, folder: Path) -> None:
-        """Raises UserError when the checkpoint in the folder was written in another layout."""
-        theirs = Layout(**json.loads((folder / "layout.json").read_text()))
-        if theirs != self:
-            raise UserError(
-                f"the checkpoint is of {theirs.words()}, and this run has {self.words()}",
-                str(folder),
-                "go on with launch.processes and launch.zero_stage as they were, or redo the stage with --fresh",
-            )
-
-    def words(self) -> str:
-        """`2 processes under ZeRO 3`."""
-        return "1 process" if self.processes == 1 else f"{self.processes} processes under ZeRO {self.zero_stage}"
 
 
 class Engine:
@@ -119,6 +93,10 @@ class Engine:
         return self.accelerator.device
 
     @property
+    def _base_optimizer(self) -> ClippedAdamW:
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # inside Accelerate's wrapper
+
+    @property
     def module(self) -> nn.Module:
         """The model without the wrappers of a distributed run."""
         return self.accelerator.unwrap_model(self.model)
@@ -148,7 +126,7 @@ class Engine:
         Raises:
             UserError: after `max_skipped_steps` skipped steps in a row, naming the first bad tensor.
         """
-        clipped: ClippedAdamW = getattr(self.optimizer, "optimizer", self.optimizer)  # inside Accelerate's wrapper
+        clipped = self._base_optimizer
         for group, state in zip(self.groups, self.optimizer.param_groups, strict=True):
             state["lr"] = group.lr * lr_factor
         for parameter, copy in self._copies.items():
@@ -184,47 +162,84 @@ class Engine:
         return {name: self._copies.get(p, p) for name, p in self.trainable().items()}
 
     def save(self, folder: Path) -> None:
-        """Write trainable weights and optimiser state; frozen weights are inputs of the stage and are not copied."""
+        """Write trainable weights and optimiser state, each process what it holds (rlhf/fragments.py); all must call.
+
+        Frozen weights are inputs of the stage and are not copied.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().contiguous() for k, v in self.weights().items()}, folder / "trainable.safetensors")
-        state: dict[str, Any] = {
-            "optimizer": self.optimizer.state_dict(),
-            "skipped": [self.skipped_in_a_row, self.skipped_steps],
-            "torch_rng": torch.get_rng_state(),
-        }
-        torch.save(state, folder / "optimizer.pt")
-        Layout().write(folder)
+        write_fragments(folder, self._written(), self._process)
+        if is_main_process():
+            state = {
+                "shapes": {name: list(shape) for name, shape in self._shapes().items()},
+                "steps": self._steps(),
+                "skipped": [self.skipped_in_a_row, self.skipped_steps],
+            }
+            (folder / "engine.json").write_text(json.dumps(state))
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote.
+        """Restore what `save` wrote, on whatever number of processes and ZeRO stage.
 
         Raises:
-            UserError: when the checkpoint is of several processes, or holds other parameters than this recipe trains.
+            UserError: when the checkpoint holds other parameters than this recipe trains; nothing is loaded then.
         """
-        Layout().check(folder)
-        saved = load_file(folder / "trainable.safetensors")
-        ours = self.weights()
-        if saved.keys() != ours.keys():
-            odd = sorted(saved.keys() ^ ours.keys())[0]
-            raise UserError(
-                f"the checkpoint does not fit the recipe: parameter {odd} is in one of them only", where=str(folder)
-            )
-        # copy_ would spread a width of 1 over any other: an adapter of rank 1 over one of rank 16.
-        for name, parameter in ours.items():
-            if saved[name].shape != parameter.shape:
+        state = json.loads((folder / "engine.json").read_text())
+        saved, ours = state["shapes"], {name: list(shape) for name, shape in self._shapes().items()}
+        for name in sorted(saved.keys() | ours.keys()):
+            if saved.get(name) != ours.get(name):
+                shapes = [str(tuple(each[name])) if name in each else "not there" for each in (saved, ours)]
                 raise UserError(
-                    f"the checkpoint does not fit the recipe: parameter {name} is {tuple(saved[name].shape)} there "
-                    f"and {tuple(parameter.shape)} here",
+                    f"the checkpoint does not fit the recipe: parameter {name} is {shapes[0]} in it and {shapes[1]} "
+                    "here",
                     where=str(folder),
+                    fix="redo the stage with --fresh, or take another run.name",
                 )
-        with torch.no_grad():
-            for name, parameter in ours.items():
-                parameter.copy_(saved[name])
-        self._round_copies()
-        state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._begin_load()
+        self._set_steps(state["steps"])
+        reader = FragmentReader(folder)
+        for fragment in self._fragments():
+            for kind, tensor in fragment.tensors.items():
+                # A parameter that has had no gradient yet has no moments; partitioned with others, it has zeros.
+                if kind == WEIGHT or reader.has(kind, fragment.name):
+                    reader.read_into(tensor, kind, fragment.name, fragment.start)
+                else:
+                    tensor.zero_()
+        self._end_load()
         self.skipped_in_a_row, self.skipped_steps = state["skipped"]
-        torch.set_rng_state(state["torch_rng"])
+
+    # --- what a checkpoint is made of: ZeRO holds it in other places
+
+    _process = 0  # whose files this process writes
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Whole shapes of the trained parameters by name."""
+        return {name: tuple(p.shape) for name, p in self.trainable().items()}
+
+    def _fragments(self) -> Iterator[Fragment]:
+        """What this process holds of the weights that the optimiser steps, and of their moments."""
+        for name, weight in self.weights().items():
+            state = self._base_optimizer.state.get(weight, {})
+            tensors = {WEIGHT: weight} | {kind: state[kind] for kind in MOMENTS if kind in state}
+            yield Fragment(name, 0, {kind: tensor.detach().view(-1) for kind, tensor in tensors.items()})
+
+    def _written(self) -> Iterator[Fragment]:
+        """Of `_fragments`, those that this process writes; together the processes write every element once."""
+        return self._fragments()
+
+    def _steps(self) -> dict[str, int]:
+        """Adam steps that the parameters have had."""
+        return {name: steps_of(self._base_optimizer, weight) for name, weight in self.weights().items()}
+
+    def _set_steps(self, steps: dict[str, int]) -> None:
+        """Make the moments of parameters that have been stepped, zero for now, and no others."""
+        for name, weight in self.weights().items():
+            set_steps(self._base_optimizer, weight, steps[name])
+
+    def _begin_load(self) -> None:
+        """Be ready for fragments to be overwritten."""
+
+    def _end_load(self) -> None:
+        """Give the model the weights that were loaded."""
+        self._round_copies()
 
     @torch.no_grad()
     def _round_copies(self) -> None:

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.checkpoint import keep_last, sealed_write
 from rlhf.config import Recipe
 from rlhf.engine import Engine, ParamGroup
 from rlhf.errors import UserError
@@ -35,6 +34,8 @@ from rlhf.probes import check_probes
 from rlhf.progress import is_main_process
 from rlhf.prompting import fit_prompts, stop_ids
 from rlhf.records import Drops, read_prompts, read_texts
+from rlhf.rng import load_rng, save_rng
+from rlhf.saving import Checkpoints
 from rlhf.scoring import check_plain_head
 from rlhf.sharding import barrier
 from rlhf.stage import pick_device
@@ -150,11 +151,12 @@ def _policy_weights(ppo: Ppo) -> Iterator[tuple[str, Tensor]]:
     return ((name, weights[name].detach()) for name in weights if name.startswith("policy."))
 
 
-def save_checkpoint(ppo: Ppo, folder: Path) -> None:
-    """Seal all state under step-NNNNNN, named by the iterations done."""
+def save_checkpoint(ppo: Ppo, checkpoints: Checkpoints) -> None:
+    """Save all state as step-NNNNNN, named by the iterations done."""
 
     def write(staged: Path) -> None:
         ppo.engine.save(staged / "engine")
+        save_rng(staged)
         if not is_main_process():
             return
         if ppo.ema:
@@ -162,13 +164,13 @@ def save_checkpoint(ppo: Ppo, folder: Path) -> None:
         state = {"iteration": ppo.iteration, "kl_coef": ppo.kl_coef, "metrics": ppo.metrics}
         (staged / "state.json").write_text(json.dumps(state))
 
-    sealed_write(folder / f"step-{ppo.iteration:06d}", write, barrier())
-    keep_last(folder, 2)
+    checkpoints.save(ppo.iteration, write, barrier())
 
 
 def load_checkpoint(ppo: Ppo, folder: Path) -> None:
     """Restore what `save_checkpoint` sealed."""
     ppo.engine.load(folder / "engine")
+    load_rng(folder)
     if ppo.ema:  # of the first process alone
         ppo.ema = load_file(folder / "ema.safetensors")
     state = json.loads((folder / "state.json").read_text())

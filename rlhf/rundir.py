@@ -221,6 +221,15 @@ def write_atomic(path: Path, text: str) -> None:
     fsync_dir(path.parent)
 
 
+def fsync_file(path: Path) -> None:
+    """Wait until a file's content is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def fsync_dir(folder: Path) -> None:
     """Make renames and new names in a folder last through a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

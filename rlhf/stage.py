@@ -5,6 +5,7 @@ the run, skips a stage that is finished and unchanged, runs the work, and writes
 
     state         running, done, stopped (asked to) or failed
     fingerprint   hash of the recipe fields that the stage depends on       rlhf/dependencies.py
+    identity      whose its checkpoints are                                 rlhf/checkpoint.py
     inputs        path: SHA-256; paths in the run folder are relative to it
     outputs       path: bytes
     metrics, seconds (of all attempts), attempts, error
@@ -22,7 +23,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +34,7 @@ from rich.console import Console
 
 from rlhf.allocator import keep_freed_memory
 from rlhf.config import Recipe
-from rlhf.dependencies import ABSENT, changes, check_recipe, declared_inputs, fingerprint, is_started
+from rlhf.dependencies import ABSENT, changes, check_recipe, declared_inputs, fingerprint, identity, is_started
 from rlhf.errors import UserError
 from rlhf.plan import as_launched, check
 from rlhf.processes import Signals, StopNow, from_first, joined, launched, world_size
@@ -42,6 +43,7 @@ from rlhf.quiet import quiet_libraries
 from rlhf.ranklog import PeerFailed, own_log
 from rlhf.recipe import load_recipe
 from rlhf.rundir import LOGS, RunFolder, hash_path, size_of
+from rlhf.saving import Checkpoints
 from rlhf.tracking import Tracker
 from rlhf.watch import cause, watched
 
@@ -61,6 +63,10 @@ class StageContext:
     inputs: dict[str, str] = field(default_factory=dict)  # hashes by path, filled by `use`
     signals: Signals = field(default_factory=Signals)
     known: dict[str, str] = field(default_factory=dict)  # hashes of the inputs that were declared before the work
+    identity: str = ""  # of the stage's checkpoints
+
+    def __post_init__(self) -> None:
+        self.checkpoints = Checkpoints(self.dir / "checkpoints", self.identity, self.tracker.flush)
 
     @property
     def dir(self) -> Path:
@@ -213,6 +219,7 @@ def _prepare(recipe: Recipe, run: RunFolder, name: str, fresh: bool) -> dict[str
         "stage": name,
         "state": "running",
         "fingerprint": fingerprint(recipe, name),
+        "identity": before.get("identity") or identity(recipe, name, now),
         "inputs": now,
         "outputs": {},
         "metrics": {},
@@ -263,8 +270,16 @@ def _run_work(
     with signals.watch():
         try:
             tracker = Tracker(run.stage_dir(name), recipe.run.name, name, recipe.tracking, recipe.model_dump(), axis)
-            ctx = StageContext(recipe, run, name, tracker, device, inputs, signals, record["inputs"])
-            metrics = {key: _json_value(value) for key, value in (work(ctx) or {}).items()}
+            ctx = StageContext(
+                recipe, run, name, tracker, device, inputs, signals, record["inputs"], record["identity"]
+            )
+            try:
+                metrics = {key: _json_value(value) for key, value in (work(ctx) or {}).items()}
+            except Exception:
+                with suppress(OSError):  # the work's own error is the one to tell
+                    ctx.checkpoints.wait()
+                raise
+            ctx.checkpoints.wait()
             stopped = bool(signals.received) and not (metrics and (ctx.dir / PRODUCTS.get(name, "model")).exists())
             finish("stopped" if stopped else "done", inputs, metrics=metrics, outputs=_outputs(ctx.dir))
         except (StopNow, KeyboardInterrupt):

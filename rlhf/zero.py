@@ -17,18 +17,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlhf.clipping import ClippedAdamW
+from rlhf.clipping import ClippedAdamW, set_steps, steps_of
 from rlhf.config import Recipe
-from rlhf.engine import Engine, Layout, ParamGroup, StepResult
+from rlhf.engine import Engine, ParamGroup, StepResult
 from rlhf.errors import UserError
+from rlhf.fragments import MOMENTS, WEIGHT, Fragment
 from rlhf.placement import Placement
-from rlhf.progress import is_main_process
 from rlhf.sharding import processes
 from rlhf.stage import pick_device
 
 Model = TypeVar("Model", bound=nn.Module)
 TEMPLATES = Path(__file__).resolve().parents[1] / "launch" / "deepspeed"
-TAG = "engine"  # DeepSpeed writes into a folder of this name; ours is the seal around it
 
 
 def config_path(recipe: Recipe) -> Path:
@@ -50,6 +49,12 @@ def settings(recipe: Recipe) -> dict[str, Any]:
         if key in found:
             raise UserError(f"{key} is the recipe's to say", str(path), f"take {key} out of the DeepSpeed file")
     zero = found.get("zero_optimization", {})
+    if zero.get("round_robin_gradients") or "nvme" in _devices(zero):
+        raise UserError(
+            "round_robin_gradients and state on NVMe are laid out in ways that a checkpoint here does not know",
+            str(path),
+            "take them out of zero_optimization; offloading to cpu is known",
+        )
     if zero.get("stage", 0) != 2:
         zero["overlap_comm"] = False  # DeepSpeed overlaps on ZeRO 2 alone where the caller owns the boundary
     if zero.get("stage", 0) == 3:
@@ -63,6 +68,11 @@ def settings(recipe: Recipe) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
+
+
+def _devices(zero: dict[str, Any]) -> set[str]:
+    """Where a file's zero_optimization moves state to."""
+    return {str(part.get("device")) for part in zero.values() if isinstance(part, dict)}
 
 
 def zero_stage(recipe: Recipe) -> int:
@@ -132,7 +142,7 @@ class ZeroEngine(Engine):
         connect()
         config = settings(recipe)
         self.stage = zero_stage(recipe)
-        self.layout = Layout(dist.get_world_size(), self.stage)
+        self._process = dist.get_rank()
         if self.stage == 0 and recipe.model.dtype != "float32":
             raise UserError(
                 f"{recipe.model.dtype} over several processes needs float32 copies of the weights, which ZeRO 1 to 3 "
@@ -202,29 +212,83 @@ class ZeroEngine(Engine):
         """
         return _Gathered(self.trainable(), self.stage > 0)
 
-    def save(self, folder: Path) -> None:
-        """Write trainable weights and optimiser state, every process its own part; all of them must call."""
-        state = {"skipped": [self.skipped_in_a_row, self.skipped_steps], "rng": torch.get_rng_state()}
-        self.model.save_checkpoint(
-            str(folder), tag=TAG, client_state=state, save_latest=False, exclude_frozen_parameters=True
-        )
-        if is_main_process():
-            self.layout.write(folder)
+    @property
+    def _base_optimizer(self) -> ClippedAdamW:
+        return self._optimizer
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, on as many processes.
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in self.trainable().items()}
 
-        Raises:
-            UserError: when the checkpoint is of another number of processes, ZeRO stage or of other parameters.
+    def _fragments(self) -> Iterator[Fragment]:
+        if self.stage == 0:
+            yield from super()._fragments()
+            return
+        for name, parameter in self.trainable().items():
+            held = self._held(parameter)
+            if held is None:
+                continue
+            flat, start, place, size = held
+            state = self._optimizer.state.get(flat, {})
+            tensors = {WEIGHT: flat} | {kind: state[kind] for kind in MOMENTS if kind in state}
+            yield Fragment(name, start, {kind: t.detach().narrow(0, place, size) for kind, t in tensors.items()})
+
+    def _written(self) -> Iterator[Fragment]:
+        if self.stage > 0:
+            return self._fragments()
+        # All hold the whole: each writes its share.
+        return (f for i, f in enumerate(self._fragments()) if i % dist.get_world_size() == dist.get_rank())
+
+    def _held(self, parameter: Tensor) -> tuple[Tensor, int, int, int] | None:
+        """This process's part of a partitioned parameter, None for no part.
+
+        Returns:
+            the flat float32 tensor that the optimiser steps, the first element of the parameter in it, its place there,
+            and how many elements follow.
         """
-        self.layout.check(folder)
-        path, state = self.model.load_checkpoint(
-            str(folder), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False
-        )
-        if path is None:
-            raise UserError("DeepSpeed found no checkpoint", str(folder), "redo the stage with --fresh")
-        self.skipped_in_a_row, self.skipped_steps = state["skipped"]
-        torch.set_rng_state(state["rng"])
+        if self.stage < 3:
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:
+                return None
+            flat = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+            return flat, mapping.lp_fragment_address.start, *_place(mapping.hp_fragment_address)
+        group, place, padded = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        start = dist.get_rank() * padded  # equal parts; the last ones may be padding in part or whole
+        size = min(padded, parameter.ds_numel - start)  # type: ignore[attr-defined]
+        return (self.optimizer.fp32_partitioned_groups_flat[group], start, place, size) if size > 0 else None
+
+    def _flats(self) -> dict[Tensor, list[str]]:
+        """What the optimiser steps on this process, with the names of the parameters that it steps in each."""
+        if self.stage == 0:
+            return {weight: [name] for name, weight in self.weights().items()}
+        optimizer = self.optimizer
+        flats = optimizer.single_partition_of_fp32_groups if self.stage < 3 else optimizer.fp32_partitioned_groups_flat
+        groups = optimizer.bit16_groups if self.stage < 3 else optimizer.fp16_groups
+        names = {id(parameter): name for name, parameter in self.trainable().items()}
+        return {flat: [names[id(p)] for p in group] for flat, group in zip(flats, groups, strict=True)}
+
+    def _steps(self) -> dict[str, int]:
+        return {name: steps_of(self._optimizer, flat) for flat, names in self._flats().items() for name in names}
+
+    def _set_steps(self, steps: dict[str, int]) -> None:
+        for flat, names in self._flats().items():
+            set_steps(self._optimizer, flat, max(steps[name] for name in names))
+
+    def _begin_load(self) -> None:
+        if self.stage == 3:
+            self.optimizer.checkpoint_event_prologue()  # small parameters that are kept whole are put in parts too
+
+    def _end_load(self) -> None:
+        if 0 < self.stage < 3:
+            self.optimizer.update_lp_params()
+        elif self.stage == 3:
+            pairs = (self.optimizer.fp16_partitioned_groups_flat, self.optimizer.fp32_partitioned_groups_flat)
+            for rounded, exact in zip(*pairs, strict=True):
+                rounded.data.copy_(exact.data)
+            self.optimizer.checkpoint_event_epilogue()
+
+
+def _place(address: Any) -> tuple[int, int]:
+    return address.start, address.numel
 
 
 class _Gathered(Mapping[str, Tensor]):

@@ -11,7 +11,8 @@ One iteration, in the order of the functions below:
     checkpoint  everything that the next iteration depends on, sealed
 
 Nothing here keeps a hidden position: prompts, pretraining rows and sampling seeds are functions of (seed, counter), so
-a checkpoint is the trainable weights, the optimiser, the average, the KL coefficient and the iteration number.
+a checkpoint is the trainable weights, the optimiser, the average, the KL coefficient and the iteration number; the
+random generators are in it too, for models that draw numbers of their own.
 Deliberately not done: a pass that recomputes old log-probabilities in float32, where the decode loop's are exact (the
 first minibatch of every iteration checks that), and dropout, which is off.
 """
@@ -28,7 +29,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.checkpoint import newest_sealed
 from rlhf.clipping import grad_norm
 from rlhf.errors import UserError
 from rlhf.experience import Experience, make_experience, summary
@@ -221,12 +221,11 @@ def check_first_minibatch(ppo: Ppo, experience: Experience, ratio_error: float) 
 
 def train(ppo: Ppo, ctx: StageContext) -> dict[str, float]:
     """The loop, until the last iteration or a stop; returns the last iteration's metrics."""
-    cfg, seconds_save, stopping = ppo.recipe.ppo, 0.0, ctx.stop_requested
+    cfg, stopping = ppo.recipe.ppo, ctx.stop_requested
     done, total = ppo.iteration * cfg.batch_size, ppo.plan.iterations * cfg.batch_size
     with Progress(ctx.name, total=total, unit="episodes", initial=done) as progress:
         while ppo.iteration < ppo.plan.iterations and not stopping:
             seconds = dict.fromkeys(("rollout", "score", "train", "ptx"), 0.0)
-            seconds["save"] = seconds_save  # of the checkpoint since the last row, if there was one
             begin = time.perf_counter()
             phase("rollout", ppo.iteration)
             episodes = rollout(ppo)
@@ -252,12 +251,11 @@ def train(ppo: Ppo, ctx: StageContext) -> dict[str, float]:
                     where="ppo.max_kl",
                     fix="lower ppo.lr or raise ppo.kl_coef; the sealed checkpoints of this run are kept",
                 )
-            begin, stopping = time.perf_counter(), ctx.stop_requested
+            stopping = ctx.stop_requested
             last = ppo.iteration == ppo.plan.iterations
             if last or stopping or (cfg.save_every and ppo.iteration % cfg.save_every == 0):
                 phase("save", ppo.iteration)
-                save_checkpoint(ppo, ctx.dir / "checkpoints")
-            seconds_save = time.perf_counter() - begin
+                save_checkpoint(ppo, ctx.checkpoints)
             progress.advance(cfg.batch_size)
     return ppo.metrics
 
@@ -279,6 +277,7 @@ def log(
     perf["perf/rollout_tokens_per_s"] = float(episodes.lengths.sum()) / seconds["rollout"]
     perf["perf/train_tokens_per_s"] = tokens * cfg.epochs / seconds["train"]
     perf["perf/mfu"] = flops / seconds["train"] / peak / processes()
+    perf |= ctx.checkpoints.metrics()  # of the checkpoint since the last row, if there was one
     perf["memory/peak_gb"] = peak_memory_gb(ppo.engine.device)
     ctx.tracker.log(metrics | perf, done)
     count = min(cfg.samples_logged, len(episodes))
@@ -300,7 +299,7 @@ def work(ctx: StageContext, variant: str) -> dict[str, Any]:
     ppo = build(ctx.recipe, variant == "ppo-ptx", sft_dir, reward_dir)
     for reason, n in ppo.drops.table():
         console.print(f"dropped {n}: {reason}")
-    sealed = from_first(lambda: newest_sealed(ctx.dir / "checkpoints"))
+    sealed = from_first(ctx.checkpoints.newest)
     if sealed:
         load_checkpoint(ppo, sealed)
     ctx.tracker.truncate_after(ppo.iteration * ctx.recipe.ppo.batch_size)

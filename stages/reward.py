@@ -20,7 +20,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.checkpoint import keep_last, newest_sealed, sealed_write
 from rlhf.config import Recipe
 from rlhf.engine import Engine, ParamGroup
 from rlhf.errors import UserError
@@ -34,6 +33,7 @@ from rlhf.progress import Progress, console, is_main_process
 from rlhf.prompting import fit_demonstrations, fit_rankings
 from rlhf.ranking import PairCounts, accuracy_interval, calibration, count_pairs, has_pairs, ranking_loss, tied_pairs
 from rlhf.records import Drops, read_demonstrations, read_rankings
+from rlhf.rng import load_rng, save_rng
 from rlhf.schedule import lr_factor
 from rlhf.scoring import Pair, build_batch, raw_scores, scores
 from rlhf.sharding import barrier, everyones, gathered, own, processes
@@ -148,10 +148,11 @@ def train(engine: Engine, groups: list[Group], ctx: StageContext, pad_id: int) -
     cfg, seed = ctx.recipe.reward, ctx.recipe.run.seed
     total = cfg.epochs * len(groups)
     steps = -(-total // cfg.batch_size)
-    done, tokens, folder = 0, 0, ctx.dir / "checkpoints"
-    sealed = from_first(lambda: newest_sealed(folder))
+    done, tokens = 0, 0
+    sealed = from_first(ctx.checkpoints.newest)
     if sealed:
-        engine.load(sealed)
+        engine.load(sealed / "engine")
+        load_rng(sealed)
         state = json.loads((sealed / "state.json").read_text())
         done, tokens = state["step"], state["tokens"]
     ctx.tracker.truncate_after(tokens, again=("reward/accuracy", "calibration"))
@@ -183,13 +184,13 @@ def train(engine: Engine, groups: list[Group], ctx: StageContext, pad_id: int) -
                 state = {"step": done, "tokens": tokens}
 
                 def write(staged: Path, state: dict[str, int] = state) -> None:
-                    engine.save(staged)
+                    engine.save(staged / "engine")
+                    save_rng(staged)
                     if is_main_process():
                         (staged / "state.json").write_text(json.dumps(state))
 
                 phase("save", done)
-                sealed_write(folder / f"step-{done:06d}", write, barrier())
-                keep_last(folder, 2)
+                ctx.checkpoints.save(done, write, barrier())
     return tokens if done == steps else None
 
 

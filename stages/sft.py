@@ -9,6 +9,7 @@ save       a plain Hugging Face folder, adapters merged
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
@@ -27,7 +28,6 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
-from rlhf.checkpoint import keep_last, newest_sealed, sealed_write
 from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.models import add_lora, check_context, load_policy, load_tokenizer, resolve_model, save_model
@@ -39,12 +39,14 @@ from rlhf.progress import Progress, console
 from rlhf.prompting import Encoded, fit_demonstrations
 from rlhf.quiet import quiet_transformers
 from rlhf.records import Demonstration, Drops, read_demonstrations, read_texts
+from rlhf.saving import Checkpoints
 from rlhf.scoring import token_logprobs
 from rlhf.sft_batches import Trainer
+from rlhf.sharding import processes
 from rlhf.splits import split_by_prompt
 from rlhf.stage import StageContext, run_stage
 from rlhf.tracking import Tracker
-from rlhf.zero import config_path, connect, trained
+from rlhf.zero import config_path, connect, trained, zero_stage
 
 Row = dict[str, list[int]]  # input_ids, and completion_mask: 1 on tokens that are trained
 
@@ -174,8 +176,11 @@ def deepspeed_file(recipe: Recipe) -> str | None:
 class Reporter(TrainerCallback):
     """What a run shows and keeps of the trainer's work: metrics, a progress bar, sealed checkpoints, a clean stop."""
 
-    def __init__(self, checkpoints: Path, tracker: Tracker, stop_requested: Callable[[], bool]) -> None:
+    def __init__(
+        self, checkpoints: Checkpoints, tracker: Tracker, stop_requested: Callable[[], bool], layout: dict[str, int]
+    ) -> None:
         self.checkpoints, self.tracker, self.stop_requested = checkpoints, tracker, stop_requested
+        self.layout = layout
         self.last_loss = math.nan
 
     def on_train_begin(self, args: SFTConfig, state: Any, control: Any, train_dataloader: DataLoader, **_: Any) -> None:
@@ -219,15 +224,19 @@ class Reporter(TrainerCallback):
     def on_save(self, args: SFTConfig, state: Any, control: Any, **_: Any) -> None:
         # The trainer writes in place, which a kill leaves half done: what it wrote is moved under a seal.
         phase("save", state.global_step)
-        processes = PartialState()
-        processes.wait_for_everyone()
-        if processes.is_main_process:
+        group = PartialState()
+        group.wait_for_everyone()
+        if group.is_main_process:
             written = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            name = self.checkpoints / f"step-{state.global_step:06d}"
-            sealed_write(name, lambda staged: [shutil.move(part, staged) for part in written.iterdir()])
+
+            def write(staged: Path) -> None:
+                for part in written.iterdir():
+                    shutil.move(part, staged)
+                (staged / "layout.json").write_text(json.dumps(self.layout))
+
+            self.checkpoints.save(state.global_step, write)
             written.rmdir()
-            keep_last(self.checkpoints, 2)
-        processes.wait_for_everyone()
+        group.wait_for_everyone()
 
     def on_train_end(self, args: SFTConfig, state: Any, control: Any, **_: Any) -> None:
         self.progress.__exit__(None, None, None)
@@ -238,6 +247,29 @@ class Reporter(TrainerCallback):
         flag = torch.tensor(float(self.stop_requested()), device=args.device)
         torch.distributed.all_reduce(flag)
         return bool(flag)
+
+
+def layout_of(recipe: Recipe) -> dict[str, int]:
+    """How the trainer cuts its checkpoints into files."""
+    return {"processes": processes(), "zero_stage": zero_stage(recipe)}
+
+
+def check_layout(recipe: Recipe, folder: Path) -> None:
+    """Refuse a checkpoint that cannot be read here: DeepSpeed's, as the trainer writes them, bind to their layout.
+
+    Raises:
+        UserError: when it was written by another number of processes or ZeRO stage, and one of the two has ZeRO.
+    """
+    theirs, ours = json.loads((folder / "layout.json").read_text()), layout_of(recipe)
+    if theirs == ours or theirs["zero_stage"] == ours["zero_stage"] == 0:
+        return
+    words = [f"{each['processes']} processes under ZeRO {each['zero_stage']}" for each in (theirs, ours)]
+    raise UserError(
+        f"the SFT checkpoint is of {words[0]}, and this run has {words[1]}; the trainer cannot read it",
+        str(folder),
+        f"go on with launch.processes={theirs['processes']} launch.zero_stage={theirs['zero_stage']}, "
+        "or redo the stage with --fresh (rank, reward and PPO may change both)",
+    )
 
 
 def build_trainer(
@@ -271,23 +303,26 @@ def train_sft(
     recipe: Recipe,
     folder: Path,
     tracker: Tracker,
+    checkpoints: Checkpoints,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> tuple[Trainer, float]:
-    """Train `policy` in place on `rows`, from the newest sealed checkpoint in `folder` if there is one.
+    """Train `policy` in place on `rows`, from the newest sealed checkpoint if there is one.
 
     Args:
         policy: a causal language model, adapters around it or not.
         rows: what `demonstration_row` and `text_rows` return.
-        folder: holds `checkpoints/`; the trainer's own files go to a folder beside it that is removed at the end.
+        folder: the trainer's own files go to `trainer/` in it, which is removed at the end.
         tracker: gets every step's metrics, by tokens seen.
         stop_requested: asked after every step; when true a checkpoint is sealed and training ends.
 
     Returns:
         the trainer and the loss of the last step (nan when a finished training was resumed).
     """
-    reporter = Reporter(folder / "checkpoints", tracker, stop_requested)
+    reporter = Reporter(checkpoints, tracker, stop_requested, layout_of(recipe))
     trainer = build_trainer(policy, tokenizer, rows, recipe, folder / "trainer", reporter)
-    sealed = from_first(lambda: newest_sealed(folder / "checkpoints"))
+    sealed = from_first(checkpoints.newest)
+    if sealed:
+        check_layout(recipe, sealed)
     with quiet_transformers():
         trainer.train(resume_from_checkpoint=str(sealed) if sealed else None)
     if trainer.is_world_process_zero():
@@ -341,7 +376,9 @@ def work(ctx: StageContext) -> dict[str, Any]:
     if heldout:
         metrics["sft/validation_loss_before"] = validation_loss(policy, heldout)
 
-    trainer, last_loss = train_sft(policy, tokenizer, rows, recipe, ctx.dir, ctx.tracker, lambda: ctx.stop_requested)
+    trainer, last_loss = train_sft(
+        policy, tokenizer, rows, recipe, ctx.dir, ctx.tracker, ctx.checkpoints, lambda: ctx.stop_requested
+    )
     if trainer.state.global_step < trainer.state.max_steps:
         return {}
     tokens = trainer.tokens

@@ -14,18 +14,21 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.checkpoint import keep_last, list_checkpoints, newest_sealed, seal, sealed_write, verify
+from rlhf.checkpoint import FOREIGN, keep_last, list_checkpoints, newest_sealed, seal, verify, write_aside
+from rlhf.saving import Checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def write_step(folder: Path, step: int, content: str = "weights") -> Path:
+def write_step(folder: Path, step: int, content: str = "weights", of: str = "") -> Path:
     def write(staged: Path) -> None:
         (staged / "engine").mkdir()
         (staged / "engine" / "trainable.bin").write_text(f"{content} {step}")
         (staged / "state.json").write_text(json.dumps({"step": step}))
 
-    return sealed_write(folder / f"step-{step:06d}", write)
+    final = folder / f"step-{step:06d}"
+    seal(write_aside(final, write), final, of)
+    return final
 
 
 def names(folder: Path) -> list[str]:
@@ -135,7 +138,7 @@ def test_a_full_disk_leaves_the_last_one_whole_and_gives_the_space_back(tmp_path
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        sealed_write(tmp_path / "step-000040", write)
+        write_aside(tmp_path / "step-000040", write)
     assert newest_sealed(tmp_path) == before and names(tmp_path) == ["step-000020"]
 
 
@@ -143,14 +146,14 @@ def test_sigkill_in_the_middle_of_a_write(tmp_path: Path) -> None:
     code = f"""
 import sys, time
 from pathlib import Path
-from rlhf.checkpoint import sealed_write
+from rlhf.checkpoint import write_aside
 def write(staged):
     with (staged / "weights.bin").open("wb") as file:
         while True:
             file.write(b"x" * 65536)
             file.flush()
             time.sleep(0.01)
-sealed_write(Path({str(tmp_path)!r}) / "step-000040", write)
+write_aside(Path({str(tmp_path)!r}) / "step-000040", write)
 """
     before = write_step(tmp_path, 20)
     child = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -197,17 +200,16 @@ def test_with_a_barrier_every_process_writes_and_the_first_seals(tmp_path: Path)
 import os, sys
 from pathlib import Path
 import torch.distributed as dist
-from rlhf.checkpoint import keep_last, newest_sealed, sealed_write
+from rlhf.saving import Checkpoints
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meet", rank=int(os.environ["RANK"]), world_size=2)
-folder = Path(sys.argv[1]) / "checkpoints"
-for step in (1, 2):
-    sealed_write(
-        folder / f"step-{step:06d}",
-        lambda staged: (staged / f"rng-{os.environ['RANK']}.bin").write_text("state"),
-        barrier=dist.barrier,
+checkpoints = Checkpoints(Path(sys.argv[1]) / "checkpoints")
+for step in (1, 2, 3):
+    checkpoints.save(
+        step, lambda staged: (staged / f"rng-{os.environ['RANK']}.bin").write_text("state"), barrier=dist.barrier
     )
-    keep_last(folder, 1)
-assert newest_sealed(folder).name == "step-000002"
+checkpoints.wait()
+dist.barrier()
+assert checkpoints.newest().name == "step-000003"
 dist.destroy_process_group()
 """
     children = [
@@ -218,5 +220,45 @@ dist.destroy_process_group()
         for rank in (0, 1)
     ]
     assert [child.wait(timeout=120) for child in children] == [0, 0]
-    assert names(tmp_path / "checkpoints") == ["step-000002"]
-    assert names(tmp_path / "checkpoints" / "step-000002") == ["manifest.json", "rng-0.bin", "rng-1.bin"]
+    assert names(tmp_path / "checkpoints") == ["step-000002", "step-000003"]
+    assert names(tmp_path / "checkpoints" / "step-000003") == ["manifest.json", "rng-0.bin", "rng-1.bin"]
+
+
+def test_another_runs_checkpoint_is_neither_used_nor_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, theirs = write_step(tmp_path, 10, of="ours"), write_step(tmp_path, 30, of="theirs")
+    assert verify(theirs, of="ours") == [FOREIGN] and verify(theirs, of="theirs") == verify(theirs) == []
+    assert newest_sealed(tmp_path, "ours") == ours
+    assert FOREIGN in capsys.readouterr().err
+    for step in (20, 30, 40):
+        write_step(tmp_path, step, of="ours")
+        keep_last(tmp_path, 2, "ours")
+    assert names(tmp_path) == ["step-000030", "step-000030.other-1", "step-000040"]
+    assert newest_sealed(tmp_path, "ours") == tmp_path / "step-000040"
+    assert verify(tmp_path / "step-000030.other-1", of="theirs") == []
+
+
+def test_a_checkpoint_is_sealed_behind_the_loop_after_its_rows_are_on_disk(tmp_path: Path) -> None:
+    order: list[str] = []
+    checkpoints = Checkpoints(tmp_path / "checkpoints", "ours", before=lambda: order.append("rows"))
+    for step in (1, 2, 3):
+        checkpoints.save(step, lambda staged: (staged / "state").write_bytes(b"x" * 1000))
+    checkpoints.wait()
+    assert order == ["rows"] * 3 and names(tmp_path / "checkpoints") == ["step-000002", "step-000003"]
+    metrics = checkpoints.metrics()
+    assert metrics["perf/checkpoint_gb"] == 1e-6
+    assert 0 < metrics["perf/seconds_hash"] < metrics["perf/seconds_seal"]
+    assert metrics["perf/seconds_save"] > 0 and checkpoints.metrics()["perf/seconds_save"] == 0
+
+
+def test_what_went_wrong_behind_the_loop_is_raised_at_the_next_save(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints", before=fail)
+    checkpoints.save(1, lambda staged: (staged / "state").write_text("x"))
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.save(2, lambda staged: (staged / "state").write_text("x"))
+    assert names(tmp_path / "checkpoints") == []
+    checkpoints.wait()  # told once

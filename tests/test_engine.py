@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.clipping import grad_norm
-from rlhf.engine import Engine, Layout, ParamGroup
+from rlhf.engine import Engine, ParamGroup
 from rlhf.errors import UserError
 from rlhf.recipe import load_recipe
+from rlhf.rng import load_rng, save_rng
 from rlhf.zero import settings
 
 
@@ -219,6 +220,7 @@ def test_a_loaded_checkpoint_continues_bit_for_bit(tmp_path: Path) -> None:
     set_grads(engine, a_bias=[math.nan])
     engine.step()
     engine.save(tmp_path / "state")
+    save_rng(tmp_path)
     expected = train(engine, 3)
     other = Two()
     with torch.no_grad():
@@ -227,6 +229,7 @@ def test_a_loaded_checkpoint_continues_bit_for_bit(tmp_path: Path) -> None:
     again = make(other, weight_decay=0.1, max_skipped_steps=9)
     torch.manual_seed(99)
     again.load(tmp_path / "state")
+    load_rng(tmp_path)
     assert (again.skipped_steps, again.skipped_in_a_row) == (1, 1)
     assert train(again, 3) == expected
     for (name, one), two in zip(engine.trainable().items(), again.trainable().values(), strict=True):
@@ -267,9 +270,9 @@ def test_a_group_is_stepped_whole_whatever_a_users_deepspeed_file_says(tmp_path:
     assert found["zero_optimization"]["sub_group_size"] > 10**12  # DeepSpeed calls the optimiser once a sub-group
 
 
-def test_a_checkpoint_of_another_layout_is_refused(tmp_path: Path) -> None:
-    engine = make()
-    engine.save(tmp_path)
-    Layout(2, 3).write(tmp_path)
-    with pytest.raises(UserError, match="of 2 processes under ZeRO 3, and this run has 1 process"):
-        engine.load(tmp_path)
+def test_a_users_deepspeed_file_with_unknown_places_is_refused(tmp_path: Path) -> None:
+    for zero in ({"stage": 2, "round_robin_gradients": True}, {"stage": 3, "offload_optimizer": {"device": "nvme"}}):
+        file = tmp_path / "own.json"
+        file.write_text(json.dumps({"zero_optimization": zero}))
+        with pytest.raises(UserError, match="round_robin_gradients and state on NVMe"):
+            settings(load_recipe("tiny", [f"launch.deepspeed_config={file}"]))

@@ -16,6 +16,7 @@ from rlhf.errors import UserError
 from rlhf.models import add_lora, load_policy
 from rlhf.prompting import Encoded, encode_prompt, encode_response
 from rlhf.records import Demonstration, Drops, Prompt
+from rlhf.saving import Checkpoints
 from rlhf.tracking import Tracker
 from stages.sft import (
     demonstration_row,
@@ -65,7 +66,9 @@ def run(
     policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list, recipe: Recipe, folder: Path, **how: Any
 ):
     tracker = make_tracker(folder)
-    result = train_sft(policy, tokenizer, rows, recipe, folder, tracker, **how)
+    checkpoints = Checkpoints(folder / "checkpoints", before=tracker.flush)
+    result = train_sft(policy, tokenizer, rows, recipe, folder, tracker, checkpoints, **how)
+    checkpoints.wait()
     tracker.close()
     return result
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.checkpoint import newest_sealed, sealed_write
+from rlhf.checkpoint import newest_sealed
 from rlhf.config import Recipe
 from rlhf.dependencies import READS, depends_on, fingerprint
 from rlhf.errors import UserError
@@ -41,7 +41,7 @@ def train(ctx: StageContext) -> dict[str, Any]:
     """Work with a model, a metric and a checkpoint."""
     (ctx.dir / "model").mkdir(exist_ok=True)
     (ctx.dir / "model" / "weights").write_text(f"{ctx.name} {ctx.recipe.sft.lr}")
-    sealed_write(ctx.dir / "checkpoints" / "step-000001", lambda staged: (staged / "state").write_text("x"))
+    ctx.checkpoints.save(1, lambda staged: (staged / "state").write_text("x"))
     ctx.tracker.log({f"{ctx.name}/loss": 0.5}, 10)
     return {f"{ctx.name}/loss": 0.5}
 
@@ -286,8 +286,7 @@ def test_the_first_signal_lets_the_step_finish_and_the_next_run_goes_on(number: 
                 os.kill(os.getpid(), number)
             step += 1
             if ctx.stop_requested:
-                folder = ctx.dir / "checkpoints" / f"step-{step:06d}"
-                sealed_write(folder, lambda staged, step=step: (staged / "step").write_text(str(step)))
+                ctx.checkpoints.save(step, lambda staged, step=step: (staged / "step").write_text(str(step)))
                 return {}
         return train(ctx)
 

@@ -1,0 +1,51 @@
+"""State of the random generators of this process: Python's, numpy's, torch's and those of its GPUs.
+
+rng-<process>.pt    in a checkpoint, one for every process
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def _path(folder: Path) -> Path:
+    return folder / f"rng-{os.environ.get('RANK', '0')}.pt"
+
+
+def save_rng(folder: Path) -> None:
+    """Write this process's generators into a checkpoint; every process must."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": [version, list(words), gauss],
+        # As int64: torch reads no numpy array without running pickled code.
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    torch.save(state, _path(folder))
+
+
+def load_rng(folder: Path) -> None:
+    """Set this process's generators as the checkpoint has them.
+
+    A process that was not there then keeps its own, seeded by run.seed: with another number of processes no draw would
+    be the same anyway. The same holds for GPUs.
+    """
+    path = _path(folder)
+    if not path.exists():
+        return
+    state = torch.load(path, weights_only=True)
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

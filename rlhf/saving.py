@@ -1,0 +1,86 @@
+"""A stage's checkpoints: the loop waits while the state is written, and goes on while it is flushed, hashed and sealed.
+
+What is in the files no longer changes, so they are the copy that the background works on: no second one in memory. A
+kill before the seal is a kill before the checkpoint, and a resume goes on from the one before.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from threading import Thread
+
+from rlhf.checkpoint import Sealed, keep_last, newest_sealed, seal, write_aside
+from rlhf.progress import is_main_process
+
+KEPT = 2
+
+
+class Checkpoints:
+    """Written by all processes, sealed by the first one.
+
+    Args:
+        folder: `checkpoints/` of the stage.
+        of: whose they are, see rlhf/checkpoint.py.
+        before: called by the first process before a checkpoint is sealed: makes last what it must not outlive.
+    """
+
+    def __init__(self, folder: Path, of: str = "", before: Callable[[], None] = lambda: None) -> None:
+        self.folder, self.of, self.before = folder, of, before
+        self.write_seconds = 0.0  # that the last save held the loop up
+        self.last: Sealed | None = None  # what the last seal took
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
+
+    def newest(self) -> Path | None:
+        """The newest sound checkpoint to go on from."""
+        return newest_sealed(self.folder, self.of)
+
+    def save(self, step: int, write: Callable[[Path], object], barrier: Callable[[], None] | None = None) -> None:
+        """Write step-NNNNNN and have it sealed behind the caller's back; `write` and `barrier` as in `write_aside`.
+
+        Raises:
+            OSError: what kept the checkpoint before from being sealed, or this one from being written.
+        """
+        begin = time.perf_counter()
+        self.wait()
+        final = self.folder / f"step-{step:06d}"
+        staged = write_aside(final, write, barrier)
+        if barrier is None or is_main_process():
+            # A daemon: a second Ctrl-C ends the program at once.
+            self._thread = Thread(target=self._seal, args=(staged, final), daemon=True)
+            self._thread.start()
+        self.write_seconds = time.perf_counter() - begin
+
+    def wait(self) -> None:
+        """Until the last one is sealed.
+
+        Raises:
+            OSError: when it could not be.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def metrics(self) -> dict[str, float]:
+        """perf/ values of a save since the last call: what the loop waited, and sealing, with hashing, and the size."""
+        values, self.write_seconds = {"perf/seconds_save": self.write_seconds}, 0.0
+        if self.last is not None:
+            values["perf/seconds_seal"] = self.last.seconds
+            values["perf/seconds_hash"] = self.last.hash_seconds
+            values["perf/checkpoint_gb"] = self.last.bytes / 1e9
+        return values
+
+    def _seal(self, staged: Path, final: Path) -> None:
+        try:
+            self.before()
+            self.last = seal(staged, final, self.of)
+            keep_last(self.folder, KEPT, self.of)
+        except BaseException as error:
+            self._error = error
+            shutil.rmtree(staged, ignore_errors=True)
