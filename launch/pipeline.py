@@ -28,6 +28,7 @@ from rlhf.progress import console, table
 from rlhf.ranklog import ERROR
 from rlhf.recipe import load_recipe, recipe_names
 from rlhf.rundir import LOGS, require_disk
+from rlhf.stopping import STOPPED, STOPPING
 from rlhf.watch import last_phases
 
 ROOT = Path(__file__).resolve().parent.parent  # holds rlhf/, stages/ and launch/, in a checkout and when installed
@@ -55,7 +56,7 @@ def run(name_or_path: str, overrides: Sequence[str]) -> int:
         code = start(stage, recipe, name_or_path, overrides)
         if code:
             again = shlex.join(["rlhf", "run", name_or_path, *overrides])
-            how = "stopped" if code in (130, 143) else f"failed (exit code {code}): the cause is named above"
+            how = "stopped" if code in STOPPED else f"failed (exit code {code}): the cause is named above"
             console.print(f"stage {stage} {how}. To go on where it stopped: {again}", markup=False, soft_wrap=True)
             return code
     if leads and "evaluate" in recipe.run.stages:
@@ -133,7 +134,7 @@ def start(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str
     line = command(stage, recipe, name_or_path, overrides, fresh)
     before = _when_told(logs)
     code = _supervise(line, environment(recipe, launched), launched and not by_ssh, logs if launched else None)
-    if launched and code not in (0, 2, 130, 143) and not _told(logs, before):
+    if launched and code not in (0, 2, *STOPPED) and not _told(logs, before):
         for text in last_phases(logs, world_size(recipe)):
             console.print(text, markup=False, soft_wrap=True)
     return code
@@ -192,25 +193,32 @@ def environment(recipe: Recipe, launched: bool) -> dict[str, str]:
 
 
 def _supervise(arguments: list[str], env: dict[str, str], local_ranks: bool, logs: Path | None = None) -> int:
-    """Run a command in a session of its own and hand Ctrl-C, SIGTERM and a closed terminal on to it, once each.
+    """Run a command in a session of its own and hand the first Ctrl-C, SIGTERM, SIGUSR1 or closed terminal on to it.
 
     The stage seals a checkpoint and ends; a second Ctrl-C kills it. Once a process has told an error in `logs`, the
     launcher and what it started end within GRACE, stopped processes too.
+
+    Args:
+        local_ranks: signals are for the processes below the launcher, which would leave them behind.
+        logs: of a launched stage.
     """
     told_before = _when_told(logs) if logs else 0.0
-    process = subprocess.Popen(arguments, env=env, start_new_session=True)
+    # Slurm signals every process of a step: the launcher is to outlive that, its processes have handlers of their own.
+    deaf = (lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN)) if logs else None
+    process = subprocess.Popen(arguments, env=env, start_new_session=True, preexec_fn=deaf)
     received: list[int] = []
 
     def forward(signum: int, frame: object) -> None:
         if received and signum == signal.SIGINT:
             os.killpg(process.pid, signal.SIGKILL)
         elif not received:
-            wanted = signal.SIGINT if signum == signal.SIGINT else signal.SIGTERM
-            for target in _ranks(process.pid) if local_ranks else [process.pid]:
-                os.kill(target, wanted)
+            targets = _ranks(process.pid) if local_ranks else [process.pid]
+            known = signum in STOPPING and not (signum == signal.SIGUSR1 and logs and targets == [process.pid])
+            for target in targets:  # DeepSpeed's launcher knows the other two
+                os.kill(target, signum if known else signal.SIGTERM)
         received.append(signum)
 
-    before = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {s: signal.signal(s, forward) for s in (*STOPPING, signal.SIGHUP)}
     try:
         code = _wait(process, logs, told_before)
     finally:
@@ -221,7 +229,7 @@ def _supervise(arguments: list[str], env: dict[str, str], local_ranks: bool, log
         if code > 192:  # DeepSpeed's launcher gives -N for signal N, of which the system keeps a byte
             code -= 256
     if received:
-        return 128 + (signal.SIGINT if received[0] == signal.SIGINT else signal.SIGTERM)
+        return 128 + (received[0] if received[0] in STOPPING else signal.SIGTERM)
     return code if code >= 0 else 128 - code
 
 

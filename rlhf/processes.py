@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,24 +17,33 @@ import torch.distributed as dist
 from rlhf import ranklog
 from rlhf.errors import UserError
 from rlhf.progress import is_main_process
+from rlhf.stopping import STOPPING
 
 T = TypeVar("T")
 
 
+TWICE = 0.5  # seconds between two signals that a person sent; a launcher's and the terminal's copies come together
+
+
 class StopNow(BaseException):
-    """Raised by the second signal, wherever the work stands."""
+    """Raised by a second Ctrl-C, wherever the work stands."""
 
 
 @dataclass
 class Signals:
-    """Notes the first SIGINT or SIGTERM; the second raises StopNow and the third ends the process whatever it is in."""
+    """Notes the first SIGINT, SIGTERM or SIGUSR1; a later SIGINT raises StopNow and the next ends the process.
+
+    SIGTERM and SIGUSR1 stop nothing at once however often they come: schedulers send them to every process of a job,
+    and `rlhf run` hands its own on.
+    """
 
     received: int = 0  # number of the first signal
+    at: float = 0.0  # when it came, time.monotonic
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Catch the signals while the block lasts."""
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, self._note) for number in STOPPING}
         try:
             yield
         finally:
@@ -52,14 +62,15 @@ class Signals:
 
     def _note(self, number: int, frame: object) -> None:
         if self.received:
-            for each in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(each, signal.SIG_DFL)
-            raise StopNow
-        self.received = number
+            if number == signal.SIGINT and time.monotonic() - self.at > TWICE:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                raise StopNow
+            return
+        self.received, self.at = number, time.monotonic()
         log = ranklog.current()
         if is_main_process() and not (log and log.told()):  # a launcher ends what is left after a failure
             # Not through a buffered stream: the signal may have come while one was being written to.
-            os.write(2, b"\nstopping after this step; again to stop at once\n")
+            os.write(2, b"\nstopping after this step; Ctrl-C to stop at once\n")
 
 
 def world_size() -> int:

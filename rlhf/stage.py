@@ -10,8 +10,8 @@ the run, skips a stage that is finished and unchanged, runs the work, and writes
     outputs       path: bytes
     metrics, seconds (of all attempts), attempts, error
 
-Exit codes: 0 done or skipped, 2 a mistake that the user can mend, 130 Ctrl-C, 143 SIGTERM. The first signal lets the
-step finish and a checkpoint be sealed, the second stops at once.
+Exit codes: 0 done or skipped, 2 a mistake that the user can mend, 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM. The first
+signal lets the step finish and a checkpoint be sealed, a second Ctrl-C stops at once.
 """
 
 from __future__ import annotations

@@ -301,7 +301,7 @@ class _Gathered(Mapping[str, Tensor]):
         from deepspeed.utils import safe_get_full_fp32_param
 
         parameter = self.parameters[name]
-        return (safe_get_full_fp32_param(parameter) if self.partitioned else parameter).detach()
+        return safe_get_full_fp32_param(parameter).detach() if self.partitioned else parameter
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.parameters)

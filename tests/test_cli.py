@@ -135,6 +135,7 @@ def stop(signum, frame):
     sys.exit({code})
 signal.signal(signal.SIGINT, stop)
 signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGUSR1, stop)
 print("ready", flush=True)
 time.sleep(60)
 """
@@ -147,7 +148,7 @@ sys.exit(_supervise([sys.executable, "-c", {child!r}], dict(os.environ), local_r
 
 @pytest.mark.parametrize(
     ("sent", "arrives", "code"),
-    [(signal.SIGINT, 2, 130), (signal.SIGTERM, 15, 143), (signal.SIGHUP, 15, 143)],
+    [(signal.SIGINT, 2, 130), (signal.SIGTERM, 15, 143), (signal.SIGUSR1, 10, 138), (signal.SIGHUP, 15, 143)],
 )
 def test_signals_reach_the_stage_once_and_its_end_is_waited_for(sent: signal.Signals, arrives: int, code: int) -> None:
     parent = subprocess.Popen(

@@ -17,6 +17,7 @@ from rlhf.checkpoint import newest_sealed
 from rlhf.config import Recipe
 from rlhf.dependencies import READS, depends_on, fingerprint
 from rlhf.errors import UserError
+from rlhf.processes import TWICE
 from rlhf.recipe import load_recipe
 from rlhf.rundir import hash_path
 from rlhf.stage import StageContext, parse_stage_args, pick_device, run_stage
@@ -273,7 +274,7 @@ def test_a_full_disk_is_told_with_what_to_do(error: Exception, capsys: pytest.Ca
     assert "the disk is full" in told and "free some space" in told
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_the_first_signal_lets_the_step_finish_and_the_next_run_goes_on(number: int, code: int) -> None:
     steps: list[int] = []
 
@@ -310,16 +311,35 @@ def test_a_signal_after_the_last_step_does_not_undo_the_stage() -> None:
     assert run_stage("sft", never, RECIPE) == 0
 
 
-def test_the_second_signal_stops_at_once() -> None:
+@pytest.mark.parametrize(("first", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_ctrl_c_stops_at_once(first: int, code: int) -> None:
     def work(ctx: StageContext) -> dict[str, Any]:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), first)
+        time.sleep(2 * TWICE)
+        os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
         return {}
 
     begin = time.monotonic()
-    assert run_stage("sft", work, RECIPE) == 143
+    assert run_stage("sft", work, RECIPE) == code
     assert time.monotonic() - begin < 30 and stage_json()["state"] == "stopped"
+
+
+def test_copies_of_a_signal_and_a_schedulers_others_stop_nothing_at_once() -> None:
+    """Slurm signals all processes of a job and `rlhf run` hands its own on; scancel's SIGTERM may follow SIGUSR1."""
+
+    def work(ctx: StageContext) -> dict[str, Any]:
+        for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        assert ctx.stop_requested
+        time.sleep(2 * TWICE)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        ctx.checkpoints.save(1, lambda staged: (staged / "step").write_text("1"))
+        return {}
+
+    assert run_stage("sft", work, RECIPE) == 130
+    assert stage_json()["state"] == "stopped" and newest_sealed(Path("runs/demo/sft/checkpoints"))
 
 
 def test_one_variant_of_ppo_is_redone_without_the_other_in_the_way() -> None:

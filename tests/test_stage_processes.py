@@ -68,7 +68,6 @@ PAIR = """
 import os, sys, time
 from pathlib import Path
 import torch, torch.distributed as dist
-from rlhf.checkpoint import sealed_write
 from rlhf.errors import UserError
 from rlhf.stage import run_stage
 def work(ctx):
