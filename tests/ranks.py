@@ -106,7 +106,7 @@ def main() -> int:
     for job in json.loads(file.read_text()):
         engines.clear()
         rollouts.clear()
-        last = grouped and rank == dist.get_world_size() - 1
+        last = not grouped or rank == dist.get_world_size() - 1
         steps_left = job.get("stop_after", 0) if last else 0
         backwards_left = job.get("spoil_at", 0) if last else 0
         code = importlib.import_module(job["module"]).main(job["arguments"])

@@ -88,7 +88,34 @@ SETTINGS += [
     Setting("ppo", 3, like="lora-bf16", more=("launch.frozen=partitioned",), tolerance=2e-2),
 ]
 SPOILED = [Setting("reward", zero) for zero in (0, 1, 2, 3)]  # a loss of one process is infinite, once
-RESUMED = [Setting("ppo", zero, stop_after=5) for zero in (0, 2, 3)]
+RESUMED = [
+    *(Setting("ppo", zero, stop_after=5) for zero in (0, 1, 2, 3)),
+    *(Setting("ppo", zero, more=("launch.offload=true",), stop_after=5) for zero in (2, 3)),
+    Setting("ppo", 3, like="lora", more=("launch.gather=by_layer",), stop_after=5),
+    *(Setting("ppo", zero, like="bf16", more=("model.dtype=bfloat16",), stop_after=5) for zero in (2, 3)),
+    *(Setting("reward", zero, stop_after=3) for zero in (0, 2, 3)),
+]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A stage that is stopped on some processes and goes on with others; None is one process."""
+
+    stage: str
+    before: int | None  # ZeRO stage of two processes
+    after: int | None
+
+    @property
+    def name(self) -> str:
+        words = ["one" if zero is None else f"zero{zero}" for zero in (self.before, self.after)]
+        return f"{self.stage}-from-{words[0]}-to-{words[1]}"
+
+
+CHANGES = [
+    Change(stage, before, after)
+    for stage in ("ppo", "reward")
+    for before, after in ((None, 2), (2, None), (None, 3), (3, None), (0, None), (3, 2), (2, 3))
+]
 
 
 def arguments(folder: Path, run: str, *more: str) -> list[str]:
@@ -159,7 +186,26 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Note
         name = f"resumed-{setting.name}"
         jobs[f"stopped-{setting.name}"] = prepared(folder, setting, name)
         jobs[name] = jobs[f"stopped-{setting.name}"] | {"stop_after": 0}
-    return folder, found | dict(zip(jobs, run_ranks(list(jobs.values()), folder), strict=True))
+    begun = {change: changed(folder, change, change.before, stop_after=5) for change in CHANGES}
+    ended = {change: begun[change] | changed(folder, change, change.after, stop_after=0) for change in CHANGES}
+    run_ranks([begun[change] for change in CHANGES if change.before is None], folder, processes=1)
+    jobs |= {f"{c.name}-begun": begun[c] for c in CHANGES if c.before is not None}
+    jobs |= {f"{c.name}-ended": ended[c] for c in CHANGES if c.after is not None}
+    found |= dict(zip(jobs, run_ranks(list(jobs.values()), folder), strict=True))
+    run_ranks([ended[change] for change in CHANGES if change.after is None], folder, processes=1)
+    return folder, found
+
+
+def changed(folder: Path, change: Change, zero: int | None, stop_after: int) -> dict[str, Any]:
+    """The job of one half of a change."""
+    if stop_after:
+        prepared(folder, Setting(change.stage, 0), change.name)
+    launch = [] if zero is None else ["launch.processes=2", f"launch.zero_stage={zero}"]
+    return {
+        "module": f"stages.{change.stage}",
+        "arguments": arguments(folder, change.name, *launch),
+        "stop_after": stop_after,
+    }
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -262,15 +308,32 @@ def test_an_infinite_loss_on_one_process_skips_the_step_on_all(
 @pytest.mark.parametrize("setting", RESUMED, ids=lambda s: s.name)
 def test_a_stopped_run_goes_on_to_the_same_bits(runs: tuple[Path, dict[str, Noted]], setting: Setting) -> None:
     where = runs[0]
-    straight, resumed = where / f"ppo-zero{setting.zero}" / "ppo-ptx", where / f"resumed-{setting.name}" / "ppo-ptx"
+    part = FOLDER.get(setting.stage, setting.stage)
+    straight, resumed = where / setting.name / part, where / f"resumed-{setting.name}" / part
     record = json.loads((resumed / "stage.json").read_text())
     assert (record["state"], record["attempts"]) == ("done", 2)
-    same_weights(resumed / "model", straight / "model", 0.0)
-    same_weights(resumed / "ema", straight / "ema", 0.0)
+    for model in MODELS if setting.stage == "ppo" else ("model",):
+        same_weights(resumed / model, straight / model, 0.0)
     for a, b in zip(metrics(resumed), metrics(straight), strict=True):
-        assert {k: v for k, v in a.items() if k.startswith("ppo/")} == {
-            k: v for k, v in b.items() if k.startswith("ppo/")
-        }
+        ours, theirs = ({k: v for k, v in row.items() if k.startswith(("ppo/", "reward/"))} for row in (a, b))
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.name)
+def test_a_stopped_run_goes_on_with_another_number_of_processes(
+    runs: tuple[Path, dict[str, Noted]], change: Change
+) -> None:
+    where, part = runs[0], FOLDER.get(change.stage, change.stage)
+    ours, theirs = where / change.name / part, where / "one" / part
+    record = json.loads((ours / "stage.json").read_text())
+    assert (record["state"], record["attempts"]) == ("done", 2)
+    for a, b in zip(metrics(ours), metrics(theirs), strict=True):
+        assert a["step"] == b["step"]
+        for name in COMPARED[change.stage]:
+            if name in b:
+                assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5 if name == "ppo/kl" else 1e-6), name
+    for model in MODELS if change.stage == "ppo" else ("model",):
+        same_weights(ours / model, theirs / model, 1e-5)
 
 
 def test_uneven_shares_neither_hang_nor_change_a_sample(tmp_path: Path) -> None:
