@@ -11,6 +11,7 @@ Several machines share the run folder: it must be on a file system that all of t
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -117,55 +118,65 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Be the only writer of the run; the lock of a process of this machine that is gone is taken over.
 
+        The system lets go of the file's lock when its holder dies, however it does; the process number in it is looked
+        at as well, for file systems that do not lock.
+
         Raises:
             UserError: when a live process, or one of another machine, holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / "lock"
-        me = {"pid": os.getpid(), "host": socket.gethostname(), "started": psutil.Process().create_time()}
-        with _guarded(path) as file:
-            owner = _owner(file.read())
-            if owner and _alive(owner):
-                raise UserError(
-                    f"the run is in use by process {owner['pid']} on {owner['host']}",
-                    str(path),
-                    "wait for it or stop it, or take another run.name; delete the lock file if that process is gone",
-                )
-            _replace(file, json.dumps(me))
-        try:
-            yield
-        finally:
-            with _guarded(path) as file:
+        with _locked(path) as file:
+            file.seek(0)
+            file.truncate()
+            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}))
+            file.flush()
+            os.fsync(file.fileno())
+            try:
+                yield
+            finally:
                 # Somebody may have deleted the file and started another run, which is not ours to unlock.
-                if _owner(file.read()) == me:
+                if _is_at(path, file):
                     path.unlink()
 
 
 @contextmanager
-def _guarded(path: Path) -> Iterator[Any]:
-    """The lock file, open and ours to look at and change while the block lasts."""
+def _locked(path: Path) -> Iterator[Any]:
+    """The lock file, open and held; see `RunFolder.lock`."""
     while True:
         with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            held = False
             try:
-                current = path.stat().st_ino == os.fstat(file.fileno()).st_ino
-            except FileNotFoundError:
-                current = False
-            if current:  # else the owner removed it between open and flock
-                yield file
-                return
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                held = True
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+            if not _is_at(path, file):
+                continue  # the owner removed it between open and flock
+            owner = read_owner(file.read())
+            if held or (owner and is_alive(owner)):
+                whose = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
+                raise UserError(
+                    f"the run is in use by {whose}",
+                    str(path),
+                    "wait for it or stop it, or take another run.name; delete the lock file if that process is gone",
+                )
+            yield file
+            return
 
 
-def _replace(file: Any, text: str) -> None:
-    file.seek(0)
-    file.truncate()
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
+def _is_at(path: Path, file: Any) -> bool:
+    """Whether an open file is the one of that name."""
+    try:
+        return path.stat().st_ino == os.fstat(file.fileno()).st_ino
+    except FileNotFoundError:
+        return False
 
 
-def _owner(text: str) -> dict[str, Any] | None:
-    """Who a lock file names; None for one that was cut off in writing."""
+def read_owner(text: str) -> dict[str, Any] | None:
+    """Who a lock file names, {"pid", "host", "started"}; None for one that was cut off in writing."""
     try:
         owner = json.loads(text)
     except ValueError:
@@ -173,16 +184,25 @@ def _owner(text: str) -> dict[str, Any] | None:
     return owner if isinstance(owner, dict) and {"pid", "host", "started"} <= owner.keys() else None
 
 
-def _alive(owner: dict[str, Any]) -> bool:
-    """Whether the process runs, or may run: those of other machines cannot be looked at."""
+def is_alive(owner: dict[str, Any]) -> bool:
+    """Whether the process of a lock runs, or may run: those of other machines cannot be looked at."""
     if owner["host"] != socket.gethostname():
         return True
     try:
-        process = psutil.Process(owner["pid"])
-        # A process number is used again: the same one with another start time is somebody else.
-        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - owner["started"]) < 2
-    except psutil.NoSuchProcess:
+        # A process number is used again: the same one with another start is somebody else.
+        return psutil.Process(owner["pid"]).status() != psutil.STATUS_ZOMBIE and (
+            abs(_started(owner["pid"]) - owner["started"]) < 2
+        )
+    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         return False
+
+
+def _started(pid: int) -> float:
+    """When a process of this machine started: clock ticks since boot, which no change of the date moves."""
+    stat = Path(f"/proc/{pid}/stat")
+    if not stat.parent.parent.joinpath("self").exists():  # not Linux
+        return psutil.Process(pid).create_time()
+    return float(stat.read_text().rpartition(")")[2].split()[19])  # field 22; the name before it may hold anything
 
 
 def hash_path(path: str | Path) -> str:

@@ -150,6 +150,17 @@ def sample_outputs(
             )
             seconds = time.perf_counter() - begin
             texts, lengths, finished = rollout.texts(tokenizer), rollout.lengths.tolist(), rollout.finished.tolist()
+            tokens += sum(lengths)
+            # Before the samples: a row of a chunk that is sampled again is dropped, one that is missing stays missing.
+            ctx.tracker.log(
+                {
+                    "rank/finished_fraction": float(np.mean(finished)),
+                    "rank/response_length": float(np.mean(lengths)),
+                    "perf/rollout_tokens_per_s": sum(lengths) / seconds,
+                },
+                tokens,
+            )
+            ctx.tracker.flush()
             samples.add(
                 [
                     {
@@ -161,15 +172,6 @@ def sample_outputs(
                     }
                     for i, encoded in enumerate(chunk)
                 ]
-            )
-            tokens += sum(lengths)
-            ctx.tracker.log(
-                {
-                    "rank/finished_fraction": float(np.mean(finished)),
-                    "rank/response_length": float(np.mean(lengths)),
-                    "perf/rollout_tokens_per_s": sum(lengths) / seconds,
-                },
-                tokens,
             )
 
 

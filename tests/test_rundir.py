@@ -11,11 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.rundir import RunFolder, hash_path, require_disk, size_of, write_atomic
+from rlhf.rundir import RunFolder, hash_path, is_alive, require_disk, size_of, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,7 +72,7 @@ def test_keys_are_relative_inside_the_run_and_absolute_outside(tmp_path: Path, m
 
 HOLDER = """
 import sys, time
-from rlhf.rundir import RunFolder
+from rlhf.rundir import RunFolder, is_alive
 with RunFolder(sys.argv[1]).lock():
     print("held", flush=True)
     time.sleep(600)
@@ -115,14 +114,38 @@ def test_a_live_owner_is_an_error_and_a_killed_one_is_taken_over(tmp_path: Path)
 
 
 def test_a_process_number_used_again_is_not_the_owner(tmp_path: Path) -> None:
-    parent = psutil.Process(os.getppid())
-    owner = {"pid": parent.pid, "host": socket.gethostname(), "started": parent.create_time()}
+    # man 5 proc: field 22 of /proc/PID/stat, in clock ticks since boot; the second field is a name in brackets
+    started = int(Path(f"/proc/{os.getppid()}/stat").read_text().split(") ")[-1].split()[19])
+    owner = {"pid": os.getppid(), "host": socket.gethostname(), "started": started}
     (tmp_path / "lock").write_text(json.dumps(owner))
     with pytest.raises(UserError), RunFolder(tmp_path).lock():
         pass
-    (tmp_path / "lock").write_text(json.dumps(owner | {"started": parent.create_time() - 3600}))
+    (tmp_path / "lock").write_text(json.dumps(owner | {"started": started - 3600}))
     with RunFolder(tmp_path).lock():
         pass
+
+
+def test_a_clock_that_jumps_does_not_free_a_live_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = hold(tmp_path)
+    owner = json.loads((tmp_path / "lock").read_text())
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: 0.0)
+    monkeypatch.setattr("psutil._pslinux.BOOT_TIME", 0.0, raising=False)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert is_alive(owner)
+    child.kill()
+    child.wait()
+    assert not is_alive(owner)
+
+
+def test_a_held_file_is_believed_whatever_it_says(tmp_path: Path) -> None:
+    """A process in another container, whose number means nothing here; and one that is just about to write its name."""
+    child = hold(tmp_path)
+    for content in (json.dumps({"pid": 999999999, "host": socket.gethostname(), "started": 0.0}), ""):
+        (tmp_path / "lock").write_text(content)
+        with pytest.raises(UserError, match="the run is in use by"), RunFolder(tmp_path).lock():
+            pass
+    child.kill()
+    child.wait()
 
 
 def test_an_owner_on_another_machine_is_believed(tmp_path: Path) -> None:
@@ -146,7 +169,7 @@ def test_of_many_that_find_a_dead_owner_one_takes_over(tmp_path: Path) -> None:
 import sys, time
 from pathlib import Path
 from rlhf.errors import UserError
-from rlhf.rundir import RunFolder
+from rlhf.rundir import RunFolder, is_alive
 root = Path(sys.argv[1])
 while not (root / "go").exists():
     time.sleep(0.001)
