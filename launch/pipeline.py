@@ -28,6 +28,7 @@ from rlhf.progress import console, table
 from rlhf.ranklog import ERROR
 from rlhf.recipe import load_recipe, recipe_names
 from rlhf.rundir import LOGS, require_disk
+from rlhf.saving import KEPT
 from rlhf.stopping import STOPPED, STOPPING
 from rlhf.watch import last_phases
 
@@ -102,7 +103,7 @@ def check_disk(recipe: Recipe) -> None:
 
 
 def disk_need(recipe: Recipe) -> int:
-    """Bytes that the unfinished stages write, about: models, averages and two checkpoints of full training."""
+    """Bytes that the unfinished stages write, about: models, averages and the checkpoints of full training."""
     size = _model_bytes(recipe.model.name)
     run_dir = Path(recipe.run.dir) / recipe.run.name
     copies = 0
@@ -112,8 +113,8 @@ def disk_need(recipe: Recipe) -> int:
         ppo = stage.startswith("ppo")
         copies += 2 if ppo and recipe.ppo.ema_decay > 0 else 1
         lora = recipe.reward.lora.enabled if stage == "reward" else recipe.model.lora.enabled
-        if not lora:  # weights and two moments, of the value model too; the old checkpoint stays until the new is whole
-            copies += 2 * 3 * (2 if ppo else 1)
+        if not lora:  # weights and two moments, of the value model too; the old ones stay until the new one is whole
+            copies += (KEPT + 1) * 3 * (2 if ppo else 1)
     return copies * size
 
 

@@ -181,7 +181,6 @@ class Reporter(TrainerCallback):
     ) -> None:
         self.checkpoints, self.tracker, self.stop_requested = checkpoints, tracker, stop_requested
         self.layout = layout
-        self.last_loss = math.nan
 
     def on_train_begin(self, args: SFTConfig, state: Any, control: Any, train_dataloader: DataLoader, **_: Any) -> None:
         seen = train_dataloader.batch_sampler.tokens_after(state.global_step)
@@ -215,7 +214,6 @@ class Reporter(TrainerCallback):
                 where="sft.lr",
                 fix="lower the learning rate, use float32, or look for broken rows in the data",
             )
-        self.last_loss = logs["loss"]
         names = {"sft/loss": "loss", "sft/lr": "learning_rate", "sft/grad_norm": "grad_norm"}
         names["sft/token_accuracy"] = "mean_token_accuracy"
         metrics = {ours: float(logs[theirs]) for ours, theirs in names.items()}
@@ -305,7 +303,7 @@ def train_sft(
     tracker: Tracker,
     checkpoints: Checkpoints,
     stop_requested: Callable[[], bool] = lambda: False,
-) -> tuple[Trainer, float]:
+) -> Trainer:
     """Train `policy` in place on `rows`, from the newest sealed checkpoint if there is one.
 
     Args:
@@ -316,7 +314,7 @@ def train_sft(
         stop_requested: asked after every step; when true a checkpoint is sealed and training ends.
 
     Returns:
-        the trainer and the loss of the last step (nan when a finished training was resumed).
+        the trainer, whose state holds the steps done and their losses.
     """
     reporter = Reporter(checkpoints, tracker, stop_requested, layout_of(recipe))
     trainer = build_trainer(policy, tokenizer, rows, recipe, folder / "trainer", reporter)
@@ -327,7 +325,7 @@ def train_sft(
         trainer.train(resume_from_checkpoint=str(sealed) if sealed else None)
     if trainer.is_world_process_zero():
         shutil.rmtree(folder / "trainer", ignore_errors=True)
-    return trainer, reporter.last_loss
+    return trainer
 
 
 def validation_loss(policy: torch.nn.Module, heldout: Sequence[Encoded[Demonstration]]) -> float:
@@ -376,12 +374,13 @@ def work(ctx: StageContext) -> dict[str, Any]:
     if heldout:
         metrics["sft/validation_loss_before"] = validation_loss(policy, heldout)
 
-    trainer, last_loss = train_sft(
+    trainer = train_sft(
         policy, tokenizer, rows, recipe, ctx.dir, ctx.tracker, ctx.checkpoints, lambda: ctx.stop_requested
     )
     if trainer.state.global_step < trainer.state.max_steps:
         return {}
     tokens = trainer.tokens
+    last_loss = next(row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row)
     metrics |= {"sft/loss": last_loss, "sft/steps": float(trainer.state.global_step), "sft/tokens": float(tokens)}
     phase("scoring")
     if heldout:

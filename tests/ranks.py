@@ -26,6 +26,7 @@ import torch.distributed as dist
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import stages.ppo
+import stages.sft
 from rlhf.clipping import ClippedAdamW
 from rlhf.zero import ZeroEngine
 
@@ -78,6 +79,16 @@ def count_steps() -> None:
         step(self, closure)
 
     ClippedAdamW.step = counted
+    end = stages.sft.Reporter.on_step_end  # the trainer has an optimiser of its own
+
+    def counted_end(self: Any, *args: Any, **options: Any) -> None:
+        global steps_left
+        steps_left -= 1
+        if steps_left == 0:
+            signal.raise_signal(signal.SIGTERM)
+        end(self, *args, **options)
+
+    stages.sft.Reporter.on_step_end = counted_end
 
 
 def spoil_losses() -> None:

@@ -113,7 +113,7 @@ def test_disk_need_counts_models_of_unfinished_stages(tmp_path: Path) -> None:
     lora = load_recipe("tiny", [*overrides, "model.lora.enabled=true"])
     assert pipeline.disk_need(lora) == 3000  # the SFT model, the policy and its average
     full = load_recipe("tiny", overrides)
-    assert pipeline.disk_need(full) == (1 + 6) * 1000 + (2 + 12) * 1000  # two checkpoints of weights and two moments
+    assert pipeline.disk_need(full) == (1 + 9) * 1000 + (2 + 18) * 1000  # three checkpoints of weights and two moments
     (tmp_path / "r" / "sft" / "model").mkdir(parents=True)
     assert pipeline.disk_need(lora) == 2000
 

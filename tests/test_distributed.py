@@ -116,6 +116,7 @@ CHANGES = [
     for stage in ("ppo", "reward")
     for before, after in ((None, 2), (2, None), (None, 3), (3, None), (0, None), (3, 2), (2, 3))
 ]
+CHANGES += [Change("sft", None, 0), Change("sft", 0, None)]
 
 
 def arguments(folder: Path, run: str, *more: str) -> list[str]:

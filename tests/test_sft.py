@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rlhf.records import Demonstration, Drops, Prompt
 from rlhf.saving import Checkpoints
 from rlhf.tracking import Tracker
 from stages.sft import (
+    check_layout,
     demonstration_row,
     main,
     mix_rows,
@@ -187,12 +189,12 @@ def test_a_stopped_run_resumes_exactly(model, encoded, tiny_tokenizer, tmp_path,
 
     first = load_policy(folder, recipe.model, dropout=0.2)
     asked = iter([False] * 4 + [True] * 20)
-    trainer, _ = run(first, tiny_tokenizer, rows, recipe, tmp_path / "cut", stop_requested=lambda: next(asked))
+    trainer = run(first, tiny_tokenizer, rows, recipe, tmp_path / "cut", stop_requested=lambda: next(asked))
     assert trainer.state.global_step == 5
     kept = sorted(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir())
     assert kept == ["step-000004", "step-000005"]
     second = load_policy(folder, recipe.model, dropout=0.2)
-    trainer, _ = run(second, tiny_tokenizer, rows, recipe, tmp_path / "cut")
+    trainer = run(second, tiny_tokenizer, rows, recipe, tmp_path / "cut")
 
     assert trainer.state.global_step == trainer.state.max_steps == 12
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
@@ -200,7 +202,7 @@ def test_a_stopped_run_resumes_exactly(model, encoded, tiny_tokenizer, tmp_path,
         assert torch.equal(ours, theirs), name
     # A finished training that is resumed (a kill during validation) trains no more.
     third = load_policy(folder, recipe.model, dropout=0.2)
-    trainer, _ = run(third, tiny_tokenizer, rows, recipe, tmp_path / "cut")
+    trainer = run(third, tiny_tokenizer, rows, recipe, tmp_path / "cut")
     assert len(logged(tmp_path / "cut")) == 12
     assert all(torch.equal(a, b) for a, b in zip(third.parameters(), whole.parameters(), strict=True))
 
@@ -210,7 +212,7 @@ def test_adapters_train_and_are_saved_merged(tiny_dir, encoded, tiny_tokenizer, 
     policy = load_policy(tiny_dir, recipe.model)
     base = {name: p.detach().clone() for name, p in policy.named_parameters()}
     adapted = add_lora(policy, recipe.model.lora.model_copy(update={"last_layers": 2}), "CAUSAL_LM")
-    trainer, _ = run(adapted, tiny_tokenizer, [demonstration_row(e) for e in encoded], recipe, tmp_path)
+    trainer = run(adapted, tiny_tokenizer, [demonstration_row(e) for e in encoded], recipe, tmp_path)
     write_policy(trainer, tiny_tokenizer, tmp_path / "model")
     merged = load_policy(tmp_path / "model", recipe.model)
     changed = {name for name, p in merged.named_parameters() if not torch.equal(p, base[name])}
@@ -275,3 +277,13 @@ def test_the_whole_stage(tmp_path, capsys) -> None:
     assert "response over 48 tokens" in capsys.readouterr().out
     load_policy(stage / "model", ModelSection(name="tiny"))
     assert not (stage / "trainer").exists()
+
+
+@pytest.mark.parametrize(("theirs", "refused"), [((1, 0), False), ((2, 0), False), ((2, 2), True), ((4, 3), True)])
+def test_deepspeeds_checkpoints_are_refused_by_another_layout(
+    tmp_path: Path, theirs: tuple[int, int], refused: bool
+) -> None:
+    (tmp_path / "layout.json").write_text(json.dumps({"processes": theirs[0], "zero_stage": theirs[1]}))
+    refusal = pytest.raises(UserError, match=f"of {theirs[0]} processes under ZeRO {theirs[1]}, and this run has 1")
+    with refusal if refused else nullcontext():
+        check_layout(make_recipe(), tmp_path)
