@@ -57,12 +57,22 @@ def run(name_or_path: str, overrides: Sequence[str]) -> int:
         code = start(stage, recipe, name_or_path, overrides)
         if code:
             again = shlex.join(["rlhf", "run", name_or_path, *overrides])
-            how = "stopped" if code in STOPPED else f"failed (exit code {code}): the cause is named above"
+            how = _how_ended(code, world_size(recipe) > 1)
             console.print(f"stage {stage} {how}. To go on where it stopped: {again}", markup=False, soft_wrap=True)
             return code
     if leads and "evaluate" in recipe.run.stages:
         report(Path(recipe.run.dir) / recipe.run.name)
     return 0
+
+
+def _how_ended(code: int, launched: bool) -> str:
+    """What became of a stage, in words."""
+    if code in STOPPED:
+        return "stopped"
+    if code > 128 and not launched:  # of several processes the watch tells which one died
+        out_of_memory = ", as the system does when memory runs out" if code == 128 + signal.SIGKILL else ""
+        return f"was killed (signal {code - 128}{out_of_memory})"
+    return f"failed (exit code {code}): the cause is named above"
 
 
 def run_one(stage: str, name_or_path: str, overrides: Sequence[str], fresh: bool = False) -> int:
