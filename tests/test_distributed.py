@@ -78,7 +78,9 @@ SETTINGS += [
     *(Setting("ppo", zero, more=("ppo.micro_batch_size=1",)) for zero in (1, 2, 3)),
     *(Setting(stage, 3, more=("launch.gradient_checkpointing=true",)) for stage in ("sft", "reward", "ppo")),
     *(Setting("ppo", zero, more=("launch.offload=true",)) for zero in (2, 3)),
-    *(Setting(stage, 3, like="lora", more=("launch.gather=by_layer",)) for stage in ("sft", "reward", "ppo")),
+    # SFT's Adam makes whole steps of gradients that are all but zero, as the adapters' first are
+    Setting("sft", 3, like="lora", more=("launch.gather=by_layer",), tolerance=1e-4),
+    *(Setting(stage, 3, like="lora", more=("launch.gather=by_layer",)) for stage in ("reward", "ppo")),
     # a bfloat16 holds three digits, and adapters are of that type under ZeRO-3 alone
     *(Setting("ppo", zero, like="bf16", more=("model.dtype=bfloat16",), tolerance=5e-3) for zero in (2, 3)),
     *(
