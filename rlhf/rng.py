@@ -1,4 +1,4 @@
-"""State of the random generators of this process: Python's, numpy's, torch's and those of its GPUs.
+"""State of the random generators of this process: Python's, numpy's, torch's and that of its GPU.
 
 rng-<process>.pt    in a checkpoint, one for every process
 """
@@ -27,7 +27,7 @@ def save_rng(folder: Path) -> None:
         # As int64: torch reads no numpy array without running pickled code.
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
     torch.save(state, _path(folder))
 
@@ -47,5 +47,5 @@ def load_rng(folder: Path) -> None:
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
