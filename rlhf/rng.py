@@ -36,7 +36,7 @@ def load_rng(folder: Path) -> None:
     """Set this process's generators as the checkpoint has them.
 
     A process that was not there then keeps its own, seeded by run.seed: with another number of processes no draw would
-    be the same anyway. The same holds for GPUs.
+    be the same anyway.
     """
     path = _path(folder)
     if not path.exists():
