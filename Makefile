@@ -5,6 +5,7 @@
 #   make demo ARGS="ppo.episodes=96 run.name=short"
 #   make test              the test suite (ARGS goes to pytest)
 #   make test-distributed  every stage on two processes under DeepSpeed, ZeRO 0 to 3
+#   make faults            kills every stage at points drawn at random, resumes it and compares; half an hour
 #   make lint              style of the code
 #   make data-check        the embedded data against its datasheet (AGAINST=FOLDER: and against other data)
 #   make clean             removes .venv and caches; runs/ stays
@@ -14,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo install test test-distributed lint data-check clean
+.PHONY: demo install test test-distributed faults lint data-check clean
 
 demo: install
 	$(BIN)/rlhf run demo $(if $(SEED),run.seed=$(SEED) run.name=demo-seed$(SEED)) $(ARGS)
@@ -22,10 +23,13 @@ demo: install
 install: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not distributed" $(ARGS)
+	$(BIN)/python -m pytest -m "not distributed and not faults" $(ARGS)
 
 test-distributed: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m distributed $(ARGS)
+
+faults: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -s -m faults tests/faults $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -18,6 +18,13 @@ def _path(folder: Path) -> Path:
     return folder / f"rng-{os.environ.get('RANK', '0')}.pt"
 
 
+def seed_rng(seed: int) -> None:
+    """Start all generators from run.seed: what no stage draws from may still be drawn from by a model's own code."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def save_rng(folder: Path) -> None:
     """Write this process's generators into a checkpoint; every process must."""
     version, words, gauss = random.getstate()

@@ -42,6 +42,7 @@ from rlhf.progress import close_progress, console, duration, is_main_process, ta
 from rlhf.quiet import quiet_libraries
 from rlhf.ranklog import PeerFailed, own_log
 from rlhf.recipe import load_recipe
+from rlhf.rng import seed_rng
 from rlhf.rundir import LOGS, RunFolder, hash_path, size_of
 from rlhf.saving import Checkpoints
 from rlhf.tracking import Tracker
@@ -251,6 +252,7 @@ def _run_work(
 ) -> int:
     """Run the work; whatever happens, stage.json says so at the end."""
     begin, spent = time.monotonic(), record["seconds"]
+    seed_rng(recipe.run.seed)
     axis = "episodes" if name in ("ppo", "ppo-ptx") else "tokens"
     signals = Signals()
     tracker: Tracker | None = None

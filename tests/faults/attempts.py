@@ -1,0 +1,142 @@
+"""Starts stages as processes of their own, quickly, and kills them where it is told to: the fork server of the harness.
+
+    python tests/faults/attempts.py < jobs > outcomes
+
+What a stage imports is loaded once; every line of JSON on standard input is an attempt, forked off as a process that
+runs `module.main(arguments)`. A line {"status": ...} answers it: the exit code, or -9 for one that was
+killed; libraries may print others.
+
+    module, arguments    the stage program and its command line
+    run                  its run folder
+    log                  gets everything that it prints
+    profile              gets what it did: {"phases": [[name, seconds]], "events": [phase of every event]}, if it ends
+    kill                 {"phase": name, "visit": n, "delay": s}   s seconds into the n-th time that it is in that phase
+                         {"event": n}                              just before its n-th change to a file of the run
+
+A kill is SIGKILL, sent to the process by itself: from a thread, or in the middle of the system call's audit event.
+Phases are those of rlhf/phases.py, and `ptx`, the part of an update that belongs to the pretraining text.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import stages.ppo
+import stages.rank
+import stages.reward
+import stages.sft
+
+MODULES = (stages.sft, stages.rank, stages.reward, stages.ppo)
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}  # audit events, besides open for writing
+
+
+class Life:
+    """Notes what the process does, and kills it where the job says."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.kill, self.run = job.get("kill") or {}, str(job["run"])
+        self.now, self.visits = "start", Counter[str]()
+        self.phases: list[tuple[str, float]] = []
+        self.events: list[str] = []
+
+    def watch(self) -> None:
+        """Be told of phases and of changes to files."""
+        for module in MODULES:
+            module.phase = self._told(module.phase)
+        stages.ppo.ptx_step = self._ptx(stages.ppo.ptx_step)
+        sys.addaudithook(self._event)
+        self.enter("start")
+
+    def enter(self, name: str) -> None:
+        self.now = name
+        self.phases.append((name, time.monotonic()))
+        self.visits[name] += 1
+        if self.kill.get("phase") == name and self.kill["visit"] == self.visits[name]:
+            timer = threading.Timer(self.kill["delay"], os.kill, (os.getpid(), signal.SIGKILL))
+            timer.daemon = True
+            timer.start()
+
+    def profile(self) -> dict[str, Any]:
+        """Phases with their durations, and the phase of every event."""
+        ends = [begin for _, begin in self.phases[1:]] + [time.monotonic()]
+        return {
+            "phases": [(name, end - begin) for (name, begin), end in zip(self.phases, ends, strict=True)],
+            "events": self.events,
+        }
+
+    def _told(self, phase: Any) -> Any:
+        def told(name: str, step: int | None = None) -> None:
+            phase(name, step)
+            self.enter(name)
+
+        return told
+
+    def _ptx(self, ptx_step: Any) -> Any:
+        def noted(*arguments: Any) -> Any:
+            self.enter("ptx")
+            result = ptx_step(*arguments)
+            self.enter("update")
+            return result
+
+        return noted
+
+    def _event(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, mode, flags = arguments
+            if not flags & (os.O_WRONLY | os.O_RDWR):
+                return
+        elif event in CHANGES:
+            path = arguments[0]
+        else:
+            return
+        if isinstance(path, int) or not os.path.abspath(os.fsdecode(path)).startswith(self.run):
+            return
+        self.events.append(self.now)
+        if len(self.events) == self.kill.get("event"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def attempt(job: dict[str, Any]) -> int:
+    """Run a job in this process; returns its exit code."""
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    life = Life(job)
+    life.watch()
+    code = importlib.import_module(job["module"]).main(job["arguments"])
+    if "profile" in job:
+        Path(job["profile"]).write_text(json.dumps(life.profile()))
+    sys.stdout.flush()
+    return code
+
+
+def main() -> None:
+    """Answer jobs until there are no more."""
+    torch.set_num_threads(1)  # a fork has none of the threads of a pool
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            code = 70
+            try:
+                code = attempt(json.loads(line))
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        print(json.dumps({"status": os.waitstatus_to_exitcode(status)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
