@@ -13,7 +13,8 @@ killed; libraries may print others.
     kill                 {"phase": name, "visit": n, "delay": s}   s seconds into the n-th time that it is in that phase
                          {"event": n}                              just before its n-th change to a file of the run
 
-A kill is SIGKILL, sent to the process by itself: from a thread, or in the middle of the system call's audit event.
+A kill is SIGKILL, or the signal {"number": n}, sent to the process by itself: from a thread, or in the audit event that
+comes before a system call.
 Phases are those of rlhf/phases.py, and `ptx`, the part of an update that belongs to the pretraining text.
 """
 
@@ -63,7 +64,8 @@ class Life:
         self.phases.append((name, time.monotonic()))
         self.visits[name] += 1
         if self.kill.get("phase") == name and self.kill["visit"] == self.visits[name]:
-            timer = threading.Timer(self.kill["delay"], os.kill, (os.getpid(), signal.SIGKILL))
+            number = self.kill.get("number", signal.SIGKILL)
+            timer = threading.Timer(self.kill["delay"], os.kill, (os.getpid(), number))
             timer.daemon = True
             timer.start()
 
