@@ -27,7 +27,7 @@ from rlhf.plan import check, plan_rows, read_hosts, world_size
 from rlhf.progress import console, table
 from rlhf.ranklog import ERROR
 from rlhf.recipe import load_recipe, recipe_names
-from rlhf.rundir import LOGS, require_disk
+from rlhf.rundir import LOGS, require_disk, require_writable
 from rlhf.saving import KEPT
 from rlhf.stopping import STOPPED, STOPPING
 from rlhf.watch import last_phases
@@ -109,6 +109,7 @@ def report(run_dir: Path) -> Path:
 
 def check_disk(recipe: Recipe) -> None:
     """Refuse to start what the disk cannot hold; a model that is still on the Hub has no known size and is let pass."""
+    require_writable(Path(recipe.run.dir) / recipe.run.name)
     require_disk(recipe.run.dir, disk_need(recipe), "the run")
 
 

@@ -13,6 +13,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def seal(staged: Path, final_dir: Path, of: str = "") -> Sealed:
         if verify(final_dir, contents=False, of=of) == [FOREIGN]:
             _move_aside(final_dir)
         else:
-            _remove(final_dir)  # a damaged one: newest_sealed went back past it
+            _try_to_remove(final_dir)  # a damaged one: newest_sealed went back past it
     staged.rename(final_dir)
     fsync_dir(final_dir.parent)
     total = sum(entry["bytes"] for entry in entries.values())
@@ -168,9 +169,10 @@ def keep_last(checkpoints: Path, n: int, of: str = "") -> None:
     sound = [folder for folder in folders if not found[folder]]
     if len(sound) > n:
         for folder in folders[: folders.index(sound[-n])]:
-            _remove(folder)
+            _try_to_remove(folder)
     for leftover in checkpoints.glob(f"{TEMPORARY}*"):
-        _remove(leftover)
+        with suppress(OSError):  # one that resists was told of when it lost its name
+            _remove(leftover)
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
@@ -189,6 +191,14 @@ def _remove(folder: Path) -> None:
             shutil.rmtree(doomed)
         folder = folder.rename(doomed)
     shutil.rmtree(folder)
+
+
+def _try_to_remove(folder: Path) -> None:
+    """Remove what is not needed; one that resists costs space and no run."""
+    try:
+        _remove(folder)
+    except OSError as error:
+        warn(f"{folder} could not be removed: {error}")
 
 
 def _move_aside(folder: Path) -> None:

@@ -27,7 +27,8 @@ def peak_memory_gb(device: torch.device) -> float:
 def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, measured once (about 0.3 s)."""
     n = 4096 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    own = torch.Generator(device).manual_seed(0)  # the global one belongs to the run, which may be resumed
+    a, b = (torch.randn(n, n, device=device, dtype=dtype, generator=own) for _ in range(2))
     best = 0.0
     for _ in range(6):
         begin = time.perf_counter()

@@ -259,6 +259,23 @@ def fsync_dir(folder: Path) -> None:
         os.close(descriptor)
 
 
+def require_writable(path: str | Path) -> None:
+    """Refuse to start where nothing can be written.
+
+    Raises:
+        UserError: for a folder, there or to be made, that is read-only or somebody else's.
+    """
+    folder = Path(path).resolve()
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(
+            "the folder cannot be written to",
+            str(folder),
+            "it is read-only or another user's: mend that, or choose another place with run.dir=FOLDER",
+        )
+
+
 def require_disk(path: str | Path, need: int, what: str) -> None:
     """Refuse to start what the disk cannot hold.
 

@@ -43,7 +43,7 @@ from rlhf.quiet import quiet_libraries
 from rlhf.ranklog import PeerFailed, own_log
 from rlhf.recipe import load_recipe
 from rlhf.rng import seed_rng
-from rlhf.rundir import LOGS, RunFolder, hash_path, size_of
+from rlhf.rundir import LOGS, RunFolder, hash_path, require_writable, size_of
 from rlhf.saving import Checkpoints
 from rlhf.tracking import Tracker
 from rlhf.watch import cause, watched
@@ -166,6 +166,7 @@ def _run_stage(name: str, work: Callable[[StageContext], dict[str, Any] | None],
         keep_freed_memory()
     quiet_libraries()
     run = RunFolder(Path(recipe.run.dir) / recipe.run.name)
+    require_writable(run.stage_dir(name))
     processes, timeout_s = world_size(), recipe.launch.timeout_s
     with (
         own_log(run.stage_dir(name) / LOGS, processes),
@@ -288,7 +289,7 @@ def _run_work(
             stopped, metrics = True, {}
             finish("stopped", inputs)
         except BaseException as error:
-            failure = _disk_full(error, run.path) or cause(error)
+            failure = _disk_trouble(error, run.path) or cause(error)
             try:
                 told = isinstance(failure, PeerFailed)
                 finish("failed", inputs, error=str(failure) if told else f"{type(error).__name__}: {error}")
@@ -325,8 +326,11 @@ def _json_value(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _disk_full(error: BaseException, where: Path) -> UserError | None:
-    """A UserError for a full disk, else None."""
+def _disk_trouble(error: BaseException, where: Path) -> UserError | None:
+    """A UserError for a disk that is full or has become read-only, else None."""
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        fix = "make it writable and run the stage again: it goes on from its newest sealed checkpoint, which is whole"
+        return UserError("the disk has become read-only", str(error.filename or where), fix)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if not full and "No space left on device" not in str(error):  # safetensors has an exception of its own
         return None
