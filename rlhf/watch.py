@@ -217,7 +217,10 @@ def last_phases(folder: Path, processes: int) -> list[str]:
 def _from_collective(error: BaseException) -> bool:
     """Whether the error came out of a collective operation."""
     frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, RuntimeError) and any("torch/distributed" in frame.filename for frame in frames)
+    if not isinstance(error, RuntimeError):
+        return False
+    # DeepSpeed waits for its gathers on handles whose code is not Python's.
+    return any("torch/distributed" in frame.filename for frame in frames) or "/deepspeed/" in frames[-1].filename
 
 
 def _in_collective(frame: FrameType | None) -> bool:

@@ -28,6 +28,7 @@ from rlhf.plan import plan_ppo
 from rlhf.policy_value import PolicyValue, reference_logprobs
 from rlhf.ppo_state import Ppo
 from rlhf.records import Drops
+from rlhf.saving import Checkpoints
 from rlhf.tracking import Tracker
 from stages.ppo import ppo_step, ptx_step, rollout, score
 from stages.reward import Group, Scored
@@ -241,7 +242,7 @@ def test_sft_gradient(tiny_dir: str, tmp_path: Path) -> None:
             rows,
             recipe,
             folder / "trainer",
-            Reporter(folder / "checkpoints", tracker, lambda: False),
+            Reporter(Checkpoints(folder / "checkpoints"), tracker, lambda: False, {}),
         )
         trainer.add_callback(Catch())
         trainer.train()
