@@ -25,6 +25,10 @@ rlhf run demo                        every stage; run it again to resume
 
 rlhf run demo run.name=b run.seed=2  another run, in runs/b
 
+rlhf run demo --from reward          its reward model and what follows, again
+
+rlhf status runs/demo                how far it is
+
 rlhf plan demo --gpu h100-80g --count 2   steps, memory, time; nothing loaded
 
 rlhf ppo demo --variant ppo          one stage alone
@@ -44,46 +48,61 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, su
 Fresh = Annotated[bool, typer.Option("--fresh", help="Redo from scratch; what is there moves to STAGE.old.")]
 
 
-def _stage(name: str, recipe: str, overrides: list[str] | None, fresh: bool) -> None:
-    from launch.pipeline import run_one
+Accept = Annotated[
+    list[str] | None,
+    typer.Option("--accept-change", metavar="KEY", help="Keep what is done though this field has changed; repeatable."),
+]
 
-    raise typer.Exit(run_one(name, recipe, overrides or [], fresh))
+
+def _stage(name: str, recipe: str, overrides: list[str] | None, fresh: bool, accept: list[str] | None) -> None:
+    from launch.pipeline import Redo, run_one
+
+    raise typer.Exit(run_one(name, recipe, overrides or [], Redo(fresh=fresh, accept=accept or [])))
 
 
 @app.command()
-def run(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    begin: Annotated[
+        str, typer.Option("--from", metavar="STAGE", help="Redo this stage and all after it from scratch.")
+    ] = "",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Redo all stages; what is there moves to STAGE.old.")] = False,
+    accept: Accept = None,
+) -> None:
     """Run the stages of a recipe in order, and end with a table and an HTML report.
 
     Finished stages are skipped and the interrupted one resumes, so the same command always goes on where it stopped.
-    Writes runs/NAME. To change finished stages use another run.name, or redo them with `rlhf STAGE RECIPE --fresh`.
+    Writes runs/NAME; `rlhf status runs/NAME` shows how far it is.
     """
+    from launch.pipeline import Redo
     from launch.pipeline import run as run_pipeline
 
-    raise typer.Exit(run_pipeline(recipe, overrides or []))
+    raise typer.Exit(run_pipeline(recipe, overrides or [], Redo(begin, fresh, accept or [])))
 
 
 @app.command()
-def sft(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = False) -> None:
+def sft(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = False, accept: Accept = None) -> None:
     """Supervised fine-tuning. Reads data.demonstrations; writes runs/NAME/sft/model."""
-    _stage("sft", recipe, overrides, fresh)
+    _stage("sft", recipe, overrides, fresh, accept)
 
 
 @app.command()
-def rank(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = False) -> None:
+def rank(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = False, accept: Accept = None) -> None:
     """Sample K outputs per prompt and rank them. Reads sft/model, data.prompts; writes rank/rankings.jsonl.
 
     With rank.labeler=file nothing is sampled: it checks data.rankings and copies them.
     """
-    _stage("rank", recipe, overrides, fresh)
+    _stage("rank", recipe, overrides, fresh, accept)
 
 
 @app.command()
-def reward(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = False) -> None:
+def reward(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = False, accept: Accept = None) -> None:
     """Train the reward model on K-way rankings. Writes reward/model.
 
     Reads rank/rankings.jsonl, sft/model and data.demonstrations, whose mean score becomes the zero.
     """
-    _stage("reward", recipe, overrides, fresh)
+    _stage("reward", recipe, overrides, fresh, accept)
 
 
 @app.command()
@@ -95,6 +114,7 @@ def ppo(
         typer.Option(help="ppo-ptx mixes pretraining gradients in; default where ppo.ptx_coef is above 0."),
     ] = None,
     fresh: Fresh = False,
+    accept: Accept = None,
 ) -> None:
     """Align the policy. Reads sft/model, reward/model, data.prompts, data.pretraining; writes VARIANT/model.
 
@@ -104,13 +124,21 @@ def ppo(
 
     if variant is None:
         variant = "ppo-ptx" if load_recipe(recipe, overrides or []).ppo.ptx_coef > 0 else "ppo"
-    _stage(variant, recipe, overrides, fresh)
+    _stage(variant, recipe, overrides, fresh, accept)
 
 
 @app.command()
-def evaluate(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = False) -> None:
+def evaluate(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = False, accept: Accept = None) -> None:
     """Win rate, KL, length, alignment tax. Reads the policies, data.prompts_heldout; writes evaluate/results.json."""
-    _stage("evaluate", recipe, overrides, fresh)
+    _stage("evaluate", recipe, overrides, fresh, accept)
+
+
+@app.command()
+def status(run: RunArgument) -> None:
+    """Show the stages of a run, how far each is, and what would run next."""
+    from launch.status import show
+
+    show(run)
 
 
 @app.command()

@@ -16,18 +16,19 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from rlhf.config import Recipe
-from rlhf.dependencies import check_data_files
+from rlhf.dependencies import check_accepted, check_data_files
 from rlhf.errors import UserError
 from rlhf.plan import check, plan_rows, read_hosts, world_size
 from rlhf.progress import console, table
 from rlhf.ranklog import ERROR
 from rlhf.recipe import load_recipe, recipe_names
-from rlhf.rundir import LOGS, require_disk, require_writable
+from rlhf.rundir import LOGS, RunFolder, require_disk, require_writable
 from rlhf.saving import KEPT
 from rlhf.stopping import STOPPED, STOPPING
 from rlhf.watch import last_phases
@@ -40,7 +41,52 @@ TRAINED = ("sft", "reward", "ppo-ptx", "ppo")
 SMOLLM2_BYTES = 540_000_000  # the embedded model as float32 safetensors
 
 
-def run(name_or_path: str, overrides: Sequence[str]) -> int:
+@dataclass(frozen=True)
+class Redo:
+    """What is done again, and what is kept although the recipe has changed.
+
+    Attributes:
+        begin: stage that is done from scratch with all after it; those before it are left as they are.
+        fresh: all stages are done from scratch.
+        accept: recipe fields that may have changed.
+    """
+
+    begin: str = ""
+    fresh: bool = False
+    accept: Sequence[str] = ()
+
+    def options(self) -> list[str]:
+        """Of a stage program."""
+        fresh = ["--fresh"] if self.fresh or self.begin else []
+        return fresh + [word for key in self.accept for word in ("--accept-change", key)]
+
+
+NOTHING = Redo()
+
+
+def stages_from(recipe: Recipe, redo: Redo) -> list[str]:
+    """Stages of the recipe that are to be run.
+
+    Raises:
+        UserError: when `redo` begins at a stage that is not among them, or before which one has not finished.
+    """
+    stages = recipe.run.stages
+    if not redo.begin:
+        return list(stages)
+    if redo.fresh:
+        raise UserError("--from and --fresh contradict each other", "the command line", "give one of them")
+    if redo.begin not in stages:
+        raise UserError(f"{redo.begin} is no stage of the recipe", "--from", f"take one of {', '.join(stages)}")
+    before, run_folder = stages[: stages.index(redo.begin)], RunFolder(Path(recipe.run.dir) / recipe.run.name)
+    for stage in before:
+        if not run_folder.is_done(stage):
+            raise UserError(
+                f"the {stage} stage has not finished", str(run_folder.stage_dir(stage)), "run it first: without --from"
+            )
+    return list(stages[len(before) :])
+
+
+def run(name_or_path: str, overrides: Sequence[str], redo: Redo = NOTHING) -> int:
     """Run all stages of `run.stages`; returns the exit code of the one that stopped, or 0.
 
     Raises:
@@ -49,12 +95,14 @@ def run(name_or_path: str, overrides: Sequence[str]) -> int:
     recipe = load_recipe(name_or_path, overrides)
     check(recipe)
     leads = speaks(recipe)
-    check_data_files(recipe, recipe.run.stages)
-    show_plan(recipe, recipe.run.stages)
+    check_accepted(redo.accept)
+    stages = stages_from(recipe, redo)
+    check_data_files(recipe, stages)
+    show_plan(recipe, stages)
     check_disk(recipe)
-    for number, stage in enumerate(recipe.run.stages, 1):
-        console.rule(f"stage {number} of {len(recipe.run.stages)}: {stage}", align="left")
-        code = start(stage, recipe, name_or_path, overrides)
+    for number, stage in enumerate(stages, 1):
+        console.rule(f"stage {number} of {len(stages)}: {stage}", align="left")
+        code = start(stage, recipe, name_or_path, overrides, redo)
         if code:
             again = shlex.join(["rlhf", "run", name_or_path, *overrides])
             how = _how_ended(code, world_size(recipe) > 1)
@@ -75,13 +123,14 @@ def _how_ended(code: int, launched: bool) -> str:
     return f"failed (exit code {code}): the cause is named above"
 
 
-def run_one(stage: str, name_or_path: str, overrides: Sequence[str], fresh: bool = False) -> int:
-    """Run a single stage, whatever `run.stages` says, from scratch when `fresh`; returns its exit code."""
+def run_one(stage: str, name_or_path: str, overrides: Sequence[str], redo: Redo = NOTHING) -> int:
+    """Run a single stage, whatever `run.stages` says; returns its exit code."""
     recipe = load_recipe(name_or_path, overrides)
+    check_accepted(redo.accept)
     check(recipe, [stage])
     speaks(recipe)
     show_plan(recipe, [stage])
-    return start(stage, recipe, name_or_path, overrides, fresh)
+    return start(stage, recipe, name_or_path, overrides, redo)
 
 
 def speaks(recipe: Recipe) -> bool:
@@ -139,11 +188,11 @@ def _model_bytes(name: str) -> int:
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
-def start(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str], fresh: bool = False) -> int:
+def start(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str], redo: Redo = NOTHING) -> int:
     """Run a stage program to its end; returns its exit code, 128 + N when signal N ended it."""
     launched, logs = world_size(recipe) > 1, Path(recipe.run.dir) / recipe.run.name / stage / LOGS
     by_ssh = bool(recipe.launch.hostfile) and recipe.launch.node_rank < 0  # its runner passes signals on itself
-    line = command(stage, recipe, name_or_path, overrides, fresh)
+    line = command(stage, recipe, name_or_path, overrides, redo)
     before = _when_told(logs)
     code = _supervise(line, environment(recipe, launched), launched and not by_ssh, logs if launched else None)
     if launched and code not in (0, 2, *STOPPED) and not _told(logs, before):
@@ -152,11 +201,11 @@ def start(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str
     return code
 
 
-def command(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str], fresh: bool = False) -> list[str]:
+def command(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str], redo: Redo = NOTHING) -> list[str]:
     """The command line of a stage: the program itself, or DeepSpeed's launcher around it."""
     program, *options = stage_program(stage)
     where = name_or_path if name_or_path in recipe_names() else str(Path(name_or_path).expanduser().resolve())
-    arguments = [program, where, *overrides, *options, *(["--fresh"] if fresh else [])]
+    arguments = [program, where, *overrides, *options, *redo.options()]
     if world_size(recipe) == 1:
         return [sys.executable, "-m", *arguments]
     # It logs how its processes end, which is told better here, as errors.

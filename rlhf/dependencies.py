@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from rlhf.checkpoint import list_checkpoints
@@ -49,6 +50,22 @@ READS = {
             *(f"{stage}/{what}" for stage in ("ppo-ptx", "ppo") for what in ("model", "ema")),
         ),
     ),
+}
+
+
+# What an interrupted stage may go on with under another value: its checkpoints hold nothing that follows from these.
+_PPO_MAY_CHANGE = tuple(
+    f"ppo.{name}"
+    for name in (
+        *("save_every", "samples_logged", "micro_batch_size", "score_tokens", "rollout_batch_size", "episodes"),
+        *("lr", "value_lr", "kl_coef", "max_kl", "clip", "value_clip", "vf_coef", "gamma", "lam"),
+        *("missing_eos_penalty", "max_skipped_steps", "ratio_tolerance"),
+    )
+)
+MAY_CHANGE = {
+    "reward": ("reward.save_every", "reward.micro_batch_size", "reward.lr"),
+    "ppo-ptx": _PPO_MAY_CHANGE,
+    "ppo": _PPO_MAY_CHANGE,
 }
 
 
@@ -115,7 +132,25 @@ def changes(record: dict[str, Any], recipe: Recipe, stage: str, run: RunFolder, 
     return found + [key for key in now if key not in before and now[key] != ABSENT]
 
 
-def check_recipe(recipe: Recipe, run: RunFolder, redo: str | None) -> None:
+def may_change(stage: str, key: str, done: bool) -> bool:
+    """Whether `--accept-change KEY` may keep what a stage has done under another value.
+
+    A finished stage's result stands as it is. Files of data are compared by content and have the stage done again.
+    """
+    return not key.startswith("data.") if done else key in MAY_CHANGE.get(stage, ())
+
+
+def check_accepted(keys: Sequence[str]) -> None:
+    """Raise UserError for a key of --accept-change that no recipe has."""
+    known = [key for key, _ in fields()]
+    for key in keys:
+        if key not in known:
+            near = get_close_matches(key, known, 1)
+            fix = f"did you mean {near[0]}?" if near else "name a field as section.field"
+            raise UserError(f"no recipe has a field {key}", "--accept-change", fix)
+
+
+def check_recipe(recipe: Recipe, run: RunFolder, redo: str | None, accept: Sequence[str] = ()) -> None:
     """Hold the recipe to the run's recipe.yaml, and write it there.
 
     Fields that only stages yet to come depend on may change.
@@ -123,10 +158,12 @@ def check_recipe(recipe: Recipe, run: RunFolder, redo: str | None) -> None:
     Args:
         redo: a stage that is done from scratch; the recipe is bound by the stages before it alone. (The other variant
             of PPO is not one of them: its own fingerprint has it done again.)
+        accept: fields that may have changed nevertheless; the stages that depend on them note it in stage.json.
 
     Raises:
         UserError: when a stage that is finished, or has checkpoints, depends on a field that has changed.
     """
+    check_accepted(accept)
     path = run.path / "recipe.yaml"
     if path.exists():
         changed = changed_keys(load_recipe(str(path)), recipe)
@@ -134,21 +171,48 @@ def check_recipe(recipe: Recipe, run: RunFolder, redo: str | None) -> None:
         rank = {stage: order.index("ppo" if stage == "ppo-ptx" else stage) for stage in READS}
         bound = [s for s in READS if (redo is None or rank[s] < rank[redo]) and is_started(run, s)]
         affected = [s for s in bound if any(depends_on(s, key) for key, _, _ in changed)]
-        if affected:
-            lines = [
-                f"  {key}: {old} -> {new}"
-                for key, old, new in changed
-                if any(depends_on(stage, key) for stage in affected)
-            ]
+        lines, refused, wanted = [], False, []
+        for key, old, new in changed:
+            stages = [stage for stage in affected if depends_on(stage, key)]
+            fixed = [stage for stage in stages if not may_change(stage, key, run.is_done(stage))]
+            if stages and (fixed or key not in accept):
+                refused |= bool(fixed)
+                wanted.append(key)
+                lines.append(f"  {key}: {old} -> {new} ({_verdict(stages, fixed)})")
+        if lines:
+            fix = (
+                f"give the changed run another name (run.name=...), or redo it with `rlhf run ... --from {affected[0]}`"
+            )
+            if not refused:
+                fix += ", or keep what is done with " + " ".join(f"--accept-change {key}" for key in wanted)
             raise UserError(
                 f"the recipe has changed since these stages of the run began: {', '.join(affected)}\n"
                 + "\n".join(lines),
                 str(path),
-                f"give the changed run another name (run.name=...), or redo it from {affected[0]} on with --fresh",
+                fix,
             )
+        for stage in affected:
+            _note_accepted(run, recipe, stage, [entry for entry in changed if depends_on(stage, entry[0])])
     text = recipe_to_yaml(recipe)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         write_atomic(path, text)
+
+
+def _verdict(stages: Sequence[str], fixed: Sequence[str]) -> str:
+    if fixed:
+        return f"cannot be accepted: {', '.join(fixed)} would be neither the one nor the other"
+    return f"of {', '.join(stages)}; may be accepted"
+
+
+def _note_accepted(run: RunFolder, recipe: Recipe, stage: str, changed: Sequence[tuple[str, Any, Any]]) -> None:
+    """Have stage.json hold the stage to the new recipe, and say what it was made with."""
+    record = run.read_stage(stage)
+    if record is None:  # lost; its checkpoints tell whose they are
+        return
+    entries = [{"key": key, "old": old, "new": new} for key, old, new in changed]
+    known = record.get("accepted", [])
+    record["accepted"] = known + [entry for entry in entries if entry not in known]
+    run.write_stage(stage, record | {"fingerprint": fingerprint(recipe, stage)})
 
 
 def is_started(run: RunFolder, stage: str) -> bool:

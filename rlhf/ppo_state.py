@@ -174,4 +174,6 @@ def load_checkpoint(ppo: Ppo, folder: Path) -> None:
     if ppo.ema:  # of the first process alone
         ppo.ema = load_file(folder / "ema.safetensors")
     state = json.loads((folder / "state.json").read_text())
-    ppo.iteration, ppo.kl_coef, ppo.metrics = state["iteration"], state["kl_coef"], state["metrics"]
+    ppo.iteration, ppo.metrics = state["iteration"], state["metrics"]
+    if ppo.recipe.ppo.kl_control == "adaptive":  # else the recipe's, which may have been changed knowingly
+        ppo.kl_coef = state["kl_coef"]

@@ -9,6 +9,7 @@ the run, skips a stage that is finished and unchanged, runs the work, and writes
     inputs        path: SHA-256; paths in the run folder are relative to it
     outputs       path: bytes
     metrics, seconds (of all attempts), attempts, error
+    accepted      recipe fields that have changed since it began, with --accept-change
 
 Exit codes: 0 done or skipped, 2 a mistake that the user can mend, 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM. The first
 signal lets the step finish and a checkpoint be sealed, a second Ctrl-C stops at once.
@@ -98,14 +99,14 @@ class StageContext:
 
 
 def parse_stage_args(argv: Sequence[str] | None, program: str) -> tuple[str, list[str], dict[str, Any]]:
-    """Read `RECIPE [section.field=value ...] [--fresh]`, and `[--variant ppo|ppo-ptx]` for stages/ppo.py.
+    """Read `RECIPE [section.field=value ...] [--fresh] [--accept-change KEY]`, and `[--variant ppo|ppo-ptx]` for PPO.
 
     Args:
         argv: arguments without the program's name, None for the process's own.
         program: such as `stages/ppo.py`.
 
     Returns:
-        recipe name or path, overrides, options {"fresh": bool, "variant": str or None}.
+        recipe name or path, overrides, options {"fresh": bool, "accept_change": list, "variant": str or None}.
 
     Raises:
         SystemExit: after --help (0) or a usage error (2), which argparse has printed.
@@ -121,6 +122,9 @@ def parse_stage_args(argv: Sequence[str] | None, program: str) -> tuple[str, lis
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="set fields, as sft.lr=1e-5")
     parser.add_argument("--local_rank", type=int, help="the deepspeed launcher's; LOCAL_RANK says the same, so ignored")
     parser.add_argument("--fresh", action="store_true", help="redo from scratch; what is there moves to STAGE.old")
+    parser.add_argument(
+        "--accept-change", action="append", default=[], metavar="KEY", help="keep what is done under another value"
+    )
     if stage == "ppo":
         parser.add_argument("--variant", choices=("ppo-ptx", "ppo"), help="default: ppo-ptx where ppo.ptx_coef > 0")
     found = vars(parser.parse_intermixed_args(argv))
@@ -174,7 +178,7 @@ def _run_stage(name: str, work: Callable[[StageContext], dict[str, Any] | None],
         watched(name, processes, timeout_s),
         run.lock() if is_main_process() else nullcontext(),
     ):
-        record = from_first(lambda: _prepare(recipe, run, name, options["fresh"]))
+        record = from_first(lambda: _prepare(recipe, run, name, options["fresh"], options["accept_change"]))
         if record is None:
             console.print(
                 f"{name}: finished, recipe and inputs unchanged; skipped ({run.stage_dir(name)})", markup=False
@@ -198,9 +202,9 @@ def pick_device(recipe: Recipe) -> torch.device:
     return device
 
 
-def _prepare(recipe: Recipe, run: RunFolder, name: str, fresh: bool) -> dict[str, Any] | None:
+def _prepare(recipe: Recipe, run: RunFolder, name: str, fresh: bool, accept: Sequence[str]) -> dict[str, Any] | None:
     """Check the run and make the stage's folder ready; returns stage.json to begin with, None to skip the stage."""
-    check_recipe(recipe, run, redo=name if fresh else None)
+    check_recipe(recipe, run, name if fresh else None, accept)
     before = None if fresh else run.read_stage(name)
     now = declared_inputs(recipe, name, run)
     if before is not None and is_started(run, name):
@@ -230,6 +234,8 @@ def _prepare(recipe: Recipe, run: RunFolder, name: str, fresh: bool) -> dict[str
         "began": _now(),
         "error": None,
     }
+    if before.get("accepted"):
+        record["accepted"] = before["accepted"]
     run.write_stage(name, record)
     return record
 

@@ -1,0 +1,146 @@
+"""`rlhf status RUN`: how far the stages of a run are, and what would run next. Reads only."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf.checkpoint import list_checkpoints, verify
+from rlhf.config import Recipe
+from rlhf.dependencies import READS
+from rlhf.errors import UserError
+from rlhf.plan import plan_ppo
+from rlhf.progress import console, duration, table
+from rlhf.recipe import load_recipe
+from rlhf.rundir import RunFolder, is_alive, read_owner
+
+HEADLINES = {  # metrics to show, the first of each that there is
+    "sft": (("sft/validation_loss", "sft/loss"),),
+    "rank": (("rank/agreement", "rank/finished_fraction"), ("rank/tie_fraction",)),
+    "reward": (("reward/accuracy", "reward/train_accuracy"),),
+    "ppo-ptx": (("ppo/reward_score",), ("ppo/kl",)),
+    "ppo": (("ppo/reward_score",), ("ppo/kl",)),
+    "evaluate": (("evaluate/win_rate/ppo-ptx", "evaluate/win_rate/ppo"),),
+}
+
+
+class Progress(NamedTuple):
+    """Where a stage stands."""
+
+    state: str  # not started, running, interrupted, stopped, failed, done, or unreadable
+    step: int | None = None  # of the newest sealed checkpoint
+    total: int | None = None  # steps in all, where that is known
+    age: float | None = None  # seconds since the result or that checkpoint
+    seconds: float = 0.0  # of all attempts
+    metrics: Mapping[str, float] = {}
+    error: str = ""
+
+
+def show(path: Path) -> None:
+    """Print the table of a run and what comes next.
+
+    Raises:
+        UserError: for a folder that is no run.
+    """
+    file = path / "recipe.yaml"
+    if not file.is_file():
+        raise UserError("this is no run folder: it has no recipe.yaml", str(path), "give one, such as runs/demo")
+    recipe, run, owner = load_recipe(str(file)), RunFolder(path), _owner(path)
+    others = [stage for stage in READS if stage not in recipe.run.stages and run.stage_dir(stage).is_dir()]
+    stages = {stage: progress(run, recipe, stage, owner is not None) for stage in [*recipe.run.stages, *others]}
+    columns = ["stage", "state", "sealed step", "age", "time", "metrics"]
+    table(str(path), columns, [_row(stage, each) for stage, each in stages.items()])
+    for stage, each in stages.items():
+        if each.error:
+            console.print(f"{stage}: {each.error}", markup=False, soft_wrap=True, style="red")
+    console.print(_next(path, recipe, stages, owner), markup=False, soft_wrap=True)
+
+
+def progress(run: RunFolder, recipe: Recipe, stage: str, in_use: bool) -> Progress:
+    """What the files of a stage tell.
+
+    Args:
+        in_use: whether a process holds the run's lock.
+    """
+    try:
+        record = run.read_stage(stage)
+    except UserError as error:
+        return Progress("unreadable", error=error.what)
+    if record is None:
+        return Progress("not started")
+    state, folder = str(record.get("state")), run.stage_dir(stage)
+    newest = _newest(folder / "checkpoints", str(record.get("identity", "")))
+    since = newest.stat().st_mtime if newest else None
+    if state == "done" and "ended" in record:
+        since = datetime.fromisoformat(record["ended"]).timestamp()
+    return Progress(
+        "interrupted" if state == "running" and not in_use else state,
+        int(newest.name.removeprefix("step-")) if newest else None,
+        plan_ppo(recipe).iterations if stage in ("ppo-ptx", "ppo") else None,
+        None if since is None else max(0.0, time.time() - since),  # a clock may have gone backwards
+        float(record.get("seconds", 0.0)),
+        record.get("metrics") or _last_metrics(folder / "metrics.jsonl"),
+        str(record.get("error") or "").split("\n")[0] if state == "failed" else "",
+    )
+
+
+def _newest(checkpoints: Path, identity: str) -> Path | None:
+    """The newest checkpoint whose files have the sizes that were sealed; their content is not read."""
+    sound = (f for f in reversed(list_checkpoints(checkpoints)) if not verify(f, contents=False, of=identity))
+    return next(sound, None)
+
+
+def _last_metrics(path: Path) -> dict[str, float]:
+    """The newest values in metrics.jsonl; a line that is being written is left out."""
+    found: dict[str, float] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+            found |= json.loads(line)
+    return found
+
+
+def _owner(path: Path) -> dict[str, Any] | None:
+    """The live process that writes the run, None when there is none."""
+    try:
+        owner = read_owner((path / "lock").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return owner if owner and is_alive(owner) else None
+
+
+def _row(stage: str, each: Progress) -> list[str]:
+    shown = []
+    for names in HEADLINES[stage]:
+        name = next((name for name in names if each.metrics.get(name) is not None), None)
+        if name:
+            shown.append(f"{name} {each.metrics[name]:.4g}")
+    age = "" if each.age is None else _age(each.age)
+    return [stage, each.state, _step(each), age, duration(each.seconds) if each.seconds else "", ", ".join(shown)]
+
+
+def _step(each: Progress) -> str:
+    return "" if each.step is None else f"{each.step} of {each.total}" if each.total else str(each.step)
+
+
+def _age(seconds: float) -> str:
+    """`3 min`, `5 h`, `2 days`."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size or (seconds >= size and unit != "days"):
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _next(path: Path, recipe: Recipe, stages: Mapping[str, Progress], owner: dict[str, Any] | None) -> str:
+    if owner:
+        return f"running now: process {owner['pid']} on {owner['host']}"
+    command = shlex.join(["rlhf", "run", str(path / "recipe.yaml")])
+    for stage in recipe.run.stages:
+        if stages[stage].state != "done":
+            at = f", from step {_step(stages[stage])}" if stages[stage].step is not None else ""
+            return f"next: {stage}{at}: {command}"
+    return f"all stages are done; report: {path / 'report.html'}"
