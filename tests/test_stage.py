@@ -164,7 +164,7 @@ def test_a_recipe_that_changes_a_finished_stage_is_refused(capsys: pytest.Captur
     before = Path("runs/demo/recipe.yaml").read_text()
     assert run_stage("rank", never, [*RECIPE, "sft.lr=0.5", "rank.prompts=3"]) == 2
     told = capsys.readouterr().err
-    assert "sft.lr: 0.001 -> 0.5" in told and "run.name=" in told and "--fresh" in told
+    assert "sft.lr: 0.001 -> 0.5" in told and "run.name=" in told and "--from sft" in told
     assert "rank.prompts" not in told  # that one is free to change
     assert Path("runs/demo/recipe.yaml").read_text() == before
     assert run_stage("sft", train, [*RECIPE, "sft.lr=0.5", "run.name=other"]) == 0
@@ -359,7 +359,7 @@ def test_one_variant_of_ppo_is_redone_without_the_other_in_the_way() -> None:
 def test_arguments_in_any_order() -> None:
     expected = ("demo", ["sft.lr=1e-5", "run.seed=2"])
     parsed = parse_stage_args(["demo", "sft.lr=1e-5", "--fresh", "run.seed=2"], "stages/sft.py")
-    assert parsed == (*expected, {"fresh": True, "variant": None})
+    assert parsed == (*expected, {"fresh": True, "variant": None, "accept_change": []})
     parsed = parse_stage_args(["--variant", "ppo", "demo", "sft.lr=1e-5", "run.seed=2"], "stages/ppo.py")
     assert parsed == (*expected, {"fresh": False, "variant": "ppo"})
 
