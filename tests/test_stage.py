@@ -361,7 +361,7 @@ def test_arguments_in_any_order() -> None:
     parsed = parse_stage_args(["demo", "sft.lr=1e-5", "--fresh", "run.seed=2"], "stages/sft.py")
     assert parsed == (*expected, {"fresh": True, "variant": None, "accept_change": []})
     parsed = parse_stage_args(["--variant", "ppo", "demo", "sft.lr=1e-5", "run.seed=2"], "stages/ppo.py")
-    assert parsed == (*expected, {"fresh": False, "variant": "ppo"})
+    assert parsed == (*expected, {"fresh": False, "variant": "ppo", "accept_change": []})
 
 
 @pytest.mark.parametrize("argv", [[], ["demo", "--variant", "ppo"], ["demo", "--frsh"]])
