@@ -1,6 +1,6 @@
 """Damage between a stop and a resume: the newest whole checkpoint is used, or one clear error; nothing older is lost.
 
-As root these tests mount small file systems.
+Where they may, these tests mount small file systems.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from rlhf.checkpoint import list_checkpoints, verify
 
 pytestmark = pytest.mark.timeout(900)
 STAGE = "ppo-ptx"
-AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system takes root")
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +145,10 @@ def test_a_clock_that_goes_backwards_changes_nothing(bench: Bench) -> None:
 def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
     """A file system of that size."""
     folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True)
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"nothing can be mounted here: {error}")
     try:
         yield folder
     finally:
@@ -160,7 +162,6 @@ def on(disk: Path, bench: Bench) -> dict[str, Any]:
     return job | {"run": disk / "run", "log": bench.folder / f"{disk.name}.txt"}
 
 
-@AS_ROOT
 def test_a_disk_that_is_full_when_a_checkpoint_is_written(bench: Bench) -> None:
     with small_disk(bench.folder / "small", 512) as disk:
         job = on(disk, bench)
@@ -180,7 +181,6 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_written(bench: Bench) -> None:
         goes_on(bench, job)
 
 
-@AS_ROOT
 def test_a_run_folder_that_is_read_only(bench: Bench) -> None:
     with small_disk(bench.folder / "fixed", 512) as disk:
         job = on(disk, bench)
