@@ -107,11 +107,12 @@ def test_a_hanging_rank_ends_the_stage_in_time(how: str, words: str) -> None:
     begin = time.monotonic()
     _, err = children[0].communicate(timeout=60)
     assert 2 < time.monotonic() - begin < 15
-    assert children[0].returncode == 124
     assert err.count("\n") <= 2
-    if how == "sleep":  # both see it, and one tells
+    if how == "sleep":  # both see it, and one tells; the end of the first may reach the other in its collective
         err += children[1].communicate(timeout=60)[1]
-        assert children[1].returncode == 124
+        assert sorted(child.returncode for child in children) in ([1, 124], [124, 124])
+    else:
+        assert children[0].returncode == 124
     assert re.fullmatch(rf"{words}, in phase update, step \d+, of sft\n  log: \S+rank-1.txt\n", err)
     assert "in all_reduce" in (LOGS / "rank-0.txt").read_text()  # where it waited
     children[1].kill()
