@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.progress import is_main_process, warn
-from rlhf.rundir import fsync_dir, fsync_file, hash_path
+from rlhf.rundir import fsync, hash_path
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
@@ -75,7 +75,7 @@ def seal(staged: Path, final_dir: Path, of: str = "") -> Sealed:
     if not files:
         raise ValueError(f"there is nothing to seal in {staged}")
     for file in files:
-        fsync_file(file)
+        fsync(file)
     hashing = time.perf_counter()
     entries = {
         file.relative_to(staged).as_posix(): {"bytes": file.stat().st_size, "sha256": hash_path(file)} for file in files
@@ -83,16 +83,16 @@ def seal(staged: Path, final_dir: Path, of: str = "") -> Sealed:
     hash_seconds = time.perf_counter() - hashing
     manifest = staged / MANIFEST
     manifest.write_text(json.dumps({"of": of, "files": entries}, indent=1) + "\n", encoding="utf-8")
-    fsync_file(manifest)
+    fsync(manifest)
     for folder in [staged, *(p for p in staged.rglob("*") if p.is_dir())]:
-        fsync_dir(folder)
+        fsync(folder)
     if final_dir.exists():
         if verify(final_dir, contents=False, of=of) == [FOREIGN]:
             _move_aside(final_dir)
         else:
             _try_to_remove(final_dir)  # a damaged one: newest_sealed went back past it
     staged.rename(final_dir)
-    fsync_dir(final_dir.parent)
+    fsync(final_dir.parent)
     total = sum(entry["bytes"] for entry in entries.values())
     return Sealed(int(total), time.perf_counter() - begin, hash_seconds)
 

@@ -198,11 +198,9 @@ class Engine:
         reader = FragmentReader(folder)
         for fragment in self._fragments():
             for kind, tensor in fragment.tensors.items():
-                # A parameter that has had no gradient yet has no moments; partitioned with others, it has zeros.
+                # A parameter that has had no gradient yet has no moments; partitioned with others, it keeps zeros.
                 if kind == WEIGHT or reader.has(kind, fragment.name):
                     reader.read_into(tensor, kind, fragment.name, fragment.start)
-                else:
-                    tensor.zero_()
         self._end_load()
         self.skipped_in_a_row, self.skipped_steps = state["skipped"]
 
@@ -217,9 +215,17 @@ class Engine:
     def _fragments(self) -> Iterator[Fragment]:
         """What this process holds of the weights that the optimiser steps, and of their moments."""
         for name, weight in self.weights().items():
-            state = self._base_optimizer.state.get(weight, {})
-            tensors = {WEIGHT: weight} | {kind: state[kind] for kind in MOMENTS if kind in state}
-            yield Fragment(name, 0, {kind: tensor.detach().view(-1) for kind, tensor in tensors.items()})
+            yield Fragment(name, 0, {kind: tensor.view(-1) for kind, tensor in self._with_moments(weight).items()})
+
+    def _with_moments(self, stepped: Tensor) -> dict[str, Tensor]:
+        """By KIND, a tensor that the optimiser steps and its moments where it has any."""
+        state = self._base_optimizer.state.get(stepped, {})
+        found = {WEIGHT: stepped} | {kind: state[kind] for kind in MOMENTS if kind in state}
+        return {kind: tensor.detach() for kind, tensor in found.items()}
+
+    def _stepped(self) -> dict[Tensor, list[str]]:
+        """What the optimiser steps in this process, with the names of the parameters in each tensor."""
+        return {weight: [name] for name, weight in self.weights().items()}
 
     def _written(self) -> Iterator[Fragment]:
         """Of `_fragments`, those that this process writes; together the processes write every element once."""
@@ -227,12 +233,12 @@ class Engine:
 
     def _steps(self) -> dict[str, int]:
         """Adam steps that the parameters have had."""
-        return {name: steps_of(self._base_optimizer, weight) for name, weight in self.weights().items()}
+        return {name: steps_of(self._base_optimizer, each) for each, names in self._stepped().items() for name in names}
 
     def _set_steps(self, steps: dict[str, int]) -> None:
         """Make the moments of parameters that have been stepped, zero for now, and no others."""
-        for name, weight in self.weights().items():
-            set_steps(self._base_optimizer, weight, steps[name])
+        for each, names in self._stepped().items():
+            set_steps(self._base_optimizer, each, max(steps[name] for name in names))
 
     def _begin_load(self) -> None:
         """Be ready for fragments to be overwritten."""

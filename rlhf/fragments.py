@@ -68,8 +68,8 @@ class FragmentReader:
     """Reads any range of any tensor out of the files of a folder."""
 
     folder: Path
-    _files: dict[Path, Any] = field(default_factory=dict)
-    _places: dict[str, list[tuple[int, int, Path]]] = field(default_factory=lambda: defaultdict(list))
+    _files: dict[Path, Any] = field(init=False, default_factory=dict)
+    _places: dict[str, list[tuple[int, int, Path]]] = field(init=False, default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
         for path in sorted(self.folder.glob("part-*.safetensors")):

@@ -238,21 +238,12 @@ def write_atomic(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     staged.replace(path)
-    fsync_dir(path.parent)
+    fsync(path.parent)
 
 
-def fsync_file(path: Path) -> None:
-    """Wait until a file's content is on disk."""
+def fsync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on disk: to last through a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def fsync_dir(folder: Path) -> None:
-    """Make renames and new names in a folder last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

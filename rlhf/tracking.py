@@ -20,7 +20,7 @@ from urllib.parse import urlparse
 
 from rlhf.config import TrackingSection
 from rlhf.progress import is_main_process, warn
-from rlhf.rundir import fsync_file, write_atomic
+from rlhf.rundir import fsync, write_atomic
 
 INIT_SECONDS, FINISH_SECONDS = 30, 60  # a server that does not answer must not hold up a run
 
@@ -105,7 +105,7 @@ class Tracker:
         """Wait until what was logged is on disk: a checkpoint must not outlive the rows before it."""
         if self._active:
             for path in filter(Path.exists, [self.path, *self._tables()]):
-                fsync_file(path)
+                fsync(path)
 
     def close(self, failed: bool = False) -> None:
         """Finish the wandb run, marked as failed or not; the files are complete without it."""

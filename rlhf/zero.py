@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlhf.clipping import ClippedAdamW, set_steps, steps_of
+from rlhf.clipping import ClippedAdamW
 from rlhf.config import Recipe
 from rlhf.engine import Engine, ParamGroup, StepResult
 from rlhf.errors import UserError
-from rlhf.fragments import MOMENTS, WEIGHT, Fragment
+from rlhf.fragments import Fragment
 from rlhf.placement import Placement
 from rlhf.sharding import processes
 from rlhf.stage import pick_device
@@ -228,9 +228,8 @@ class ZeroEngine(Engine):
             if held is None:
                 continue
             flat, start, place, size = held
-            state = self._optimizer.state.get(flat, {})
-            tensors = {WEIGHT: flat} | {kind: state[kind] for kind in MOMENTS if kind in state}
-            yield Fragment(name, start, {kind: t.detach().narrow(0, place, size) for kind, t in tensors.items()})
+            tensors = self._with_moments(flat).items()
+            yield Fragment(name, start, {kind: tensor.narrow(0, place, size) for kind, tensor in tensors})
 
     def _written(self) -> Iterator[Fragment]:
         if self.stage > 0:
@@ -250,28 +249,21 @@ class ZeroEngine(Engine):
             if mapping is None:
                 return None
             flat = self.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-            return flat, mapping.lp_fragment_address.start, *_place(mapping.hp_fragment_address)
+            there = mapping.hp_fragment_address
+            return flat, mapping.lp_fragment_address.start, there.start, there.numel
         group, place, padded = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
         start = dist.get_rank() * padded  # equal parts; the last ones may be padding in part or whole
         size = min(padded, parameter.ds_numel - start)  # type: ignore[attr-defined]
         return (self.optimizer.fp32_partitioned_groups_flat[group], start, place, size) if size > 0 else None
 
-    def _flats(self) -> dict[Tensor, list[str]]:
-        """What the optimiser steps on this process, with the names of the parameters that it steps in each."""
+    def _stepped(self) -> dict[Tensor, list[str]]:
         if self.stage == 0:
-            return {weight: [name] for name, weight in self.weights().items()}
+            return super()._stepped()
         optimizer = self.optimizer
         flats = optimizer.single_partition_of_fp32_groups if self.stage < 3 else optimizer.fp32_partitioned_groups_flat
         groups = optimizer.bit16_groups if self.stage < 3 else optimizer.fp16_groups
         names = {id(parameter): name for name, parameter in self.trainable().items()}
         return {flat: [names[id(p)] for p in group] for flat, group in zip(flats, groups, strict=True)}
-
-    def _steps(self) -> dict[str, int]:
-        return {name: steps_of(self._optimizer, flat) for flat, names in self._flats().items() for name in names}
-
-    def _set_steps(self, steps: dict[str, int]) -> None:
-        for flat, names in self._flats().items():
-            set_steps(self._optimizer, flat, max(steps[name] for name in names))
 
     def _begin_load(self) -> None:
         if self.stage == 3:
@@ -285,10 +277,6 @@ class ZeroEngine(Engine):
             for rounded, exact in zip(*pairs, strict=True):
                 rounded.data.copy_(exact.data)
             self.optimizer.checkpoint_event_epilogue()
-
-
-def _place(address: Any) -> tuple[int, int]:
-    return address.start, address.numel
 
 
 class _Gathered(Mapping[str, Tensor]):
