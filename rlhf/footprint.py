@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.adapters import base_model, decoder_layers
-from rlhf.rollout import inverse_cdf
+from rlhf.rollout import draw
 from rlhf.scoring import build_batch, head_pieces, hidden_states, raw_scores, response_logprobs, response_values
 from rlhf.shapes import ModelSpec, build
 
@@ -165,8 +165,7 @@ def _decode_step(model: PreTrainedModel, memory: Live, rows: int, cached: int, t
         use_cache=True,
         logits_to_keep=1,
     ).logits[:, -1]
-    inverse_cdf(logits.float(), torch.zeros(rows, dtype=torch.float64, device=device))
-    torch.log_softmax(logits.float(), -1)
+    draw(logits, torch.zeros(rows, dtype=torch.float64, device=device))
     kept = 0 if cached else sum(t.numel() * t.element_size() for each in cache.layers for t in (each.keys, each.values))
     return memory.peak - before - kept
 

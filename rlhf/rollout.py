@@ -69,12 +69,39 @@ def row_uniforms(seeds: Sequence[int], steps: int) -> Tensor:
     return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(key=s)).random(steps) for s in seeds]))
 
 
-def inverse_cdf(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """One draw per row from softmax(logits [B, V]): the first token whose cumulative probability passes u [B]."""
-    cumulative = torch.softmax(logits.float(), dim=-1).double().cumsum(-1)
-    # The sum is 1 only up to rounding: scale u to it, so that the last token with any mass is the last reachable.
-    target = uniforms.to(logits.device)[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+CDF_BLOCK = 256  # tokens summed at once: a cumulative sum over the whole vocabulary is ten times as slow
+
+
+def draw(logits: Tensor, uniforms: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """One token per row from softmax(logits [B, V] / temperature), and its log-probability [B] there, in nats.
+
+    By inverse CDF: the first token whose cumulative probability passes u [B] (float64), found by block of the
+    vocabulary and then within it. Without `uniforms` the likeliest token.
+    """
+    scaled = logits.float() / temperature
+    top = scaled.amax(-1, keepdim=True)
+    weights = torch.exp(scaled - top)
+    weights = torch.nn.functional.pad(weights, (0, -weights.shape[1] % CDF_BLOCK)).unflatten(1, (-1, CDF_BLOCK))
+    blocks = weights.sum(-1, dtype=torch.float64).cumsum(-1)
+    if uniforms is None:
+        tokens = logits.argmax(-1)
+    else:
+        target = uniforms.to(logits.device)[:, None] * blocks[:, -1:]
+        block = _first_past(blocks, target)
+        before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp(min=0)), 0.0)
+        within = weights[torch.arange(len(logits), device=logits.device), block.squeeze(1)].double().cumsum(-1)
+        tokens = (block * CDF_BLOCK + _first_past(within, target - before)).squeeze(1)
+    logprobs = (scaled.gather(1, tokens[:, None]) - top).squeeze(1) - blocks[:, -1].log().float()
+    return tokens, logprobs
+
+
+def _first_past(cumulative: Tensor, target: Tensor) -> Tensor:
+    """Index [B, 1] of the first entry above target [B, 1], and no later than the last that adds anything.
+
+    Rounding may leave a target at the very sum, and behind it lie only entries that can never be drawn.
+    """
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    return torch.minimum(torch.searchsorted(cumulative, target, right=True), last)
 
 
 def sample(
@@ -183,10 +210,9 @@ def _decode_native(
             cache.batch_select_indices(copies)
             logits, mask, positions = logits[copies], mask[copies], positions[copies]
         if temperature > 0:
-            tokens = inverse_cdf(logits.float() / temperature, uniforms[alive, step])
+            tokens, logprobs = draw(logits, uniforms[alive, step], temperature)
         else:
-            tokens = logits.argmax(-1)
-        logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), -1).gather(1, tokens[:, None]).squeeze(1)
+            tokens, logprobs = draw(logits, None)
         for row, token, logprob in zip(alive.tolist(), tokens.tolist(), logprobs.tolist(), strict=True):
             out[row][0].append(token)
             out[row][1].append(logprob)

@@ -8,7 +8,7 @@ import torch
 from test_scoring import EOS, by_hand, gpt2, llama
 from transformers import LlamaForCausalLM
 
-from rlhf.rollout import Rollout, inverse_cdf, row_seed, row_uniforms, sample
+from rlhf.rollout import CDF_BLOCK, Rollout, draw, row_seed, row_uniforms, sample
 
 
 class Tokenizer:
@@ -91,15 +91,43 @@ def test_the_first_token_is_drawn_from_the_softmax():
     assert statistic < degrees + 4 * (2 * degrees) ** 0.5
 
 
-def test_inverse_cdf_by_hand():
+def test_a_draw_by_hand():
     logits = torch.log(torch.tensor([[0.1, 0.2, 0.7]])).repeat(6, 1)
     uniforms = torch.tensor([0.0, 0.09, 0.11, 0.29, 0.31, 0.999999], dtype=torch.float64)
-    assert inverse_cdf(logits, uniforms).tolist() == [0, 0, 1, 1, 2, 2]
+    tokens, logprobs = draw(logits, uniforms)
+    assert tokens.tolist() == [0, 0, 1, 1, 2, 2]
+    assert logprobs.exp().tolist() == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.7, 0.7])
 
 
-def test_inverse_cdf_never_draws_an_impossible_token():
-    logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]]).repeat(3, 1)
-    assert inverse_cdf(logits, torch.tensor([0.0, 0.5, 1 - 1e-16], dtype=torch.float64)).tolist() == [1, 3, 3]
+def test_temperature_divides_the_logits():
+    tokens, logprobs = draw(torch.log(torch.tensor([[1.0, 9.0]])), torch.tensor([0.26], dtype=torch.float64), 2.0)
+    assert (tokens.tolist(), logprobs.exp().tolist()) == ([1], [pytest.approx(0.75)])  # 1 : 3, where it was 1 : 9
+
+
+def test_without_uniforms_the_likeliest_token_is_taken():
+    tokens, logprobs = draw(torch.log(torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.3, 0.2]])), None)
+    assert (tokens.tolist(), logprobs.exp().tolist()) == ([2, 0], pytest.approx([0.7, 0.5]))
+
+
+@pytest.mark.parametrize("vocabulary", [1, CDF_BLOCK, 3 * CDF_BLOCK + 7])
+def test_a_draw_in_blocks_is_one_over_the_whole_vocabulary(vocabulary):
+    """Against the cumulative sum over all tokens, in float64."""
+    generator = torch.Generator().manual_seed(5)
+    logits = 3 * torch.randn(400, vocabulary, generator=generator, dtype=torch.float64).float()
+    uniforms = torch.rand(400, generator=generator, dtype=torch.float64)
+    p = np.exp(logits.double().numpy())
+    p /= p.sum(1, keepdims=True)
+    expected = [int((c <= u).sum()) for c, u in zip(p.cumsum(1), uniforms.numpy(), strict=True)]
+    tokens, logprobs = draw(logits, uniforms)
+    assert tokens.tolist() == expected
+    assert np.allclose(logprobs.numpy(), np.log(p[range(400), expected]), atol=1e-5)
+
+
+def test_an_impossible_token_is_never_drawn():
+    logits = torch.full((4, 3 * CDF_BLOCK), float("-inf"))
+    logits[:, [CDF_BLOCK + 1, CDF_BLOCK + 3]] = 0.0
+    uniforms = torch.tensor([0.0, 0.5, 1 - 1e-16, 1.0], dtype=torch.float64)
+    assert (draw(logits, uniforms)[0] - CDF_BLOCK).tolist() == [1, 3, 3, 3]
 
 
 def test_seeds_are_stable_and_rows_differ():
