@@ -18,8 +18,9 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.kv_cache import decode_cache, leave
 from rlhf.phases import progressed
 from rlhf.placement import at_hand
 from rlhf.scoring import token_logprobs
@@ -78,9 +79,9 @@ def draw(logits: Tensor, uniforms: Tensor | None, temperature: float = 1.0) -> t
     By inverse CDF: the first token whose cumulative probability passes u [B] (float64), found by block of the
     vocabulary and then within it. Without `uniforms` the likeliest token.
     """
-    scaled = logits.float() / temperature
-    top = scaled.amax(-1, keepdim=True)
-    weights = torch.exp(scaled - top)
+    top = logits.amax(-1, keepdim=True).float()
+    # In place on one copy: at a vocabulary of 50,000 every tensor of this size costs as much as the exponential.
+    weights = logits.to(torch.float32, copy=True).sub_(top).div_(temperature).exp_()
     weights = torch.nn.functional.pad(weights, (0, -weights.shape[1] % CDF_BLOCK)).unflatten(1, (-1, CDF_BLOCK))
     blocks = weights.sum(-1, dtype=torch.float64).cumsum(-1)
     if uniforms is None:
@@ -91,7 +92,8 @@ def draw(logits: Tensor, uniforms: Tensor | None, temperature: float = 1.0) -> t
         before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp(min=0)), 0.0)
         within = weights[torch.arange(len(logits), device=logits.device), block.squeeze(1)].double().cumsum(-1)
         tokens = (block * CDF_BLOCK + _first_past(within, target - before)).squeeze(1)
-    logprobs = (scaled.gather(1, tokens[:, None]) - top).squeeze(1) - blocks[:, -1].log().float()
+    chosen = (logits.gather(1, tokens[:, None]).float() - top).squeeze(1) / temperature
+    logprobs = chosen - blocks[:, -1].log().float()
     return tokens, logprobs
 
 
@@ -195,11 +197,13 @@ def _decode_native(
     alive = torch.arange(len(prompts), device=device)
     # Positions are explicit: a left-padded GPT-2 answers differently without them.
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=policy.config)
+    cache, roomy = decode_cache(policy.config)
+    # With a mask made here the query heads of a group attend together, and the model builds none of its own.
+    direct = roomy and policy.config._attn_implementation == "sdpa"
     for step in range(max_new_tokens):
         logits = policy(
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=mask.bool()[:, None, None] if direct and step else mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
@@ -223,8 +227,13 @@ def _decode_native(
         positions = positions[:, -1:] + 1
         if not bool(going.all()):
             # A finished row costs as much as a live one: take it out of the batch and of the cache.
-            keep = going.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
+            rows, moves, places = leave(going.tolist())
+            keep = torch.tensor(places, device=device)
+            if roomy:
+                for layer in cache.layers:
+                    layer.keep_rows(rows, moves)
+            else:
+                cache.batch_select_indices(keep)
             alive, tokens, mask, positions = alive[keep], tokens[keep], mask[keep], positions[keep]
         ids = tokens[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)

@@ -1,0 +1,74 @@
+"""The decode loop's cache of keys and values: written in place, and rows leave it without a copy of the others.
+
+transformers' own cache is joined anew in every layer at every token, and cut anew when a row leaves.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+GROWTH = 64  # positions added at least when the room is used up
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values [B, heads, tokens, size] of one layer: the front part of tensors that have room to grow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._room: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append [B, heads, new, size] and return all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            # As they are: copies of the rows may follow (`batch_select_indices`) before the first token is appended.
+            self.keys, self.values = key_states, value_states
+            return self.keys, self.values
+        held = self.keys.shape[2]
+        tokens = held + key_states.shape[2]
+        if self._room is None or tokens > self._room[0].shape[2]:
+            room = tokens + max(GROWTH, held // 2)
+            self._room = tuple(t.new_empty(*t.shape[:2], room, t.shape[3]) for t in (self.keys, self.values))
+            for space, t in zip(self._room, (self.keys, self.values), strict=True):
+                space[:, :, :held] = t
+        rows = len(key_states)
+        for space, new in zip(self._room, (key_states, value_states), strict=True):
+            space[:rows, :, held:tokens] = new
+        self.keys, self.values = (space[:rows, :, :tokens] for space in self._room)
+        return self.keys, self.values
+
+    def keep_rows(self, rows: int, moves: list[tuple[int, int]]) -> None:
+        """Keep the first `rows` rows, after each (to, from) of `moves` was copied over a row that leaves."""
+        for target, source in moves:
+            self.keys[target], self.values[target] = self.keys[source], self.values[source]
+        self.keys, self.values = self.keys[:rows], self.values[:rows]
+
+
+def decode_cache(config: PretrainedConfig) -> tuple[DynamicCache, bool]:
+    """An empty cache for a model, and whether all its layers are RoomyLayers (none has a sliding window or a state)."""
+    cache = DynamicCache(config=config)
+    plain = bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
+    if plain:
+        cache.layers = [RoomyLayer() for _ in cache.layers]
+    return cache, plain
+
+
+def leave(going: list[bool]) -> tuple[int, list[tuple[int, int]], list[int]]:
+    """What happens when the rows that are not `going` leave.
+
+    Returns:
+        The rows that stay, the (to, from) moves that put the last of them in the places of those that leave, and for
+        each place the row that is there afterwards.
+    """
+    rows = sum(going)
+    free = [i for i in range(rows) if not going[i]]
+    movers = [i for i in range(rows, len(going)) if going[i]]
+    moves = list(zip(free, movers, strict=True))
+    order = list(range(rows))
+    for target, source in moves:
+        order[target] = source
+    return rows, moves, order
