@@ -32,7 +32,7 @@ class SequenceBatch:
     """Prompts and responses as one tensor; `rows`, `slots` say which response token each flat entry is."""
 
     input_ids: Tensor  # [B, L]
-    attention_mask: Tensor  # [B, L]
+    attention_mask: Tensor | None  # [B, L]; None on the right: there padding lies behind all that a token attends to
     position_ids: Tensor  # [B, L]
     rows: Tensor  # [N] row of each response token
     slots: Tensor  # [N] its index in the response
@@ -41,7 +41,7 @@ class SequenceBatch:
     last: Tensor  # [B] column of the last response token
 
     def to(self, device: torch.device) -> SequenceBatch:
-        return SequenceBatch(**{name: value.to(device) for name, value in vars(self).items()})
+        return SequenceBatch(**{k: None if v is None else v.to(device) for k, v in vars(self).items()})
 
     def unflatten(self, flat: Tensor, width: int) -> Tensor:
         """Flat values [N] as [B, width], zero on padding (differentiable)."""
@@ -49,17 +49,24 @@ class SequenceBatch:
 
 
 def build_batch(pairs: Sequence[Pair], pad_id: int, side: Literal["left", "right"] = "right") -> SequenceBatch:
-    """One padded batch; masks and positions come from lengths, so `pad_id` may be any token, EOS included."""
+    """One padded batch; masks and positions come from lengths, so `pad_id` may be any token, EOS included.
+
+    Padded on the right it needs no attention mask, and attention takes its fastest kernels: causal attention alone
+    keeps padding from every real token. Positions go on over the padding, for transformers takes a restart for the
+    beginning of a packed document.
+    """
     width = max(len(p) + len(r) for p, r in pairs)
     ids = torch.full((len(pairs), width), pad_id)
-    mask, positions = torch.zeros_like(ids), torch.zeros_like(ids)
+    positions = torch.arange(width).repeat(len(pairs), 1)
+    mask = torch.zeros_like(ids) if side == "left" else None
     rows, slots, before, targets, last = [], [], [], [], []
     for row, (prompt, response) in enumerate(pairs):
         n = len(prompt) + len(response)
         first = width - n if side == "left" else 0
         ids[row, first : first + n] = torch.tensor([*prompt, *response])
-        mask[row, first : first + n] = 1
-        positions[row, first : first + n] = torch.arange(n)
+        if mask is not None:
+            mask[row, first:] = 1
+            positions[row] = (positions[row] - first).clamp(min=0)
         start = first + len(prompt)
         rows += [row] * len(response)
         slots += range(len(response))
