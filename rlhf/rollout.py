@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.kv_cache import decode_cache, leave
+from rlhf.decoding import decoding_for, pad
 from rlhf.phases import progressed
 from rlhf.placement import at_hand
 from rlhf.scoring import token_logprobs
@@ -82,7 +82,9 @@ def draw(logits: Tensor, uniforms: Tensor | None, temperature: float = 1.0) -> t
     top = logits.amax(-1, keepdim=True).float()
     # In place on one copy: at a vocabulary of 50,000 every tensor of this size costs as much as the exponential.
     weights = logits.to(torch.float32, copy=True).sub_(top).div_(temperature).exp_()
-    weights = torch.nn.functional.pad(weights, (0, -weights.shape[1] % CDF_BLOCK)).unflatten(1, (-1, CDF_BLOCK))
+    if odd := weights.shape[1] % CDF_BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, CDF_BLOCK - odd))
+    weights = weights.unflatten(1, (-1, CDF_BLOCK))
     blocks = weights.sum(-1, dtype=torch.float64).cumsum(-1)
     if uniforms is None:
         tokens = logits.argmax(-1)
@@ -168,14 +170,6 @@ def sample(
     return _assemble(prompts, rows, int(tokenizer.pad_token_id), set(stop_ids))
 
 
-def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Ids [B, P] padded on the left, and the attention mask [B, P] from the lengths."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
-
-
 def _decode_native(
     policy: PreTrainedModel,
     prompts: list[list[int]],
@@ -187,32 +181,17 @@ def _decode_native(
 ) -> list[tuple[list[int], list[float]]]:
     """The decode loop; returns (token ids, log-probabilities) of each row."""
     device = policy.device
+    # A prompt that is sampled several times is prefilled once.
     distinct = list(dict.fromkeys(map(tuple, prompts)))
     place = {prompt: i for i, prompt in enumerate(distinct)}
     copies = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)
-    ids, mask = (t.to(device) for t in left_pad(distinct, pad_id))
     uniforms = row_uniforms(seeds, max_new_tokens).to(device)
     stops = torch.tensor(stop_ids, device=device)
     out: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
     alive = torch.arange(len(prompts), device=device)
-    # Positions are explicit: a left-padded GPT-2 answers differently without them.
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache, roomy = decode_cache(policy.config)
-    # With a mask made here the query heads of a group attend together, and the model builds none of its own.
-    direct = roomy and policy.config._attn_implementation == "sdpa"
+    decoding = decoding_for(policy, max_new_tokens)
+    logits = decoding.begin([list(prompt) for prompt in distinct], copies, pad_id)
     for step in range(max_new_tokens):
-        logits = policy(
-            input_ids=ids,
-            attention_mask=mask.bool()[:, None, None] if direct and step else mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        if step == 0 and len(distinct) < len(prompts):
-            # A prompt that is sampled several times is prefilled once.
-            cache.batch_select_indices(copies)
-            logits, mask, positions = logits[copies], mask[copies], positions[copies]
         if temperature > 0:
             tokens, logprobs = draw(logits, uniforms[alive, step], temperature)
         else:
@@ -222,21 +201,13 @@ def _decode_native(
             out[row][1].append(logprob)
         progressed()
         going = ~torch.isin(tokens, stops)
-        if not bool(going.any()):
+        if step + 1 == max_new_tokens or not bool(going.any()):
             break
-        positions = positions[:, -1:] + 1
         if not bool(going.all()):
             # A finished row costs as much as a live one: take it out of the batch and of the cache.
-            rows, moves, places = leave(going.tolist())
-            keep = torch.tensor(places, device=device)
-            if roomy:
-                for layer in cache.layers:
-                    layer.keep_rows(rows, moves)
-            else:
-                cache.batch_select_indices(keep)
-            alive, tokens, mask, positions = alive[keep], tokens[keep], mask[keep], positions[keep]
-        ids = tokens[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            places = decoding.keep(going.tolist())
+            alive, tokens = alive[places], tokens[places]
+        logits = decoding.step(tokens)
     return out
 
 
@@ -250,13 +221,18 @@ def _decode_generate(
     stop_ids: list[int],
 ) -> list[tuple[list[int], list[float]]]:
     """transformers' generate; log-probabilities come from a second, full forward. Seeded by the batch's first row."""
-    ids, mask = (t.to(policy.device) for t in left_pad(prompts, pad_id))
+    ids, mask = (t.to(policy.device) for t in pad(prompts, pad_id, left=True))
     how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     # The caller's random streams stay as they were.
     with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []):
         torch.manual_seed(seeds[0] % 2**63)
         full = policy.generate(
-            ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=stop_ids, **how
+            ids,
+            attention_mask=mask.long(),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad_id,
+            eos_token_id=stop_ids,
+            **how,
         )
     responses = []
     for row in full[:, ids.shape[1] :].tolist():
@@ -270,7 +246,7 @@ def _decode_generate(
 def _assemble(
     prompts: Sequence[Sequence[int]], rows: list[tuple[list[int], list[float]]], pad_id: int, stops: set[int]
 ) -> Rollout:
-    prompt_ids, _ = left_pad(prompts, pad_id)
+    prompt_ids, _ = pad(prompts, pad_id, left=True)
     width = max(len(ids) for ids, _ in rows)
     return Rollout(
         prompt_ids=prompt_ids,

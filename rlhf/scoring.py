@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf.adapters import base_model
 from rlhf.errors import UserError
+from rlhf.inference import inference_for
 from rlhf.phases import progressed
 from rlhf.placement import at_hand
 from rlhf.sharding import gathered, own, processes
@@ -92,6 +93,8 @@ def token_budget_batches(lengths: Sequence[int], tokens: int) -> Iterator[list[i
 def hidden_states(model: nn.Module, batch: SequenceBatch) -> Tensor:
     """Last hidden states [B, L, H] of the backbone, without any head."""
     base = base_model(model)
+    if not torch.is_grad_enabled() and batch.attention_mask is None and (inference := inference_for(model)):
+        return inference.hidden(batch.input_ids)
     backbone = getattr(base, base.base_model_prefix)
     return backbone(
         input_ids=batch.input_ids,

@@ -1,0 +1,136 @@
+"""What the sampling loop asks of a model: begin with prompts, one token more for each row, and let rows leave.
+
+Two ways, with the same three methods: `InferenceDecoding` for the models that rlhf/inference.py covers, and
+`ModelDecoding` for any other, by the model's own forward. Both hold a cache of keys and values with room to grow.
+
+Shapes: U distinct prompts, B rows, P the longest prompt, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.inference import Inference, KeysValues, inference_for
+from rlhf.kv_cache import RoomyLayer, decode_cache, leave
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[Tensor, Tensor]:
+    """Ids [B, P] padded on one side, and the mask [B, P] of what is not padding, from the lengths."""
+    width = max(len(row) for row in rows)
+    padding = [[pad_id] * (width - len(row)) for row in rows]
+    ids = [[*p, *row] if left else [*row, *p] for p, row in zip(padding, rows, strict=True)]
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(width)[None] < lengths[:, None]
+    return torch.tensor(ids), mask.flip(1) if left else mask
+
+
+class InferenceDecoding:
+    """Decoding by rlhf/inference.py; prompts are padded on the right, and what is generated stands behind them."""
+
+    def __init__(self, model: Inference, max_new_tokens: int, device: torch.device) -> None:
+        self.model, self.max_new_tokens, self.device = model, max_new_tokens, device
+        self.room: list[KeysValues] = []  # of every layer, [B, N, P + max_new_tokens, D]
+
+    def begin(self, prompts: list[list[int]], copies: Tensor, pad_id: int) -> Tensor:
+        """Logits [B, V] of the first token; row i continues prompt copies[i] of `prompts`."""
+        ids, mask = (t.to(self.device) for t in pad(prompts, pad_id, left=False))
+        lengths, kept = mask.sum(1), list[KeysValues]()
+        last = self.model.hidden(ids, kept)[torch.arange(len(ids), device=self.device), lengths - 1]
+        self.end = ids.shape[1]
+        while kept:  # one layer after the other, so that none is held twice for long
+            self.room.insert(0, KeysValues(*(self._roomy(t, copies) for t in kept.pop())))
+        self.positions = lengths[copies]
+        shape = (len(copies), 1, 1, self.end + self.max_new_tokens)
+        self.mask = torch.zeros(shape, dtype=last.dtype, device=self.device)
+        self.mask[:, 0, 0, : self.end].masked_fill_(~mask[copies], -torch.inf)
+        self.padded = not bool(mask.all())
+        return self._logits(last.t()[:, copies])
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits [B, V] after one token [B] more in each row."""
+        mask = self.mask[..., : self.end + 1] if self.padded else None
+        hidden = self.model.step(tokens, self.positions, self.room, self.end, mask)
+        self.positions, self.end = self.positions + 1, self.end + 1
+        return self._logits(hidden)
+
+    def keep(self, going: list[bool]) -> Tensor:
+        """Let the rows that are not `going` leave; returns the row [B] that is in each place afterwards."""
+        rows, moves, places = leave(going)
+        for i, layer in enumerate(self.room):
+            for held in layer:
+                for target, source in moves:
+                    held[target, :, : self.end] = held[source, :, : self.end]
+            self.room[i] = KeysValues(*(held[:rows] for held in layer))
+        order = torch.tensor(places, device=self.device)
+        self.positions, self.mask = self.positions[order], self.mask[order]
+        return order
+
+    def _roomy(self, held: Tensor, copies: Tensor) -> Tensor:
+        room = held.new_empty(len(copies), held.shape[1], self.end + self.max_new_tokens, held.shape[3])
+        room[:, :, : self.end] = held[copies]
+        return room
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        assert self.model.head is not None
+        return self.model.head.columns(hidden).t()
+
+
+class ModelDecoding:
+    """Decoding by the model's own forward; prompts are padded on the left."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.cache, self.roomy = decode_cache(model.config)
+        # With a mask made here the query heads of a group attend together, and the model builds none of its own.
+        self.direct = self.roomy and model.config._attn_implementation == "sdpa"
+
+    def begin(self, prompts: list[list[int]], copies: Tensor, pad_id: int) -> Tensor:
+        """Logits [B, V] of the first token; row i continues prompt copies[i] of `prompts`."""
+        ids, mask = (t.to(self.model.device) for t in pad(prompts, pad_id, left=True))
+        # Positions are explicit: a left-padded GPT-2 answers differently without them.
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        logits = self._forward(ids, mask.long(), positions)
+        if len(prompts) < len(copies):
+            self.cache.batch_select_indices(copies)
+        self.mask, self.positions = mask[copies], positions[copies, -1]
+        return logits[copies]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits [B, V] after one token [B] more in each row."""
+        self.positions = self.positions + 1
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+        mask = self.mask[:, None, None] if self.direct else self.mask.long()
+        return self._forward(tokens[:, None], mask, self.positions[:, None])
+
+    def keep(self, going: list[bool]) -> Tensor:
+        """Let the rows that are not `going` leave; returns the row [B] that is in each place afterwards."""
+        rows, moves, places = leave(going)
+        order = torch.tensor(places, device=self.model.device)
+        if self.roomy:
+            for layer in self.cache.layers:
+                assert isinstance(layer, RoomyLayer)
+                layer.keep_rows(rows, moves)
+        else:
+            self.cache.batch_select_indices(order)
+        self.positions, self.mask = self.positions[order], self.mask[order]
+        return order
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        return self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+
+
+def decoding_for(policy: PreTrainedModel, max_new_tokens: int) -> InferenceDecoding | ModelDecoding:
+    """The fastest way that covers the policy."""
+    inference = inference_for(policy)
+    return InferenceDecoding(inference, max_new_tokens, policy.device) if inference else ModelDecoding(policy)

@@ -1,0 +1,220 @@
+"""Llama-like models without gradients, on the weights as they are: the passes of sampling and scoring.
+
+transformers' own forward remains what is trained, and what is used for every model and adapter that is not covered here
+(`inference_for` says which); tests hold these passes to it. They make a third of its calls into torch and write less to
+memory. Two layouts, for on a CPU a matrix product's time depends on them: many tokens lie in rows, [tokens, features];
+one token of each sequence lies in a column, [features, rows], for with few columns W x takes a half to three quarters
+of the time of x W^T.
+
+Shapes: B sequences, L tokens, H hidden size, D head size, N key-value heads with G query heads each, T cached tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+
+from rlhf.adapters import base_model
+from rlhf.placement import is_partitioned
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+COVERED = {f"{family}For{task}" for family in FAMILIES for task in ("CausalLM", "SequenceClassification")}
+ROTARY = ("default", "linear", "llama3", "yarn")  # the others change with the length of what is there
+
+
+class KeysValues(NamedTuple):
+    """Of one layer; both [B, N, T, D]."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear map of the model with the adapters on it; all are the model's own tensors."""
+
+    weight: Tensor  # [out, in]
+    bias: Tensor | None  # [out]
+    adapters: tuple[tuple[Tensor, Tensor, float], ...] = ()  # A [r, in], B [out, r] and the scale of B A
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out]."""
+        y = linear(x, self.weight, self.bias)
+        for a, b, scale in self.adapters:
+            y += linear(linear(x.to(a.dtype), a), b).mul_(scale)
+        return y
+
+    def columns(self, x: Tensor) -> Tensor:
+        """[in, B] to [out, B]."""
+        y = self.weight @ x
+        if self.bias is not None:
+            y += self.bias[:, None]
+        for a, b, scale in self.adapters:
+            y += (b @ (a @ x.to(a.dtype))).mul_(scale)
+        return y
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The parts of a transformer layer; norms are vectors, and None where there is none."""
+
+    before_attention: Tensor
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    before_mlp: Tensor
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+class Inference:
+    """A model's layers, made anew for every pass: it refers to the weights of that moment."""
+
+    def __init__(self, model: nn.Module) -> None:
+        base = base_model(model)
+        self.body: Any = base.model
+        self.layers = [_layer(module) for module in self.body.layers]
+        self.groups = int(base.config.num_key_value_heads)
+        self.eps = float(base.config.rms_norm_eps)
+        self.head = _linear(base.lm_head) if hasattr(base, "lm_head") else None
+        self.size = self.layers[0].k.weight.shape[0] // self.groups  # D
+
+    def hidden(self, ids: Tensor, keep: list[KeysValues] | None = None) -> Tensor:
+        """Last hidden states [B, L, H] of tokens [B, L] that stand at positions 0 to L - 1, padded on the right.
+
+        keep: gets every layer's keys and values.
+        """
+        batch, length = ids.shape
+        x = self.body.embed_tokens.weight[ids]
+        angles = self._angles(x, torch.arange(length, device=ids.device))
+        cos, sin = (t[:, None] for t in angles)  # [L, 1, D / 2]
+        for layer in self.layers:
+            y = rms_norm(x, x.shape[-1:], layer.before_attention, self.eps)
+            q, k, v = (m.rows(y).view(batch, length, -1, self.size) for m in (layer.q, layer.k, layer.v))
+            if layer.q_norm is not None:
+                q = rms_norm(q, (self.size,), layer.q_norm, self.eps)
+                k = rms_norm(k, (self.size,), layer.k_norm, self.eps)
+            q, k, v = (t.transpose(1, 2) for t in (_rotated(q, cos, sin, -1), _rotated(k, cos, sin, -1), v))
+            # Causal attention alone keeps padding on the right from every real token.
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            x = x + layer.o.rows(out.transpose(1, 2).reshape(batch, length, -1))
+            y = rms_norm(x, x.shape[-1:], layer.before_mlp, self.eps)
+            x = x + layer.down.rows(silu(layer.gate.rows(y), inplace=True).mul_(layer.up.rows(y)))
+            if keep is not None:
+                keep.append(KeysValues(k, v))
+        return rms_norm(x, x.shape[-1:], self.body.norm.weight, self.eps)
+
+    def step(self, tokens: Tensor, positions: Tensor, room: list[KeysValues], end: int, mask: Tensor | None) -> Tensor:
+        """Last hidden states [H, B] of one token [B] more for each sequence, at `positions` [B].
+
+        Args:
+            room: of every layer; the new keys and values are written at `end`.
+            mask: [B, 1, 1, end + 1], added to the attention scores; None where all that is cached counts.
+        """
+        x = self.body.embed_tokens.weight[tokens].t().contiguous()
+        cos, sin = (t.t() for t in self._angles(x, positions))  # [D / 2, B]
+        for layer, (keys, values) in zip(self.layers, room, strict=True):
+            y = self._normed(x, layer.before_attention)
+            q, k, v = (m.columns(y).view(-1, self.size, len(tokens)) for m in (layer.q, layer.k, layer.v))
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q, k = self._normed(q, layer.q_norm), self._normed(k, layer.k_norm)
+            keys[:, :, end] = _rotated(k, cos, sin, -2).permute(2, 0, 1)
+            values[:, :, end] = v.permute(2, 0, 1)
+            q = _rotated(q, cos, sin, -2).view(self.groups, -1, self.size, len(tokens)).permute(3, 0, 1, 2)
+            # All query heads of a group in one product, [B, N, G, D] with [B, N, D, T]: keys are not repeated.
+            scores = (q * self.size**-0.5) @ keys[:, :, : end + 1].transpose(2, 3)
+            if mask is not None:
+                scores += mask
+            out = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype) @ values[:, :, : end + 1]
+            x = x + layer.o.columns(out.permute(1, 2, 3, 0).reshape(-1, len(tokens)))
+            y = self._normed(x, layer.before_mlp)
+            x = x + layer.down.columns(silu(layer.gate.columns(y), inplace=True).mul_(layer.up.columns(y)))
+        return self._normed(x, self.body.norm.weight)
+
+    def _angles(self, x: Tensor, positions: Tensor) -> list[Tensor]:
+        """Cosines and sines [positions, D / 2] of the rotary embedding; its second half repeats the first."""
+        return [t[0, :, : self.size // 2] for t in self.body.rotary_emb(x, positions[None])]
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Root-mean-square norm over the last dimension but one, in float32 as transformers takes it."""
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-2, keepdim=True) + self.eps)
+        return (wide * scale).to(x.dtype) * weight[:, None]
+
+
+def inference_for(model: nn.Module) -> Inference | None:
+    """The passes for a model, or None for one that they do not cover: its own forward serves then."""
+    base = base_model(model)
+    config = base.config
+    covered = (
+        type(base).__name__ in COVERED
+        and config.hidden_act == "silu"
+        and not _slides(config)
+        and config.rope_parameters["rope_type"] in ROTARY
+        and config._attn_implementation == "sdpa"
+        and not any(is_partitioned(p) and p.numel() == 0 for p in base.parameters())  # layers gathered one by one
+        and all(_covered(module) for module in base.modules())
+    )
+    return Inference(model) if covered else None
+
+
+def _slides(config: Any) -> bool:
+    """Whether some layer attends to the last tokens only."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return bool(window) or any(kind != "full_attention" for kind in kinds)
+
+
+def _covered(module: nn.Module) -> bool:
+    """Whether a module has no adapter on it, or a plain LoRA one."""
+    if not hasattr(module, "base_layer"):
+        return True
+    from peft.tuners.lora import Linear as LoraLinear
+
+    plain = type(module) is LoraLinear and not module.merged and not module.lora_variant
+    return plain and not any(module.lora_bias.values())
+
+
+def _layer(module: Any) -> Layer:
+    attention, mlp = module.self_attn, module.mlp
+    q_norm, k_norm = (getattr(getattr(attention, name, None), "weight", None) for name in ("q_norm", "k_norm"))
+    return Layer(
+        before_attention=module.input_layernorm.weight,
+        q=_linear(attention.q_proj),
+        k=_linear(attention.k_proj),
+        v=_linear(attention.v_proj),
+        o=_linear(attention.o_proj),
+        q_norm=q_norm,
+        k_norm=k_norm,
+        before_mlp=module.post_attention_layernorm.weight,
+        gate=_linear(mlp.gate_proj),
+        up=_linear(mlp.up_proj),
+        down=_linear(mlp.down_proj),
+    )
+
+
+def _linear(module: Any) -> Linear:
+    inner = getattr(module, "base_layer", module)
+    if inner is module or module.disable_adapters:
+        return Linear(inner.weight, inner.bias)
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    adapters = tuple((module.lora_A[n].weight, module.lora_B[n].weight, module.scaling[n]) for n in active)
+    return Linear(inner.weight, inner.bias, adapters)
+
+
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, dim: int) -> Tensor:
+    """Rotary positions on heads whose D numbers lie along `dim`."""
+    first, second = heads.chunk(2, dim)
+    out = torch.empty_like(heads)
+    one, two = out.chunk(2, dim)
+    torch.mul(first, cos, out=one).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=two).addcmul_(first, sin)
+    return out

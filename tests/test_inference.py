@@ -1,0 +1,160 @@
+"""The passes of rlhf/inference.py against transformers' own forward, and what they leave to it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_rollout import PROMPTS, run
+from test_scoring import EOS, PAIRS, by_hand, gpt2, llama
+from transformers import (
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from rlhf.adapters import add_lora, base_model
+from rlhf.config import LoraSection
+from rlhf.decoding import InferenceDecoding, ModelDecoding, decoding_for
+from rlhf.inference import inference_for
+from rlhf.scoring import build_batch, hidden_states
+
+SHAPE = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "eos_token_id": EOS,
+}
+
+
+def mistral(window: int | None = None) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(sliding_window=window, **SHAPE)).eval()
+
+
+def qwen2() -> torch.nn.Module:
+    """With biases on queries, keys and values, none of them zero."""
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def qwen3() -> torch.nn.Module:
+    """With norms on queries and keys, heads of another size than H / heads, and norms that are not all one."""
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(head_dim=16, **SHAPE)).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+def rotary(kind: dict[str, object]) -> torch.nn.Module:
+    return llama(rope_parameters={"rope_theta": 10000.0, **kind})
+
+
+def yarn() -> torch.nn.Module:
+    """Its cosines carry a factor of their own."""
+    return rotary({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16})
+
+
+def adapted(off: bool = False) -> torch.nn.Module:
+    model = add_lora(llama(), LoraSection(enabled=True, rank=4, alpha=8, last_layers=1), "CAUSAL_LM")
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    if off:
+        model.base_model.disable_adapter_layers()
+    return model.eval()
+
+
+COVERED = [llama, mistral, qwen2, qwen3, yarn, adapted, lambda: adapted(off=True)]
+
+
+@torch.no_grad()
+def theirs(model: torch.nn.Module, batch: object) -> torch.Tensor:
+    base = base_model(model)
+    return base.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
+
+
+@pytest.mark.parametrize("make", COVERED)
+def test_hidden_states_are_the_models_own(make):
+    model, batch = make(), build_batch(PAIRS, 0)
+    with torch.no_grad():
+        ours = hidden_states(model, batch)
+    real = torch.tensor([[t < len(p) + len(r) for t in range(batch.input_ids.shape[1])] for p, r in PAIRS])
+    assert inference_for(model) is not None
+    assert torch.allclose(ours[real], theirs(model, batch)[real], atol=2e-5)
+
+
+def test_with_gradients_the_model_itself_runs():
+    model, batch = llama(), build_batch(PAIRS, 0)
+    hidden_states(model, batch).sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lm_head" not in name)
+
+
+def test_a_reward_models_body_is_covered():
+    model, batch = llama(LlamaForSequenceClassification), build_batch(PAIRS, 0)
+    with torch.no_grad():
+        assert torch.allclose(inference_for(model).hidden(batch.input_ids), theirs(model, batch), atol=2e-5)
+
+
+@pytest.mark.parametrize("make", COVERED)
+def test_decoded_logprobs_are_those_of_a_full_forward(make):
+    """Prompts of different lengths, and rows that end at different steps."""
+    model = make()
+    assert isinstance(decoding_for(model, 4), InferenceDecoding)
+    prompts = [*PROMPTS, *PROMPTS[:2]]
+    out = run(model, prompts, max_new_tokens=30)
+    assert len(set(out.lengths.tolist())) > 1
+    for i, prompt in enumerate(prompts):
+        expected = by_hand(model, prompt, out.response(i), 1.0)
+        assert out.logprobs[i, : int(out.lengths[i])].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("make", COVERED)
+def test_greedy_decoding_equals_generate(make):
+    model = make()
+    ours, generate = (run(model, temperature=0.0, engine=engine) for engine in ("native", "generate"))
+    assert [ours.response(i) for i in range(len(ours))] == [generate.response(i) for i in range(len(ours))]
+
+
+def dynamic() -> torch.nn.Module:
+    return rotary({"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8})
+
+
+def eager() -> torch.nn.Module:
+    return llama(attn_implementation="eager")
+
+
+def dora() -> torch.nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", use_dora=True, target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("make", [gpt2, dynamic, eager, dora, lambda: mistral(window=4)])
+def test_other_models_are_left_to_their_own_forward(make):
+    model = make()
+    assert inference_for(model) is None
+    assert isinstance(decoding_for(model, 4), ModelDecoding)
+
+
+def test_the_weights_are_the_models_own():
+    """No copy: what an update changes is seen at once."""
+    model = llama(LlamaForCausalLM)
+    inference = inference_for(model)
+    assert inference.layers[0].q.weight.data_ptr() == model.model.layers[0].self_attn.q_proj.weight.data_ptr()
+    assert inference.head.weight.data_ptr() == model.lm_head.weight.data_ptr()
