@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from rlhf.scoring import Pair, SequenceBatch, response_logprobs, response_values, token_logprobs
 
 
-class PpoForward(NamedTuple):
-    """Per response token, flat [N]: log-probabilities, entropies (no gradient) and values."""
+class PolicyForward(NamedTuple):
+    """Per response token, flat [N]."""
 
     logprobs: Tensor
-    entropies: Tensor
-    values: Tensor
+    entropies: Tensor  # no gradient
 
 
 class PolicyValue(nn.Module):
@@ -31,17 +30,20 @@ class PolicyValue(nn.Module):
         self.value = value
 
     def forward(
-        self, mode: Literal["ppo", "ptx"], batch: SequenceBatch, temperature: float = 1.0, pieces: int = 0
-    ) -> PpoForward | Tensor:
-        """`ppo`: a PpoForward. `ptx`: negative log-likelihoods [N] of all tokens but the first of each row.
+        self, mode: Literal["policy", "value", "ptx"], batch: SequenceBatch, temperature: float = 1.0, pieces: int = 0
+    ) -> PolicyForward | Tensor:
+        """One network's pass, so that only its activations are held.
+
+        `policy`: a PolicyForward. `value`: values [N]. `ptx`: negative log-likelihoods [N] of all tokens but the first
+        of each row.
 
         `pieces`: in how many the LM head runs. Under ZeRO-3 all processes gather it together each time, so it must be
         one number for all of them and not follow from the tokens of each.
         """
+        if mode == "value":
+            return response_values(self.value, batch)
         logprobs, entropies = response_logprobs(self.policy, batch, temperature, pieces)
-        if mode == "ptx":
-            return -logprobs
-        return PpoForward(logprobs, entropies, response_values(self.value, batch))
+        return -logprobs if mode == "ptx" else PolicyForward(logprobs, entropies)
 
 
 def text_pairs(rows: Sequence[Sequence[int]]) -> list[Pair]:

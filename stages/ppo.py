@@ -99,7 +99,9 @@ def ppo_step(ppo: Ppo, experience: Experience, minibatch: Sequence[int], last: b
     tokens = experience.mask[list(minibatch)].sum().to(device)
     sums: dict[str, float] = defaultdict(float)
     ratio_max = ratio_error = 0.0
-    mine, size = own(minibatch), cfg.micro_batch_size
+    # Rows of like length share a micro-batch, so that little is spent on padding.
+    mine = own(sorted(minibatch, key=lambda i: sum(map(len, experience.pairs[i]))))
+    size = cfg.micro_batch_size
     pieces = head_pieces(size * ppo.recipe.data.max_response_tokens)
     for start in range(0, len(mine), size):
         rows = mine[start : start + size]
@@ -109,14 +111,18 @@ def ppo_step(ppo: Ppo, experience: Experience, minibatch: Sequence[int], last: b
         def take(values: Tensor, rows: list[int] = rows, width: int = width) -> Tensor:
             return values[rows][:, :width].to(device)
 
+        # Divided by the tokens of the whole minibatch: any split over micro-batches and processes, one gradient. The
+        # networks take turns, so that the activations of one are held at a time.
         mask = take(experience.mask)
-        with ppo.engine.accumulate(last and start + size >= len(mine)):
-            out = ppo.engine.model("ppo", batch, cfg.temperature, pieces)
-            logprobs, values = batch.unflatten(out.logprobs, width), batch.unflatten(out.values, width)
+        with ppo.engine.accumulate(False):
+            out = ppo.engine.model("policy", batch, cfg.temperature, pieces)
+            logprobs = batch.unflatten(out.logprobs, width)
             policy = policy_loss(logprobs, take(experience.logprobs), take(experience.advantages), mask, cfg.clip)
+            ppo.engine.backward(policy.loss / tokens)
+        with ppo.engine.accumulate(last and start + size >= len(mine)):
+            values = batch.unflatten(ppo.engine.model("value", batch), width)
             value = value_loss(values, take(experience.values), take(experience.returns), mask, cfg.value_clip)
-            # Divided by the tokens of the whole minibatch: any split over micro-batches and processes, one gradient.
-            ppo.engine.backward((policy.loss + cfg.vf_coef * value) / tokens)
+            ppo.engine.backward(cfg.vf_coef * value / tokens)
         sums["ppo/policy_loss"] += float(policy.loss.detach() / tokens)
         sums["ppo/value_loss"] += float(value.detach() / tokens)
         sums["ppo/clip_fraction"] += float(policy.clipped / tokens)
