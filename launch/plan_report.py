@@ -9,10 +9,11 @@ from rlhf.errors import UserError
 from rlhf.estimate import ASSUMPTIONS, stage_time
 from rlhf.fit import budget, settings_that_fit
 from rlhf.hardware import Card, find_card, this_machine
-from rlhf.memory import Shapes, StageMemory, all_stages, shapes_of
+from rlhf.memory import StageMemory, all_stages
 from rlhf.plan import world_size
 from rlhf.progress import console, duration, table
 from rlhf.quiet import quiet_libraries
+from rlhf.shapes import Shapes, shapes_of
 
 
 def show_memory_and_time(recipe: Recipe, card_name: str | None) -> None:

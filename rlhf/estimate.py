@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from rlhf.config import Recipe
 from rlhf.hardware import Card
-from rlhf.memory import Shapes, policy_spec, reward_spec, sharding
+from rlhf.memory import policy_spec, reward_spec, sharding
 from rlhf.plan import plan_ppo, plan_reward, plan_sft, world_size
 from rlhf.records import Drops, read_demonstrations, read_prompts, read_rankings
-from rlhf.shapes import ModelSpec, count
+from rlhf.shapes import ModelSpec, Shapes, count
 from rlhf.sources import local_path
 from rlhf.traffic import SHARE, exchange_seconds, gathering_traffic, training_traffic
 

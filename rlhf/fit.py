@@ -8,8 +8,9 @@ from typing import Any
 from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.hardware import Card
-from rlhf.memory import Shapes, all_stages
+from rlhf.memory import all_stages
 from rlhf.plan import world_size
+from rlhf.shapes import Shapes
 
 Settings = dict[str, Any]  # dotted field: value
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from transformers import PretrainedConfig
-
 from rlhf.config import Recipe
 from rlhf.footprint import Footprint, decoding_pass, scoring_pass, training_pass
 from rlhf.hardware import Card
 from rlhf.plan import plan_ppo, world_size
-from rlhf.shapes import ModelSpec, count, model_config
+from rlhf.shapes import ModelSpec, Shapes, count
+from rlhf.shared_base import one_base
 from rlhf.zero import settings
 
 LIBRARIES = {"sft": 560e6, "rank": 385e6, "reward": 420e6, "ppo": 430e6, "evaluate": 385e6}  # measured, on Linux
@@ -25,15 +24,8 @@ UNUSED_CPU, UNUSED_CPU_SFT, UNUSED_GPU = 0.25, 0.5, 0.1
 DEEPSPEED, HOOKS = 60e6, 90e6  # more, with several processes; under ZeRO-3 also TRL, which SFT has anyway; measured
 BUCKET, LIVE = 5e8, 1e9  # DeepSpeed's defaults: numbers in a reduction buffer, and gathered ones that stay
 TILE = (4096, 32768)  # tokens and vocabulary that TRL's loss treats at a time
+REWARD = "weights: reward model"
 TILES_ON_CPU = 8.25  # tiles alive in its backward, where no kernel fuses the operations; counted in its code
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Configs of the recipe's two models: the policy's, and what the reward model starts from."""
-
-    policy: PretrainedConfig
-    reward: PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -111,18 +103,6 @@ class Held:
     step: float  # temporary, in the optimiser's step
 
 
-def shapes_of(recipe: Recipe) -> Shapes:
-    """Configs of the recipe's models.
-
-    Raises:
-        UserError: a name that is not here and cannot be reached.
-    """
-    policy = model_config(recipe.model.name, recipe.model.trust_remote_code)
-    if recipe.reward.model == "sft":
-        return Shapes(policy, policy)
-    return Shapes(policy, model_config(recipe.reward.model, recipe.model.trust_remote_code))
-
-
 def sharding(recipe: Recipe) -> Sharding:
     """Of the recipe's DeepSpeed file and number of processes."""
     processes = world_size(recipe)
@@ -162,7 +142,7 @@ def held(spec: ModelSpec, how: Sharding, on_gpu: bool) -> Held:
     step = 4 * c.trained / parts if on_gpu and not how.offload else 8 * c.largest / parts
     if copies and how.stage == 0 or how.stage in (1, 2):
         step += 4 * c.trained / parts  # gradients as float32, or flattened
-    weights = c.bytes / parts if how.stage == 3 else float(c.bytes)
+    weights = c.bytes / parts if how.stage == 3 else float(c.trained_bytes if spec.borrowed else c.bytes)
     gathered = min(c.bytes, LIVE * c.bytes / c.total) if how.stage == 3 else 0.0
     return Held(weights, gradients, optimiser, reduction, gathered, step)
 
@@ -230,6 +210,14 @@ def reward_spec(recipe: Recipe, shapes: Shapes, trained: bool = True) -> ModelSp
     return replace(spec, keep_layers=cfg.keep_layers, partitioned=sharding(recipe).stage == 3)
 
 
+def judge_weights(recipe: Recipe, shapes: Shapes) -> tuple[ModelSpec, Part, float]:
+    """PPO's value model; the frozen reward model's weights; the bytes that are added while the latter is used."""
+    value, reward = reward_spec(recipe, shapes), reward_spec(recipe, shapes, trained=False)
+    if not one_base(recipe, sharding(recipe).stage):
+        return value, *frozen_weights(reward, recipe, REWARD)
+    return replace(value, borrowed=True), Part(REWARD, float(count(value).trained_bytes)), 0.0
+
+
 # --- stages ----------------------------------------------------------------------------------------------------------
 
 Composition = tuple[tuple[Part, ...], dict[str, tuple[Part, ...]]]
@@ -287,7 +275,7 @@ def _reward(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Composit
 def _ppo(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Composition:
     cfg, data, how, plan = recipe.ppo, recipe.data, sharding(recipe), plan_ppo(recipe)
     recompute = recipe.launch.gradient_checkpointing
-    policy, value = policy_spec(recipe, shapes), reward_spec(recipe, shapes)
+    policy, (value, judge, judging) = policy_spec(recipe, shapes), judge_weights(recipe, shapes)
     plain, reward = policy_spec(recipe, shapes, trained=False), reward_spec(recipe, shapes, trained=False)
     rows = min(cfg.micro_batch_size, plan.minibatch_per_process)
     size = (data.max_prompt_tokens, data.max_response_tokens, recompute)
@@ -307,7 +295,6 @@ def _ppo(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Composition
     if policy.lora is None:
         part, visiting = frozen_weights(plain, recipe, "weights: reference")
         reference = (part,)
-    judge, judging = frozen_weights(reward, recipe, "weights: reward model")
     whole, valuing = (at_work(spec, recipe) if how.stage == 3 else 0.0 for spec in (plain, reward))
     phases["sampling"] = _sampling(plain, recipe, min(cfg.rollout_batch_size, plan.batch_per_process), 0, whole)
     scoring = max(
@@ -328,7 +315,7 @@ def _evaluate(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Compos
     if cfg.prompts:
         rows = min(rows, -(-cfg.prompts * cfg.samples_per_prompt // processes))
     policy, added = frozen_weights(plain, recipe, "weights: policy")
-    judge, judging = frozen_weights(reward, recipe, "weights: reward model")
+    judge, judging = frozen_weights(reward, recipe, REWARD)
     scored = _scoring(plain, recipe, processes, recipe.ppo.score_tokens, "policy")
     judged = _scoring(reward, recipe, processes, recipe.ppo.score_tokens, "reward")
     return (), {  # one model at a time

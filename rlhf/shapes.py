@@ -11,12 +11,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rlhf import embedded, tiny
 from rlhf.adapters import add_lora, base_model, decoder_layers
-from rlhf.config import LoraSection
+from rlhf.config import LoraSection, Recipe
 from rlhf.models import cut_layers
 from rlhf.quiet import quiet_transformers
 from rlhf.resolve import not_loaded, resolve_model
 
 BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Configs of the recipe's two models: the policy's, and what the reward model starts from."""
+
+    policy: PretrainedConfig
+    reward: PretrainedConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +36,7 @@ class ModelSpec:
         keep_layers: the first N transformer layers only; 0 keeps all.
         lora: adapters that are trained, the rest is frozen; None: all is trained.
         partitioned: adapters keep the type of the weights, which ZeRO-3 wants.
+        borrowed: its frozen weights are those of another model (rlhf/shared_base.py).
     """
 
     config: PretrainedConfig
@@ -37,11 +46,12 @@ class ModelSpec:
     keep_layers: int = 0
     lora: LoraSection | None = None
     partitioned: bool = False
+    borrowed: bool = False
 
     @property
     def key(self) -> tuple:
         lora = self.lora.model_dump_json() if self.lora else ""
-        rest = (self.dtype, self.attention, self.scalar, self.keep_layers, lora, self.partitioned)
+        rest = (self.dtype, self.attention, self.scalar, self.keep_layers, lora, self.partitioned, self.borrowed)
         return (self.config.to_json_string(), *rest)
 
     def __hash__(self) -> int:
@@ -99,6 +109,18 @@ def model_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig
             return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise not_loaded("model's config", where, error) from error
+
+
+def shapes_of(recipe: Recipe) -> Shapes:
+    """Configs of the recipe's models.
+
+    Raises:
+        UserError: a name that is not here and cannot be reached.
+    """
+    policy = model_config(recipe.model.name, recipe.model.trust_remote_code)
+    if recipe.reward.model == "sft":
+        return Shapes(policy, policy)
+    return Shapes(policy, model_config(recipe.reward.model, recipe.model.trust_remote_code))
 
 
 def build(spec: ModelSpec) -> nn.Module:

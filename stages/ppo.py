@@ -277,7 +277,9 @@ def log(
     """One row of metrics.jsonl and wandb, and the first samples of the iteration as a table."""
     cfg, done = ppo.recipe.ppo, ppo.iteration * ppo.recipe.ppo.batch_size
     tokens = float(sum(len(p) + len(r) for p, r in experience.pairs))
-    flops = training_flops(ppo.networks, tokens * cfg.epochs)
+    # Each by itself: weights that both go through are one Parameter where they share a base.
+    networks = (ppo.networks.policy, ppo.networks.value)
+    flops = sum(training_flops(network, tokens * cfg.epochs) for network in networks)
     peak = measured_peak_flops(ppo.engine.device, next(ppo.networks.parameters()).dtype)
     perf = {f"perf/seconds_{name}": value for name, value in seconds.items()}
     perf["perf/rollout_tokens_per_s"] = float(episodes.lengths.sum()) / seconds["rollout"]
@@ -302,7 +304,8 @@ def work(ctx: StageContext, variant: str) -> dict[str, Any]:
     reward_dir = ctx.run.require("reward", "model")
     ctx.use(sft_dir)
     ctx.use(reward_dir)
-    ppo = build(ctx.recipe, variant == "ppo-ptx", sft_dir, reward_dir)
+    hashes = (ctx.inputs[ctx.run.key(sft_dir)], ctx.inputs[ctx.run.key(reward_dir)])
+    ppo = build(ctx.recipe, variant == "ppo-ptx", sft_dir, reward_dir, hashes)
     for reason, n in ppo.drops.table():
         console.print(f"dropped {n}: {reason}")
     sealed = from_first(ctx.checkpoints.newest)

@@ -34,9 +34,11 @@ from rlhf.prompting import fit_demonstrations, fit_rankings
 from rlhf.ranking import PairCounts, accuracy_interval, calibration, count_pairs, has_pairs, ranking_loss, tied_pairs
 from rlhf.records import Drops, read_demonstrations, read_rankings
 from rlhf.rng import load_rng, save_rng
+from rlhf.rundir import hash_path
 from rlhf.schedule import lr_factor
 from rlhf.scoring import Pair, build_batch, raw_scores, scores
 from rlhf.sharding import barrier, everyones, gathered, own, processes
+from rlhf.shared_base import FOLDER, save_adapter
 from rlhf.splits import split_by_prompt
 from rlhf.stage import StageContext, run_stage
 from rlhf.zero import make_engine, trained
@@ -285,6 +287,9 @@ def work(ctx: StageContext) -> dict[str, Any]:
         save_model(model, tokenizer, ctx.dir / "model", weights)
     everyones(None)  # the probes are written into the folder
     write_probes(model, tokenizer, ranked[:PROBES], ctx.dir / "model")
+    if cfg.lora.enabled and cfg.model == "sft" and is_main_process():
+        base, merged = ctx.inputs[ctx.run.key(source)], hash_path(ctx.dir / "model")
+        save_adapter(model, weights, recipe, ctx.dir / FOLDER, base, merged)
     return metrics
 
 

@@ -62,7 +62,8 @@ class Setting:
 
     @property
     def name(self) -> str:
-        return "-".join([self.stage, f"zero{self.zero}", *(m.split(".", 1)[1].replace("=", "-") for m in self.more)])
+        more = (m.split(".", 1)[1].replace("=", "-") for m in self.more)
+        return "-".join([self.stage, f"zero{self.zero}", *([] if self.like == "one" else [self.like]), *more])
 
 
 SETTINGS = [Setting(stage, zero) for zero in (0, 1, 2, 3) for stage in STAGES]
@@ -81,6 +82,8 @@ SETTINGS += [
     # SFT's Adam makes whole steps of gradients that are all but zero, as the adapters' first are
     Setting("sft", 3, like="lora", more=("launch.gather=by_layer",), tolerance=1e-4),
     *(Setting(stage, 3, like="lora", more=("launch.gather=by_layer",)) for stage in ("reward", "ppo")),
+    # PPO's four networks on one base, which ZeRO-3 does not do
+    *(Setting("ppo", zero, like="lora", more=("launch.frozen=cpu",)) for zero in (0, 2, 3)),
     # a bfloat16 holds three digits, and adapters are of that type under ZeRO-3 alone
     *(Setting("ppo", zero, like="bf16", more=("model.dtype=bfloat16",), tolerance=5e-3) for zero in (2, 3)),
     *(
@@ -106,11 +109,12 @@ class Change:
     stage: str
     before: int | None  # ZeRO stage of two processes
     after: int | None
+    like: str = "one"
 
     @property
     def name(self) -> str:
         words = ["one" if zero is None else f"zero{zero}" for zero in (self.before, self.after)]
-        return f"{self.stage}-from-{words[0]}-to-{words[1]}"
+        return f"{self.stage}-{self.like}-from-{words[0]}-to-{words[1]}"
 
 
 CHANGES = [
@@ -119,6 +123,7 @@ CHANGES = [
     for before, after in ((None, 2), (2, None), (None, 3), (3, None), (0, None), (3, 2), (2, 3))
 ]
 CHANGES += [Change("sft", None, 0), Change("sft", 0, None)]
+CHANGES += [Change("ppo", before, after, "lora") for before, after in ((None, 3), (3, 2))]  # one base, and three
 
 
 def arguments(folder: Path, run: str, *more: str) -> list[str]:
@@ -202,11 +207,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Note
 def changed(folder: Path, change: Change, zero: int | None, stop_after: int) -> dict[str, Any]:
     """The job of one half of a change."""
     if stop_after:
-        prepared(folder, Setting(change.stage, 0), change.name)
+        prepared(folder, Setting(change.stage, 0, change.like), change.name)
     launch = [] if zero is None else ["launch.processes=2", f"launch.zero_stage={zero}"]
     return {
         "module": f"stages.{change.stage}",
-        "arguments": arguments(folder, change.name, *launch),
+        "arguments": arguments(folder, change.name, *OWN[change.like], *launch),
         "stop_after": stop_after,
     }
 
@@ -327,7 +332,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(
     runs: tuple[Path, dict[str, Noted]], change: Change
 ) -> None:
     where, part = runs[0], FOLDER.get(change.stage, change.stage)
-    ours, theirs = where / change.name / part, where / "one" / part
+    ours, theirs = where / change.name / part, where / change.like / part
     record = json.loads((ours / "stage.json").read_text())
     assert (record["state"], record["attempts"]) == ("done", 2)
     for a, b in zip(metrics(ours), metrics(theirs), strict=True):

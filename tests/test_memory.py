@@ -17,9 +17,9 @@ from rlhf.estimate import decode_seconds, forward_flops, training_flops
 from rlhf.fit import fits, ladder, micro_batches, settings_that_fit, with_count, with_settings
 from rlhf.footprint import scoring_pass, training_pass
 from rlhf.hardware import find_card
-from rlhf.memory import Shapes, Sharding, held, shapes_of, stage_memory
+from rlhf.memory import Sharding, held, stage_memory
 from rlhf.recipe import load_recipe
-from rlhf.shapes import ModelSpec, count
+from rlhf.shapes import ModelSpec, Shapes, count, shapes_of
 from rlhf.traffic import exchange_seconds, gathering_traffic, training_traffic
 
 TINY = ModelSpec(tiny.config(), "float32", "eager")
@@ -103,6 +103,21 @@ def test_more_partitioning_takes_less() -> None:
     assert peaks[0] > peaks[1] >= peaks[2] > peaks[3] > peaks[4]
     # Policy, value and the two frozen models at 2 bytes, the trained ones with 12 and 2 more: nothing is divided.
     assert peaks[0] > 6.7e9 * (4 * 2 + 2 * 14)
+
+
+def test_four_networks_on_one_base_are_counted_once() -> None:
+    lora = ["model.lora.enabled=true", "reward.lora.enabled=true", "model.lora.rank=8", "reward.lora.rank=4"]
+    adapters = 4 * ((64 + 64) + 2 * (64 + 32) + (64 + 64) + 3 * (64 + 176))  # of rank 1
+    own = 4 * (4 * adapters + 64)  # bytes: value's or reward model's adapters, and the head
+    recipe = load_recipe("tiny", lora)
+    found = stage_memory(recipe, "ppo-ptx", shapes_of(recipe), H100).components()
+    assert found["weights: policy"] == 4 * (ALL + 8 * adapters)
+    assert (found["weights: value"], found["weights: reward model"]) == (own, own)
+    assert "weights: reference" not in found
+    for apart in (["launch.processes=2", "launch.zero_stage=3"], ["reward.model=tiny"], ["reward.lora.enabled=false"]):
+        recipe = load_recipe("tiny", [*lora, *apart])
+        found = stage_memory(recipe, "ppo-ptx", shapes_of(recipe), H100).components()
+        assert found["weights: value"] > 4 * ALL / 2 and found["weights: reward model"] == 4 * (ALL + 64)
 
 
 def test_settings_that_fit_are_the_first_that_do() -> None:

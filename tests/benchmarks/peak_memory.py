@@ -18,10 +18,11 @@ from pathlib import Path
 
 from rlhf.config import Recipe
 from rlhf.hardware import this_machine
-from rlhf.memory import shapes_of, stage_memory
+from rlhf.memory import stage_memory
 from rlhf.prompting import encode_prompt, encode_response
 from rlhf.recipe import load_recipe
 from rlhf.records import Prompt
+from rlhf.shapes import shapes_of
 from rlhf.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
