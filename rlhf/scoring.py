@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from rlhf.adapters import base_model
 from rlhf.errors import UserError
 from rlhf.phases import progressed
+from rlhf.phasetime import count_batch
 from rlhf.placement import at_hand
 from rlhf.sharding import gathered, own, processes
 
@@ -51,6 +52,7 @@ class SequenceBatch:
 def build_batch(pairs: Sequence[Pair], pad_id: int, side: Literal["left", "right"] = "right") -> SequenceBatch:
     """One padded batch; masks and positions come from lengths, so `pad_id` may be any token, EOS included."""
     width = max(len(p) + len(r) for p, r in pairs)
+    count_batch(sum(len(p) + len(r) for p, r in pairs), len(pairs) * width)
     ids = torch.full((len(pairs), width), pad_id)
     mask, positions = torch.zeros_like(ids), torch.zeros_like(ids)
     rows, slots, before, targets, last = [], [], [], [], []
