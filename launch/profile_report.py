@@ -49,8 +49,8 @@ def show(path: Path, variant: str = "", as_json: bool = False) -> None:
     table(title + more, columns, _time_rows(found))
     if row.get("perf/peak_flops"):
         console.print(
-            f"Floor: FLOPs at {row['perf/peak_flops'] / 1e9:,.0f} GFLOP/s, bytes at "
-            f"{row.get('perf/bandwidth', 0) / 1e9:,.1f} GB/s, both measured by the run. "
+            f"Floor: FLOPs at {row['perf/peak_flops'] / 1e9:,.4g} GFLOP/s, bytes at "
+            f"{row.get('perf/bandwidth', 0) / 1e9:,.3g} GB/s, both measured by the run. "
             f"Training reached {row.get('perf/mfu', 0):.0%} of the arithmetic.",
             markup=False,
             soft_wrap=True,
@@ -124,7 +124,7 @@ def _time_rows(found: Profile) -> list[list[Any]]:
             [cost.name, cost.seconds, f"{cost.share:.0%}", first.get(cost.name), *numbers, bound, padding, cost.peak_gb]
         )
         if len(cost.floors) > 1:
-            rows += [[f"  {f.part}", *[None] * 4, f.seconds, None, f.bound, "", None] for f in cost.floors]
+            rows += [[f"  {f.part}", None, "", None, None, f.seconds, None, f.bound, "", None] for f in cost.floors]
     floors = [cost.floor for cost in found.costs if cost.floor is not None]
     total = sum(cost.seconds for cost in found.costs)
     rows.append(["all", total, "", sum(first.values()) or None, None, sum(floors) or None, None, "", "",
@@ -139,10 +139,13 @@ def _verdict(found: Profile) -> str:
     if worst is None or not worst.floor:
         return "This run was made before floors were logged: seconds alone are known."
     lost = worst.seconds - worst.floor
-    return (
+    text = (
         f"Furthest from its floor: {worst.name}, {lost:.3g} s of an iteration above it "
         f"({worst.seconds / worst.floor:.3g} times the floor of {worst.floor:.3g} s)."
     )
+    if any(cost.times_floor is not None and cost.times_floor < 1 for cost in found.costs):
+        text += " A phase is below its floor: the machine was busy with something else when its peak was measured."
+    return text
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

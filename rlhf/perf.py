@@ -37,12 +37,16 @@ def recent_peak_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
-def reset_peak(device: torch.device) -> bool:
+def reset_peak(device: torch.device, forget: bool = False) -> bool:
     """Have `recent_peak_gb` begin anew; False where the system does not do that, and its number is of the whole run.
 
     On Linux the kernel's own mark is set back, so ru_maxrss, read from outside, is then of the time since as well.
+
+    Args:
+        forget: what was highest since the last reset is no peak of the run.
     """
-    _highest[device.type] = peak_memory_gb(device)
+    if not forget:
+        _highest[device.type] = peak_memory_gb(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True

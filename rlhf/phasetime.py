@@ -70,9 +70,10 @@ class PhaseTimes:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, phases: tuple[str, ...] = ()) -> None:
         self.device, self._phases = device, phases
-        # Before the first iteration, where what the measurement takes is less than what the loop will.
+        reset_peak(device)
         self.peak_flops = measured_peak_flops(device, dtype)
         self.bandwidth = measured_bandwidth(device)
+        reset_peak(device, forget=True)  # what the measurements took was given back, and is no peak of the loop
         self._begin()
 
     @contextmanager

@@ -139,7 +139,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     monkeypatch.setattr(phasetime.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(phasetime, "measured_peak_flops", lambda device, dtype: 1e9)
     monkeypatch.setattr(phasetime, "measured_bandwidth", lambda device: 1e8)
-    monkeypatch.setattr(phasetime, "reset_peak", lambda device: True)
+    monkeypatch.setattr(phasetime, "reset_peak", lambda device, forget=False: True)
     monkeypatch.setattr(phasetime, "recent_peak_gb", lambda device: next(peaks))
 
     def wait(seconds: float) -> None:
@@ -173,7 +173,7 @@ def test_phases_add_up_to_the_time_that_passed(clock: Callable[[float], None]) -
 def test_a_peak_that_cannot_be_set_back_is_not_shown(
     clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(phasetime, "reset_peak", lambda device: False)
+    monkeypatch.setattr(phasetime, "reset_peak", lambda device, forget=False: False)
     times = PhaseTimes(CPU, torch.float32)
     with times("train"):
         clock(1.0)
@@ -197,6 +197,11 @@ def test_the_peak_of_the_process_outlives_a_reset() -> None:
         pytest.skip("this system does not set the mark back")
     assert perf.recent_peak_gb(CPU) < before - 0.15
     assert perf.peak_memory_gb(CPU) >= before
+    highest = perf.peak_memory_gb(CPU)
+    held = perf._scratch(100_000_000, torch.float32, CPU).fill_(1.0)
+    del held
+    assert perf.reset_peak(CPU, forget=True)
+    assert perf.peak_memory_gb(CPU) == highest  # as if it had never been
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +239,14 @@ def test_the_profile_of_a_run(run: Path) -> None:
     assert found.memory["measured peak"] == pytest.approx(rows[1]["memory/peak_gb"] * 1e9)
     parts = sum(size for name, size in found.memory.items() if name != "measured peak")
     assert parts == pytest.approx(found.memory["measured peak"])
-    assert found.rates["sft"] > 0
+    assert all(rate > 0 for rate in found.rates.values())
+
+
+def test_the_rate_of_a_stage_passes_over_a_stop() -> None:
+    """100 tokens a second, an hour of rest between the second row and the third, and a second row at one place."""
+    points = [(1000, 10.0), (1200, 12.0), (1400, 3612.0), (1600, 3614.0), (1600, 3615.0)]
+    assert profile_report._rate([{"step": step, "time": when} for step, when in points]) == 100.0
+    assert profile_report._rate([{"step": 5, "time": 1.0}]) is None
 
 
 def test_the_command_shows_a_table_and_json(run: Path) -> None:
