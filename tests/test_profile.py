@@ -227,6 +227,8 @@ def test_the_profile_of_a_run(run: Path) -> None:
     assert [cost.name for cost in found.costs] == names
     assert all(cost.floor and cost.floor > 0 for cost in found.costs[:5])
     rows = [json.loads(line) for line in (run / "ppo-ptx" / "metrics.jsonl").read_text().splitlines()]
+    design = {"rollout_tokens_per_s", "train_tokens_per_s", "mfu", *(f"seconds_{name}" for name in names)}
+    assert {f"perf/{name}" for name in design} | {"memory/peak_gb"} <= rows[1].keys()
     # What a row accounts for is the time since the row before.
     passed = rows[1]["time"] - rows[0]["time"]
     assert sum(cost.seconds for cost in found.costs) == pytest.approx(passed, rel=0.05, abs=0.2)
