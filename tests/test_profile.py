@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import rlhf
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
+from typer.testing import CliRunner
 
 from launch import profile_report
+from launch.cli import app
 from rlhf import perf, phasetime
 from rlhf.config import LoraSection, ModelSection
 from rlhf.errors import UserError
@@ -255,11 +256,11 @@ def test_the_rate_of_a_stage_passes_over_a_stop() -> None:
 
 
 def test_the_command_shows_a_table_and_json(run: Path) -> None:
-    done = rlhf("profile", str(run))
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, ["profile", str(run)])
+    assert done.exit_code == 0, done.output
     for words in ("rollout", "  decode", "bound by", "optimiser state", "measured peak", "Furthest from its floor: "):
-        assert words in done.stdout
-    found = json.loads(rlhf("profile", str(run), "--variant", "ppo-ptx", "--json").stdout)
+        assert words in done.output
+    found = json.loads(CliRunner().invoke(app, ["profile", str(run), "--variant", "ppo-ptx", "--json"]).output)
     assert found["stage"] == "ppo-ptx" and found["phases"][0]["name"] == "rollout" and found["furthest"]
 
 
