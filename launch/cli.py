@@ -29,6 +29,8 @@ rlhf run demo --from reward          its reward model and what follows, again
 
 rlhf status runs/demo                how far it is
 
+rlhf profile runs/demo               where the time of PPO went
+
 rlhf plan demo --gpu h100-80g --count 2   steps, memory, time; nothing loaded
 
 rlhf ppo demo --variant ppo          one stage alone
@@ -139,6 +141,24 @@ def status(run: RunArgument) -> None:
     from launch.status import show
 
     show(run)
+
+
+@app.command()
+def profile(
+    run: RunArgument,
+    variant: Annotated[
+        Literal["ppo-ptx", "ppo"] | None, typer.Option(help="Which one; default: ppo-ptx if the run has it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
+) -> None:
+    """Show where the time and memory of PPO's iterations went, beside the least that each phase could take.
+
+    The floor of a phase is its FLOPs at the machine's measured peak, or its bytes at the measured bandwidth, whichever
+    takes longer. For any run with a finished iteration.
+    """
+    from launch.profile_report import show
+
+    show(run, variant or "", as_json)
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -10,7 +9,7 @@ import psutil
 import torch
 
 from rlhf.errors import UserError
-from rlhf.perf import measured_peak_flops
+from rlhf.perf import measured_bandwidth, measured_peak_flops
 
 CPU = torch.device("cpu")
 
@@ -82,16 +81,8 @@ def find_card(name: str) -> Card:
 def this_machine(device: torch.device = CPU) -> Card:
     """What this machine has: the memory of its CPU or GPU, arithmetic and copying as measured now (about a second)."""
     flops = {name: measured_peak_flops(device, getattr(torch, name)) for name in ("float32", "bfloat16")}
-    source = torch.ones(1 << 25, device=device)  # 128 MiB: past the caches
-    target = torch.empty_like(source)
-    best = 0.0
-    for _ in range(4):
-        begin = time.perf_counter()
-        target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = max(best, 2 * source.nbytes / (time.perf_counter() - begin))
+    bandwidth = measured_bandwidth(device)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return Card(properties.name, float(properties.total_memory), flops, best)
-    return Card("cpu", float(psutil.virtual_memory().total), flops, best, base=0.0)
+        return Card(properties.name, float(properties.total_memory), flops, bandwidth)
+    return Card("cpu", float(psutil.virtual_memory().total), flops, bandwidth, base=0.0)

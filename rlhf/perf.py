@@ -1,55 +1,121 @@
-"""Speed and memory figures for the log: peak memory, and the share of the machine's arithmetic that is used."""
+"""What this machine does at its best, and what a process has taken: peak memory, FLOP/s, bytes per second."""
 
 from __future__ import annotations
 
+import mmap
 import resource
 import sys
 import time
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
+
+# (rows, inner, columns) of the products tried; small ones first, to pass over what would take too long: bfloat16 on a
+# CPU without instructions for it makes 0.3 GFLOP/s.
+CPU_PRODUCTS = ((256, 256, 256), (512, 512, 512), (1024, 1024, 1024), (2048, 1024, 2048), (2048, 2048, 2048))
+GPU_PRODUCTS = ((1024, 1024, 1024), (4096, 4096, 4096), (8192, 8192, 8192))
+TRIES, BUDGET, LONGEST = 6, 0.4, 3.0  # of each product: tries, seconds for all but the first, seconds for one
+RESET_SLACK = 16 << 20  # bytes: the kernel's counts of resident pages are exact to a few hundred a core
+
+_highest: dict[str, float] = {}  # GB by type of device, before the newest reset
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Largest memory so far, in GB: of the GPU where there is one, else of this process."""
+    """Largest memory so far, in GB: of the GPU where there is one, else of this process. Resets do not lower it."""
+    return max(_highest.get(device.type, 0.0), recent_peak_gb(device))
+
+
+def recent_peak_gb(device: torch.device) -> float:
+    """Largest memory since the newest `reset_peak`, in GB. On a CPU it holds what the allocator has not given back."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if sys.platform == "linux":
         # Not ru_maxrss: it begins with what the process was forked from, however large that was.
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / 1e9
+        return _resident("VmHWM") / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+
+
+def reset_peak(device: torch.device, forget: bool = False) -> bool:
+    """Have `recent_peak_gb` begin anew; False where the system does not do that, and its number is of the whole run.
+
+    On Linux the kernel's own mark is set back, so ru_maxrss, read from outside, is then of the time since as well.
+
+    Args:
+        forget: what was highest since the last reset is no peak of the run.
+    """
+    if not forget:
+        _highest[device.type] = peak_memory_gb(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        # Sandboxes take the write and do nothing.
+        return _resident("VmHWM") <= _resident("VmRSS") + RESET_SLACK
+    except OSError:
+        return False
+
+
+def _resident(name: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 
 
 @lru_cache(maxsize=4)
 def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, measured once (about 0.3 s)."""
-    n = 4096 if device.type == "cuda" else 1024
-    own = torch.Generator(device).manual_seed(0)  # the global one belongs to the run, which may be resumed
-    a, b = (torch.randn(n, n, device=device, dtype=dtype, generator=own) for _ in range(2))
+    """FLOP/s of the fastest of a few large matrix products, measured once (about a second)."""
     best = 0.0
-    for _ in range(6):
-        begin = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = max(best, 2 * n**3 / (time.perf_counter() - begin))
+    for rows, inner, columns in GPU_PRODUCTS if device.type == "cuda" else CPU_PRODUCTS:
+        flops = 2 * rows * inner * columns
+        if best and flops / best > LONGEST:
+            break
+        own = torch.Generator(device).manual_seed(0)  # the global one belongs to the run, which may be resumed
+        a, b = (_scratch(n * m, dtype, device).view(n, m) for n, m in ((rows, inner), (inner, columns)))
+        a.normal_(generator=own)
+        b.normal_(generator=own)
+        out = _scratch(rows * columns, dtype, device).view(rows, columns)
+        repeats = 8 if device.type == "cuda" else 1  # a launch takes as long as a small product
+        spent = 0.0
+        for _ in range(TRIES):
+            seconds = _seconds(partial(torch.mm, a, b, out=out), repeats, device)
+            best, spent = max(best, repeats * flops / seconds), spent + seconds
+            if spent > BUDGET:
+                break
     return best
 
 
-def training_flops(model: nn.Module, tokens: float) -> float:
-    """FLOPs of a forward and backward over `tokens`, attention's own products and the recomputed head left out.
+@lru_cache(maxsize=2)
+def measured_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a copy reads and writes, past the caches; measured once."""
+    size = 1 << (27 if device.type == "cuda" else 24)  # float32: 512 MB, or 64 MB
+    source, target = (_scratch(size, torch.float32, device).fill_(1.0) for _ in range(2))
+    repeats = 4 if device.type == "cuda" else 1
+    seconds = min(_seconds(partial(target.copy_, source), repeats, device) for _ in range(2 * TRIES))
+    return 2 * source.nbytes * repeats / seconds
 
-    2 per weight forward, 2 per weight that the gradient passes through, 2 per trained weight.
-    """
-    total = through = trained = 0
-    reached = False
-    for parameter in model.parameters():
-        reached = reached or parameter.requires_grad
-        size = getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 the parameter itself is empty
-        total += size
-        through += size if reached else 0
-        trained += size if parameter.requires_grad else 0
-    return tokens * 2.0 * (total + through + trained)
+
+def _scratch(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that goes back to the system with the tensor: the allocator of a CPU run keeps what it is given."""
+    if device.type == "cpu":
+        return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize), dtype=dtype)
+    return torch.empty(elements, dtype=dtype, device=device)
+
+
+def _seconds(action: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Seconds that `action()` takes, done `repeats` times."""
+    synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        action()
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was given to a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

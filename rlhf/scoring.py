@@ -21,6 +21,7 @@ from rlhf.adapters import base_model
 from rlhf.errors import UserError
 from rlhf.inference import inference_for
 from rlhf.phases import progressed
+from rlhf.phasetime import count_batch
 from rlhf.placement import at_hand
 from rlhf.sharding import gathered, own, processes
 
@@ -57,6 +58,7 @@ def build_batch(pairs: Sequence[Pair], pad_id: int, side: Literal["left", "right
     beginning of a packed document.
     """
     width = max(len(p) + len(r) for p, r in pairs)
+    count_batch(sum(len(p) + len(r) for p, r in pairs), len(pairs) * width)
     ids = torch.full((len(pairs), width), pad_id)
     positions = torch.arange(width).repeat(len(pairs), 1)
     mask = torch.zeros_like(ids) if side == "left" else None

@@ -20,7 +20,6 @@ first minibatch of every iteration checks that), and dropout, which is off.
 from __future__ import annotations
 
 import math
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,10 +34,11 @@ from rlhf.experience import Experience, make_experience, summary
 from rlhf.models import save_model
 from rlhf.objectives import adaptive_kl_coef, policy_loss, ptx_loss, value_loss
 from rlhf.order import stream
-from rlhf.perf import measured_peak_flops, peak_memory_gb, training_flops
 from rlhf.phases import phase
+from rlhf.phasetime import PhaseTimes
 from rlhf.placement import whole_state, with_ties
 from rlhf.policy_value import text_pairs
+from rlhf.ppo_perf import PHASES, performance
 from rlhf.ppo_state import Ppo, build, load_checkpoint, save_checkpoint, update_average
 from rlhf.processes import from_first
 from rlhf.progress import Progress, console, is_main_process
@@ -46,7 +46,7 @@ from rlhf.recipe import load_recipe
 from rlhf.rollout import Rollout, row_seed, sample
 from rlhf.schedule import lr_factor
 from rlhf.scoring import build_batch, head_pieces, scores, token_logprobs, token_values
-from rlhf.sharding import everyones, own, processes
+from rlhf.sharding import everyones, own
 from rlhf.stage import StageContext, exit_code, parse_stage_args, run_stage
 
 
@@ -152,7 +152,7 @@ def ptx_step(ppo: Ppo, step: int) -> dict[str, float]:
     return {"ppo/ptx_loss": sum(everyones(nll))}
 
 
-def update(ppo: Ppo, experience: Experience, seconds: dict[str, float]) -> dict[str, float]:
+def update(ppo: Ppo, experience: Experience, times: PhaseTimes) -> dict[str, float]:
     """All optimiser steps of one iteration; returns their mean metrics (maxima for ratio_max)."""
     cfg, plan = ppo.recipe.ppo, ppo.plan
     history: dict[str, list[float]] = defaultdict(list)
@@ -167,34 +167,31 @@ def update(ppo: Ppo, experience: Experience, seconds: dict[str, float]) -> dict[
         )
         for m in range(plan.minibatches):
             minibatch = order[m * cfg.minibatch_size : (m + 1) * cfg.minibatch_size]
-            begin = time.perf_counter()
-            phase("update", (ppo.iteration * cfg.epochs + epoch) * plan.minibatches + m)
-            metrics = ppo_step(ppo, experience, minibatch, last=ppo.ptx_coef == 0)
+            step = (ppo.iteration * cfg.epochs + epoch) * plan.minibatches + m
+            phase("update", step)
+            with times("train"):
+                metrics = ppo_step(ppo, experience, minibatch, last=ppo.ptx_coef == 0)
             if epoch == 0 and m == 0:
                 check_first_minibatch(ppo, experience, metrics["ratio_error"])
-            seconds["train"] += time.perf_counter() - begin
             if ppo.ptx_coef > 0:
-                begin = time.perf_counter()
-                step = (ppo.iteration * cfg.epochs + epoch) * plan.minibatches + m
-                # The two gradients are accumulated one after the other; a copy tells them apart for the log. DeepSpeed
-                # shows none before its step: over several processes the norm of the sum is all there is.
-                before = [g.clone() for g in ppo.engine.grads("policy")]
-                metrics |= ptx_step(ppo, step)
-                if before:
-                    metrics["ppo/grad_norm_policy"] = float(grad_norm(before))
-                    after = ppo.engine.grads("policy")
-                    parts = [a - b for a, b in zip(after, before, strict=True)]
-                    metrics["ppo/grad_norm_ptx"] = float(grad_norm(parts))
-                seconds["ptx"] += time.perf_counter() - begin
-            begin = time.perf_counter()
-            result = ppo.engine.step(factor)
+                with times("ptx"):
+                    # The two gradients are accumulated one after the other; a copy tells them apart for the log.
+                    # DeepSpeed shows none before its step: over several processes the norm of the sum is all there is.
+                    before = [g.clone() for g in ppo.engine.grads("policy")]
+                    metrics |= ptx_step(ppo, step)
+                    if before:
+                        metrics["ppo/grad_norm_policy"] = float(grad_norm(before))
+                        after = ppo.engine.grads("policy")
+                        parts = [a - b for a, b in zip(after, before, strict=True)]
+                        metrics["ppo/grad_norm_ptx"] = float(grad_norm(parts))
+            with times("optimizer"):
+                result = ppo.engine.step(factor)
+                if cfg.ema_decay > 0 and not result.non_finite:
+                    update_average(ppo)
             metrics["ppo/grad_norm"] = result.grad_norms.get("policy", math.nan)
             if ppo.ptx_coef == 0:
                 metrics["ppo/grad_norm_policy"] = metrics["ppo/grad_norm"]
             metrics["ppo/grad_norm_value"] = result.grad_norms.get("value", math.nan)
-            if cfg.ema_decay > 0 and not result.non_finite:
-                update_average(ppo)
-            seconds["train"] += time.perf_counter() - begin
             for name, value in metrics.items():
                 history[name].append(value)
     means = {name: sum(values) / len(values) for name, values in history.items() if name != "ratio_error"}
@@ -229,19 +226,17 @@ def train(ppo: Ppo, ctx: StageContext) -> dict[str, float]:
     """The loop, until the last iteration or a stop; returns the last iteration's metrics."""
     cfg, stopping = ppo.recipe.ppo, ctx.stop_requested
     done, total = ppo.iteration * cfg.batch_size, ppo.plan.iterations * cfg.batch_size
+    times = PhaseTimes(ppo.engine.device, next(ppo.networks.parameters()).dtype, PHASES)
     with Progress(ctx.name, total=total, unit="episodes", initial=done) as progress:
         while ppo.iteration < ppo.plan.iterations and not stopping:
-            seconds = dict.fromkeys(("rollout", "score", "train", "ptx"), 0.0)
-            begin = time.perf_counter()
             phase("rollout", ppo.iteration)
-            episodes = rollout(ppo)
-            seconds["rollout"] = time.perf_counter() - begin
-            begin = time.perf_counter()
+            with times("rollout"):
+                episodes = rollout(ppo)
             phase("scoring", ppo.iteration)
-            experience = score(ppo, episodes)
-            seconds["score"] = time.perf_counter() - begin
+            with times("score"):
+                experience = score(ppo, episodes)
             metrics = summary(experience) | {"ppo/kl_coef": ppo.kl_coef}
-            metrics |= update(ppo, experience, seconds)
+            metrics |= update(ppo, experience, times)
             if cfg.kl_control == "adaptive":
                 ppo.kl_coef = adaptive_kl_coef(
                     ppo.kl_coef, metrics["ppo/kl"], cfg.kl_target, cfg.batch_size, cfg.kl_horizon
@@ -249,7 +244,7 @@ def train(ppo: Ppo, ctx: StageContext) -> dict[str, float]:
             ppo.iteration += 1
             ppo.metrics = metrics
             # The log is written before the checkpoint that covers it: a resume cuts what lies beyond its checkpoint.
-            log(ppo, ctx, episodes, experience, metrics, seconds)
+            log(ppo, ctx, episodes, experience, metrics, times)
             if metrics["ppo/kl"] > cfg.max_kl:
                 # Before the checkpoint, or running again would go on behind this point.
                 raise UserError(
@@ -272,21 +267,12 @@ def log(
     episodes: Rollout,
     experience: Experience,
     metrics: dict[str, float],
-    seconds: dict[str, float],
+    times: PhaseTimes,
 ) -> None:
     """One row of metrics.jsonl and wandb, and the first samples of the iteration as a table."""
     cfg, done = ppo.recipe.ppo, ppo.iteration * ppo.recipe.ppo.batch_size
-    tokens = float(sum(len(p) + len(r) for p, r in experience.pairs))
-    # Each by itself: weights that both go through are one Parameter where they share a base.
-    networks = (ppo.networks.policy, ppo.networks.value)
-    flops = sum(training_flops(network, tokens * cfg.epochs) for network in networks)
-    peak = measured_peak_flops(ppo.engine.device, next(ppo.networks.parameters()).dtype)
-    perf = {f"perf/seconds_{name}": value for name, value in seconds.items()}
-    perf["perf/rollout_tokens_per_s"] = float(episodes.lengths.sum()) / seconds["rollout"]
-    perf["perf/train_tokens_per_s"] = tokens * cfg.epochs / seconds["train"]
-    perf["perf/mfu"] = flops / seconds["train"] / peak / processes()
-    perf |= ctx.checkpoints.metrics()  # of the checkpoint since the last row, if there was one
-    perf["memory/peak_gb"] = peak_memory_gb(ppo.engine.device)
+    saved = ctx.checkpoints.metrics()  # of the checkpoint since the last row, if there was one
+    perf = saved | performance(ppo, experience.pairs, times, saved["perf/seconds_save"])
     ctx.tracker.log(metrics | perf, done)
     count = min(cfg.samples_logged, len(episodes))
     if count:

@@ -28,7 +28,7 @@ def rlhf(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProces
 
 def test_help_names_every_command_and_shows_examples() -> None:
     text = rlhf("--help").stdout
-    for command in ("run", "sft", "rank", "reward", "ppo", "evaluate", "report", "chat", "plan", "recipes"):
+    for command in ("run", "sft", "rank", "reward", "ppo", "evaluate", "profile", "report", "chat", "plan", "recipes"):
         assert f" {command} " in text
     assert "rlhf run demo" in text
     assert "--variant" in rlhf("ppo", "--help").stdout
@@ -58,6 +58,7 @@ def test_plan_prints_derived_numbers_and_writes_nothing(tmp_path: Path) -> None:
         (["ppo", "tiny", "sft.lr=fast"], "sft.lr is 'fast'"),
         (["report", "nowhere"], "no such run folder"),
         (["chat", "nowhere"], "recipe.yaml"),
+        (["profile", "nowhere"], "recipe.yaml"),
     ],
 )
 def test_mistakes_exit_with_2_and_no_traceback(tmp_path: Path, arguments: list[str], words: str) -> None:

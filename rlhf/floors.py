@@ -1,0 +1,103 @@
+"""Where the time of PPO's iterations went, and the least that each phase could have taken: from the rows of its log.
+
+A phase cannot take less than its FLOPs at the machine's measured peak, nor less than its bytes at the measured
+bandwidth. Phases with several parts, one after the other, take the sum of what these cannot do without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+Row = Mapping[str, float | None]
+PHASES = ("rollout", "score", "train", "ptx", "optimizer", "save", "other")
+PARTS = {  # of perf/flops_PART and perf/bytes_PART
+    "rollout": ("prefill", "decode", "rescore"),
+    "score": ("score",),
+    "train": ("train",),
+    "ptx": ("ptx",),
+    "optimizer": ("optimizer",),
+}
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Least seconds of a part, by its arithmetic and by its bytes."""
+
+    part: str
+    arithmetic: float
+    bandwidth: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.arithmetic, self.bandwidth)
+
+    @property
+    def bound(self) -> str:
+        return "arithmetic" if self.arithmetic >= self.bandwidth else "bandwidth"
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """A phase of an iteration; `floors` is empty where none is known, `padding` a share of the places computed."""
+
+    name: str
+    seconds: float
+    share: float  # of the iteration
+    tokens_per_s: float | None
+    floors: tuple[Floor, ...]
+    peak_gb: float | None
+    padding: float | None
+
+    @property
+    def floor(self) -> float | None:
+        """Least seconds, None where unknown."""
+        return sum(floor.seconds for floor in self.floors) if self.floors else None
+
+    @property
+    def times_floor(self) -> float | None:
+        return self.seconds / self.floor if self.floor else None
+
+
+def mean_row(rows: Sequence[Row]) -> dict[str, float]:
+    """Means of what is a number; memory is the largest."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                found.setdefault(name, []).append(float(value))
+    return {name: max(v) if name.startswith("memory/") else sum(v) / len(v) for name, v in found.items()}
+
+
+def floors_of(row: Row, phase: str) -> tuple[Floor, ...]:
+    """The floor of each part of a phase that did anything."""
+    peak, bandwidth = row.get("perf/peak_flops"), row.get("perf/bandwidth")
+    if not peak or not bandwidth:
+        return ()
+    needs = [(part, *(row.get(f"perf/{kind}_{part}") or 0.0 for kind in ("flops", "bytes"))) for part in PARTS[phase]]
+    return tuple(Floor(part, flops / peak, size / bandwidth) for part, flops, size in needs if flops or size)
+
+
+def phase_costs(row: Row) -> list[PhaseCost]:
+    """The phases that took time, in the order of the iteration."""
+    seconds = {phase: row.get(f"perf/seconds_{phase}") or 0.0 for phase in PHASES}
+    total = sum(seconds.values())
+    return [
+        PhaseCost(
+            phase,
+            seconds[phase],
+            seconds[phase] / total,
+            row.get(f"perf/{phase}_tokens_per_s"),
+            floors_of(row, phase) if phase in PARTS else (),
+            row.get(f"memory/{phase}_gb"),
+            row.get(f"perf/padding_{phase}"),
+        )
+        for phase in PHASES
+        if seconds[phase]
+    ]
+
+
+def furthest(costs: Sequence[PhaseCost]) -> PhaseCost | None:
+    """The phase that lost most seconds above its floor, None where no floor is known."""
+    known = [cost for cost in costs if cost.floor is not None]
+    return max(known, key=lambda cost: cost.seconds - (cost.floor or 0.0), default=None)

@@ -1,0 +1,150 @@
+"""What the passes of a model cost, counted from its parameters: model FLOPs, padding and recomputation left out.
+
+A weight of a matrix costs 2 FLOPs a token forward; 2 more in the backward pass where the gradient goes on to something
+trained before it, and 2 where it is trained itself. Embeddings are looked up and cost none. Attention's two products
+cost 2 FLOPs each per channel of the query heads, layer, and pair of a token with one that it sees; backward twice that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from rlhf.adapters import base_model
+from rlhf.placement import full_shape
+
+
+class Work(NamedTuple):
+    """What a pass goes over, without padding.
+
+    Attributes:
+        tokens: that go through the layers.
+        heads: positions that go through the head.
+        seen: pairs of a token with itself or one before it, over all rows.
+    """
+
+    tokens: float
+    heads: float
+    seen: float
+
+
+def work_of(lengths: Sequence[tuple[int, int]]) -> Work:
+    """Whole rows of (prompt tokens, response tokens) whose responses go through the head."""
+    rows = [prompt + response for prompt, response in lengths]
+    return Work(sum(rows), sum(response for _, response in lengths), sum(n * (n + 1) / 2 for n in rows))
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Sizes of a model that its passes depend on, in numbers of weights unless said otherwise.
+
+    Attributes:
+        layers: of all matrices that every token is multiplied by.
+        head: of the LM head or scalar head.
+        attention: channels of the query heads, summed over the layers.
+        through: of `layers`, where the gradient goes on to something before.
+        trained: of `layers`, where there is a gradient for the matrix itself.
+        head_through, head_trained: the same of `head`.
+        attention_through: of `attention`, in layers that the gradient passes.
+        weight_bytes: bytes of matrices and head, which a pass reads.
+        kv_bytes: bytes of keys and values of one token.
+        parameters: trained ones of any kind, which the optimiser steps.
+        gradient_bytes: what their gradients take.
+    """
+
+    layers: int
+    head: int
+    attention: int
+    through: int
+    trained: int
+    head_through: int
+    head_trained: int
+    attention_through: int
+    weight_bytes: int
+    kv_bytes: int
+    parameters: int
+    gradient_bytes: int
+
+    def forward(self, work: Work) -> float:
+        """FLOPs of a forward pass."""
+        return 2.0 * (self.layers * work.tokens + self.head * work.heads) + 4.0 * self.attention * work.seen
+
+    def backward(self, work: Work) -> float:
+        """FLOPs of the backward pass after it."""
+        matrices = (self.through + self.trained) * work.tokens + (self.head_through + self.head_trained) * work.heads
+        return 2.0 * matrices + 8.0 * self.attention_through * work.seen
+
+    def training(self, work: Work) -> float:
+        """FLOPs of both."""
+        return self.forward(work) + self.backward(work)
+
+
+def model_cost(model: nn.Module, adapters: bool = True) -> ModelCost:
+    """Count a causal language model, reward or value model, with adapters or without; on any device, meta too.
+
+    Parameters are taken in the order of the model, which is that of the forward pass. Under an adapter in the first
+    layer that has any, keys' and values' own matrices are counted as passed by the gradient, which they need not be.
+
+    Args:
+        adapters: False leaves them out, as when they are switched off.
+    """
+    base = base_model(model)
+    config = base.config
+    head_module = base.score if hasattr(base, "score") else base.get_output_embeddings()
+    heads = {id(p) for p in head_module.parameters()}
+    sizes = dict.fromkeys(("layers", "through", "trained", "bytes", "parameters", "gradients"), 0)
+    head = head_trained = head_bytes = 0
+    first, reached, counted = config.num_hidden_layers, False, set()
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            if "lora_" in name and not adapters:
+                continue
+            size = full_shape(parameter).numel()
+            new = id(parameter) not in counted
+            counted.add(id(parameter))
+            if parameter.requires_grad and new:
+                sizes["parameters"] += size
+                sizes["gradients"] += size * parameter.element_size()
+            if id(parameter) in heads and not isinstance(module, nn.Embedding):
+                if own == "weight" and (not head or parameter.requires_grad):  # PEFT keeps a frozen copy beside it
+                    head, head_trained = size, size if parameter.requires_grad else 0
+                    head_bytes = size * parameter.element_size()
+            elif len(full_shape(parameter)) > 1 and not isinstance(module, nn.Embedding):
+                sizes["layers"] += size
+                sizes["bytes"] += size * parameter.element_size()
+                sizes["through"] += size if reached else 0
+                sizes["trained"] += size if parameter.requires_grad else 0
+                if reached or parameter.requires_grad:
+                    first = min(first, _layer(name))
+            reached = reached or parameter.requires_grad
+    queries, keys = _widths(config)
+    return ModelCost(
+        layers=sizes["layers"],
+        head=head,
+        attention=queries * config.num_hidden_layers,
+        through=sizes["through"],
+        trained=sizes["trained"],
+        head_through=head if sizes["trained"] else 0,
+        head_trained=head_trained,
+        attention_through=queries * (config.num_hidden_layers - first),
+        weight_bytes=sizes["bytes"] + head_bytes,
+        kv_bytes=2 * keys * config.num_hidden_layers * next(base.parameters()).element_size(),
+        parameters=sizes["parameters"],
+        gradient_bytes=sizes["gradients"],
+    )
+
+
+def _layer(name: str) -> int:
+    """Number of the layer that a module is in, 0 outside."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), 0)
+
+
+def _widths(config: PretrainedConfig) -> tuple[int, int]:
+    """Channels of all query heads, and of all heads of keys, in a layer."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return config.num_attention_heads * size, keys * size

@@ -1,0 +1,120 @@
+"""The perf/ and memory/ metrics of a PPO iteration: how long each phase took, and what it had to do in that time.
+
+For every phase the log has the FLOPs and bytes that it cannot do without, of one process, beside what the machine
+does at its best: rlhf/floors.py turns them into the least time that it could have taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlhf.flops import ModelCost, Work, model_cost, work_of
+from rlhf.phasetime import Batches, PhaseTimes
+from rlhf.ppo_state import Ppo
+from rlhf.progress import is_main_process
+from rlhf.scoring import Pair
+from rlhf.sharding import own, processes
+
+PHASES = ("rollout", "score", "train", "ptx", "optimizer")
+STEP_BYTES = 28  # of a weight in AdamW: gradient read; weight, two moments read and written. In bfloat16 just as many
+AVERAGE_BYTES = 12  # of a weight in the average: both read, one written
+
+
+def performance(ppo: Ppo, pairs: Sequence[Pair], times: PhaseTimes, saving: float) -> dict[str, float]:
+    """The metrics of the iteration that ends now.
+
+    Args:
+        pairs: its (prompt ids, response ids), of all processes.
+        saving: seconds since the last call in which the loop waited for a checkpoint.
+    """
+    measured, cfg = times.take(saving), ppo.recipe.ppo
+    lengths = [(len(prompt), len(response)) for prompt, response in pairs]
+    response_tokens, tokens = sum(response for _, response in lengths), sum(map(sum, lengths))
+    needs = iteration_needs(ppo, pairs, measured.batches)
+    seconds = measured.seconds
+    found = measured.metrics() | needs
+    found["perf/rollout_tokens_per_s"] = response_tokens / seconds["rollout"]
+    found["perf/train_tokens_per_s"] = tokens * cfg.epochs / seconds["train"]
+    found["perf/score_tokens_per_s"] = tokens / seconds["score"]
+    if ppo.ptx_coef > 0:
+        text = ppo.plan.steps_per_iteration * ppo.plan.ptx_rows_per_minibatch * cfg.ptx_tokens
+        found["perf/ptx_tokens_per_s"] = text / seconds["ptx"]
+    updating = seconds["train"] + seconds["ptx"] + seconds["optimizer"]
+    flops = needs["perf/flops_train"] + needs["perf/flops_ptx"]
+    found["perf/mfu"] = flops / updating / times.peak_flops
+    found |= {"perf/peak_flops": times.peak_flops, "perf/bandwidth": times.bandwidth}
+    found |= {"perf/processes": float(processes()), "perf/gpu": float(times.device.type == "cuda")}
+    return found | {"memory/peak_gb": times.peak_gb()}
+
+
+def iteration_needs(ppo: Ppo, pairs: Sequence[Pair], batches: dict[str, Batches]) -> dict[str, float]:
+    """perf/flops_PART and perf/bytes_PART of this process, where a phase's parts are `floors.PARTS`.
+
+    Weights are read once in every forward pass, and again in a backward pass where the gradient goes through; what
+    is between the operations of a pass is left out, so the bytes are a bound from below.
+    """
+    cfg, networks = ppo.recipe.ppo, ppo.networks
+    policy, value = model_cost(networks.policy), model_cost(networks.value)
+    plain, reward = model_cost(networks.policy, adapters=False), model_cost(ppo.reward_model)
+    share = 1 / processes()
+    lengths = [(len(prompt), len(response)) for prompt, response in pairs]
+    whole = _scaled(work_of(lengths), share)
+    needs = decoding_needs(policy, pairs, cfg.rollout_batch_size)
+    if ppo.recipe.model.dtype != "float32":
+        needs["perf/flops_rescore"] = policy.forward(whole)
+        needs["perf/bytes_rescore"] = float(policy.weight_bytes)
+    judged = whole._replace(heads=len(pairs) * share)
+    needs["perf/flops_score"] = plain.forward(whole) + value.forward(whole) + reward.forward(judged)
+    passes = batches["score"].number / 3 if "score" in batches else 1
+    needs["perf/bytes_score"] = passes * (plain.weight_bytes + value.weight_bytes + reward.weight_bytes)
+    needs["perf/flops_train"] = cfg.epochs * sum(cost.training(whole) for cost in (policy, value))
+    passes = batches["train"].number if "train" in batches else ppo.plan.steps_per_iteration
+    needs["perf/bytes_train"] = passes * sum(_training_bytes(cost) for cost in (policy, value))
+    needs |= {"perf/flops_ptx": 0.0, "perf/bytes_ptx": 0.0}
+    if ppo.ptx_coef > 0:
+        rows = ppo.plan.steps_per_iteration * ppo.plan.ptx_rows_per_process
+        needs["perf/flops_ptx"] = policy.training(_scaled(work_of([(1, cfg.ptx_tokens - 1)]), rows))
+        passes = batches["ptx"].number if "ptx" in batches else ppo.plan.steps_per_iteration
+        needs["perf/bytes_ptx"] = passes * _training_bytes(policy)
+    # ZeRO 1 to 3 divide the optimiser's work; without it every process does it all.
+    stepped = (policy.parameters + value.parameters) * (share if getattr(ppo.engine, "stage", 0) else 1)
+    averaged = policy.parameters if cfg.ema_decay > 0 and is_main_process() else 0
+    each = STEP_BYTES * stepped + AVERAGE_BYTES * averaged
+    needs["perf/bytes_optimizer"] = ppo.plan.steps_per_iteration * each
+    return needs
+
+
+def decoding_needs(policy: ModelCost, pairs: Sequence[Pair], batch_size: int) -> dict[str, float]:
+    """What sampling takes on this process: prompts in one pass, then a pass for each token of the longest response.
+
+    Every pass reads the weights, and for each row that goes on the keys and values of what came before. A prompt that
+    a batch has several times is prefilled once. perf/decode_steps and perf/decode_rows are the passes, and the rows
+    that went through them in all.
+    """
+    mine = own(sorted(pairs, key=lambda pair: len(pair[0])))
+    batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
+    prompts = [len(p) for batch in batches for p in {tuple(prompt) for prompt, _ in batch}]
+    steps = sum(max(len(response) for _, response in batch) - 1 for batch in batches)
+    rows = sum(len(response) - 1 for _, response in mine)
+    # Token s of a response goes through after it is drawn, and sees the prompt and s tokens.
+    seen = sum((len(r) - 1) * (len(p) + len(r) / 2) for p, r in mine)
+    prefill = Work(sum(prompts), len(prompts), sum(n * (n + 1) / 2 for n in prompts))
+    return {
+        "perf/prefill_tokens": float(prefill.tokens),
+        "perf/decode_steps": float(steps),
+        "perf/decode_rows": float(rows),
+        "perf/flops_prefill": policy.forward(prefill),
+        "perf/bytes_prefill": float(len(batches) * policy.weight_bytes),
+        "perf/flops_decode": policy.forward(Work(rows, rows, seen)),
+        "perf/bytes_decode": float(steps * policy.weight_bytes + seen * policy.kv_bytes),
+    }
+
+
+def _scaled(work: Work, factor: float) -> Work:
+    return Work(*(part * factor for part in work))
+
+
+def _training_bytes(cost: ModelCost) -> float:
+    """Of one micro-batch: weights read forward, and backward where the gradient passes; gradients written."""
+    each = cost.weight_bytes / max(1, cost.layers + cost.head)
+    return cost.weight_bytes + (cost.through + cost.head_through) * each + cost.gradient_bytes
