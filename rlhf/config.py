@@ -111,7 +111,9 @@ class RewardSection(Section):
     lora: LoraSection = LoraSection()
     epochs: int = Field(1, ge=1)
     batch_size: int = Field(16, ge=1, description="prompts per optimiser step, each with all its outputs (paper: 64)")
-    micro_batch_size: int = Field(4, ge=1, description="prompts per forward and process")
+    micro_tokens: int = Field(
+        2048, ge=16, description="tokens per forward and process, each output with its prompt; one output at least"
+    )
     lr: float = Field(9e-6, gt=0)
     schedule: Schedule = "cosine"
     final_lr_fraction: float = Field(0.1, ge=0, le=1)

@@ -63,7 +63,7 @@ _PPO_MAY_CHANGE = tuple(
     )
 )
 MAY_CHANGE = {
-    "reward": ("reward.save_every", "reward.micro_batch_size", "reward.lr"),
+    "reward": ("reward.save_every", "reward.micro_tokens", "reward.lr"),
     "ppo-ptx": _PPO_MAY_CHANGE,
     "ppo": _PPO_MAY_CHANGE,
 }

@@ -115,7 +115,9 @@ def _reward(recipe: Recipe, shapes: Shapes, card: Card) -> Estimate:
     prompts = (known or THOUSAND) * cfg.epochs
     tokens = prompts * recipe.rank.outputs_per_prompt * length / world_size(recipe)
     flops = training_flops(spec, tokens, length, recipe.launch.gradient_checkpointing)
-    traffic = prompts / cfg.batch_size * training_traffic(recipe, spec, plan_reward(recipe).accumulation)
+    outputs = plan_reward(recipe).batch_per_process * recipe.rank.outputs_per_prompt
+    passes = -(-outputs // max(1, cfg.micro_tokens // length))
+    traffic = prompts / cfg.batch_size * training_traffic(recipe, spec, passes)
     parts = {"train": flops / (card.flops[spec.dtype] * TRAINING), "exchange": exchange_seconds(recipe, card, traffic)}
     return Estimate("reward", parts, 0 if known else THOUSAND)
 

@@ -76,7 +76,7 @@ def micro_batches(recipe: Recipe) -> Iterator[Settings]:
     row = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
     sizes = {
         "sft.micro_batch_size": (recipe.sft.micro_batch_size, recipe.sft.batch_size // processes, 1),
-        "reward.micro_batch_size": (recipe.reward.micro_batch_size, recipe.reward.batch_size // processes, 1),
+        "reward.micro_tokens": (recipe.reward.micro_tokens, 0, min(row, recipe.reward.max_tokens)),
         "ppo.micro_batch_size": (recipe.ppo.micro_batch_size, recipe.ppo.minibatch_size // processes, 1),
         "ppo.rollout_batch_size": (recipe.ppo.rollout_batch_size, 0, 1),
         "ppo.score_tokens": (recipe.ppo.score_tokens, 0, row),

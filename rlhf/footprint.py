@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from rlhf.adapters import base_model, decoder_layers
 from rlhf.rollout import draw
 from rlhf.scoring import build_batch, head_pieces, hidden_states, raw_scores, response_logprobs, response_values
 from rlhf.shapes import ModelSpec, build
+from rlhf.shared_prompts import build_shared, shared_scores, sharing
 
 PassKind = Literal["backbone", "policy", "value", "reward"]
 SAMPLE = (1, 2)  # layers of the models that are run
@@ -113,15 +115,18 @@ def _fused_attention(
 
 
 @lru_cache(maxsize=256)
-def training_pass(spec: ModelSpec, kind: PassKind, rows: int, prompt: int, response: int, recompute: bool) -> Footprint:
+def training_pass(
+    spec: ModelSpec, kind: PassKind, rows: int, prompt: int, response: int, recompute: bool, outputs: int = 1
+) -> Footprint:
     """Forward and backward over `rows` rows of `prompt` + `response` tokens, gradients not there before.
 
     Args:
         kind: backbone ends before the LM head, policy goes through it at the response's positions; value and reward
             have the scalar head.
         recompute: gradient checkpointing.
+        outputs: how many rows share a prompt, which goes through the layers once for all; reward alone.
     """
-    return _line(spec, lambda spec: _run_training(spec, kind, rows, prompt, response, recompute))
+    return _line(spec, lambda spec: _run_training(spec, kind, rows, prompt, response, recompute, outputs))
 
 
 @lru_cache(maxsize=256)
@@ -187,7 +192,9 @@ def _cut(spec: ModelSpec, layers: int) -> ModelSpec:
     return replace(spec, keep_layers=layers, lora=lora)
 
 
-def _run_training(spec: ModelSpec, kind: PassKind, rows: int, prompt: int, response: int, recompute: bool) -> Footprint:
+def _run_training(
+    spec: ModelSpec, kind: PassKind, rows: int, prompt: int, response: int, recompute: bool, outputs: int
+) -> Footprint:
     model = build(spec)
     if recompute:
         # Without the generator's state, which is kept for dropout and which no fake tensor has.
@@ -196,11 +203,11 @@ def _run_training(spec: ModelSpec, kind: PassKind, rows: int, prompt: int, respo
     layers = decoder_layers(base_model(model))
     inside = {id(p) for p in layers.parameters()}
     kept: list[int] = []
-    with Live(model) as memory:
+    with Live(model) as memory, sharing(model) if outputs > 1 else nullcontext():
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.register_post_accumulate_grad_hook(_on_gradient(memory, id(parameter) in inside))
         layers[-1].register_forward_hook(lambda *_: kept.append(memory.live))
-        loss = _forward(model, kind, rows, prompt, response)
+        loss = _forward(model, kind, rows, prompt, response, outputs)
         after = memory.live
         loss.backward()
     held = memory.peak - memory.gradients_at_peak
@@ -215,9 +222,13 @@ def _on_gradient(memory: Live, in_layers: bool) -> Callable[[Tensor], None]:
     return hook
 
 
-def _forward(model: nn.Module, kind: PassKind, rows: int, prompt: int, response: int) -> Tensor:
+def _forward(model: nn.Module, kind: PassKind, rows: int, prompt: int, response: int, outputs: int = 1) -> Tensor:
     """The pass as the stages make it; returns a scalar."""
     device = next(model.parameters()).device
+    if outputs > 1:
+        # Neighbours of different groups have different prompts.
+        pairs = [([row // outputs % 2] * prompt, [0] * response) for row in range(rows)]
+        return shared_scores(model, build_shared(pairs).to(device)).sum()
     batch = build_batch([([0] * prompt, [0] * response)] * rows, 0).to(device)
     if kind == "backbone":
         return hidden_states(model, batch).sum()

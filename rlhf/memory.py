@@ -260,12 +260,17 @@ def _rank(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Compositio
 
 def _reward(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Composition:
     cfg, data, spec, how = recipe.reward, recipe.data, reward_spec(recipe, shapes), sharding(recipe)
-    prompts = min(cfg.micro_batch_size, max(1, cfg.batch_size // how.processes))
-    longest = data.max_prompt_tokens + data.max_response_tokens
-    tokens = cfg.max_tokens if recipe.rank.labeler == "file" else min(cfg.max_tokens, longest)
-    rows = prompts * recipe.rank.outputs_per_prompt
-    passed = training_pass(spec, "reward", rows, 1, tokens - 1, recipe.launch.gradient_checkpointing)
-    once = cfg.batch_size == prompts * how.processes
+    response, k = data.max_response_tokens, recipe.rank.outputs_per_prompt
+    # Of rankings from a file the longest may have a prompt of a token: nothing is counted on to be shared.
+    longest = cfg.max_tokens if recipe.rank.labeler == "file" else data.max_prompt_tokens + response
+    prompt = 1 if recipe.rank.labeler == "file" else max(1, min(cfg.max_tokens, longest) - response)
+    tokens = min(cfg.max_tokens, longest)
+    whole = max(1, cfg.batch_size // how.processes) * k
+    rows = min(max(1, cfg.micro_tokens // tokens), whole)
+    outputs = k if recipe.model.attention == "sdpa" else 1
+    recompute = recipe.launch.gradient_checkpointing
+    passed = training_pass(spec, "reward", rows, prompt, tokens - prompt, recompute, outputs)
+    once = rows == whole
     always, training, step = _trained([("reward", spec)], [passed], how, on_gpu, once)
     scoring = _scoring(spec, recipe, how.processes, 2048, "reward")
     gathered = (Part("gathered weights", at_work(spec, recipe)),) if how.stage == 3 else ()

@@ -43,8 +43,7 @@ class RewardPlan:
 
     processes: int
     batch_size: int  # prompts per optimiser step, over all processes
-    micro_batch_size: int  # prompts per forward and process
-    accumulation: int  # forwards per optimiser step and process
+    batch_per_process: int
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,9 @@ def plan_rank(recipe: Recipe) -> RankPlan:
 
 
 def plan_reward(recipe: Recipe) -> RewardPlan:
-    """Raises UserError when reward.batch_size does not divide by processes x reward.micro_batch_size."""
-    cfg, processes = recipe.reward, world_size(recipe)
-    accumulation = _accumulation("reward", cfg.batch_size, cfg.micro_batch_size, processes)
-    return RewardPlan(processes, cfg.batch_size, cfg.micro_batch_size, accumulation)
+    """Raises UserError when reward.batch_size does not divide by the number of processes."""
+    size, processes = recipe.reward.batch_size, world_size(recipe)
+    return RewardPlan(processes, size, exact_div("reward.batch_size", size, "processes", processes))
 
 
 def plan_ppo(recipe: Recipe) -> PpoPlan:
@@ -205,7 +203,9 @@ def plan_rows(recipe: Recipe, stages: Sequence[str] | None = None) -> list[tuple
     rows = [("model", f"{recipe.model.name}, {recipe.model.dtype}"), ("processes", str(world_size(recipe)))]
     if "sft" in stages:
         s = plan_sft(recipe)
-        rows.append(("sft", f"{_step('sequences', s)}, {_count(recipe.sft.epochs, 'epoch')}"))
+        split = _split(s.processes, s.accumulation, s.micro_batch_size)
+        step = f"{s.batch_size} sequences per optimiser step = {split}"
+        rows.append(("sft", f"{step}, {_count(recipe.sft.epochs, 'epoch')}"))
     if "rank" in stages:
         r = plan_rank(recipe)
         prompts, responses = (f"{r.prompts}", f" = {r.responses} responses") if r.prompts else ("all", "")
@@ -213,18 +213,15 @@ def plan_rows(recipe: Recipe, stages: Sequence[str] | None = None) -> list[tuple
         rows.append(("rank", f"{r.pairs_per_prompt} pairs per prompt, labeler {recipe.rank.labeler}"))
     if "reward" in stages:
         w = plan_reward(recipe)
-        rows.append(("reward", f"{_step('prompts', w)}, {_count(recipe.reward.epochs, 'epoch')}"))
+        split = f"{_count(w.processes, 'process')} x {w.batch_per_process}"
+        step = f"{w.batch_size} prompts per optimiser step = {split}, {_count(recipe.reward.epochs, 'epoch')}"
+        rows.append(("reward", f"{step}, at most {recipe.reward.micro_tokens} tokens per forward"))
     if "ppo-ptx" in stages or "ppo" in stages:
         rows += _ppo_rows(recipe, [stage for stage in stages if stage.startswith("ppo")])
     return rows
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
-
-
-def _step(unit: str, plan: SftPlan | RewardPlan) -> str:
-    split = _split(plan.processes, plan.accumulation, plan.micro_batch_size)
-    return f"{plan.batch_size} {unit} per optimiser step = {split}"
 
 
 def _split(processes: int, micro_batches: int, size: int) -> str:

@@ -1,7 +1,7 @@
 """The reward model on K-way rankings (Ouyang et al. 2022, section 3.5, equation 1): `python stages/reward.py RECIPE`.
 
 data       rankings of the rank stage, split by prompt; too long ones dropped and counted
-step       all outputs of a prompt in one micro-batch, each run through the model once; mean pair loss a prompt
+step       each output of a prompt run through the model once, its prompt once for all; mean pair loss a prompt
 measure    held-out pair accuracy with its interval, margins, calibration
 normalise  demonstrations score 0 on average, ranked outputs have unit variance; both stored in the model
 probes     a few texts with their scores, checked whenever the model is loaded
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,37 +26,27 @@ from rlhf.errors import UserError
 from rlhf.models import add_lora, check_context, load_tokenizer, new_reward_model, recompute_activations, save_model
 from rlhf.order import stream
 from rlhf.phases import phase
-from rlhf.placement import whole_state
+from rlhf.placement import at_hand, whole_state
 from rlhf.probes import write_probes
 from rlhf.processes import from_first
 from rlhf.progress import Progress, console, is_main_process
 from rlhf.prompting import fit_demonstrations, fit_rankings
-from rlhf.ranking import PairCounts, accuracy_interval, calibration, count_pairs, has_pairs, ranking_loss, tied_pairs
+from rlhf.ranking import PairCounts, accuracy_interval, calibration, count_pairs, has_pairs, tied_pairs
+from rlhf.ranking_passes import Group, by_length, part_passes, whole_passes
 from rlhf.records import Drops, read_demonstrations, read_rankings
 from rlhf.rng import load_rng, save_rng
 from rlhf.rundir import hash_path
 from rlhf.schedule import lr_factor
-from rlhf.scoring import Pair, build_batch, raw_scores, scores
-from rlhf.sharding import barrier, everyones, gathered, own, processes
+from rlhf.scoring import Pair, SequenceBatch, build_batch, raw_scores, scores
+from rlhf.sharding import barrier, everyones, gathered, own
 from rlhf.shared_base import FOLDER, save_adapter
+from rlhf.shared_prompts import SharedBatch, build_shared, can_share, shared_scores, sharing
 from rlhf.splits import split_by_prompt
 from rlhf.stage import StageContext, run_stage
 from rlhf.zero import make_engine, trained
 
 PROBES = 8
 SCALE_SAMPLE = 128  # outputs, spread evenly, that the deviation is estimated on
-
-
-@dataclass
-class Group:
-    """One prompt with its K ranked outputs, as token ids."""
-
-    pairs: list[Pair]
-    ranks: tuple[int, ...]
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(p) + len(r) for p, r in self.pairs)
 
 
 def load_groups(ctx: StageContext, tokenizer: PreTrainedTokenizerBase, drops: Drops) -> tuple[list[Group], list[Group]]:
@@ -89,38 +79,58 @@ def load_groups(ctx: StageContext, tokenizer: PreTrainedTokenizerBase, drops: Dr
     )
 
 
-def step(engine: Engine, groups: Sequence[Group], recipe: Recipe, pad_id: int) -> tuple[float, list[PairCounts]]:
-    """Accumulate the gradient of one batch of prompts; returns the loss and the pair counts before the update."""
-    # Every prompt weighs the same whatever its K, and whatever micro-batch and process it falls in.
-    mine, size = own(groups), recipe.reward.micro_batch_size
-    loss, counts = 0.0, []
-    for start in range(0, -(-len(groups) // processes()), size):
-        micro = mine[start : start + size]
-        # A process without prompts at the end of the data goes along with one that does not count: the engine's
-        # gradients meet in every pass.
-        batch = build_batch([pair for g in micro or groups[:1] for pair in g.pairs], pad_id).to(engine.device)
-        with engine.accumulate(start + size >= len(groups)):
-            flat = engine.model(batch)
-            if not micro:
-                engine.backward(0.0 * flat.sum())
-                continue
-            part = ranking_loss(flat, [g.ranks for g in micro], recipe.reward.ties)
-            engine.backward(part.loss / len(groups))
-        loss += float(part.loss.detach() / len(groups))
-        scored = flat.detach().cpu().split([len(g.ranks) for g in micro])
-        counts += [count_pairs(s.tolist(), g.ranks) for s, g in zip(scored, micro, strict=True)]
-    return sum(everyones(loss)), gathered(counts)
-
-
 class Scored(nn.Module):
     """The reward model as the engine's module: a batch in, raw scores [B] out."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.shares = can_share(model)
 
-    def forward(self, batch: Any) -> torch.Tensor:
-        return raw_scores(self.model, batch)
+    def build(self, pairs: Sequence[Pair], pad_id: int) -> SharedBatch | SequenceBatch:
+        """The batch of some outputs, prompts shared where the architecture lets them be."""
+        return build_shared(pairs) if self.shares else build_batch(pairs, pad_id)
+
+    def forward(self, batch: SharedBatch | SequenceBatch) -> torch.Tensor:
+        return shared_scores(self.model, batch) if isinstance(batch, SharedBatch) else raw_scores(self.model, batch)
+
+
+def step(engine: Engine, groups: Sequence[Group], recipe: Recipe, pad_id: int) -> tuple[float, list[PairCounts]]:
+    """Accumulate the gradient of one batch of prompts; returns the loss and the pair counts before the update."""
+    # Every prompt weighs the same whatever its K, and whatever pass and process it falls in.
+    scored: Scored = engine.module
+    with sharing(scored.model) if scored.shares else nullcontext():
+        return _step(engine, scored, by_length(groups), recipe, pad_id)
+
+
+def _step(
+    engine: Engine, scored: Scored, groups: list[Group], recipe: Recipe, pad_id: int
+) -> tuple[float, list[PairCounts]]:
+    size, ties = recipe.reward.micro_tokens, recipe.reward.ties
+    large = [g for g in groups if not g.fits(size)]
+
+    def score(parts: list[list[Pair]]) -> list[list[float]]:
+        with torch.no_grad(), at_hand(scored.model):
+            return [scored(scored.build(part, pad_id).to(engine.device)).tolist() for part in parts]
+
+    parts, ahead, known = part_passes(large, size, ties, score)
+    counts, loss = [], 0.0
+    passes = whole_passes(own([g for g in groups if g.fits(size)]), size) + own(parts)
+    forwards = max(everyones(len(passes)))
+    for i in range(forwards):
+        # A process with fewer passes goes along with one that does not count: the engine's gradients meet in every one.
+        here = passes[i] if i < len(passes) else None
+        batch = scored.build(here.pairs if here else groups[0].pairs[:1], pad_id).to(engine.device)
+        with engine.accumulate(i + 1 == forwards):
+            flat = engine.model(batch)
+            share = here.loss(flat, ties) / len(groups) if here else 0.0 * flat.sum()
+            engine.backward(share)
+        if here and here.groups:
+            loss += float(share.detach())
+            rows = flat.detach().cpu().split([len(g.ranks) for g in here.groups])
+            counts += [count_pairs(s.tolist(), g.ranks) for s, g in zip(rows, here.groups, strict=True)]
+    counted = [count_pairs(s, g.ranks) for s, g in zip(ahead, large, strict=True)]
+    return sum(everyones(loss)) + known / len(groups), gathered(counts) + counted
 
 
 def measure(model: nn.Module, groups: Sequence[Group]) -> list[PairCounts]:

@@ -38,7 +38,7 @@ from stages.reward import Group, measure  # noqa: E402
 FOLDS, SEEDS, SHUFFLES = 5, (1, 2, 3), 3
 # 125 prompts are few: the demo's first 8 layers and 16 steps learn next to nothing from them.
 REWARD = ["reward.keep_layers=16", "reward.lora.enabled=true", "reward.lora.last_layers=6", "reward.lr=1e-3"]
-REWARD += ["reward.epochs=2", "reward.batch_size=4", "reward.micro_batch_size=4"]
+REWARD += ["reward.epochs=2", "reward.batch_size=4"]
 # Longer than the demo's limits: the data set is judged whole.
 LIMITS = ["data.max_prompt_tokens=192", "data.max_response_tokens=224", "sft.max_tokens=416", "reward.max_tokens=416"]
 

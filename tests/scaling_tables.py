@@ -44,7 +44,7 @@ def recipe_of(size: str, gpus: int) -> Recipe:
     """The recipe instructgpt-1.3b in bfloat16 with micro-batches of 1; batches no smaller than the number of GPUs."""
     quiet_libraries()
     recipe = load_recipe("instructgpt-1.3b", ["model.dtype=bfloat16", "model.attention=sdpa"])
-    settings = {f"{stage}.micro_batch_size": 1 for stage in ("sft", "reward", "ppo")}
+    settings = {f"{stage}.micro_batch_size": 1 for stage in ("sft", "ppo")}
     settings |= {"launch.processes": gpus, "launch.gradient_checkpointing": True, "ppo.score_tokens": 4096}
     settings |= {"ppo.rollout_batch_size": 16}
     for field, paper in (("sft.batch_size", 32), ("reward.batch_size", 64), ("ppo.minibatch_size", 64)):

@@ -31,7 +31,6 @@ SIZES = [
     "sft.micro_batch_size=4",
     "sft.epochs=1.3",
     "rank.prompts=44",
-    "reward.micro_batch_size=2",
     "ppo.episodes=80",
     "ppo.micro_batch_size=4",
     "ppo.adam_eps=1e-5",  # a gradient that is all but zero is not blown up to a whole step by its rounding
@@ -75,7 +74,8 @@ SETTINGS += [
     Setting("ppo", 2, more=("launch.frozen=cpu",)),
     # micro-batches: a quarter of those above
     Setting("sft", 2, more=("sft.micro_batch_size=1",)),
-    Setting("reward", 2, more=("reward.micro_batch_size=1",)),
+    # and prompts whose outputs are scored first and trained in parts
+    *(Setting("reward", zero, more=("reward.micro_tokens=200",)) for zero in (0, 2, 3)),
     *(Setting("ppo", zero, more=("ppo.micro_batch_size=1",)) for zero in (1, 2, 3)),
     *(Setting(stage, 3, more=("launch.gradient_checkpointing=true",)) for stage in ("sft", "reward", "ppo")),
     *(Setting("ppo", zero, more=("launch.offload=true",)) for zero in (2, 3)),

@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_dir: str) -> Path:
 
 def run(launcher: list[str], stage: str, name: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Start a stage; `launch.processes` stays 1, for the launcher says how many there are."""
-    sizes = ["sft.micro_batch_size=8", "reward.micro_batch_size=2", "reward.batch_size=16", "tracking.wandb=disabled"]
+    sizes = ["sft.micro_batch_size=8", "reward.batch_size=16", "tracking.wandb=disabled"]
     sizes += ["data.rankings=[embedded:rankings]", "data.max_prompt_tokens=80", "reward.max_tokens=160"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(

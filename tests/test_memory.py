@@ -170,7 +170,7 @@ def test_what_cannot_be_planned_is_told() -> None:
 
 
 def test_the_command_shows_components_fit_and_time_and_writes_nothing(tmp_path: Path) -> None:
-    sizes = ("sft.micro_batch_size=8", "reward.micro_batch_size=2", "ppo.micro_batch_size=4")
+    sizes = ("sft.micro_batch_size=8", "ppo.micro_batch_size=4")
     done = rlhf("plan", "demo", "--gpu", "h100-80g", "--count", "2", *sizes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for words in ("weights: policy", "optimiser state", "KV cache", "PEAK", "fits 80.00", "It fits.", "Assumed: 35%"):

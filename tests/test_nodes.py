@@ -23,7 +23,6 @@ SMALL = [
     "tracking.wandb=disabled",
     "sft.micro_batch_size=8",
     "rank.prompts=8",
-    "reward.micro_batch_size=2",
     "ppo.episodes=16",
     "ppo.micro_batch_size=4",
     "evaluate.prompts=4",

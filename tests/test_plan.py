@@ -56,11 +56,11 @@ def test_inner_epochs_multiply_steps_and_nothing_else() -> None:
 
 def test_other_stages() -> None:
     r = recipe(
-        "sft.batch_size=24", "sft.micro_batch_size=4", "reward.batch_size=6", "reward.micro_batch_size=1",
+        "sft.batch_size=24", "sft.micro_batch_size=4", "reward.batch_size=6",
         "rank.prompts=10", "rank.outputs_per_prompt=9", "launch.processes=2",
     )  # fmt: skip
     assert plan_sft(r).accumulation == 3  # 24 / 2 / 4
-    assert plan_reward(r).accumulation == 3
+    assert plan_reward(r).batch_per_process == 3
     assert (plan_rank(r).responses, plan_rank(r).pairs_per_prompt) == (90, 36)
     assert plan_rank(recipe("rank.prompts=0")).responses == 0
 
@@ -84,11 +84,11 @@ def test_decimal_ptx_rows_are_exact() -> None:
         (["ppo.ptx_examples_per_episode=0.3"], ["2.4 pretraining rows", "ppo.ptx_examples_per_episode=0.25 or 0.375"]),
         (["ppo.ptx_examples_per_episode=0.1"], ["0.8 pretraining rows", "ppo.ptx_examples_per_episode=0.125"]),
         (
-            ["launch.processes=2", "sft.micro_batch_size=8", "reward.micro_batch_size=2"],
+            ["launch.processes=2", "sft.micro_batch_size=8"],
             ["ppo.minibatch_size / processes 4", "micro_batch_size=4"],
         ),
         (["launch.processes=3", "sft.batch_size=16"], ["sft.batch_size 16", "processes 3"]),
-        (["reward.micro_batch_size=3"], ["reward.batch_size 4", "reward.micro_batch_size=2 or 4"]),
+        (["launch.processes=3", "sft.batch_size=18", "sft.micro_batch_size=6"], ["reward.batch_size 4", "processes 3"]),
     ],
 )  # fmt: skip
 def test_remainders_name_both_fields_and_the_nearest_values(overrides: list[str], words: list[str]) -> None:

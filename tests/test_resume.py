@@ -19,7 +19,7 @@ from stages import evaluate, ppo, rank, reward, sft
 
 SMALL = ["tiny", "tracking.wandb=disabled", "run.device=cpu", "rank.prompts=16", "rank.outputs_per_prompt=3"]
 SMALL += ["data.max_response_tokens=24", "data.validation_fraction=0.3", "ppo.save_every=0", "ppo.episodes=48"]
-SMALL += ["reward.save_every=0", "reward.batch_size=2", "reward.micro_batch_size=2"]
+SMALL += ["reward.save_every=0", "reward.batch_size=2"]
 TIMES = ("time", "perf/", "memory/")
 
 

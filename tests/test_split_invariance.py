@@ -166,13 +166,14 @@ def test_reward_gradient(tiny_tokenizer: PreTrainedTokenizerBase, ties: str) -> 
     engine = Engine(model, [ParamGroup("reward", model, 1e-3, 1.0)], device="cpu")
 
     def run(size: int) -> tuple[Tensor, float, int]:
-        recipe = Recipe.model_validate({"reward": {"batch_size": 8, "micro_batch_size": size, "ties": ties}})
+        recipe = Recipe.model_validate({"reward": {"batch_size": 8, "micro_tokens": size, "ties": ties}})
         loss, counts = reward_step(engine, groups, recipe, tiny_tokenizer.pad_token_id)
         return take_gradient(engine), loss, sum(c.pairs for c in counts)
 
-    whole, loss, pairs = run(8)
+    whole, loss, pairs = run(10_000)
     assert pairs == 1 + 5 + 2 + 3 + 1 + 9 + 2 + 1
-    for size in SPLITS:
+    # 16 tokens: an output or two at a time, so that almost every prompt is scored first and trained in parts.
+    for size in (16, 40, 100, 200):
         gradient, split_loss, split_pairs = run(size)
         assert distance(gradient, whole) < 1e-5
         assert split_loss == pytest.approx(loss, rel=1e-5) and split_pairs == pairs

@@ -33,7 +33,7 @@ SHORT = {
     "demo": ("rank.prompts=16", "ppo.episodes=16", "ppo.batch_size=16"),
 }
 TWO = {
-    "tiny": ("sft.micro_batch_size=8", "reward.micro_batch_size=2", "ppo.micro_batch_size=4"),
+    "tiny": ("sft.micro_batch_size=8", "ppo.micro_batch_size=4"),
     "demo": ("sft.micro_batch_size=8", "ppo.micro_batch_size=4"),
 }
 STAGES = ("sft", "rank", "reward", "ppo-ptx")

@@ -31,7 +31,7 @@ SIZES = [
     ),
     *("sft.save_every=1", "sft.dropout=0.1", "sft.batch_size=8", "sft.micro_batch_size=4", "sft.epochs=1"),
     *("rank.prompts=24", "rank.outputs_per_prompt=3", "rank.batch_size=6"),
-    *("reward.save_every=1", "reward.batch_size=2", "reward.micro_batch_size=2"),
+    *("reward.save_every=1", "reward.batch_size=2"),
     *("ppo.save_every=1", "ppo.episodes=64", "ppo.ema_decay=0.9", "ppo.kl_control=adaptive", "ppo.kl_target=1"),
 ]
 PHASES = ("rollout", "scoring", "update", "ptx", "save")  # of PPO, that it must be killed in
