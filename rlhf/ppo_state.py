@@ -40,6 +40,7 @@ from rlhf.scoring import check_plain_head
 from rlhf.sharding import barrier
 from rlhf.stage import pick_device
 from rlhf.tax import blocks
+from rlhf.vllm_engine import check_server
 from rlhf.zero import frozen, make_engine, trained
 
 
@@ -61,6 +62,7 @@ class Ppo:
     kl_coef: float
     drops: Drops
     iteration: int = 0
+    sampler_gap: float | None = None  # of the last rollout, where its log-probabilities were computed anew
     metrics: dict[str, float] = field(default_factory=dict)  # of the last iteration
 
     @property
@@ -75,6 +77,9 @@ def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
     the adapter off. The value model starts from the reward model, head and normalisation included.
     """
     cfg, plan = recipe.ppo, plan_ppo(recipe)
+    rows_of = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
+    if cfg.rollout == "vllm":
+        check_server(recipe.launch, rows_of)
     tokenizer = load_tokenizer(str(sft_dir))
     same_tokenizer(tokenizer, load_tokenizer(str(reward_dir)))
     drops = Drops()
@@ -94,7 +99,6 @@ def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
         policy = add_lora(policy, recipe.model.lora, "CAUSAL_LM")
     reward_model = frozen(recipe, device, lambda: load_reward_model(str(reward_dir), recipe.model))
     check_probes(reward_model, reward_dir)
-    rows_of = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
     check_context(reward_model, rows_of, "data.max_prompt_tokens + data.max_response_tokens")
     if ptx:
         check_context(policy, cfg.ptx_tokens, "ppo.ptx_tokens")
