@@ -23,6 +23,9 @@ GPU_SHARE = 0.3  # of the device's memory for vLLM in this process; training kee
 class Sampler(Protocol):
     """What a rollout needs of vLLM, in a server or in this process."""
 
+    def on_cpu(self) -> bool:
+        """Whether it computes on a CPU."""
+
     def load(self, folder: Path, version: str) -> None:
         """Take the weights of a model folder, forget what was computed with others, and be at this version."""
 
@@ -52,6 +55,9 @@ class Server:
                 self.url,
                 f"start it with --max-model-len {tokens} or more",
             )
+
+    def on_cpu(self) -> bool:
+        return "device_config=cpu" in self._call("/server_info")["vllm_config"]
 
     def load(self, folder: Path, version: str) -> None:
         self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
@@ -125,9 +131,12 @@ class InProcess:
     def __init__(self, dtype: str) -> None:
         self.dtype, self.llm = dtype, None
 
-    def load(self, folder: Path, version: str) -> None:
+    def on_cpu(self) -> bool:
         import torch
 
+        return not torch.cuda.is_available()
+
+    def load(self, folder: Path, version: str) -> None:
         if self.llm is None:
             from vllm import LLM
 
@@ -136,10 +145,10 @@ class InProcess:
                 dtype=self.dtype,
                 logprobs_mode="processed_logprobs",
                 gpu_memory_utilization=GPU_SHARE,
-                enable_sleep_mode=torch.cuda.is_available(),
+                enable_sleep_mode=not self.on_cpu(),
             )
         else:
-            if torch.cuda.is_available():
+            if not self.on_cpu():
                 self.llm.wake_up()
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         self.llm.reset_prefix_cache()
@@ -157,9 +166,7 @@ class InProcess:
         return [_row(answer.outputs[0]) for answer in answers]
 
     def rest(self) -> None:
-        import torch
-
-        if torch.cuda.is_available():
+        if not self.on_cpu():
             self.llm.sleep(level=2)  # the weights are pushed again before they are needed
 
 

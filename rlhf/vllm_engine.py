@@ -73,6 +73,13 @@ def sample_vllm(
     def push_and_sample() -> list[Row]:
         dtype = str(base_model(policy).dtype).removeprefix("torch.")
         sampler = Server(launch.vllm_url, launch.timeout_s, batch_size) if launch.vllm_url else in_process(dtype)
+        if getattr(base_model(policy).config, "tie_word_embeddings", False) and sampler.on_cpu():
+            # Seen with 0.32: the head's packed copy of the embeddings stays that of the first weights.
+            raise UserError(
+                "vLLM on a CPU does not take new weights into a head that is tied to the embeddings",
+                "ppo.rollout",
+                "ppo.rollout=native, or vLLM on a GPU",
+            )
         version = f"{_process}-{next(_pushes)}"
         place = Path(launch.vllm_weights).expanduser()
         if not place.is_dir():
