@@ -135,7 +135,9 @@ class PpoSection(Section):
     micro_batch_size: int = Field(8, ge=1, description="episodes per forward and process")
     epochs: int = Field(1, ge=1, description="passes over each batch (paper: 1)")
     temperature: float = Field(1.0, gt=0)
-    rollout: Literal["native", "generate"] = Field("native", description="engine that samples the responses")
+    rollout: Literal["native", "generate", "vllm"] = Field(
+        "native", description="engine that samples the responses; vllm: a server, see launch.vllm_url"
+    )
     rollout_batch_size: int = Field(64, ge=1, description="sequences decoded together")
     score_tokens: int = Field(2048, ge=16, description="tokens per scoring forward")
     lr: float = Field(1e-5, gt=0, description="learning rate of the policy")
@@ -215,6 +217,10 @@ class LaunchSection(Section):
         "once", description="sampling and scoring with partitioned models: all layers at once, or each in its turn"
     )
     gradient_checkpointing: bool = False
+    vllm_url: str = Field("", description="vLLM server for ppo.rollout=vllm, as http://host:8000; empty: in process")
+    vllm_weights: str = Field(
+        "/dev/shm", min_length=1, description="folder for weights on their way to vLLM, which must see it as well"
+    )
 
 
 class Recipe(Section):

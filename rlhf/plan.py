@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 
 from rlhf.config import Recipe
@@ -193,6 +194,8 @@ def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
         plan_reward(recipe)
     if "ppo-ptx" in stages or "ppo" in stages:
         _check_ppo(recipe, "ppo-ptx" in stages)
+    if recipe.ppo.rollout == "vllm" and set(stages) & {"ppo-ptx", "ppo", "evaluate"}:
+        _check_vllm(recipe)
     if "evaluate" in stages:
         _need_data(recipe, "prompts_heldout", "evaluate samples from it")
 
@@ -340,6 +343,26 @@ def _check_ppo(recipe: Recipe, with_ptx: bool) -> None:
             "ppo-ptx needs ppo.ptx_examples_per_episode above 0", "ppo.ptx_examples_per_episode", "set it (paper: 8)"
         )
     _need_data(recipe, "pretraining", "ppo-ptx trains on it")
+
+
+def _check_vllm(recipe: Recipe) -> None:
+    url = recipe.launch.vllm_url
+    if url:
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"{url} is no URL of a server", "launch.vllm_url", "give it as http://HOST:PORT")
+        return
+    if find_spec("vllm") is None:
+        raise UserError(
+            "ppo.rollout is vllm, which is not installed here, and no server is named",
+            "launch.vllm_url",
+            "start a server in an environment that has vllm and give its URL, or ppo.rollout=native",
+        )
+    if world_size(recipe) > 1:
+        raise UserError(
+            f"vllm in process works with one process, and there are {world_size(recipe)}",
+            "launch.vllm_url",
+            "start a server and give its URL",
+        )
 
 
 def _need_data(recipe: Recipe, field: str, why: str) -> None:

@@ -44,6 +44,7 @@ from rlhf.sharding import barrier
 from rlhf.shared_base import FOLDER, base_line, find_adapter, one_base, scalar_twin
 from rlhf.stage import pick_device
 from rlhf.tax import blocks
+from rlhf.vllm_engine import check_server
 from rlhf.zero import frozen, make_engine, trained, zero_stage
 
 
@@ -66,6 +67,7 @@ class Ppo:
     drops: Drops
     value_on: Literal["sft", "reward"] = "reward"  # the model that the value's adapter sits on, where it has one
     iteration: int = 0
+    sampler_gap: float | None = None  # of the last rollout, where its log-probabilities were computed anew
     metrics: dict[str, float] = field(default_factory=dict)  # of the last iteration
 
     @property
@@ -84,6 +86,9 @@ def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path, hashes: tu
         hashes: of the two folders, by which an adapter beside the reward model is known to belong to them.
     """
     cfg, plan = recipe.ppo, plan_ppo(recipe)
+    rows_of = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
+    if cfg.rollout == "vllm":
+        check_server(recipe.launch, rows_of)
     tokenizer = load_tokenizer(str(sft_dir))
     same_tokenizer(tokenizer, load_tokenizer(str(reward_dir)))
     drops = Drops()
@@ -120,7 +125,6 @@ def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path, hashes: tu
     if shared:
         reward_model.to(device)
     check_probes(reward_model, reward_dir)
-    rows_of = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
     check_context(reward_model, rows_of, "data.max_prompt_tokens + data.max_response_tokens")
     if ptx:
         check_context(policy, cfg.ptx_tokens, "ppo.ptx_tokens")

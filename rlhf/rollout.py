@@ -1,9 +1,10 @@
-"""Sampling responses: one interface, two engines.
+"""Sampling responses: one interface, three engines.
 
 `native` is our decode loop: the prompts are prefilled once, every row draws with its own seed by inverse CDF, rows
 leave the batch when they finish, and only the sampled token's log-probability is kept. `generate` is transformers'
-generate, for models that the loop does not cover. Both sample from the plain softmax at the given temperature: no
-top-k, no top-p, no minimum length, so that the policy's own log-probabilities are those of the sampling distribution.
+generate, for models that the loop does not cover. `vllm` is in rlhf/vllm_engine.py. All sample from the plain softmax
+at the given temperature: no top-k, no top-p, no minimum length, so that the policy's own log-probabilities are those of
+the sampling distribution.
 
 Shapes: B rows, P the longest prompt, R the longest response that was sampled.
 """
@@ -20,13 +21,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.config import LaunchSection
 from rlhf.decoding import decoding_for, pad
 from rlhf.phases import progressed
 from rlhf.placement import at_hand
 from rlhf.scoring import token_logprobs
 from rlhf.sharding import gathered, own, processes
 
-Engine = Literal["native", "generate"]
+Engine = Literal["native", "generate", "vllm"]
 
 
 @dataclass
@@ -120,6 +122,7 @@ def sample(
     engine: Engine = "native",
     batch_size: int = 64,
     advance: Callable[[int], None] | None = None,
+    launch: LaunchSection | None = None,
 ) -> Rollout:
     """Sample one response for each prompt (token ids); repeat a prompt to sample it several times.
 
@@ -130,12 +133,22 @@ def sample(
         seeds: one per row (`row_seed`); a native row's draw depends on its seed, not on its batch mates.
         stop_ids: tokens that end a response and belong to it.
         advance: called with the number of responses finished, for progress.
+        launch: says where vLLM is, for that engine.
 
     Returns:
         Rows in the order of `prompts`.
     """
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+    if engine == "vllm":
+        from rlhf.vllm_engine import sample_vllm
+
+        how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
+        where = launch or LaunchSection()
+        answers = sample_vllm(
+            policy, tokenizer, prompts, seeds=seeds, stop_ids=stop_ids, launch=where, advance=advance, **how
+        )
+        return _assemble(prompts, answers, int(tokenizer.pad_token_id), set(stop_ids))
     decode = {"native": _decode_native, "generate": _decode_generate}[engine]
     rows: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
     # Prompts of like length share a batch, so that little is spent on padding.

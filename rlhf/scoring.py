@@ -95,7 +95,9 @@ def token_budget_batches(lengths: Sequence[int], tokens: int) -> Iterator[list[i
 def hidden_states(model: nn.Module, batch: SequenceBatch) -> Tensor:
     """Last hidden states [B, L, H] of the backbone, without any head."""
     base = base_model(model)
-    if not torch.is_grad_enabled() and batch.attention_mask is None and (inference := inference_for(model)):
+    # In bfloat16 another order of operations rounds otherwise, and the ratio must be 1 by the pass that trains.
+    ours = not torch.is_grad_enabled() and base.dtype == torch.float32 and batch.attention_mask is None
+    if ours and (inference := inference_for(model)):
         return inference.hidden(batch.input_ids)
     backbone = getattr(base, base.base_model_prefix)
     return backbone(

@@ -53,6 +53,7 @@ from rlhf.records import (
     read_texts,
     write_jsonl,
 )
+from rlhf.rescoring import rescore
 from rlhf.rollout import Rollout, row_seed, sample
 from rlhf.rundir import RunFolder, write_atomic
 from rlhf.scoring import scores, token_logprobs
@@ -175,13 +176,10 @@ def ask(recipe: Recipe, name: str, policy: nn.Module, tokenizer: PreTrainedToken
             stop_ids=stop_ids(tokenizer, policy),
             engine=recipe.ppo.rollout,
             batch_size=recipe.ppo.rollout_batch_size,
+            launch=recipe.launch,
             advance=progress.advance,
         )
-    if recipe.model.dtype != "float32":
-        # Decoding and scoring differ in the last bits of bfloat16, and the KL must not count that.
-        rows = token_logprobs(policy, rollout.pairs(), recipe.evaluate.temperature, tokens)
-        for i, row in enumerate(rows):
-            rollout.logprobs[i, : len(row)] = row
+    rescore(recipe, rollout, policy, recipe.evaluate.temperature)
     phase("scoring")
     tax: dict[str, Any] = {}
     if asked.text_rows:

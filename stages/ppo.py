@@ -43,9 +43,10 @@ from rlhf.ppo_state import Ppo, build, load_checkpoint, save_checkpoint, update_
 from rlhf.processes import from_first
 from rlhf.progress import Progress, console, is_main_process
 from rlhf.recipe import load_recipe
+from rlhf.rescoring import rescore
 from rlhf.rollout import Rollout, row_seed, sample
 from rlhf.schedule import lr_factor
-from rlhf.scoring import build_batch, head_pieces, scores, token_logprobs, token_values
+from rlhf.scoring import build_batch, head_pieces, scores, token_values
 from rlhf.sharding import everyones, own
 from rlhf.stage import StageContext, exit_code, parse_stage_args, run_stage
 
@@ -65,12 +66,9 @@ def rollout(ppo: Ppo) -> Rollout:
         stop_ids=ppo.stop_ids,
         engine=cfg.rollout,
         batch_size=cfg.rollout_batch_size,
+        launch=ppo.recipe.launch,
     )
-    if ppo.recipe.model.dtype != "float32":
-        # Decoding and training differ in the last bits of bfloat16; the ratio must be 1 by the training pass.
-        rows = token_logprobs(ppo.networks.policy, episodes.pairs(), cfg.temperature, cfg.score_tokens)
-        for i, row in enumerate(rows):
-            episodes.logprobs[i, : len(row)] = row
+    ppo.sampler_gap = rescore(ppo.recipe, episodes, ppo.networks.policy, cfg.temperature)
     return episodes
 
 
@@ -236,6 +234,8 @@ def train(ppo: Ppo, ctx: StageContext) -> dict[str, float]:
             with times("score"):
                 experience = score(ppo, episodes)
             metrics = summary(experience) | {"ppo/kl_coef": ppo.kl_coef}
+            if ppo.sampler_gap is not None:
+                metrics["ppo/sampler_logprob_gap"] = ppo.sampler_gap
             metrics |= update(ppo, experience, times)
             if cfg.kl_control == "adaptive":
                 ppo.kl_coef = adaptive_kl_coef(
