@@ -286,12 +286,15 @@ def _ppo(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Composition
     size = (data.max_prompt_tokens, data.max_response_tokens, recompute)
     passes = [training_pass(policy, "policy", rows, *size), training_pass(value, "value", rows, *size)]
     once = plan.micro_batches == 1
-    always, training, step = _trained([("policy", policy), ("value", value)], passes, how, on_gpu, once)
-    phases = {"PPO step": training, "optimiser step": step}
+    both, each = [("policy", policy), ("value", value)], dict[str, tuple[Part, ...]]()
+    # They take turns: while the value model's pass goes on, the policy's gradients are there and its activations gone.
+    for (name, _), part, earlier in zip(both, passes, (0.0, held(policy, how, on_gpu).gradients), strict=True):
+        always, each[f"{name} pass"], step = _trained(both, [part], how, on_gpu, once, earlier)
+    phases = each | {"optimiser step": step}
     if ptx:
         text_rows = min(cfg.micro_batch_size, plan.ptx_rows_per_process)
         text = training_pass(policy, "policy", text_rows, 1, cfg.ptx_tokens - 1, recompute)
-        _, ptx_training, _ = _trained([("policy", policy), ("value", value)], [text], how, on_gpu, False)
+        _, ptx_training, _ = _trained(both, [text], how, on_gpu, False)
         # One process tells the two gradients apart by a copy.
         copies = (Part("copy of gradients", count(policy).trained_bytes),) if how.processes == 1 else ()
         phases["pretraining step"] = (*ptx_training, *copies)
@@ -334,12 +337,18 @@ def _evaluate(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Compos
 
 
 def _trained(
-    models: list[tuple[str, ModelSpec]], passes: list[Footprint], how: Sharding, on_gpu: bool, once: bool
+    models: list[tuple[str, ModelSpec]],
+    passes: list[Footprint],
+    how: Sharding,
+    on_gpu: bool,
+    once: bool,
+    earlier: float = 0.0,
 ) -> tuple[tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]]:
     """Components of a training loop: always there, in the passes, in the optimiser's step.
 
     Args:
         once: a step is one forward and backward, so that no gradients are there before the activations.
+        earlier: bytes of gradients of other models that are there even then.
     """
     each = [(name, held(spec, how, on_gpu)) for name, spec in models]
     total = {field: sum(getattr(h, field) for _, h in each) for field in ("gradients", "optimiser", "gathered", "step")}
@@ -349,7 +358,7 @@ def _trained(
         always.append(Part("gradients", total["gradients"], host=how.offload))
     activations, logits = sum(p.activations for p in passes), sum(p.head for p in passes)
     reduction = max(h.reduction for _, h in each)
-    before = sum(p.head_gradients for p in passes) if once else total["gradients"]
+    before = earlier + sum(p.head_gradients for p in passes) if once else total["gradients"]
     if how.stage == 2:  # sums of all passes stay in parts; this pass's own gradients fill the buffer
         before += total["gradients"] if once else 0.0
     training: list[Part] = []

@@ -20,6 +20,7 @@ from rlhf.config import ModelSection, Recipe
 from rlhf.errors import UserError
 from rlhf.experience import Experience
 from rlhf.models import load_policy, load_reward_model, load_tokenizer, new_reward_model, save_model
+from rlhf.phasetime import PhaseTimes
 from rlhf.ppo_state import Ppo, build, load_checkpoint, save_checkpoint
 from rlhf.probes import write_probes
 from rlhf.recipe import load_recipe
@@ -122,7 +123,7 @@ def test_no_base_weight_is_held_twice_or_changed_by_training(given: Given, dtype
 
     start = {name: weight.clone() for name, weight in ppo.engine.trainable().items()}
     frozen = {name: weight.clone() for name, weight in ppo.reward_model.state_dict().items()}
-    update(ppo, score(ppo, rollout(ppo)), dict.fromkeys(("train", "ptx"), 0.0))
+    update(ppo, score(ppo, rollout(ppo)), PhaseTimes(ppo.engine.device, torch.float32))
     for network in networks:
         found = dict(digests(network))
         assert found and all(before[name] == digest for name, digest in found.items())

@@ -90,7 +90,7 @@ def measure(folder: Path, way: str) -> dict[str, float]:
     import torch
 
     from rlhf.allocator import keep_freed_memory
-    from rlhf.perf import peak_memory_gb
+    from rlhf.phasetime import PhaseTimes
     from rlhf.ppo_state import build
     from rlhf.quiet import quiet_libraries
     from rlhf.recipe import load_recipe
@@ -105,17 +105,20 @@ def measure(folder: Path, way: str) -> dict[str, float]:
     begin = time.perf_counter()
     ppo = build(load_recipe("demo", settings(folder, way)), False, sft, reward, hashes)
     found = {"build": time.perf_counter() - begin}
+    times = PhaseTimes(ppo.engine.device, torch.float32)
     ppo.stop_ids = [-1]  # no token ends a response: the same work for all
     for ppo.iteration in (0, 1):
-        begin, cpu, seconds = time.perf_counter(), time.process_time(), dict.fromkeys(("train", "ptx"), 0.0)
+        begin, cpu = time.perf_counter(), time.process_time()
         episodes = rollout(ppo)
         found["rollout"] = time.perf_counter() - begin
         middle = time.perf_counter()
         experience = score(ppo, episodes)
         found["score"] = time.perf_counter() - middle
-        update(ppo, experience, seconds)
-        found |= {"train": seconds["train"], "wall": time.perf_counter() - begin, "cpu": time.process_time() - cpu}
-    found["peak"] = peak_memory_gb(torch.device("cpu"))
+        middle = time.perf_counter()
+        update(ppo, experience, times)
+        now = time.perf_counter()
+        found |= {"train": now - middle, "wall": now - begin, "cpu": time.process_time() - cpu}
+    found["peak"] = times.peak_gb()
     found["trained"] = float(sum(p.numel() for p in ppo.engine.trainable().values()))
     return found
 
