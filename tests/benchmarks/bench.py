@@ -131,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes, ended after --minutes")
     parser.add_argument("--minutes", type=float, help="start nothing after that (default: no limit, quick: 9)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench", help="folder of models and results")
+    parser.add_argument("--model", default="smollm2-135m", help="a model that the recipes can name (tiny: a dry run)")
     chosen = parser.parse_args(argv)
     begin = time.monotonic()
     minutes = chosen.minutes or (9 if chosen.quick else None)
@@ -138,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     repeats = chosen.repeats or (1 if chosen.quick else 3)
 
     progress("preparing models and data")
-    work = Workload(chosen.out.resolve(), QUICK if chosen.quick else FULL)
+    work = Workload(chosen.out.resolve(), QUICK if chosen.quick else FULL, chosen.model)
     jobs = [job for part in chosen.only or PARTS for job in PARTS[part](work, peers(ROOT), bf16_missing())]
     why = run_all(jobs, repeats, chosen.out.resolve(), deadline)
 

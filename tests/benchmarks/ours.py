@@ -44,33 +44,32 @@ keep_freed_memory()  # as rlhf.stage.run_stage does for every stage
 # --- what the workload is made of
 
 
-def encoded_prompts() -> list[list[int]]:
+def encoded_prompts(model: str) -> list[list[int]]:
     """Token ids of all embedded prompts, those of the demonstrations included."""
-    tokenizer, drops = models.load_tokenizer("smollm2-135m"), Drops()
+    tokenizer, drops = models.load_tokenizer(model), Drops()
     prompts = read_prompts(["embedded:prompts"], drops)
     prompts += [row.prompt for row in read_demonstrations(["embedded:demonstrations"], drops)]
     return [list(ids) for ids in dict.fromkeys(tuple(encode_prompt(tokenizer, prompt)) for prompt in prompts)]
 
 
-def encoded_rankings() -> list[tuple[list[int], list[list[int]]]]:
+def encoded_rankings(model: str) -> list[tuple[list[int], list[list[int]]]]:
     """Token ids of the embedded rankings: prompt and responses."""
-    tokenizer = models.load_tokenizer("smollm2-135m")
+    tokenizer = models.load_tokenizer(model)
     return [
         (encode_prompt(tokenizer, row.prompt), [encode_response(tokenizer, text) for text in row.responses])
         for row in read_rankings(["embedded:rankings"], Drops())
     ]
 
 
-def sft_rows() -> list[dict[str, list[int]]]:
+def sft_rows(model: str) -> list[dict[str, list[int]]]:
     """The embedded demonstrations as the SFT stage trains them."""
-    tokenizer, recipe = models.load_tokenizer("smollm2-135m"), Recipe()
-    train, _ = sft_stage.load_demonstrations(recipe, tokenizer, Drops())
+    train, _ = sft_stage.load_demonstrations(Recipe(), models.load_tokenizer(model), Drops())
     return [sft_stage.demonstration_row(row) for row in train]
 
 
-def base_model() -> str:
-    """Folder of SmolLM2-135M-Instruct."""
-    return str(models.resolve_model("smollm2-135m"))
+def model_folder(name: str) -> str:
+    """A model that the recipe can name, as a folder that the peers can load."""
+    return str(models.resolve_model(name))
 
 
 def make_reward_model(policy: str, folder: Path, probes: list[tuple[list[int], list[int]]]) -> str:

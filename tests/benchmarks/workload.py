@@ -37,19 +37,19 @@ class Sizes:
 
 
 FULL = Sizes(32, 8, 8, 48, 3, 10, 32, 64, 3, 4, 3, (2, 4, 9, 16), 96, (32, 128, 512), (8, 16, 32, 64), (6, 12, 30))
-QUICK = Sizes(8, 4, 4, 16, 2, 0, 32, 16, 1, 2, 1, (4, 9), 24, (32, 64), (8, 16), (6, 12))
+QUICK = Sizes(8, 4, 4, 16, 2, 0, 32, 16, 1, 2, 1, (4, 9), 40, (32, 64), (8, 16), (6, 12))
 
 
 class Workload:
     """Orders for every program; models are made once in `folder`."""
 
-    def __init__(self, folder: Path, sizes: Sizes) -> None:
-        self.folder, self.sizes = folder, sizes
-        self.model = ours.base_model()
-        nearest = sorted(ours.encoded_prompts(), key=lambda ids: abs(len(ids) - PROMPT_TOKENS))
+    def __init__(self, folder: Path, sizes: Sizes, model: str) -> None:
+        self.folder, self.sizes, self.model = folder, sizes, ours.model_folder(model)
+        self.models = folder / "models" / Path(self.model).name
+        nearest = sorted(ours.encoded_prompts(self.model), key=lambda ids: abs(len(ids) - PROMPT_TOKENS))
         self.prompts = nearest[: max(96, sizes.rollout_batch)]
         probes = [(self.prompts[0], self.prompts[1])]
-        self.reward_model = ours.make_reward_model(self.model, folder / "models" / "reward", probes)
+        self.reward_model = ours.make_reward_model(self.model, self.models / "reward", probes)
 
     def ppo(self, dtype: str, iterations: int) -> Order:
         """PPO iterations."""
@@ -80,7 +80,7 @@ class Workload:
 
     def rankings(self, k: int, count: int) -> list[dict[str, Any]]:
         """Embedded prompts with K outputs each, in a drawn order; other prompts' outputs fill up where K is large."""
-        rng, whole = random.Random(k), ours.encoded_rankings()
+        rng, whole = random.Random(k), ours.encoded_rankings(self.model)
         others = [ids for _, responses in whole for ids in responses]
         groups = []
         for prompt, responses in whole[:count]:
@@ -104,7 +104,7 @@ class Workload:
 
     def sft(self) -> Order:
         """One pass over demonstrations."""
-        rows = ours.sft_rows()[: self.sizes.sft_rows]
+        rows = ours.sft_rows(self.model)[: self.sizes.sft_rows]
         return RATES | {
             "model": self.model,
             "dtype": "float32",
@@ -116,10 +116,9 @@ class Workload:
 
     def growth(self, batch: int, response_tokens: int, depth: int) -> Order:
         """One PPO iteration of a given size; micro-batches of about equal token counts."""
-        policy = ours.make_cut_policy(self.model, self.folder / "models" / f"depth-{depth}", depth)
-        reward = ours.make_reward_model(
-            policy, self.folder / "models" / f"reward-{depth}", [(self.prompts[0], self.prompts[1])]
-        )
+        probes = [(self.prompts[0], self.prompts[1])]
+        policy = ours.make_cut_policy(self.model, self.models / f"depth-{depth}", depth)
+        reward = ours.make_reward_model(policy, self.models / f"reward-{depth}", probes)
         micro = max(1, 8 * (PROMPT_TOKENS + 48) // (PROMPT_TOKENS + response_tokens))
         micro = 1 << (micro.bit_length() - 1)  # a power of two divides the minibatch
         return RATES | {
