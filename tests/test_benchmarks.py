@@ -100,7 +100,7 @@ def test_a_side_that_fails_has_a_reason_and_the_others_run(tmp_path: Path) -> No
     assert "No module named" in why[1]
     assert why[2] == "not run: no such CPU"
     assert run_all([job()], 1, tmp_path, 0.0)[0] == "not run: no time was left"
-    assert "over 0 s" in run(job(python=sys.executable, module="flops"), tmp_path, 1e-3)
+    assert "stopped after 0 s" in run(job(python=sys.executable, module="flops"), tmp_path, 1e-3)
 
 
 @pytest.mark.parametrize("path", sorted(PEERS.glob("*.py")), ids=lambda path: path.stem)

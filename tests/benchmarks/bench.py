@@ -51,7 +51,7 @@ def run(job: Job, folder: Path, limit: float) -> str:
         with log.open("w") as errors:
             done = subprocess.run(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, timeout=limit)
     except subprocess.TimeoutExpired:
-        return f"not run: over {limit:.0f} s"
+        return f"stopped after {limit:.0f} s"
     if done.returncode:
         said = [line.strip() for line in (done.stdout.decode() + log.read_text()).splitlines() if line.strip()]
         return f"failed ({done.returncode}): {said[-1][:120] if said else 'without a word'}"
@@ -117,8 +117,9 @@ def run_all(jobs: Sequence[Job], repeats: int, folder: Path, deadline: float) ->
         progress(f"[{n + 1}/{len(rounds)}] {job.part}: {job.case}, {job.side}{about}")
         failed = run(job, folder, min(left, LONGEST_S))
         took[i] = time.monotonic() - begin
-        if failed and not job.results:
-            why[i] = failed
+        if failed:
+            # Not again; what was measured before stays in the table.
+            why[i] = failed if not job.results else f"a later repeat {failed}"
         progress(f"    {failed or f'{took[i]:.0f} s'}")
     return why
 

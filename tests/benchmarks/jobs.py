@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.measure import Order
 from benchmarks.table import OURS
-from benchmarks.workload import FULL, Workload
+from benchmarks.workload import Workload
 
 Result = dict[str, Any]
 Read = Callable[[Result], float]
@@ -95,9 +95,9 @@ def training(work: Workload, pythons: dict[str, str], no_bf16: str) -> list[Job]
 
 
 def reward(work: Workload, pythons: dict[str, str], no_bf16: str) -> list[Job]:
-    """Reward-model steps at K = 4 and 9, and our peak memory by K."""
+    """Reward-model steps by K, and our peak memory by K."""
     jobs = []
-    for k in (4, 9):
+    for k in work.sizes.reward_ks:
         order = work.reward(k, losses=True)
         compared = order["batch"] * comb(k, 2)
         reads = {(f"K = {k}", "comparisons/s"): lambda r, n=compared: n / median(r["seconds"])}
@@ -127,10 +127,8 @@ def sft(work: Workload, pythons: dict[str, str], no_bf16: str) -> list[Job]:
 def growth(work: Workload, pythons: dict[str, str], no_bf16: str) -> list[Job]:
     """Cost against work while one size grows and the others stay."""
     s, jobs = work.sizes, []
-    shallow, deep = min(s.growth_depths), max(s.growth_depths)
-    depth = deep if s is FULL else shallow
-    points = [(f"{n} response tokens", 8, n, depth) for n in s.growth_lengths]
-    points += [(f"batch {n}", n, 32, depth) for n in s.growth_batches]
+    points = [(f"{n} response tokens", 8, n, s.growth_depth) for n in s.growth_lengths]
+    points += [(f"batch {n}", n, 32, s.growth_depth) for n in s.growth_batches]
     points += [(f"{n} layers", 8, 32, n) for n in s.growth_depths]
     for case, batch, length, layers in points:
         reads = {

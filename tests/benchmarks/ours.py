@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from benchmarks.flops import Shape
 from benchmarks.measure import Order
@@ -24,7 +23,6 @@ from rlhf.allocator import keep_freed_memory
 from rlhf.config import ModelSection, Recipe
 from rlhf.engine import Engine, ParamGroup
 from rlhf.experience import Experience
-from rlhf.policy_value import PolicyValue
 from rlhf.ppo_state import Ppo, build
 from rlhf.probes import write_probes
 from rlhf.prompting import encode_prompt, encode_response
@@ -39,9 +37,6 @@ NEVER = [-1]  # a stop id that no token has: every response gets its full length
 NO_CLIP = 1e9  # TRL's PPO does not clip outside DeepSpeed; ours does the work and leaves the gradient as it is
 
 keep_freed_memory()  # as rlhf.stage.run_stage does for every stage
-
-
-# --- what the workload is made of
 
 
 def encoded_prompts(model: str) -> list[list[int]]:
@@ -92,19 +87,14 @@ def make_cut_policy(policy: str, folder: Path, layers: int) -> str:
     return str(folder)
 
 
-# --- PPO
-
-
 def ppo_recipe(order: Order) -> Recipe:
     """The order in our words; all weights are trained, and there is neither ptx nor an average."""
+    longest = max(map(len, order["prompts"]))
     return Recipe.model_validate(
         {
             "run": {"name": "bench", "seed": order["seed"], "device": "cpu"},
             "model": {"name": order["model"], "dtype": order["dtype"]},
-            "data": {
-                "max_prompt_tokens": max(map(len, order["prompts"])),
-                "max_response_tokens": order["response_tokens"],
-            },
+            "data": {"max_prompt_tokens": longest, "max_response_tokens": order["response_tokens"]},
             "ppo": {
                 "episodes": order["batch"] * order["iterations"],
                 "batch_size": order["batch"],
@@ -167,14 +157,13 @@ def lengths(experience: Experience) -> list[tuple[int, int]]:
 
 def shape_of(ppo: Ppo) -> Shape:
     """The shape of the policy, which is the value model's too."""
-    networks: PolicyValue = ppo.networks
-    return Shape.of(networks.policy.config)
+    return Shape.of(ppo.networks.policy.config)
 
 
 def sampler(order: Order) -> Any:
     """A function that samples the order's prompts once by the native loop; its argument numbers the round."""
-    tokenizer = models.load_tokenizer(order["model"])
-    policy = models.load_policy(order["model"], ModelSection(name=order["model"], dtype=order["dtype"]))
+    section = ModelSection(name=order["model"], dtype=order["dtype"])
+    tokenizer, policy = models.load_tokenizer(order["model"]), models.load_policy(order["model"], section)
 
     def run(round_: int, new_tokens: int = order["new_tokens"]) -> None:
         rows = sample(
@@ -190,9 +179,6 @@ def sampler(order: Order) -> Any:
         assert rows.response_ids.shape == (len(order["prompts"]), new_tokens)
 
     return run
-
-
-# --- reward model and SFT
 
 
 class RewardTraining:
@@ -251,6 +237,5 @@ def sft_trainer(order: Order, folder: Path, clock: Any) -> Any:
             },
         }
     )
-    tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(order["model"])
-    policy = models.load_policy(order["model"], recipe.model)
+    tokenizer, policy = models.load_tokenizer(order["model"]), models.load_policy(order["model"], recipe.model)
     return sft_stage.build_trainer(policy, tokenizer, order["rows"], recipe, folder, clock)

@@ -53,7 +53,7 @@ def of_case(lines: Sequence[Line], line: Line) -> Line | None:
 
 def render(lines: Sequence[Line]) -> str:
     """The table as Markdown, with columns padded so that it reads on a terminal."""
-    head = ["part", "case", "side", "median", "spread", "unit", "ours is", "peak", "ours takes", "note"]
+    head = ["part", "case", "side", "median", "spread", "unit", "speed of ours", "peak", "memory of ours", "note"]
     rows = [head]
     for line in lines:
         ours = of_case(lines, line)

@@ -27,6 +27,7 @@ class Sizes:
     rollout_batch: int
     new_tokens: int
     rounds: int
+    reward_ks: tuple[int, ...]
     reward_prompts: int  # per optimiser step
     reward_steps: int
     memory_ks: tuple[int, ...]
@@ -34,10 +35,52 @@ class Sizes:
     growth_lengths: tuple[int, ...]
     growth_batches: tuple[int, ...]
     growth_depths: tuple[int, ...]
+    growth_depth: int  # of lengths and batches
+    vllm_compiles: bool  # minutes of start-up for a faster decode
 
 
-FULL = Sizes(32, 8, 8, 48, 3, 10, 32, 64, 3, 4, 3, (2, 4, 9, 16), 96, (32, 128, 512), (8, 16, 32, 64), (6, 12, 30))
-QUICK = Sizes(8, 4, 4, 16, 2, 0, 32, 16, 1, 2, 1, (4, 9), 40, (32, 64), (8, 16), (6, 12))
+FULL = Sizes(
+    episodes=32,
+    minibatch=8,
+    micro_batch=8,
+    response_tokens=48,
+    iterations=3,
+    many_iterations=10,
+    rollout_batch=32,
+    new_tokens=64,
+    rounds=3,
+    reward_ks=(4, 9),
+    reward_prompts=2,
+    reward_steps=2,
+    memory_ks=(2, 4, 9, 16),
+    sft_rows=96,
+    growth_lengths=(32, 128, 512),
+    growth_batches=(8, 16, 32, 64),
+    growth_depths=(6, 12, 30),
+    growth_depth=30,
+    vllm_compiles=True,
+)
+QUICK = Sizes(
+    episodes=8,
+    minibatch=4,
+    micro_batch=4,
+    response_tokens=16,
+    iterations=2,
+    many_iterations=0,
+    rollout_batch=32,
+    new_tokens=16,
+    rounds=1,
+    reward_ks=(4,),
+    reward_prompts=1,
+    reward_steps=1,
+    memory_ks=(),
+    sft_rows=28,
+    growth_lengths=(32, 64),
+    growth_batches=(),
+    growth_depths=(6, 12),
+    growth_depth=6,
+    vllm_compiles=False,
+)
 
 
 class Workload:
@@ -75,6 +118,7 @@ class Workload:
             "dtype": dtype,
             "new_tokens": s.new_tokens,
             "rounds": s.rounds,
+            "compile": s.vllm_compiles,
             "seed": RATES["seed"],
         }
 
