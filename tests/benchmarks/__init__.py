@@ -1,0 +1,1 @@
+"""Benchmarks: programs that measure one thing each, and `bench.py`, which runs ours and the peers' side by side."""

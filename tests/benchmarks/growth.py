@@ -1,0 +1,29 @@
+"""How the cost of our rollout and update grows with response length, batch size and depth, against the work in them."""
+
+from __future__ import annotations
+
+from benchmarks.flops import policy_flops, update_flops
+from benchmarks.measure import read_order, report
+from benchmarks.ours import collect, lengths, make_ppo, shape_of, train
+
+
+def main() -> None:
+    """One iteration at the ordered size after a small one that allocates the optimiser's state."""
+    order = read_order()
+    make = order | {"iterations": 2}
+    ppo = make_ppo(make)
+    train(ppo, collect(ppo, {}), {})
+    seconds: dict[str, float] = {}
+    experience = collect(ppo, seconds)
+    train(ppo, experience, seconds)
+    shape, rows = shape_of(ppo), lengths(experience)
+    report(
+        rollout_s=seconds["rollout"],
+        rollout_flops=policy_flops(shape, rows),
+        train_s=seconds["train"],
+        train_flops=update_flops(shape, rows),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Optimiser steps of TRL's RewardTrainer on the pairs of the same rankings."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from trl import RewardConfig, RewardTrainer
+
+from benchmarks.measure import read_order, report
+from benchmarks.pairs import expand
+from benchmarks.stepclock import StepClock
+
+
+def main() -> None:
+    """The loss of every prompt at the initial weights, then the ordered steps after a first one."""
+    order, clock = read_order(), StepClock()
+    by_prompt = [
+        [dict(zip(("chosen_ids", "rejected_ids"), pair, strict=True)) for pair in expand(**group)]
+        for group in order["groups"]
+    ]
+    rows = [row for pairs in by_prompt for row in pairs]
+    pairs = len(by_prompt[0])  # the same of every prompt: no ties
+    steps = order["steps"] + 1
+    rows *= -(-steps * order["batch"] // len(by_prompt))
+    model = AutoModelForSequenceClassification.from_pretrained(
+        order["reward_model"], dtype=getattr(torch, order["dtype"]), num_labels=1
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = RewardTrainer(
+            model=model,
+            args=RewardConfig(
+                output_dir=folder,
+                per_device_train_batch_size=pairs * order["micro_batch"],
+                gradient_accumulation_steps=order["batch"] // order["micro_batch"],
+                max_steps=steps,
+                learning_rate=order["lr"],
+                lr_scheduler_type="constant",
+                adam_beta2=0.95,
+                weight_decay=0.0,
+                max_grad_norm=1.0,
+                gradient_checkpointing=False,
+                bf16=False,
+                use_cpu=True,
+                dataloader_pin_memory=False,
+                logging_steps=1,
+                report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(order["model"]),
+            callbacks=[clock],
+        )
+        losses = []
+        if order["losses"]:
+            trainer.model.eval()
+            with torch.no_grad():
+                for group in by_prompt:
+                    losses.append(float(trainer.compute_loss(trainer.model, trainer.data_collator(group))))
+        trainer.train()
+    report(losses=losses, seconds=[b - a for a, b in zip(clock.times, clock.times[1:], strict=False)])
+
+
+if __name__ == "__main__":
+    main()
