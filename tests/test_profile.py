@@ -214,7 +214,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("runs")
     small = ["tiny", "tracking.wandb=disabled", "run.device=cpu", "rank.prompts=8", "rank.outputs_per_prompt=3"]
     small += ["data.max_response_tokens=16", "data.validation_fraction=0.3", "ppo.episodes=16", "ppo.batch_size=8"]
-    small += ["reward.batch_size=2", "reward.micro_batch_size=2", f"run.dir={folder}", "run.name=small"]
+    small += ["reward.batch_size=2", f"run.dir={folder}", "run.name=small"]
     for stage in (sft, rank, reward):
         assert stage.main(small) == 0
     assert ppo.main([*small, "--variant", "ppo-ptx"]) == 0

@@ -23,8 +23,8 @@ def read_order() -> Order:
 
 
 def report(**result: Any) -> None:
-    """Print the result, with the peak memory of this process, as the last line."""
-    print(json.dumps(result | {"peak_gb": peak_gb()}), flush=True)
+    """Print the result as the last line, with the peak memory of this process where it does not say it itself."""
+    print(json.dumps({"peak_gb": peak_gb()} | result), flush=True)
 
 
 def peak_gb() -> float | None:

@@ -10,7 +10,6 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from rlhf.allocator import keep_freed_memory
 from rlhf.config import ModelSection, Recipe
 from rlhf.engine import Engine, ParamGroup
 from rlhf.experience import Experience
+from rlhf.phasetime import PhaseTimes
 from rlhf.ppo_state import Ppo, build
 from rlhf.probes import write_probes
 from rlhf.prompting import encode_prompt, encode_response
@@ -142,10 +142,15 @@ def collect(ppo: Ppo, seconds: dict[str, float]) -> Experience:
     return experience
 
 
-def train(ppo: Ppo, experience: Experience, seconds: dict[str, float]) -> None:
+def phase_times(ppo: Ppo) -> PhaseTimes:
+    """What the update measures itself with. It sets the kernel's peak back; `peak_gb` of it is that of all."""
+    return PhaseTimes(ppo.engine.device, next(ppo.networks.parameters()).dtype)
+
+
+def train(ppo: Ppo, experience: Experience, seconds: dict[str, float], times: PhaseTimes) -> None:
     """The update phase, all optimiser steps; its seconds are added."""
     begin = time.perf_counter()
-    ppo_stage.update(ppo, experience, defaultdict(float))
+    ppo_stage.update(ppo, experience, times)
     seconds["train"] = time.perf_counter() - begin
     ppo.iteration += 1
 
@@ -191,7 +196,7 @@ class RewardTraining:
                 "model": {"name": order["model"], "dtype": order["dtype"]},
                 "reward": {
                     "batch_size": order["batch"],
-                    "micro_batch_size": order["micro_batch"],
+                    "micro_tokens": order["micro_tokens"],
                     "lr": order["lr"],
                     "schedule": "constant",
                 },
