@@ -114,7 +114,8 @@ def test_four_networks_on_one_base_are_counted_once() -> None:
     assert found["weights: policy"] == 4 * (ALL + 8 * adapters)
     assert (found["weights: value"], found["weights: reward model"]) == (own, own)
     assert "weights: reference" not in found
-    for apart in (["launch.processes=2", "launch.zero_stage=3"], ["reward.model=tiny"], ["reward.lora.enabled=false"]):
+    parted = ["launch.processes=2", "launch.zero_stage=3", "ppo.micro_batch_size=4"]
+    for apart in (parted, ["reward.model=tiny"], ["reward.lora.enabled=false"]):
         recipe = load_recipe("tiny", [*lora, *apart])
         found = stage_memory(recipe, "ppo-ptx", shapes_of(recipe), H100).components()
         assert found["weights: value"] > 4 * ALL / 2 and found["weights: reward model"] == 4 * (ALL + 64)
