@@ -173,10 +173,10 @@ def _memory(path: Path, recipe: Recipe, stage: str, largest: Row) -> dict[str, f
     if not peak:
         return {}
     from rlhf.hardware import Card
-    from rlhf.memory import Shapes, shapes_of, stage_memory
+    from rlhf.memory import stage_memory
     from rlhf.plan import as_launched
     from rlhf.quiet import quiet_libraries
-    from rlhf.shapes import model_config
+    from rlhf.shapes import Shapes, model_config, shapes_of
 
     quiet_libraries()
     folders = [path / before / "model" for before in ("sft", "reward")]
