@@ -87,6 +87,7 @@ class Engine:
         self.max_skipped_steps = max_skipped_steps
         self.skipped_in_a_row = 0
         self.skipped_steps = 0
+        self._bad_part = ""
 
     @property
     def device(self) -> torch.device:
@@ -126,6 +127,27 @@ class Engine:
         Raises:
             UserError: after `max_skipped_steps` skipped steps in a row, naming the first bad tensor.
         """
+        # What was found in a part skips the rest and is counted with it.
+        norms, bad = ({}, self._bad_part) if self._bad_part else self._step(lr_factor)
+        self._bad_part = ""
+        self._clear()
+        self._count_skipped(bad)
+        return StepResult(norms, bad)
+
+    def step_part(self, lr_factor: float = 1.0) -> dict[str, float]:
+        """Step the groups that have gradients now, before those of the others are made, so that their memory is free.
+
+        `step` ends the optimiser step. Groups are clipped apart, so the result is that of one `step` for all.
+
+        Returns:
+            gradient norms of these groups; none from an engine that steps all groups at once.
+        """
+        norms, self._bad_part = self._step(lr_factor)
+        self._clear()
+        return norms
+
+    def _step(self, lr_factor: float) -> tuple[dict[str, float], str]:
+        """Gradient norms by group, and the first non-finite gradient if any."""
         clipped = self._base_optimizer
         for group, state in zip(self.groups, self.optimizer.param_groups, strict=True):
             state["lr"] = group.lr * lr_factor
@@ -135,11 +157,12 @@ class Engine:
         self.optimizer.step()
         bad = next((f"{g.name}.{_first_non_finite(g.module)}" for g in self.groups if g.name == clipped.non_finite), "")
         self._round_copies()
+        return clipped.grad_norms, bad
+
+    def _clear(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         for parameter in self._copies:
             parameter.grad = None
-        self._count_skipped(bad)
-        return StepResult(clipped.grad_norms, bad)
 
     def _count_skipped(self, bad: str) -> None:
         """Keep the count of steps in a row whose gradient was not finite; `bad` names its first bad tensor, if any."""

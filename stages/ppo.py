@@ -5,8 +5,9 @@ One iteration, in the order of the functions below:
     rollout     sample a response for each of batch_size prompts from the policy
     score       reference log-probabilities, values and reward-model scores of those episodes
     advantages  per-token rewards (KL penalty, score at the last token), GAE, whitening        rlhf/experience.py
-    ppo step    for every minibatch: clipped policy loss and clipped value loss                rlhf/objectives.py
+    policy step for every minibatch: the clipped policy loss                                   rlhf/objectives.py
     ptx step    its gradient added to the same optimiser step: ptx_coef x pretraining NLL
+    value step  the clipped value loss, when the policy's activations and gradients are gone
     log         metrics and a table of samples
     checkpoint  everything that the next iteration depends on, sealed
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from rlhf.recipe import load_recipe
 from rlhf.rescoring import rescore
 from rlhf.rollout import Rollout, row_seed, sample
 from rlhf.schedule import lr_factor
-from rlhf.scoring import build_batch, head_pieces, scores, token_values
+from rlhf.scoring import SequenceBatch, build_batch, head_pieces, scores, token_values
 from rlhf.sharding import everyones, own
 from rlhf.stage import StageContext, exit_code, parse_stage_args, run_stage
 
@@ -88,41 +89,44 @@ def score(ppo: Ppo, episodes: Rollout) -> Experience:
     )
 
 
-def ppo_step(ppo: Ppo, experience: Experience, minibatch: Sequence[int], last: bool) -> dict[str, float]:
-    """Accumulate the gradient of the clipped policy and value losses over a minibatch of episodes.
+def micro_batches(
+    ppo: Ppo, experience: Experience, minibatch: Sequence[int]
+) -> Iterator[tuple[SequenceBatch, Tensor, Callable[[Tensor], Tensor], bool]]:
+    """Of this process, in turn: a batch, its mask, what takes its part [b, r] of [B, R], and whether it is the last.
 
-    `last` says that no other gradient follows in this optimiser step. Returns token means, except ratio_max/_error.
+    Rows of like length share a micro-batch, so that little is spent on padding.
     """
-    cfg, device = ppo.recipe.ppo, ppo.engine.device
-    tokens = experience.mask[list(minibatch)].sum().to(device)
-    sums: dict[str, float] = defaultdict(float)
-    ratio_max = ratio_error = 0.0
-    # Rows of like length share a micro-batch, so that little is spent on padding.
+    device, size = ppo.engine.device, ppo.recipe.ppo.micro_batch_size
     mine = own(sorted(minibatch, key=lambda i: sum(map(len, experience.pairs[i]))))
-    size = cfg.micro_batch_size
-    pieces = head_pieces(size * ppo.recipe.data.max_response_tokens)
     for start in range(0, len(mine), size):
         rows = mine[start : start + size]
-        batch = build_batch([experience.pairs[i] for i in rows], ppo.tokenizer.pad_token_id).to(device)
         width = int(experience.mask[rows].sum(1).max())
 
         def take(values: Tensor, rows: list[int] = rows, width: int = width) -> Tensor:
             return values[rows][:, :width].to(device)
 
-        # Divided by the tokens of the whole minibatch: any split over micro-batches and processes, one gradient. The
-        # networks take turns, so that the activations of one are held at a time.
-        mask = take(experience.mask)
+        batch = build_batch([experience.pairs[i] for i in rows], ppo.tokenizer.pad_token_id).to(device)
+        yield batch, take(experience.mask), take, start + size >= len(mine)
+
+
+def policy_step(ppo: Ppo, experience: Experience, minibatch: Sequence[int]) -> dict[str, float]:
+    """Accumulate the gradient of the clipped policy loss over a minibatch of episodes.
+
+    Returns token means, except ratio_max and ratio_error.
+    """
+    cfg = ppo.recipe.ppo
+    tokens = experience.mask[list(minibatch)].sum().to(ppo.engine.device)
+    sums: dict[str, float] = defaultdict(float)
+    ratio_max = ratio_error = 0.0
+    pieces = head_pieces(cfg.micro_batch_size * ppo.recipe.data.max_response_tokens)
+    for batch, mask, take, _ in micro_batches(ppo, experience, minibatch):
         with ppo.engine.accumulate(False):
             out = ppo.engine.model("policy", batch, cfg.temperature, pieces)
-            logprobs = batch.unflatten(out.logprobs, width)
+            logprobs = batch.unflatten(out.logprobs, mask.shape[1])
             policy = policy_loss(logprobs, take(experience.logprobs), take(experience.advantages), mask, cfg.clip)
+            # Divided by the tokens of the whole minibatch: any split over micro-batches and processes, one gradient.
             ppo.engine.backward(policy.loss / tokens)
-        with ppo.engine.accumulate(last and start + size >= len(mine)):
-            values = batch.unflatten(ppo.engine.model("value", batch), width)
-            value = value_loss(values, take(experience.values), take(experience.returns), mask, cfg.value_clip)
-            ppo.engine.backward(cfg.vf_coef * value / tokens)
         sums["ppo/policy_loss"] += float(policy.loss.detach() / tokens)
-        sums["ppo/value_loss"] += float(value.detach() / tokens)
         sums["ppo/clip_fraction"] += float(policy.clipped / tokens)
         sums["ppo/approx_kl"] += float(policy.approx_kl / tokens)
         sums["ppo/entropy"] += float(out.entropies.sum() / tokens)
@@ -131,6 +135,19 @@ def ppo_step(ppo: Ppo, experience: Experience, minibatch: Sequence[int], last: b
     totals = {name: sum(each[name] for each in everyones(sums)) for name in sums}
     extremes = everyones((ratio_max, ratio_error))
     return totals | {"ppo/ratio_max": max(r for r, _ in extremes), "ratio_error": max(e for _, e in extremes)}
+
+
+def value_step(ppo: Ppo, experience: Experience, minibatch: Sequence[int]) -> dict[str, float]:
+    """Accumulate the gradient of the clipped value loss over a minibatch of episodes; returns its token mean."""
+    cfg = ppo.recipe.ppo
+    tokens, total = experience.mask[list(minibatch)].sum().to(ppo.engine.device), 0.0
+    for batch, mask, take, ends in micro_batches(ppo, experience, minibatch):
+        with ppo.engine.accumulate(ends):
+            values = batch.unflatten(ppo.engine.model("value", batch), mask.shape[1])
+            loss = value_loss(values, take(experience.values), take(experience.returns), mask, cfg.value_clip)
+            ppo.engine.backward(cfg.vf_coef * loss / tokens)
+        total += float(loss.detach() / tokens)
+    return {"ppo/value_loss": sum(everyones(total))}
 
 
 def ptx_step(ppo: Ppo, step: int) -> dict[str, float]:
@@ -142,7 +159,7 @@ def ptx_step(ppo: Ppo, step: int) -> dict[str, float]:
     mine, nll = own(rows), 0.0
     for start in range(0, len(mine), size):
         batch = build_batch(text_pairs(mine[start : start + size]), ppo.tokenizer.pad_token_id).to(ppo.engine.device)
-        with ppo.engine.accumulate(start + size >= len(mine)):
+        with ppo.engine.accumulate(False):
             token_nll = ppo.engine.model("ptx", batch, pieces=head_pieces(size * ppo.recipe.ppo.ptx_tokens))
             loss = ptx_loss(token_nll, torch.ones_like(token_nll, dtype=torch.bool), ppo.ptx_coef)
             ppo.engine.backward(loss / tokens)
@@ -168,7 +185,7 @@ def update(ppo: Ppo, experience: Experience, times: PhaseTimes) -> dict[str, flo
             step = (ppo.iteration * cfg.epochs + epoch) * plan.minibatches + m
             phase("update", step)
             with times("train"):
-                metrics = ppo_step(ppo, experience, minibatch, last=ppo.ptx_coef == 0)
+                metrics = policy_step(ppo, experience, minibatch)
             if epoch == 0 and m == 0:
                 check_first_minibatch(ppo, experience, metrics["ratio_error"])
             if ppo.ptx_coef > 0:
@@ -183,13 +200,18 @@ def update(ppo: Ppo, experience: Experience, times: PhaseTimes) -> dict[str, flo
                         parts = [a - b for a, b in zip(after, before, strict=True)]
                         metrics["ppo/grad_norm_ptx"] = float(grad_norm(parts))
             with times("optimizer"):
+                norms = ppo.engine.step_part(factor)
+            with times("train"):
+                metrics |= value_step(ppo, experience, minibatch)
+            with times("optimizer"):
                 result = ppo.engine.step(factor)
+                norms |= result.grad_norms
                 if cfg.ema_decay > 0 and not result.non_finite:
                     update_average(ppo)
-            metrics["ppo/grad_norm"] = result.grad_norms.get("policy", math.nan)
+            metrics["ppo/grad_norm"] = norms.get("policy", math.nan)
             if ppo.ptx_coef == 0:
                 metrics["ppo/grad_norm_policy"] = metrics["ppo/grad_norm"]
-            metrics["ppo/grad_norm_value"] = result.grad_norms.get("value", math.nan)
+            metrics["ppo/grad_norm_value"] = norms.get("value", math.nan)
             for name, value in metrics.items():
                 history[name].append(value)
     means = {name: sum(values) / len(values) for name, values in history.items() if name != "ratio_error"}

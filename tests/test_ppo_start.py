@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from ppo_steps import ppo_step
 from test_split_invariance import ALL, TEMPERATURE, llama, make_ppo, with_ppo
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -14,7 +15,7 @@ from rlhf.errors import UserError
 from rlhf.models import add_lora, load_tokenizer
 from rlhf.ppo_state import Ppo
 from rlhf.scoring import build_batch, response_logprobs, token_logprobs
-from stages.ppo import check_first_minibatch, ppo_step, rollout, score
+from stages.ppo import check_first_minibatch, rollout, score
 
 
 def start(kind: str, tokenizer: PreTrainedTokenizerBase, gpt2_dir: str) -> Ppo:
@@ -53,7 +54,7 @@ def test_ratio_is_one_and_kl_zero_at_step_zero(tiny_dir: str, tiny_gpt2_dir: str
     experience = score(ppo, episodes)
     assert float((experience.logprobs - experience.ref_logprobs).abs().max()) < 1e-4
     assert float(experience.kl_per_response().abs().max()) < 1e-3
-    metrics = ppo_step(with_ppo(ppo, micro_batch_size=2), experience, ALL, last=True)
+    metrics = ppo_step(with_ppo(ppo, micro_batch_size=2), experience, ALL)
     assert metrics["ratio_error"] < 1e-4 and metrics["ppo/clip_fraction"] == 0.0
     assert metrics["ppo/approx_kl"] == pytest.approx(0.0, abs=1e-6)
     check_first_minibatch(ppo, experience, metrics["ratio_error"])
@@ -72,7 +73,7 @@ def test_the_reference_of_an_adapter_stays_where_the_policy_started(tiny_tokeniz
     assert max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True)) < 1e-4
     assert float(experience.kl_per_response().mean()) > 0.1
     # The ratio is still 1 before an update, and the adapter is on again.
-    metrics = ppo_step(ppo, experience, ALL, last=True)
+    metrics = ppo_step(ppo, experience, ALL)
     assert metrics["ratio_error"] < 1e-4
     check_first_minibatch(dataclasses.replace(ppo, iteration=1), experience, metrics["ratio_error"])
     with pytest.raises(UserError, match="before the first update, so KL is not 0"):
@@ -83,6 +84,6 @@ def test_dropout_left_on_is_found(tiny_tokenizer: PreTrainedTokenizerBase) -> No
     ppo = start("llama", tiny_tokenizer, "")
     experience = score(ppo, rollout(ppo))
     ppo.networks.train()
-    metrics = ppo_step(ppo, experience, ALL, last=True)
+    metrics = ppo_step(ppo, experience, ALL)
     with pytest.raises(UserError, match=r"probability ratio is off by .* before any update"):
         check_first_minibatch(ppo, experience, metrics["ratio_error"])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ppo_steps import ppo_step
 from test_resume import assert_same, stop_at
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ from rlhf.saving import Checkpoints
 from rlhf.scoring import scores, token_logprobs, token_values
 from rlhf.shared_base import FOLDER, save_adapter, scalar_twin, trainable
 from stages import ppo as stage
-from stages.ppo import ppo_step, rollout, score, update
+from stages.ppo import rollout, score, update
 
 SECTION = ModelSection(name="tiny")
 FIELDS = ["tracking.wandb=disabled", "run.device=cpu", "model.lora.enabled=true", "reward.lora.enabled=true"]
@@ -187,7 +188,7 @@ def test_numbers_and_gradients_of_separate_models(
 
 
 def gradients(run: Ppo, experience: Experience) -> dict[str, Tensor]:
-    ppo_step(run, experience, ALL, last=True)
+    ppo_step(run, experience, ALL)
     assert all(p.grad is None for p in run.networks.parameters() if not p.requires_grad)
     return {name: p.grad.clone() for name, p in run.engine.trainable().items()}
 

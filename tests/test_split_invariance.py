@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from ppo_steps import ppo_step
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
@@ -30,7 +31,7 @@ from rlhf.ppo_state import Ppo
 from rlhf.records import Drops
 from rlhf.saving import Checkpoints
 from rlhf.tracking import Tracker
-from stages.ppo import ppo_step, ptx_step, rollout, score
+from stages.ppo import ptx_step, rollout, score
 from stages.reward import Group, Scored
 from stages.reward import step as reward_step
 from stages.sft import Reporter, build_trainer
@@ -181,20 +182,20 @@ def test_reward_gradient(tiny_tokenizer: PreTrainedTokenizerBase, ties: str) -> 
 
 def test_ppo_gradient_and_metrics(ppo: Ppo) -> None:
     experience = moved(ppo)
-    metrics = ppo_step(ppo, experience, ALL, last=True)
+    metrics = ppo_step(ppo, experience, ALL)
     whole = take_gradient(ppo.engine)
     assert 0.1 < metrics["ppo/clip_fraction"] < 0.9, "both branches of the clip must be there"
     for size in SPLITS:
-        got = ppo_step(with_ppo(ppo, micro_batch_size=size), experience, ALL, last=True)
+        got = ppo_step(with_ppo(ppo, micro_batch_size=size), experience, ALL)
         assert got == pytest.approx(metrics, rel=1e-4)
         assert distance(take_gradient(ppo.engine), whole) < 1e-5
 
 
 def test_the_order_of_episodes_does_not_matter(ppo: Ppo) -> None:
     experience = moved(ppo)
-    ppo_step(ppo, experience, ALL, last=True)
+    ppo_step(ppo, experience, ALL)
     whole = take_gradient(ppo.engine)
-    ppo_step(with_ppo(ppo, micro_batch_size=2), experience, [5, 0, 3, 7, 1, 6, 2, 4], last=True)
+    ppo_step(with_ppo(ppo, micro_batch_size=2), experience, [5, 0, 3, 7, 1, 6, 2, 4])
     assert distance(take_gradient(ppo.engine), whole) < 1e-5
 
 
@@ -274,7 +275,7 @@ def text_nll(policy: nn.Module, ids: Sequence[int], temperature: float = 1.0) ->
 
 def test_ppo_step_is_the_token_loop(ppo: Ppo) -> None:
     experience = moved(ppo)
-    metrics = ppo_step(with_ppo(ppo, micro_batch_size=2), experience, ALL, last=True)
+    metrics = ppo_step(with_ppo(ppo, micro_batch_size=2), experience, ALL)
     policy_gradient, value_gradient = take_gradient(ppo.engine, "policy"), take_gradient(ppo.engine, "value")
     take_gradient(ppo.engine)
 
@@ -339,13 +340,13 @@ def test_ptx_step_is_the_mean_over_pretraining_tokens(ppo: Ppo) -> None:
 
 def test_the_gradient_of_ppo_ptx_is_the_sum_of_both(ppo: Ppo) -> None:
     experience = moved(ppo)
-    ppo_step(ppo, experience, ALL, last=True)
+    ppo_step(ppo, experience, ALL)
     policy, value = take_gradient(ppo.engine, "policy"), take_gradient(ppo.engine, "value")
     take_gradient(ppo.engine)
     ptx_step(ppo, step=0)
     ptx = take_gradient(ppo.engine)
     split = with_ppo(ppo, micro_batch_size=2)
-    ppo_step(split, experience, ALL, last=False)
+    ppo_step(split, experience, ALL)
     ptx_step(split, step=0)
     assert distance(take_gradient(ppo.engine, "policy"), policy + ptx) < 1e-5
     assert distance(take_gradient(ppo.engine, "value"), value) < 1e-5
