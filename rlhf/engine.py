@@ -134,17 +134,18 @@ class Engine:
         self._count_skipped(bad)
         return StepResult(norms, bad)
 
-    def step_part(self, lr_factor: float = 1.0) -> dict[str, float]:
+    def step_part(self, lr_factor: float = 1.0) -> StepResult:
         """Step the groups that have gradients now, before those of the others are made, so that their memory is free.
 
-        `step` ends the optimiser step. Groups are clipped apart, so the result is that of one `step` for all.
+        `step` ends the optimiser step. Groups are clipped apart, so the result is that of one `step` for all, unless
+        a gradient is not finite: one found here skips the groups that follow, one found later comes too late for these.
 
         Returns:
-            gradient norms of these groups; none from an engine that steps all groups at once.
+            of these groups; without norms from an engine that steps all groups at once.
         """
         norms, self._bad_part = self._step(lr_factor)
         self._clear()
-        return norms
+        return StepResult(norms, self._bad_part)
 
     def _step(self, lr_factor: float) -> tuple[dict[str, float], str]:
         """Gradient norms by group, and the first non-finite gradient if any."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
@@ -96,6 +97,8 @@ class Inference:
         x = self.body.embed_tokens.weight[ids]
         angles = self._angles(x, torch.arange(length, device=ids.device))
         cos, sin = (t[:, None] for t in angles)  # [L, 1, D / 2]
+        # On CUDA torch has kernels for grouped heads in half precision only, by its documentation.
+        repeated = self.layers[0].q.weight.shape[0] // (self.groups * self.size) if slow_groups(x) else 0
         for layer in self.layers:
             y = rms_norm(x, x.shape[-1:], layer.before_attention, self.eps)
             q, k, v = (m.rows(y).view(batch, length, -1, self.size) for m in (layer.q, layer.k, layer.v))
@@ -103,13 +106,16 @@ class Inference:
                 q = rms_norm(q, (self.size,), layer.q_norm, self.eps)
                 k = rms_norm(k, (self.size,), layer.k_norm, self.eps)
             q, k, v = (t.transpose(1, 2) for t in (_rotated(q, cos, sin, -1), _rotated(k, cos, sin, -1), v))
+            kept = KeysValues(k, v)
+            if repeated:
+                k, v = (t.repeat_interleave(repeated, 1) for t in (k, v))
             # Causal attention alone keeps padding on the right from every real token.
-            out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=not repeated)
             x = x + layer.o.rows(out.transpose(1, 2).reshape(batch, length, -1))
             y = rms_norm(x, x.shape[-1:], layer.before_mlp, self.eps)
             x = x + layer.down.rows(silu(layer.gate.rows(y), inplace=True).mul_(layer.up.rows(y)))
             if keep is not None:
-                keep.append(KeysValues(k, v))
+                keep.append(kept)
         return rms_norm(x, x.shape[-1:], self.body.norm.weight, self.eps)
 
     def step(self, tokens: Tensor, positions: Tensor, room: list[KeysValues], end: int, mask: Tensor | None) -> Tensor:
@@ -150,18 +156,26 @@ class Inference:
         return (wide * scale).to(x.dtype) * weight[:, None]
 
 
+def slow_groups(x: Tensor) -> bool:
+    """Whether attention by groups of heads would fall to torch's slow kernel, which holds every score."""
+    return x.device.type == "cuda" and x.dtype == torch.float32
+
+
 def inference_for(model: nn.Module) -> Inference | None:
     """The passes for a model, or None for one that they do not cover: its own forward serves then."""
     base = base_model(model)
     config = base.config
     covered = (
         type(base).__name__ in COVERED
+        and type(base) is getattr(transformers, type(base).__name__)  # not a namesake from a model's own code
+        and getattr(config, "is_causal", True)
         and config.hidden_act == "silu"
         and not _slides(config)
         and config.rope_parameters["rope_type"] in ROTARY
         and config._attn_implementation == "sdpa"
         and not any(is_partitioned(p) and p.numel() == 0 for p in base.parameters())  # layers gathered one by one
         and all(_covered(module) for module in base.modules())
+        and all(_plain(module) for layer in base.model.layers for module in layer.modules())
     )
     return Inference(model) if covered else None
 
@@ -171,6 +185,14 @@ def _slides(config: Any) -> bool:
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return bool(window) or any(kind != "full_attention" for kind in kinds)
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether a part of a layer computes what its class says: no hooks on it, no quantised weight in a linear map."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return False
+    inner = getattr(module, "base_layer", module)
+    return type(inner) is nn.Linear or not isinstance(getattr(inner, "in_features", None), int)
 
 
 def _covered(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ rlhf/engine.py, rlhf/zero.py and DeepSpeed 0.19; `held` is the one place that sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rlhf.config import Recipe
@@ -287,14 +287,18 @@ def _ppo(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Composition
     passes = [training_pass(policy, "policy", rows, *size), training_pass(value, "value", rows, *size)]
     once = plan.micro_batches == 1
     both, each = [("policy", policy), ("value", value)], dict[str, tuple[Part, ...]]()
-    # They take turns: while the value model's pass goes on, the policy's gradients are there and its activations gone.
-    for (name, _), part, earlier in zip(both, passes, (0.0, held(policy, how, on_gpu).gradients), strict=True):
-        always, each[f"{name} pass"], step = _trained(both, [part], how, on_gpu, once, earlier)
-    phases = each | {"optimiser step": step}
+    # They take turns, so that activations of one are there at a time; one process steps the policy, and has its
+    # gradients no more, before the value model's pass.
+    alone = how.processes == 1
+    for (name, _), part, before in zip(both, passes, (0.0, held(policy, how, on_gpu).gradients), strict=True):
+        stepped = (name,) if alone else ("policy", "value")
+        always, each[f"{name} pass"], step = _trained(both, [part], how, on_gpu, once, 0 if alone else before, stepped)
+        each[f"{name} step" if alone else "optimiser step"] = step
+    phases = dict(each)
     if ptx:
         text_rows = min(cfg.micro_batch_size, plan.ptx_rows_per_process)
         text = training_pass(policy, "policy", text_rows, 1, cfg.ptx_tokens - 1, recompute)
-        _, ptx_training, _ = _trained(both, [text], how, on_gpu, False)
+        _, ptx_training, _ = _trained(both, [text], how, on_gpu, False, stepped=("policy",) if alone else ())
         # One process tells the two gradients apart by a copy.
         copies = (Part("copy of gradients", count(policy).trained_bytes),) if how.processes == 1 else ()
         phases["pretraining step"] = (*ptx_training, *copies)
@@ -343,15 +347,20 @@ def _trained(
     on_gpu: bool,
     once: bool,
     earlier: float = 0.0,
+    stepped: Sequence[str] = (),
 ) -> tuple[tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]]:
     """Components of a training loop: always there, in the passes, in the optimiser's step.
 
     Args:
         once: a step is one forward and backward, so that no gradients are there before the activations.
         earlier: bytes of gradients of other models that are there even then.
+        stepped: names of the models whose gradients are there, when not all of them are.
     """
     each = [(name, held(spec, how, on_gpu)) for name, spec in models]
-    total = {field: sum(getattr(h, field) for _, h in each) for field in ("gradients", "optimiser", "gathered", "step")}
+    fields = ("gradients", "optimiser", "gathered", "step")
+    total = {field: sum(getattr(h, field) for _, h in each) for field in fields}
+    for field in ("gradients", "step"):
+        total[field] = sum(getattr(h, field) for name, h in each if not stepped or name in stepped)
     always = [Part(f"weights: {name}", h.weights, host=how.offload_weights) for name, h in each]
     always.append(Part("optimiser state", total["optimiser"], host=how.offload))
     if how.stage == 3:

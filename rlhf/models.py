@@ -204,9 +204,16 @@ def recompute_activations(model: nn.Module) -> None:
 
 def _load_config(where: str, model: ModelSection) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(where, trust_remote_code=model.trust_remote_code)
+        config = AutoConfig.from_pretrained(where, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise not_loaded("model", where, error) from error
+    if not getattr(config, "is_causal", True):
+        raise UserError(
+            "its attention sees what comes after a token (is_causal is false)",
+            where=where,
+            fix="name a causal language model; nothing here could sample from this one",
+        )
+    return config
 
 
 def _load(

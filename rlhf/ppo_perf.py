@@ -60,7 +60,7 @@ def iteration_needs(ppo: Ppo, pairs: Sequence[Pair], batches: dict[str, Batches]
     lengths = [(len(prompt), len(response)) for prompt, response in pairs]
     whole = _scaled(work_of(lengths), share)
     needs = decoding_needs(policy, pairs, cfg.rollout_batch_size)
-    if ppo.recipe.model.dtype != "float32":
+    if ppo.recipe.model.dtype != "float32" or cfg.rollout == "vllm":
         needs["perf/flops_rescore"] = policy.forward(whole)
         needs["perf/bytes_rescore"] = float(policy.weight_bytes)
     judged = whole._replace(heads=len(pairs) * share)
@@ -68,7 +68,8 @@ def iteration_needs(ppo: Ppo, pairs: Sequence[Pair], batches: dict[str, Batches]
     passes = batches["score"].number / 3 if "score" in batches else 1
     needs["perf/bytes_score"] = passes * (plain.weight_bytes + value.weight_bytes + reward.weight_bytes)
     needs["perf/flops_train"] = cfg.epochs * sum(cost.training(whole) for cost in (policy, value))
-    passes = batches["train"].number if "train" in batches else ppo.plan.steps_per_iteration
+    # The policy and the value model go through every micro-batch, each by itself.
+    passes = batches["train"].number / 2 if "train" in batches else ppo.plan.steps_per_iteration
     needs["perf/bytes_train"] = passes * sum(_training_bytes(cost) for cost in (policy, value))
     needs |= {"perf/flops_ptx": 0.0, "perf/bytes_ptx": 0.0}
     if ppo.ptx_coef > 0:

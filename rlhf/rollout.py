@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import LaunchSection
 from rlhf.decoding import decoding_for, pad
+from rlhf.errors import UserError
 from rlhf.phases import progressed
 from rlhf.placement import at_hand
 from rlhf.scoring import token_logprobs
@@ -205,6 +206,11 @@ def _decode_native(
     decoding = decoding_for(policy, max_new_tokens)
     logits = decoding.begin([list(prompt) for prompt in distinct], copies, pad_id)
     for step in range(max_new_tokens):
+        if not bool(torch.isfinite(logits.amax(-1)).all()):
+            raise UserError(
+                "the policy's logits are not finite: there is nothing to sample from",
+                fix="it has diverged: go back to an earlier checkpoint with a lower learning rate, or use float32",
+            )
         if temperature > 0:
             tokens, logprobs = draw(logits, uniforms[alive, step], temperature)
         else:

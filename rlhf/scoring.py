@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf.adapters import base_model
 from rlhf.errors import UserError
-from rlhf.inference import inference_for
+from rlhf.inference import inference_for, slow_groups
 from rlhf.phases import progressed
 from rlhf.phasetime import count_batch
 from rlhf.placement import at_hand
@@ -100,9 +100,13 @@ def hidden_states(model: nn.Module, batch: SequenceBatch) -> Tensor:
     if ours and (inference := inference_for(model)):
         return inference.hidden(batch.input_ids)
     backbone = getattr(base, base.base_model_prefix)
+    mask = batch.attention_mask
+    if mask is None and slow_groups(next(base.parameters())):
+        # Given a mask, transformers repeats keys and values itself, and torch takes a kernel that holds no scores.
+        mask = torch.arange(batch.input_ids.shape[1], device=base.device)[None] <= batch.last[:, None]
     return backbone(
         input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
+        attention_mask=mask,
         position_ids=batch.position_ids,
         use_cache=False,
     ).last_hidden_state

@@ -60,6 +60,8 @@ class Server:
         return "device_config=cpu" in self._call("/server_info")["vllm_config"]
 
     def load(self, folder: Path, version: str) -> None:
+        # Before the weights change: a run that is at work here must find at its end that its version is gone.
+        self._call("/update_weight_version", {"new_version": f"loading-{version}"})
         self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
         if not self._call("/reset_prefix_cache", {})["success"]:
             raise UserError(

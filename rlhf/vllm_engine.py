@@ -30,6 +30,7 @@ from rlhf.adapters import base_model
 from rlhf.config import LaunchSection
 from rlhf.errors import UserError
 from rlhf.models import save_model
+from rlhf.phases import progressed
 from rlhf.placement import whole_state
 from rlhf.processes import from_first
 from rlhf.vllm_clients import Advance, Row, Server, in_process
@@ -91,7 +92,13 @@ def sample_vllm(
             sampler.load(folder / "model", version)
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # vLLM has copied them, and a memory disk is no place to leave it
-        rows = sampler.generate(prompts, params, advance or (lambda n: None))
+
+        def done(rows: int) -> None:
+            progressed()
+            if advance:
+                advance(rows)
+
+        rows = sampler.generate(prompts, params, done)
         if (now := sampler.version()) != version:
             raise UserError(
                 f"vLLM was given weights {version} and ended the rollout with {now}",

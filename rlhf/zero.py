@@ -193,9 +193,9 @@ class ZeroEngine(Engine):
         """None of them: they lie in parts on all processes, or have not been summed over them yet."""
         return []
 
-    def step_part(self, lr_factor: float = 1.0) -> dict[str, float]:
+    def step_part(self, lr_factor: float = 1.0) -> StepResult:
         """Nothing: DeepSpeed steps all groups at once."""
-        return {}
+        return StepResult()
 
     def step(self, lr_factor: float = 1.0) -> StepResult:
         """Clip each group, step, clear the gradients; a non-finite gradient skips the step and is counted."""

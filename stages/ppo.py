@@ -200,13 +200,14 @@ def update(ppo: Ppo, experience: Experience, times: PhaseTimes) -> dict[str, flo
                         parts = [a - b for a, b in zip(after, before, strict=True)]
                         metrics["ppo/grad_norm_ptx"] = float(grad_norm(parts))
             with times("optimizer"):
-                norms = ppo.engine.step_part(factor)
+                part = ppo.engine.step_part(factor)
             with times("train"):
                 metrics |= value_step(ppo, experience, minibatch)
             with times("optimizer"):
                 result = ppo.engine.step(factor)
-                norms |= result.grad_norms
-                if cfg.ema_decay > 0 and not result.non_finite:
+                norms = part.grad_norms | result.grad_norms
+                # The policy was stepped with its part, or else with all.
+                if cfg.ema_decay > 0 and not (part if part.grad_norms else result).non_finite:
                     update_average(ppo)
             metrics["ppo/grad_norm"] = norms.get("policy", math.nan)
             if ppo.ptx_coef == 0:

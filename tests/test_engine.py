@@ -276,3 +276,54 @@ def test_a_users_deepspeed_file_with_unknown_places_is_refused(tmp_path: Path) -
         file.write_text(json.dumps({"zero_optimization": zero}))
         with pytest.raises(UserError, match="round_robin_gradients and state on NVMe"):
             settings(load_recipe("tiny", [f"launch.deepspeed_config={file}"]))
+
+
+def only(engine: Engine, group: str, value: float) -> None:
+    """A gradient for one group, none for the other."""
+    for name, parameter in engine.trainable().items():
+        parameter.grad = torch.full_like(parameter, value) if name.startswith(group) else None
+
+
+def test_a_step_in_parts_is_one_step() -> None:
+    apart, whole = make(), make()
+    for _ in range(3):
+        set_grads(whole, a_weight=[2.0] * 2, a_bias=[2.0], b_weight=[-0.1] * 6, b_bias=[-0.1] * 2)
+        expected = whole.step(0.5).grad_norms
+        only(apart, "a", 2.0)
+        part = apart.step_part(0.5)
+        assert apart.grads("first") == [], "its memory is free"
+        only(apart, "b", -0.1)
+        assert part.grad_norms | apart.step(0.5).grad_norms == expected
+    assert all(torch.equal(weights(apart)[name], each) for name, each in weights(whole).items())
+
+
+def test_a_bad_part_skips_what_follows_and_a_bad_rest_comes_too_late_for_the_part() -> None:
+    engine = make(max_skipped_steps=5)
+    start = weights(engine)
+    only(engine, "a", math.nan)
+    assert engine.step_part().non_finite == "first.weight.grad"
+    only(engine, "b", 1.0)
+    assert engine.step().non_finite == "first.weight.grad"
+    assert all(torch.equal(start[name], each) for name, each in weights(engine).items())
+    assert (engine.skipped_steps, engine.grads("second")) == (1, [])
+    only(engine, "a", 1.0)
+    assert engine.step_part().non_finite == ""
+    only(engine, "b", math.nan)
+    assert engine.step().non_finite == "second.weight.grad"
+    moved = {name for name, each in weights(engine).items() if not torch.equal(start[name], each)}
+    assert moved == {"a.weight", "a.bias"}
+    assert (engine.skipped_steps, engine.skipped_in_a_row) == (2, 2)
+
+
+def test_a_weight_with_gaps_is_stepped_as_torchs_plain_adamw_does() -> None:
+    """The fused kernel takes a tensor to lie without gaps."""
+    model, plain = Two(), Two()
+    for each in (model, plain):
+        each.b.weight = nn.Parameter(torch.arange(12.0).view(2, 6)[:, ::2])
+    engine, reference = make(model), torch.optim.AdamW(plain.b.parameters(), 0.01, (0.9, 0.95), weight_decay=0.0)
+    for _ in range(3):
+        for parameter in (*model.b.parameters(), *plain.b.parameters()):
+            parameter.grad = torch.full_like(parameter, 0.1)
+        engine.step()
+        reference.step()
+    assert torch.allclose(model.b.weight, plain.b.weight)

@@ -145,7 +145,33 @@ def dora() -> torch.nn.Module:
     return get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", use_dora=True, target_modules=["q_proj"]))
 
 
-@pytest.mark.parametrize("make", [gpt2, dynamic, eager, dora, lambda: mistral(window=4)])
+def hooked() -> torch.nn.Module:
+    model = llama()
+    model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return model
+
+
+def namesake() -> torch.nn.Module:
+    """A model's own code may call its class as it likes."""
+    return llama(type("LlamaForCausalLM", (LlamaForCausalLM,), {}))
+
+
+def other_linear() -> torch.nn.Module:
+    """A linear map that is more than its weight, as those of quantised models are."""
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = llama()
+    model.model.layers[0].mlp.up_proj.__class__ = Doubled
+    return model
+
+
+OTHERS = [gpt2, dynamic, eager, dora, hooked, namesake, other_linear, lambda: mistral(window=4)]
+
+
+@pytest.mark.parametrize("make", OTHERS)
 def test_other_models_are_left_to_their_own_forward(make):
     model = make()
     assert inference_for(model) is None

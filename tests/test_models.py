@@ -283,6 +283,10 @@ def test_new_reward_model_saves_and_loads(which: str, request, tmp_path: Path) -
     assert same(logits(again), logits(reward))
     with pytest.raises(UserError, match="not a policy"):
         load_policy(tmp_path / "reward", SECTION)
+    config = tmp_path / "reward" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"is_causal": False}))
+    with pytest.raises(UserError, match="is_causal is false"):
+        load_reward_model(tmp_path / "reward", SECTION)
 
 
 @pytest.mark.parametrize("which", ["tiny_dir", "tiny_gpt2_dir"])

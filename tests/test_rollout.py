@@ -8,6 +8,7 @@ import torch
 from test_scoring import EOS, by_hand, gpt2, llama
 from transformers import LlamaForCausalLM
 
+from rlhf.errors import UserError
 from rlhf.rollout import CDF_BLOCK, Rollout, draw, row_seed, row_uniforms, sample
 
 
@@ -148,3 +149,10 @@ def test_the_model_keeps_its_mode_and_the_caller_its_random_stream():
 def test_texts_leave_special_tokens_out():
     out = run(llama(LlamaForCausalLM))
     assert all(str(EOS) not in text.split() for text in out.texts(Tokenizer()))
+
+
+def test_logits_that_are_no_numbers_are_told():
+    model = llama()
+    torch.nn.init.constant_(model.lm_head.weight[7], float("nan"))
+    with pytest.raises(UserError, match="logits are not finite"):
+        run(model)
