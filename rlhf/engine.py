@@ -98,6 +98,11 @@ class Engine:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # inside Accelerate's wrapper
 
     @property
+    def turns(self) -> list[tuple[str, ...]]:
+        """Groups whose gradients are made together, one turn after the other; `step_part` may stand between turns."""
+        return [(group.name,) for group in self.groups]
+
+    @property
     def module(self) -> nn.Module:
         """The model without the wrappers of a distributed run."""
         return self.accelerator.unwrap_model(self.model)

@@ -286,15 +286,14 @@ def _ppo(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Composition
     size = (data.max_prompt_tokens, data.max_response_tokens, recompute)
     passes = [training_pass(policy, "policy", rows, *size), training_pass(value, "value", rows, *size)]
     once = plan.micro_batches == 1
-    both, each = [("policy", policy), ("value", value)], dict[str, tuple[Part, ...]]()
-    # They take turns, so that activations of one are there at a time; one process steps the policy, and has its
-    # gradients no more, before the value model's pass.
-    alone = how.processes == 1
-    for (name, _), part, before in zip(both, passes, (0.0, held(policy, how, on_gpu).gradients), strict=True):
-        stepped = (name,) if alone else ("policy", "value")
-        always, each[f"{name} pass"], step = _trained(both, [part], how, on_gpu, once, 0 if alone else before, stepped)
-        each[f"{name} step" if alone else "optimiser step"] = step
-    phases = dict(each)
+    both, alone = [("policy", policy), ("value", value)], how.processes == 1
+    if alone:  # it takes the networks in turn and steps each, so that activations and gradients of one are held
+        phases = {}
+        for (name, _), part in zip(both, passes, strict=True):
+            always, phases[f"{name} pass"], phases[f"{name} step"] = _trained(both, [part], how, on_gpu, once, (name,))
+    else:
+        always, training, step = _trained(both, passes, how, on_gpu, once)
+        phases = {"PPO step": training, "optimiser step": step}
     if ptx:
         text_rows = min(cfg.micro_batch_size, plan.ptx_rows_per_process)
         text = training_pass(policy, "policy", text_rows, 1, cfg.ptx_tokens - 1, recompute)
@@ -346,14 +345,12 @@ def _trained(
     how: Sharding,
     on_gpu: bool,
     once: bool,
-    earlier: float = 0.0,
     stepped: Sequence[str] = (),
 ) -> tuple[tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]]:
     """Components of a training loop: always there, in the passes, in the optimiser's step.
 
     Args:
         once: a step is one forward and backward, so that no gradients are there before the activations.
-        earlier: bytes of gradients of other models that are there even then.
         stepped: names of the models whose gradients are there, when not all of them are.
     """
     each = [(name, held(spec, how, on_gpu)) for name, spec in models]
@@ -367,7 +364,7 @@ def _trained(
         always.append(Part("gradients", total["gradients"], host=how.offload))
     activations, logits = sum(p.activations for p in passes), sum(p.head for p in passes)
     reduction = max(h.reduction for _, h in each)
-    before = earlier + sum(p.head_gradients for p in passes) if once else total["gradients"]
+    before = sum(p.head_gradients for p in passes) if once else total["gradients"]
     if how.stage == 2:  # sums of all passes stay in parts; this pass's own gradients fill the buffer
         before += total["gradients"] if once else 0.0
     training: list[Part] = []

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from rlhf.scoring import Pair, SequenceBatch, response_logprobs, response_values, token_logprobs
 
+Networks = tuple[Literal["policy", "value"], ...]
 
-class PolicyForward(NamedTuple):
-    """Per response token, flat [N]."""
 
-    logprobs: Tensor
-    entropies: Tensor  # no gradient
+class PpoForward(NamedTuple):
+    """Per response token, flat [N]; None of a network that was not asked for."""
+
+    logprobs: Tensor | None
+    entropies: Tensor | None  # no gradient
+    values: Tensor | None
 
 
 class PolicyValue(nn.Module):
@@ -30,20 +33,21 @@ class PolicyValue(nn.Module):
         self.value = value
 
     def forward(
-        self, mode: Literal["policy", "value", "ptx"], batch: SequenceBatch, temperature: float = 1.0, pieces: int = 0
-    ) -> PolicyForward | Tensor:
-        """One network's pass, so that only its activations are held.
-
-        `policy`: a PolicyForward. `value`: values [N]. `ptx`: negative log-likelihoods [N] of all tokens but the first
-        of each row.
+        self, what: Networks | Literal["ptx"], batch: SequenceBatch, temperature: float = 1.0, pieces: int = 0
+    ) -> PpoForward | Tensor:
+        """Networks: a PpoForward of them. `ptx`: negative log-likelihoods [N] of all tokens but the first of each row.
 
         `pieces`: in how many the LM head runs. Under ZeRO-3 all processes gather it together each time, so it must be
         one number for all of them and not follow from the tokens of each.
         """
-        if mode == "value":
-            return response_values(self.value, batch)
-        logprobs, entropies = response_logprobs(self.policy, batch, temperature, pieces)
-        return -logprobs if mode == "ptx" else PolicyForward(logprobs, entropies)
+        logprobs = entropies = values = None
+        if what == "ptx" or "policy" in what:
+            logprobs, entropies = response_logprobs(self.policy, batch, temperature, pieces)
+            if what == "ptx":
+                return -logprobs
+        if "value" in what:
+            values = response_values(self.value, batch)
+        return PpoForward(logprobs, entropies, values)
 
 
 def text_pairs(rows: Sequence[Sequence[int]]) -> list[Pair]:

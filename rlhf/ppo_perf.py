@@ -68,8 +68,8 @@ def iteration_needs(ppo: Ppo, pairs: Sequence[Pair], batches: dict[str, Batches]
     passes = batches["score"].number / 3 if "score" in batches else 1
     needs["perf/bytes_score"] = passes * (plain.weight_bytes + value.weight_bytes + reward.weight_bytes)
     needs["perf/flops_train"] = cfg.epochs * sum(cost.training(whole) for cost in (policy, value))
-    # The policy and the value model go through every micro-batch, each by itself.
-    passes = batches["train"].number / 2 if "train" in batches else ppo.plan.steps_per_iteration
+    # Where the networks take turns, each goes through every micro-batch by itself.
+    passes = batches["train"].number / len(ppo.engine.turns) if "train" in batches else ppo.plan.steps_per_iteration
     needs["perf/bytes_train"] = passes * sum(_training_bytes(cost) for cost in (policy, value))
     needs |= {"perf/flops_ptx": 0.0, "perf/bytes_ptx": 0.0}
     if ppo.ptx_coef > 0:

@@ -170,6 +170,12 @@ class ZeroEngine(Engine):
         return self._device
 
     @property
+    def turns(self) -> list[tuple[str, ...]]:
+        """All at once: what has no part in the first backward of a step is added to the last step's gradient (seen
+        under ZeRO-3, and under ZeRO-2 with offload)."""
+        return [tuple(group.name for group in self.groups)]
+
+    @property
     def module(self) -> nn.Module:
         return self.model.module
 
@@ -192,10 +198,6 @@ class ZeroEngine(Engine):
     def grads(self, group: str) -> list[Tensor]:
         """None of them: they lie in parts on all processes, or have not been summed over them yet."""
         return []
-
-    def step_part(self, lr_factor: float = 1.0) -> StepResult:
-        """Nothing: DeepSpeed steps all groups at once."""
-        return StepResult()
 
     def step(self, lr_factor: float = 1.0) -> StepResult:
         """Clip each group, step, clear the gradients; a non-finite gradient skips the step and is counted."""

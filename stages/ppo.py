@@ -5,9 +5,8 @@ One iteration, in the order of the functions below:
     rollout     sample a response for each of batch_size prompts from the policy
     score       reference log-probabilities, values and reward-model scores of those episodes
     advantages  per-token rewards (KL penalty, score at the last token), GAE, whitening        rlhf/experience.py
-    policy step for every minibatch: the clipped policy loss                                   rlhf/objectives.py
+    ppo step    for every minibatch: clipped policy loss and clipped value loss                rlhf/objectives.py
     ptx step    its gradient added to the same optimiser step: ptx_coef x pretraining NLL
-    value step  the clipped value loss, when the policy's activations and gradients are gone
     log         metrics and a table of samples
     checkpoint  everything that the next iteration depends on, sealed
 
@@ -38,7 +37,7 @@ from rlhf.order import stream
 from rlhf.phases import phase
 from rlhf.phasetime import PhaseTimes
 from rlhf.placement import whole_state, with_ties
-from rlhf.policy_value import text_pairs
+from rlhf.policy_value import Networks, text_pairs
 from rlhf.ppo_perf import PHASES, performance
 from rlhf.ppo_state import Ppo, build, load_checkpoint, save_checkpoint, update_average
 from rlhf.processes import from_first
@@ -109,45 +108,44 @@ def micro_batches(
         yield batch, take(experience.mask), take, start + size >= len(mine)
 
 
-def policy_step(ppo: Ppo, experience: Experience, minibatch: Sequence[int]) -> dict[str, float]:
-    """Accumulate the gradient of the clipped policy loss over a minibatch of episodes.
+def ppo_step(
+    ppo: Ppo, experience: Experience, minibatch: Sequence[int], networks: Networks = ("policy", "value")
+) -> dict[str, float]:
+    """Accumulate the gradient of the clipped policy loss, the clipped value loss or both over a minibatch of episodes.
 
-    Returns token means, except ratio_max and ratio_error.
+    Returns token means of what was asked for, except ratio_max and ratio_error.
     """
     cfg = ppo.recipe.ppo
     tokens = experience.mask[list(minibatch)].sum().to(ppo.engine.device)
     sums: dict[str, float] = defaultdict(float)
     ratio_max = ratio_error = 0.0
     pieces = head_pieces(cfg.micro_batch_size * ppo.recipe.data.max_response_tokens)
-    for batch, mask, take, _ in micro_batches(ppo, experience, minibatch):
-        with ppo.engine.accumulate(False):
-            out = ppo.engine.model("policy", batch, cfg.temperature, pieces)
-            logprobs = batch.unflatten(out.logprobs, mask.shape[1])
-            policy = policy_loss(logprobs, take(experience.logprobs), take(experience.advantages), mask, cfg.clip)
+    for batch, mask, take, ends in micro_batches(ppo, experience, minibatch):
+        width, loss = mask.shape[1], torch.zeros((), device=ppo.engine.device)
+        with ppo.engine.accumulate(ends and ppo.ptx_coef == 0):
+            out = ppo.engine.model(networks, batch, cfg.temperature, pieces)
+            if out.logprobs is not None and out.entropies is not None:
+                logprobs = batch.unflatten(out.logprobs, width)
+                policy = policy_loss(logprobs, take(experience.logprobs), take(experience.advantages), mask, cfg.clip)
+                loss = loss + policy.loss
+                sums["ppo/policy_loss"] += float(policy.loss.detach() / tokens)
+                sums["ppo/clip_fraction"] += float(policy.clipped / tokens)
+                sums["ppo/approx_kl"] += float(policy.approx_kl / tokens)
+                sums["ppo/entropy"] += float(out.entropies.sum() / tokens)
+                ratio_max = max(ratio_max, float(policy.ratio_max))
+                ratio_error = max(ratio_error, float(policy.ratio_error))
+            if out.values is not None:
+                values = batch.unflatten(out.values, width)
+                value = value_loss(values, take(experience.values), take(experience.returns), mask, cfg.value_clip)
+                loss = loss + cfg.vf_coef * value
+                sums["ppo/value_loss"] += float(value.detach() / tokens)
             # Divided by the tokens of the whole minibatch: any split over micro-batches and processes, one gradient.
-            ppo.engine.backward(policy.loss / tokens)
-        sums["ppo/policy_loss"] += float(policy.loss.detach() / tokens)
-        sums["ppo/clip_fraction"] += float(policy.clipped / tokens)
-        sums["ppo/approx_kl"] += float(policy.approx_kl / tokens)
-        sums["ppo/entropy"] += float(out.entropies.sum() / tokens)
-        ratio_max = max(ratio_max, float(policy.ratio_max))
-        ratio_error = max(ratio_error, float(policy.ratio_error))
+            ppo.engine.backward(loss / tokens)
     totals = {name: sum(each[name] for each in everyones(sums)) for name in sums}
+    if "policy" not in networks:
+        return totals
     extremes = everyones((ratio_max, ratio_error))
     return totals | {"ppo/ratio_max": max(r for r, _ in extremes), "ratio_error": max(e for _, e in extremes)}
-
-
-def value_step(ppo: Ppo, experience: Experience, minibatch: Sequence[int]) -> dict[str, float]:
-    """Accumulate the gradient of the clipped value loss over a minibatch of episodes; returns its token mean."""
-    cfg = ppo.recipe.ppo
-    tokens, total = experience.mask[list(minibatch)].sum().to(ppo.engine.device), 0.0
-    for batch, mask, take, ends in micro_batches(ppo, experience, minibatch):
-        with ppo.engine.accumulate(ends):
-            values = batch.unflatten(ppo.engine.model("value", batch), mask.shape[1])
-            loss = value_loss(values, take(experience.values), take(experience.returns), mask, cfg.value_clip)
-            ppo.engine.backward(cfg.vf_coef * loss / tokens)
-        total += float(loss.detach() / tokens)
-    return {"ppo/value_loss": sum(everyones(total))}
 
 
 def ptx_step(ppo: Ppo, step: int) -> dict[str, float]:
@@ -159,7 +157,7 @@ def ptx_step(ppo: Ppo, step: int) -> dict[str, float]:
     mine, nll = own(rows), 0.0
     for start in range(0, len(mine), size):
         batch = build_batch(text_pairs(mine[start : start + size]), ppo.tokenizer.pad_token_id).to(ppo.engine.device)
-        with ppo.engine.accumulate(False):
+        with ppo.engine.accumulate(start + size >= len(mine)):
             token_nll = ppo.engine.model("ptx", batch, pieces=head_pieces(size * ppo.recipe.ppo.ptx_tokens))
             loss = ptx_loss(token_nll, torch.ones_like(token_nll, dtype=torch.bool), ppo.ptx_coef)
             ppo.engine.backward(loss / tokens)
@@ -184,8 +182,10 @@ def update(ppo: Ppo, experience: Experience, times: PhaseTimes) -> dict[str, flo
             minibatch = order[m * cfg.minibatch_size : (m + 1) * cfg.minibatch_size]
             step = (ppo.iteration * cfg.epochs + epoch) * plan.minibatches + m
             phase("update", step)
+            # One process takes the networks in turn and steps each, so that activations and gradients of one are held.
+            first, *others = ppo.engine.turns
             with times("train"):
-                metrics = policy_step(ppo, experience, minibatch)
+                metrics = ppo_step(ppo, experience, minibatch, first)
             if epoch == 0 and m == 0:
                 check_first_minibatch(ppo, experience, metrics["ratio_error"])
             if ppo.ptx_coef > 0:
@@ -199,15 +199,17 @@ def update(ppo: Ppo, experience: Experience, times: PhaseTimes) -> dict[str, flo
                         after = ppo.engine.grads("policy")
                         parts = [a - b for a, b in zip(after, before, strict=True)]
                         metrics["ppo/grad_norm_ptx"] = float(grad_norm(parts))
-            with times("optimizer"):
-                part = ppo.engine.step_part(factor)
-            with times("train"):
-                metrics |= value_step(ppo, experience, minibatch)
+            norms, stepped = dict[str, float](), True
+            for networks in others:
+                with times("optimizer"):
+                    part = ppo.engine.step_part(factor)
+                    norms, stepped = norms | part.grad_norms, not part.non_finite
+                with times("train"):
+                    metrics |= ppo_step(ppo, experience, minibatch, networks)
             with times("optimizer"):
                 result = ppo.engine.step(factor)
-                norms = part.grad_norms | result.grad_norms
-                # The policy was stepped with its part, or else with all.
-                if cfg.ema_decay > 0 and not (part if part.grad_norms else result).non_finite:
+                norms |= result.grad_norms
+                if cfg.ema_decay > 0 and (stepped if others else not result.non_finite):
                     update_average(ppo)
             metrics["ppo/grad_norm"] = norms.get("policy", math.nan)
             if ppo.ptx_coef == 0:

@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from ppo_steps import ppo_step
 from test_split_invariance import ALL, TEMPERATURE, llama, make_ppo, with_ppo
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -15,7 +14,7 @@ from rlhf.errors import UserError
 from rlhf.models import add_lora, load_tokenizer
 from rlhf.ppo_state import Ppo
 from rlhf.scoring import build_batch, response_logprobs, token_logprobs
-from stages.ppo import check_first_minibatch, rollout, score
+from stages.ppo import check_first_minibatch, ppo_step, rollout, score
 
 
 def start(kind: str, tokenizer: PreTrainedTokenizerBase, gpt2_dir: str) -> Ppo:

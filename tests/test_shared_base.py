@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from ppo_steps import ppo_step
 from test_resume import assert_same, stop_at
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ from rlhf.saving import Checkpoints
 from rlhf.scoring import scores, token_logprobs, token_values
 from rlhf.shared_base import FOLDER, save_adapter, scalar_twin, trainable
 from stages import ppo as stage
-from stages.ppo import rollout, score, update
+from stages.ppo import ppo_step, rollout, score, update
 
 SECTION = ModelSection(name="tiny")
 FIELDS = ["tracking.wandb=disabled", "run.device=cpu", "model.lora.enabled=true", "reward.lora.enabled=true"]

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from ppo_steps import ppo_step
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
@@ -31,7 +30,7 @@ from rlhf.ppo_state import Ppo
 from rlhf.records import Drops
 from rlhf.saving import Checkpoints
 from rlhf.tracking import Tracker
-from stages.ppo import ptx_step, rollout, score
+from stages.ppo import ppo_step, ptx_step, rollout, score
 from stages.reward import Group, Scored
 from stages.reward import step as reward_step
 from stages.sft import Reporter, build_trainer
