@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.inference import Inference, KeysValues, inference_for
-from rlhf.kv_cache import RoomyLayer, decode_cache, leave
+from rlhf.kv_cache import RoomyLayer, decode_cache, leave, rows_kept
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[Tensor, Tensor]:
@@ -60,11 +60,7 @@ class InferenceDecoding:
     def keep(self, going: list[bool]) -> Tensor:
         """Let the rows that are not `going` leave; returns the row [B] that is in each place afterwards."""
         rows, moves, places = leave(going)
-        for i, layer in enumerate(self.room):
-            for held in layer:
-                for target, source in moves:
-                    held[target, :, : self.end] = held[source, :, : self.end]
-            self.room[i] = KeysValues(*(held[:rows] for held in layer))
+        self.room = [KeysValues(*(rows_kept(held, rows, moves, self.end) for held in layer)) for layer in self.room]
         order = torch.tensor(places, device=self.device)
         self.positions, self.mask = self.positions[order], self.mask[order]
         return order

@@ -43,9 +43,7 @@ class RoomyLayer(DynamicLayer):
 
     def keep_rows(self, rows: int, moves: list[tuple[int, int]]) -> None:
         """Keep the first `rows` rows, after each (to, from) of `moves` was copied over a row that leaves."""
-        for target, source in moves:
-            self.keys[target], self.values[target] = self.keys[source], self.values[source]
-        self.keys, self.values = self.keys[:rows], self.values[:rows]
+        self.keys, self.values = (rows_kept(held, rows, moves, held.shape[2]) for held in (self.keys, self.values))
 
 
 def decode_cache(config: PretrainedConfig) -> tuple[DynamicCache, bool]:
@@ -55,6 +53,17 @@ def decode_cache(config: PretrainedConfig) -> tuple[DynamicCache, bool]:
     if plain:
         cache.layers = [RoomyLayer() for _ in cache.layers]
     return cache, plain
+
+
+def rows_kept(held: Tensor, rows: int, moves: list[tuple[int, int]], tokens: int) -> Tensor:
+    """The first `rows` rows of keys or values, after each (to, from) of `moves` was copied over a row that leaves.
+
+    Args:
+        held: [B, heads, room, size], of which the first `tokens` of the room are in use.
+    """
+    for target, source in moves:
+        held[target, :, :tokens] = held[source, :, :tokens]
+    return held[:rows]
 
 
 def leave(going: list[bool]) -> tuple[int, list[tuple[int, int]], list[int]]:
