@@ -102,7 +102,7 @@ class Inference:
         for layer in self.layers:
             y = rms_norm(x, x.shape[-1:], layer.before_attention, self.eps)
             q, k, v = (m.rows(y).view(batch, length, -1, self.size) for m in (layer.q, layer.k, layer.v))
-            if layer.q_norm is not None:
+            if layer.q_norm is not None and layer.k_norm is not None:
                 q = rms_norm(q, (self.size,), layer.q_norm, self.eps)
                 k = rms_norm(k, (self.size,), layer.k_norm, self.eps)
             q, k, v = (t.transpose(1, 2) for t in (_rotated(q, cos, sin, -1), _rotated(k, cos, sin, -1), v))
@@ -174,8 +174,7 @@ def inference_for(model: nn.Module) -> Inference | None:
         and config.rope_parameters["rope_type"] in ROTARY
         and config._attn_implementation == "sdpa"
         and not any(is_partitioned(p) and p.numel() == 0 for p in base.parameters())  # layers gathered one by one
-        and all(_covered(module) for module in base.modules())
-        and all(_plain(module) for layer in base.model.layers for module in layer.modules())
+        and all(_known(module) for module in base.modules())
     )
     return Inference(model) if covered else None
 
@@ -187,18 +186,14 @@ def _slides(config: Any) -> bool:
     return bool(window) or any(kind != "full_attention" for kind in kinds)
 
 
-def _plain(module: nn.Module) -> bool:
-    """Whether a part of a layer computes what its class says: no hooks on it, no quantised weight in a linear map."""
+def _known(module: nn.Module) -> bool:
+    """Whether a module computes what its class says: no hooks on it, no adapter but a plain LoRA one, and no linear map
+    that is more than its weight, as those of quantised models are."""
     if module._forward_hooks or module._forward_pre_hooks:
         return False
-    inner = getattr(module, "base_layer", module)
-    return type(inner) is nn.Linear or not isinstance(getattr(inner, "in_features", None), int)
-
-
-def _covered(module: nn.Module) -> bool:
-    """Whether a module has no adapter on it, or a plain LoRA one."""
-    if not hasattr(module, "base_layer"):
-        return True
+    inner = getattr(module, "base_layer", None)
+    if inner is None:
+        return type(module) is nn.Linear or not isinstance(getattr(module, "in_features", None), int)
     from peft.tuners.lora import Linear as LoraLinear
 
     plain = type(module) is LoraLinear and not module.merged and not module.lora_variant
