@@ -122,7 +122,7 @@ def ppo_step(
     pieces = head_pieces(cfg.micro_batch_size * ppo.recipe.data.max_response_tokens)
     for batch, mask, take, ends in micro_batches(ppo, experience, minibatch):
         width, loss = mask.shape[1], torch.zeros((), device=ppo.engine.device)
-        with ppo.engine.accumulate(ends and ppo.ptx_coef == 0):
+        with ppo.engine.accumulate(ends and not ("policy" in networks and ppo.ptx_coef > 0)):  # ptx follows it
             out = ppo.engine.model(networks, batch, cfg.temperature, pieces)
             if out.logprobs is not None and out.entropies is not None:
                 logprobs = batch.unflatten(out.logprobs, width)
