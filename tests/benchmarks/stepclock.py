@@ -1,4 +1,4 @@
-"""A clock inside transformers' trainers, for both sides."""
+"""What a comparison of trainers needs: a clock inside them, for both sides, and the options that TRL's get alike."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import time
 from typing import Any
 
 from transformers import TrainerCallback
+
+from benchmarks.measure import Order
 
 
 class StepClock(TrainerCallback):
@@ -20,3 +22,24 @@ class StepClock(TrainerCallback):
     def tokens(self, trainer: Any) -> list[int]:
         """Tokens seen after every step, as TRL's trainers count and log them."""
         return [int(row["num_tokens"]) for row in trainer.state.log_history if "loss" in row]
+
+
+def trainer_options(order: Order, folder: str) -> dict[str, Any]:
+    """Arguments of both trainers' configs: the order's rates, and nothing beside the steps that are timed."""
+    return {
+        "output_dir": folder,
+        "gradient_accumulation_steps": order["batch"] // order["micro_batch"],
+        "gradient_checkpointing": False,
+        "learning_rate": order["lr"],
+        "lr_scheduler_type": "constant",
+        "adam_beta2": 0.95,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "bf16": False,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }

@@ -15,7 +15,7 @@ from trl import RewardConfig, RewardTrainer
 
 from benchmarks.measure import read_order, report
 from benchmarks.pairs import expand
-from benchmarks.stepclock import StepClock
+from benchmarks.stepclock import StepClock, trainer_options
 
 
 def main() -> None:
@@ -36,23 +36,9 @@ def main() -> None:
         trainer = RewardTrainer(
             model=model,
             args=RewardConfig(
-                output_dir=folder,
                 per_device_train_batch_size=pairs * order["micro_batch"],
-                gradient_accumulation_steps=order["batch"] // order["micro_batch"],
                 max_steps=steps,
-                learning_rate=order["lr"],
-                lr_scheduler_type="constant",
-                adam_beta2=0.95,
-                weight_decay=0.0,
-                max_grad_norm=1.0,
-                gradient_checkpointing=False,
-                bf16=False,
-                use_cpu=True,
-                dataloader_pin_memory=False,
-                logging_steps=1,
-                report_to="none",
-                save_strategy="no",
-                disable_tqdm=True,
+                **trainer_options(order, folder),
             ),
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(order["model"]),

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.measure import read_order, report
-from benchmarks.stepclock import StepClock
+from benchmarks.stepclock import StepClock, trainer_options
 
 
 def main() -> None:
@@ -25,29 +25,15 @@ def main() -> None:
         trainer = SFTTrainer(
             model=model,
             args=SFTConfig(
-                output_dir=folder,
                 packing=True,
                 packing_strategy="bfd",
                 max_length=order["max_tokens"],
                 completion_only_loss=True,
                 num_train_epochs=1,
                 per_device_train_batch_size=order["micro_batch"],
-                gradient_accumulation_steps=order["batch"] // order["micro_batch"],
-                gradient_checkpointing=False,
                 optim="adamw_torch",
-                learning_rate=order["lr"],
-                lr_scheduler_type="constant",
-                adam_beta2=0.95,
-                weight_decay=0.0,
-                max_grad_norm=1.0,
-                bf16=False,
-                use_cpu=True,
-                dataloader_pin_memory=False,
                 seed=order["seed"],
-                logging_steps=1,
-                report_to="none",
-                save_strategy="no",
-                disable_tqdm=True,
+                **trainer_options(order, folder),
             ),
             train_dataset=Dataset.from_list(order["rows"]),
             processing_class=AutoTokenizer.from_pretrained(order["model"]),
