@@ -13,9 +13,22 @@ import platform
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
+def has_glibc() -> bool:
+    """Whether this process's malloc is glibc's."""
+    return platform.libc_ver()[0] == "glibc"
+
+
 def keep_freed_memory() -> bool:
     """Tell glibc's malloc to take all memory from its heap and never to shrink it; False where there is no glibc."""
-    if platform.libc_ver()[0] != "glibc":
+    if not has_glibc():
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def return_freed_memory() -> None:
+    """Return what is freed by now after all, once: where the next phase needs other memory, as scoring does after
+    training. Without glibc it does nothing.
+    """
+    if has_glibc():
+        ctypes.CDLL(None).malloc_trim(0)

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.adapters import base_model, decoder_layers
+from rlhf.lean import keep_less
 from rlhf.rollout import draw
 from rlhf.scoring import build_batch, head_pieces, hidden_states, raw_scores, response_logprobs, response_values
 from rlhf.shapes import ModelSpec, build
@@ -134,7 +135,7 @@ def scoring_pass(spec: ModelSpec, kind: PassKind, rows: int, prompt: int, respon
     """Most bytes besides the weights in a pass without gradients; it does not depend on the number of layers."""
     model = build(_cut(spec, SAMPLE[0]))
     with torch.no_grad(), Live(model) as memory:
-        _forward(model, kind, rows, prompt, response)
+        _forward(model, kind, rows, prompt, response, calls_head=spec.partitioned)
     return float(memory.peak)
 
 
@@ -196,6 +197,8 @@ def _run_training(
     spec: ModelSpec, kind: PassKind, rows: int, prompt: int, response: int, recompute: bool, outputs: int
 ) -> Footprint:
     model = build(spec)
+    if kind != "backbone" and not spec.partitioned:
+        keep_less(model)  # as the engines do; SFT is TRL's
     if recompute:
         # Without the generator's state, which is kept for dropout and which no fake tensor has.
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
@@ -207,7 +210,7 @@ def _run_training(
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.register_post_accumulate_grad_hook(_on_gradient(memory, id(parameter) in inside))
         layers[-1].register_forward_hook(lambda *_: kept.append(memory.live))
-        loss = _forward(model, kind, rows, prompt, response, outputs)
+        loss = _forward(model, kind, rows, prompt, response, outputs, calls_head=spec.partitioned)
         after = memory.live
         loss.backward()
     held = memory.peak - memory.gradients_at_peak
@@ -222,7 +225,15 @@ def _on_gradient(memory: Live, in_layers: bool) -> Callable[[Tensor], None]:
     return hook
 
 
-def _forward(model: nn.Module, kind: PassKind, rows: int, prompt: int, response: int, outputs: int = 1) -> Tensor:
+def _forward(
+    model: nn.Module,
+    kind: PassKind,
+    rows: int,
+    prompt: int,
+    response: int,
+    outputs: int = 1,
+    calls_head: bool = False,
+) -> Tensor:
     """The pass as the stages make it; returns a scalar."""
     device = next(model.parameters()).device
     if outputs > 1:
@@ -233,6 +244,7 @@ def _forward(model: nn.Module, kind: PassKind, rows: int, prompt: int, response:
     if kind == "backbone":
         return hidden_states(model, batch).sum()
     if kind == "policy":
-        logprobs, entropies = response_logprobs(model, batch, 1.0, head_pieces(rows * response))
+        pieces = head_pieces(rows * response) if calls_head else 0
+        logprobs, entropies = response_logprobs(model, batch, 1.0, pieces)
         return logprobs.sum() + entropies.sum().detach()
     return (response_values(model, batch) if kind == "value" else raw_scores(model, batch)).sum()

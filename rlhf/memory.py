@@ -316,7 +316,11 @@ def _ppo(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Composition
     average = ()
     if cfg.ema_decay > 0:
         average = (Part("averaged policy", 4.0 * count(policy).trained, host=True),)
-    return (*always, *reference, judge, *average), phases
+    judges = (*reference, judge)
+    if not on_gpu:  # mapped from their files, and in memory only while they are used (rlhf/mapped.py)
+        phases["scoring"] += (max(judges, key=lambda part: part.bytes),)
+        judges = ()
+    return (*always, *judges, *average), phases
 
 
 def _evaluate(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Composition:

@@ -3,6 +3,7 @@
     whole        every process holds them all
     partitioned  every process holds a part of each (ZeRO-3), from the moment of loading
     on the CPU   in the host's memory, on the device only while they are needed
+    in a file    on a CPU, frozen and mapped: in memory only while they are needed
 
 Sampling and scoring go through `at_hand`, which makes any of them ready. Training passes do not: there DeepSpeed's own
 hooks gather partitioned weights.
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.adapters import base_model, decoder_layers
+from rlhf.mapped import give_back
 from rlhf.progress import is_main_process
 from rlhf.sharding import anyone
 
@@ -78,7 +80,10 @@ def at_hand(model: nn.Module) -> Iterator[None]:
         finally:
             model.to("cpu")
     else:
-        yield
+        try:
+            yield
+        finally:
+            give_back(model)
 
 
 @contextmanager

@@ -37,8 +37,8 @@ class PolicyValue(nn.Module):
     ) -> PpoForward | Tensor:
         """Networks: a PpoForward of them. `ptx`: negative log-likelihoods [N] of all tokens but the first of each row.
 
-        `pieces`: in how many the LM head runs. Under ZeRO-3 all processes gather it together each time, so it must be
-        one number for all of them and not follow from the tokens of each.
+        `pieces`: in how many calls the LM head runs under ZeRO-3, where all processes gather it together each time: one
+        number for all of them, which does not follow from the tokens of each. 0: it is not called at all.
         """
         logprobs = entropies = values = None
         if what == "ptx" or "policy" in what:

@@ -1,7 +1,7 @@
 """Log-probabilities, values and rewards of given responses, by one code path for every stage.
 
 A batch of (prompt ids, response ids) pairs becomes one padded tensor with explicit positions. Hidden states are taken
-at the positions that matter first; only those go through a head, in chunks, so that no [batch, length, vocabulary]
+at the positions that matter first; only those go through a head (rlhf/head.py), so that no [batch, length, vocabulary]
 tensor exists. Batches are cut by token count after sorting by length.
 
 Shapes: B rows of L tokens, N response tokens in all, H hidden size, V vocabulary.
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf.adapters import base_model
 from rlhf.errors import UserError
+from rlhf.head import vocabulary_logprobs
 from rlhf.inference import inference_for, slow_groups
 from rlhf.phases import progressed
 from rlhf.phasetime import count_batch
@@ -26,7 +27,7 @@ from rlhf.placement import at_hand
 from rlhf.sharding import gathered, own, processes
 
 Pair = tuple[Sequence[int], Sequence[int]]
-HEAD_CHUNK = 512  # positions per pass through the LM head: 100 MB of logits at V = 49152 in float32
+HEAD_PIECE = 512  # positions for which a head is called: 100 MB of logits at V = 49152 in float32
 
 
 @dataclass
@@ -112,7 +113,7 @@ def hidden_states(model: nn.Module, batch: SequenceBatch) -> Tensor:
     ).last_hidden_state
 
 
-def _head_chunk(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _head_piece(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     logp = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
     entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
     return logp.gather(1, targets[:, None]).squeeze(1), entropy
@@ -120,7 +121,7 @@ def _head_chunk(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: f
 
 def head_pieces(tokens: int) -> int:
     """In how many pieces the LM head takes that many positions."""
-    return max(1, -(-tokens // HEAD_CHUNK))
+    return max(1, -(-tokens // HEAD_PIECE))
 
 
 def head_logprobs(
@@ -128,15 +129,19 @@ def head_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N] of `targets` [N] given hidden states [N, H], and the entropies [N] (no gradient), in nats.
 
-    Runs in `pieces`, as many as needed when 0; with gradients each is recomputed in the backward pass instead of kept.
+    A head that lies here whole is taken by slices of the vocabulary. One that is more than its weight, or whose weight
+    is gathered when it is called, is called on `pieces` of the positions (as many as needed when 0); with gradients
+    each is recomputed in the backward pass instead of kept.
     """
+    if not pieces and type(head) is nn.Linear and head.weight.numel():
+        return vocabulary_logprobs(hidden, head.weight, head.bias, targets, temperature)
     logps, entropies = [], []
     pieces = pieces or head_pieces(len(hidden))
     for h, t in zip(hidden.tensor_split(pieces), targets.tensor_split(pieces), strict=True):
         if torch.is_grad_enabled() and hidden.requires_grad and pieces > 1:
-            logp, entropy = checkpoint(_head_chunk, head, h, t, temperature, use_reentrant=False)
+            logp, entropy = checkpoint(_head_piece, head, h, t, temperature, use_reentrant=False)
         else:
-            logp, entropy = _head_chunk(head, h, t, temperature)
+            logp, entropy = _head_piece(head, h, t, temperature)
         logps.append(logp)
         entropies.append(entropy)
     return torch.cat(logps), torch.cat(entropies)

@@ -22,6 +22,7 @@ from rlhf.config import Recipe
 from rlhf.engine import Engine, ParamGroup, StepResult
 from rlhf.errors import UserError
 from rlhf.fragments import Fragment
+from rlhf.lean import keep_less
 from rlhf.placement import Placement
 from rlhf.sharding import processes
 from rlhf.stage import pick_device
@@ -316,11 +317,12 @@ def connect() -> None:
 
 
 def make_engine(model: nn.Module, groups: list[ParamGroup], recipe: Recipe, **options: Any) -> Engine:
-    """The engine for as many processes as there are.
+    """The engine for as many processes as there are; the model's layers keep less for the backward from now on.
 
     Args:
         options: betas, eps, weight_decay, max_skipped_steps.
     """
+    keep_less(model)
     if processes() == 1:
         return Engine(model, groups, device=recipe.run.device, **options)
     return ZeroEngine(model, groups, recipe, pick_device(recipe), **options)

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.allocator import return_freed_memory
 from rlhf.clipping import grad_norm
 from rlhf.errors import UserError
 from rlhf.experience import Experience, make_experience, summary
@@ -49,6 +50,7 @@ from rlhf.schedule import lr_factor
 from rlhf.scoring import SequenceBatch, build_batch, head_pieces, scores, token_values
 from rlhf.sharding import everyones, own
 from rlhf.stage import StageContext, exit_code, parse_stage_args, run_stage
+from rlhf.zero import zero_stage
 
 
 def rollout(ppo: Ppo) -> Rollout:
@@ -108,6 +110,11 @@ def micro_batches(
         yield batch, take(experience.mask), take, start + size >= len(mine)
 
 
+def calls_of_head(ppo: Ppo, positions: int) -> int:
+    """How often a training pass calls the LM head under ZeRO-3, where that follows from the recipe; else 0, never."""
+    return head_pieces(positions) if zero_stage(ppo.recipe) == 3 else 0
+
+
 def ppo_step(
     ppo: Ppo, experience: Experience, minibatch: Sequence[int], networks: Networks = ("policy", "value")
 ) -> dict[str, float]:
@@ -119,7 +126,7 @@ def ppo_step(
     tokens = experience.mask[list(minibatch)].sum().to(ppo.engine.device)
     sums: dict[str, float] = defaultdict(float)
     ratio_max = ratio_error = 0.0
-    pieces = head_pieces(cfg.micro_batch_size * ppo.recipe.data.max_response_tokens)
+    pieces = calls_of_head(ppo, cfg.micro_batch_size * ppo.recipe.data.max_response_tokens)
     for batch, mask, take, ends in micro_batches(ppo, experience, minibatch):
         width, loss = mask.shape[1], torch.zeros((), device=ppo.engine.device)
         with ppo.engine.accumulate(ends and not ("policy" in networks and ppo.ptx_coef > 0)):  # ptx follows it
@@ -158,7 +165,7 @@ def ptx_step(ppo: Ppo, step: int) -> dict[str, float]:
     for start in range(0, len(mine), size):
         batch = build_batch(text_pairs(mine[start : start + size]), ppo.tokenizer.pad_token_id).to(ppo.engine.device)
         with ppo.engine.accumulate(start + size >= len(mine)):
-            token_nll = ppo.engine.model("ptx", batch, pieces=head_pieces(size * ppo.recipe.ppo.ptx_tokens))
+            token_nll = ppo.engine.model("ptx", batch, pieces=calls_of_head(ppo, size * ppo.recipe.ppo.ptx_tokens))
             loss = ptx_loss(token_nll, torch.ones_like(token_nll, dtype=torch.bool), ppo.ptx_coef)
             ppo.engine.backward(loss / tokens)
         nll += float(token_nll.detach().sum() / tokens)
@@ -217,6 +224,8 @@ def update(ppo: Ppo, experience: Experience, times: PhaseTimes) -> dict[str, flo
             metrics["ppo/grad_norm_value"] = norms.get("value", math.nan)
             for name, value in metrics.items():
                 history[name].append(value)
+    if ppo.engine.device.type == "cpu":
+        return_freed_memory()  # of activations and gradients: the frozen models come in now
     means = {name: sum(values) / len(values) for name, values in history.items() if name != "ratio_error"}
     means["ppo/ratio_max"] = max(history["ppo/ratio_max"])
     return means | {"ppo/lr": cfg.lr * factor, "ppo/skipped_steps": float(ppo.engine.skipped_steps)}

@@ -1,4 +1,4 @@
-"""Scoring: padding side, pad = eos, junk in padding, head chunks and batches never change a number."""
+"""Scoring: padding side, pad = eos, junk in padding, calls of the head and batches never change a number."""
 
 from __future__ import annotations
 
@@ -77,17 +77,18 @@ def test_results_come_back_in_order_whatever_the_batches():
             assert torch.allclose(row, torch.tensor(by_hand(model, prompt, response, 1.0)), atol=1e-5)
 
 
-def test_head_chunks_and_recomputation_change_nothing(monkeypatch):
+def test_calls_of_the_head_and_recomputation_change_nothing(monkeypatch):
     results = []
-    for chunk in (1000, 2):
-        monkeypatch.setattr(scoring, "HEAD_CHUNK", chunk)
+    for piece, pieces in ((1000, 1), (2, 5), (1000, 0)):  # one call, several, none
+        monkeypatch.setattr(scoring, "HEAD_PIECE", piece)
         model = llama()
-        flat, entropy = response_logprobs(model, build_batch(PAIRS, 0), 1.0)
+        flat, entropy = response_logprobs(model, build_batch(PAIRS, 0), 1.0, pieces)
         flat.sum().backward()
         grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         results.append((flat.detach(), entropy, grads))
-    for one, two in zip(*results, strict=True):
-        assert float((one - two).norm() / one.norm()) < 1e-5
+    for one, *others in zip(*results, strict=True):
+        for two in others:
+            assert float((one - two).norm() / one.norm()) < 1e-5
 
 
 def test_entropy_is_that_of_the_softmax():

@@ -1,0 +1,57 @@
+"""Weights that are read from a mapped file, as safetensors loads them: their memory can be given back between passes.
+
+The kernel fills such pages from the file when they are touched, and keeps the file in its cache as long as nothing else
+needs the memory. A frozen model of a CPU run thus costs memory while it is used, and a copy of cached pages when it is
+used next: 0.1 s for 540 MB.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+SMAPS = Path("/proc/self/smaps")
+
+
+class Mapping(NamedTuple):
+    """A region of this process's addresses that shows a file; `written`: some of its pages are copies of our own."""
+
+    start: int
+    end: int
+    written: bool
+
+
+def give_back(model: nn.Module) -> int:
+    """Drop the resident pages of a frozen model's mapped weights; returns the bytes of the mappings dropped.
+
+    A mapping with a page that was ever written to stays: the file does not have what that page holds. So do weights
+    that are no view of a file, and everything where there is no /proc.
+    """
+    if not SMAPS.exists() or any(p.requires_grad or p.device.type != "cpu" for p in model.parameters()):
+        return 0
+    places = sorted(p.data_ptr() for p in model.parameters())
+    dropped = 0
+    for region in _mappings(SMAPS.read_text()):
+        if not region.written and any(region.start <= place < region.end for place in places):
+            size = region.end - region.start
+            if ctypes.CDLL(None).madvise(ctypes.c_void_p(region.start), ctypes.c_size_t(size), mmap.MADV_DONTNEED):
+                raise OSError(f"madvise refused the {size} bytes of a mapped file at {region.start:#x}")
+            dropped += size
+    return dropped
+
+
+def _mappings(smaps: str) -> Iterator[Mapping]:
+    """Regions of files in the text of /proc/PID/smaps (proc_pid_smaps(5))."""
+    start = end = inode = 0
+    for line in smaps.splitlines():
+        name, *rest = line.split(maxsplit=5)
+        if not name.endswith(":"):
+            start, end = (int(address, 16) for address in name.split("-"))
+            inode = int(rest[3])
+        elif name == "Anonymous:" and inode:
+            yield Mapping(start, end, written=rest[0] != "0")
