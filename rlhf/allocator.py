@@ -2,7 +2,8 @@
 have the same pages filled with zeros again, step after step.
 
 Measured on two cores with SmolLM2-135M, one PPO-ptx iteration: page faults 4.5 to 0.8 million, training 38 to 30 s, the
-pretraining step 14 to 8 s; peak memory the same.
+pretraining step 14 to 8 s; peak memory the same. PPO returns it once an iteration, before the models come in that only
+score: 0.1 s and the faults of the next training against a gigabyte of peak.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def scoring_pass(spec: ModelSpec, kind: PassKind, rows: int, prompt: int, respon
     """Most bytes besides the weights in a pass without gradients; it does not depend on the number of layers."""
     model = build(_cut(spec, SAMPLE[0]))
     with torch.no_grad(), Live(model) as memory:
-        _forward(model, kind, rows, prompt, response, calls_head=spec.partitioned)
+        _forward(model, kind, rows, prompt, response)
     return float(memory.peak)
 
 

@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 LOGITS = 1 << 21  # at a time: 8 MB in float32, which a processor's cache holds
+LOGITS_ON_GPU = 1 << 26  # 256 MB: there, calls are what costs
 NARROWEST = 1024  # columns of a slice, below which its matrix product becomes slow
 
 
-def _slices(vocabulary: int, positions: int) -> Iterator[slice]:
-    size = max(NARROWEST, LOGITS // max(1, positions))
+def _slices(vocabulary: int, hidden: Tensor) -> Iterator[slice]:
+    size = max(NARROWEST, (LOGITS_ON_GPU if hidden.is_cuda else LOGITS) // max(1, len(hidden)))
     return (slice(start, start + size) for start in range(0, vocabulary, size))
 
 
@@ -42,41 +43,36 @@ class VocabularyLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
         wide = {"device": hidden.device, "dtype": torch.float32}
-        # Over the slices so far: the largest logit, sum of exp(z - largest), of z times that, and the target's logit.
-        largest = torch.full((len(hidden),), -torch.inf, **wide)
+        # Over the slices so far: the largest logit, sums of p = exp(z - largest) and p (z - largest), the target's z.
+        largest = torch.full((len(hidden),), torch.finfo(torch.float32).min, **wide)
         total, weighted, chosen = (torch.zeros(len(hidden), **wide) for _ in range(3))
-        for part in _slices(len(weight), len(hidden)):
+        for part in _slices(len(weight), hidden):
             z = _logits(hidden, weight, bias, part, temperature)
             place, inside = _within(part, z.shape[1], targets)
             chosen = torch.where(inside, z.gather(1, place)[:, 0], chosen)
             before, largest = largest, torch.maximum(largest, z.amax(1))
-            shrunk = (before - largest).exp()
-            p = (z - largest[:, None]).exp_()
-            total = total * shrunk + p.sum(1)
-            weighted = weighted * shrunk + p.mul_(z).sum(1)
-        log_total = largest + total.log()
-        ctx.save_for_backward(hidden, weight, bias, targets, log_total)
+            lower = before - largest
+            p = z.sub_(largest[:, None]).exp()
+            weighted = (weighted + total * lower) * lower.exp() + z.mul_(p).sum(1)
+            total = total * lower.exp() + p.sum(1)
+        ctx.save_for_backward(hidden, weight, bias, targets, largest, total)
         ctx.temperature = temperature
-        entropies = log_total - weighted / total
+        entropies = total.log() - weighted / total
         ctx.mark_non_differentiable(entropies)
-        return chosen - log_total, entropies
+        return chosen - largest - total.log(), entropies
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, log_total = ctx.saved_tensors
+        hidden, weight, bias, targets, largest, total = ctx.saved_tensors
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
         grad = grad / ctx.temperature
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if for_hidden else None
         d_weight = torch.empty_like(weight) if for_weight else None
         d_bias = torch.empty_like(bias) if for_bias else None
-        for part in _slices(len(weight), len(hidden)):
+        for part in _slices(len(weight), hidden):
             # d log p(target) / dz = [z is the target's] - softmax(z)
-            d = (
-                _logits(hidden, weight, bias, part, ctx.temperature)
-                .sub_(log_total[:, None])
-                .exp_()
-                .mul_(-grad[:, None])
-            )
+            d = _logits(hidden, weight, bias, part, ctx.temperature).sub_(largest[:, None]).exp_()
+            d.mul_((-grad / total)[:, None])
             place, inside = _within(part, d.shape[1], targets)
             d.scatter_add_(1, place, torch.where(inside, grad, 0.0)[:, None])
             if d_bias is not None:

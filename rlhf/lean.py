@@ -10,7 +10,7 @@ Shapes: any leading dimensions, H hidden size, F size of the MLP.
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,11 +41,11 @@ class RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, r = ctx.saved_tensors
         d_x = d_weight = None
-        normal = (x.float() * r).to(x.dtype)
+        normal = x.float() * r
         if ctx.needs_input_grad[1]:
-            d_weight = (grad * normal).flatten(0, -2).sum(0)
+            d_weight = (grad * normal.to(x.dtype)).flatten(0, -2).sum(0)
         if ctx.needs_input_grad[0]:
-            g, normal = (grad * weight).float(), normal.float()
+            g = (grad * weight).float()
             along = torch.linalg.vecdot(g, normal)[..., None].div_(x.shape[-1])
             d_x = g.sub_(normal.mul_(along)).mul_(r).to(x.dtype)  # the part of g along x changes r alone
         return d_x, d_weight, None
@@ -72,26 +72,25 @@ class GatedDown(torch.autograd.Function):
         return d_gate, d_up, d_weight, d_bias
 
 
-def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
-    return RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+def _norm_forward(norm: Any, hidden_states: Tensor) -> Tensor:
+    return RmsNorm.apply(hidden_states, norm.weight, norm.variance_epsilon)
 
 
-def _mlp_forward(self: Any, x: Tensor) -> Tensor:
-    down = self.down_proj
-    return GatedDown.apply(self.gate_proj(x), self.up_proj(x), down.weight, down.bias)
+def _mlp_forward(mlp: Any, x: Tensor) -> Tensor:
+    return GatedDown.apply(mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj.weight, mlp.down_proj.bias)
 
 
 def keep_less(model: nn.Module) -> nn.Module:
     """Give the norms and MLPs that are known here a forward that keeps less; the same numbers to rounding; in place.
 
     Left as they are: other classes; what ZeRO-3 partitions, whose weights come together around calls of modules; MLPs
-    whose `down_proj` is more than its weight or is frozen, as under LoRA, for there nothing of it is kept anyway.
+    whose `down_proj` is more than its weight or is frozen, as under LoRA.
     """
     for module in model.modules():
         if type(module) in NORMS and not is_partitioned(module.weight):
-            module.forward = MethodType(_norm_forward, module)
+            module.forward = partial(_norm_forward, module)
         elif type(module) in MLPS and module.config.hidden_act == "silu":
             down = module.down_proj
             if type(down) is nn.Linear and down.weight.requires_grad and not is_partitioned(down.weight):
-                module.forward = MethodType(_mlp_forward, module)
+                module.forward = partial(_mlp_forward, module)
     return model

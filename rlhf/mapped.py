@@ -19,7 +19,7 @@ SMAPS = Path("/proc/self/smaps")
 
 
 class Mapping(NamedTuple):
-    """A region of this process's addresses that shows a file; `written`: some of its pages are copies of our own."""
+    """A region of addresses that shows a file; `written`: some of its pages are copies of this process's own."""
 
     start: int
     end: int
@@ -30,28 +30,35 @@ def give_back(model: nn.Module) -> int:
     """Drop the resident pages of a frozen model's mapped weights; returns the bytes of the mappings dropped.
 
     A mapping with a page that was ever written to stays: the file does not have what that page holds. So do weights
-    that are no view of a file, and everything where there is no /proc.
+    that are no view of a file, pages that are locked, and everything where /proc cannot be read.
     """
-    if not SMAPS.exists() or any(p.requires_grad or p.device.type != "cpu" for p in model.parameters()):
+    if any(p.requires_grad or p.device.type != "cpu" for p in model.parameters()):
         return 0
-    places = sorted(p.data_ptr() for p in model.parameters())
+    try:
+        regions = list(_mappings(SMAPS.read_text()))
+    except OSError:
+        return 0
+    places = [p.data_ptr() for p in model.parameters()]
     dropped = 0
-    for region in _mappings(SMAPS.read_text()):
+    for region in regions:
         if not region.written and any(region.start <= place < region.end for place in places):
             size = region.end - region.start
-            if ctypes.CDLL(None).madvise(ctypes.c_void_p(region.start), ctypes.c_size_t(size), mmap.MADV_DONTNEED):
-                raise OSError(f"madvise refused the {size} bytes of a mapped file at {region.start:#x}")
-            dropped += size
+            refused = ctypes.CDLL(None).madvise(
+                ctypes.c_void_p(region.start), ctypes.c_size_t(size), mmap.MADV_DONTNEED
+            )
+            dropped += 0 if refused else size
     return dropped
 
 
 def _mappings(smaps: str) -> Iterator[Mapping]:
     """Regions of files in the text of /proc/PID/smaps (proc_pid_smaps(5))."""
-    start = end = inode = 0
+    start = end = inode = written = 0
     for line in smaps.splitlines():
         name, *rest = line.split(maxsplit=5)
         if not name.endswith(":"):
             start, end = (int(address, 16) for address in name.split("-"))
             inode = int(rest[3])
-        elif name == "Anonymous:" and inode:
-            yield Mapping(start, end, written=rest[0] != "0")
+        elif name == "Anonymous:":
+            written = int(rest[0])  # copies of our own that are in memory; those that are not follow
+        elif name == "Swap:" and inode:
+            yield Mapping(start, end, written=bool(written + int(rest[0])))

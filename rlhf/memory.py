@@ -30,11 +30,12 @@ TILES_ON_CPU = 8.25  # tiles alive in its backward, where no kernel fuses the op
 
 @dataclass(frozen=True)
 class Part:
-    """A component; `host`: on a GPU it lies in the memory of the machine."""
+    """A component; `host`: on a GPU it lies in the memory of the machine; `mapped`: it is a file's, no allocator's."""
 
     name: str
     bytes: float
     host: bool = False
+    mapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,10 +182,11 @@ def stage_memory(recipe: Recipe, stage: str, shapes: Shapes, card: Card) -> Stag
     make = {"sft": _sft, "rank": _rank, "reward": _reward, "ppo": _ppo, "evaluate": _evaluate}[name]
     always, phases = make(recipe, shapes, card.is_gpu, stage == "ppo-ptx")
     share = UNUSED_GPU if card.is_gpu else UNUSED_CPU_SFT if stage == "sft" else UNUSED_CPU
-    phases = {
-        phase: (*parts, Part("allocator overhead", share * sum(p.bytes for p in parts if not (card.is_gpu and p.host))))
-        for phase, parts in phases.items()
-    }
+
+    def allocated(parts: Sequence[Part]) -> float:
+        return sum(p.bytes for p in parts if not (card.is_gpu and p.host or p.mapped))
+
+    phases = {name: (*parts, Part("allocator overhead", share * allocated(parts))) for name, parts in phases.items()}
     return StageMemory(stage, card.is_gpu, (Part(label, base), *always), phases)
 
 
@@ -317,8 +319,10 @@ def _ppo(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Composition
     if cfg.ema_decay > 0:
         average = (Part("averaged policy", 4.0 * count(policy).trained, host=True),)
     judges = (*reference, judge)
-    if not on_gpu:  # mapped from their files, and in memory only while they are used (rlhf/mapped.py)
-        phases["scoring"] += (max(judges, key=lambda part: part.bytes),)
+    as_stored = policy_spec(recipe, shapes, sft=True).dtype == recipe.model.dtype
+    if not on_gpu and recipe.launch.frozen == "whole" and as_stored and not one_base(recipe, how.stage):
+        # Views of their files, in memory only while they are used (rlhf/mapped.py): one at a time.
+        phases["scoring"] += (replace(max(judges, key=lambda part: part.bytes), mapped=True),)
         judges = ()
     return (*always, *judges, *average), phases
 

@@ -3,7 +3,7 @@
     whole        every process holds them all
     partitioned  every process holds a part of each (ZeRO-3), from the moment of loading
     on the CPU   in the host's memory, on the device only while they are needed
-    in a file    on a CPU, frozen and mapped: in memory only while they are needed
+    in a file    mapped, on a CPU, and in memory only while they are needed
 
 Sampling and scoring go through `at_hand`, which makes any of them ready. Training passes do not: there DeepSpeed's own
 hooks gather partitioned weights.
@@ -33,10 +33,12 @@ class Placement:
         by_layer: gather a partitioned model's transformer layers one at a time and not all at once: for models that no
             process can hold.
         visits: the device that a model on the CPU is moved to while it is needed.
+        leaves: a frozen model's mapped weights leave the CPU's memory when they are not needed.
     """
 
     by_layer: bool = False
     visits: torch.device | None = None
+    leaves: bool = False
 
 
 def is_partitioned(parameter: Tensor) -> bool:
@@ -83,7 +85,8 @@ def at_hand(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            give_back(model)
+            if place.leaves:
+                give_back(model)
 
 
 @contextmanager

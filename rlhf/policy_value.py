@@ -38,7 +38,7 @@ class PolicyValue(nn.Module):
         """Networks: a PpoForward of them. `ptx`: negative log-likelihoods [N] of all tokens but the first of each row.
 
         `pieces`: in how many calls the LM head runs under ZeRO-3, where all processes gather it together each time: one
-        number for all of them, which does not follow from the tokens of each. 0: it is not called at all.
+        number for all of them, which does not follow from the tokens of each. Else 0.
         """
         logprobs = entropies = values = None
         if what == "ptx" or "policy" in what:

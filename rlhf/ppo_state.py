@@ -103,7 +103,8 @@ def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path, hashes: tu
     device, lora = pick_device(recipe), recipe.model.lora.enabled
     policy = trained(recipe, lambda: load_policy(str(sft_dir), recipe.model))
     check_plain_head(policy)
-    reference = None if lora else frozen(recipe, device, lambda: load_policy(str(sft_dir), recipe.model))
+    judged = partial(frozen, recipe, device, leaves=True)
+    reference = None if lora else judged(lambda: load_policy(str(sft_dir), recipe.model))
     adapter, why_not = find_adapter(recipe, reward_dir.parent / FOLDER, *hashes)
     twins: list[PreTrainedModel | None] = [None, None]
     if adapter and one_base(recipe, zero_stage(recipe)):
@@ -121,7 +122,7 @@ def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path, hashes: tu
             twin = placed(lambda: new_reward_model(str(sft_dir), recipe.model, adapter.keep_layers, "zero"))
         return adapter.on(twin, recipe.reward.lora)
 
-    reward_model = judge(twins[0], partial(frozen, recipe, device)).requires_grad_(False).eval()
+    reward_model = judge(twins[0], judged).requires_grad_(False).eval()
     if shared:
         reward_model.to(device)
     check_probes(reward_model, reward_dir)

@@ -46,7 +46,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     """
     path = config_path(recipe)
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("optimizer", "scheduler"):
+    for key in ("optimizer", "scheduler", "torch_autocast"):
         if key in found:
             raise UserError(f"{key} is the recipe's to say", str(path), f"take {key} out of the DeepSpeed file")
     zero = found.get("zero_optimization", {})
@@ -89,8 +89,12 @@ def trained(recipe: Recipe, load: Callable[[], Model]) -> Model:
     return model
 
 
-def frozen(recipe: Recipe, device: torch.device, load: Callable[[], Model]) -> Model:
-    """`load()` for a model that only samples or scores, without gradients, placed as `launch.frozen` says."""
+def frozen(recipe: Recipe, device: torch.device, load: Callable[[], Model], leaves: bool = False) -> Model:
+    """`load()` for a model that only samples or scores, without gradients, placed as `launch.frozen` says.
+
+    Args:
+        leaves: on a CPU it leaves memory between its passes, where it is whole and its weights are mapped from a file.
+    """
     how = recipe.launch.frozen
     with _loading(recipe, how == "partitioned"):
         model = load()
@@ -98,7 +102,7 @@ def frozen(recipe: Recipe, device: torch.device, load: Callable[[], Model]) -> M
     if how == "cpu":
         model.placement = Placement(visits=device)
     else:
-        model.placement = Placement(by_layer=recipe.launch.gather == "by_layer")
+        model.placement = Placement(by_layer=recipe.launch.gather == "by_layer", leaves=leaves)
         model.to(device)
     return model.eval()
 

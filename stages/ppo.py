@@ -50,7 +50,6 @@ from rlhf.schedule import lr_factor
 from rlhf.scoring import SequenceBatch, build_batch, head_pieces, scores, token_values
 from rlhf.sharding import everyones, own
 from rlhf.stage import StageContext, exit_code, parse_stage_args, run_stage
-from rlhf.zero import zero_stage
 
 
 def rollout(ppo: Ppo) -> Rollout:
@@ -112,7 +111,7 @@ def micro_batches(
 
 def calls_of_head(ppo: Ppo, positions: int) -> int:
     """How often a training pass calls the LM head under ZeRO-3, where that follows from the recipe; else 0, never."""
-    return head_pieces(positions) if zero_stage(ppo.recipe) == 3 else 0
+    return head_pieces(positions) if getattr(ppo.engine, "stage", 0) == 3 else 0
 
 
 def ppo_step(
@@ -199,13 +198,15 @@ def update(ppo: Ppo, experience: Experience, times: PhaseTimes) -> dict[str, flo
                 with times("ptx"):
                     # The two gradients are accumulated one after the other; a copy tells them apart for the log.
                     # DeepSpeed shows none before its step: over several processes the norm of the sum is all there is.
-                    before = [g.clone() for g in ppo.engine.grads("policy")]
+                    copies = [g.clone() for g in ppo.engine.grads("policy")]
+                    policy_norm = float(grad_norm(copies))
                     metrics |= ptx_step(ppo, step)
-                    if before:
-                        metrics["ppo/grad_norm_policy"] = float(grad_norm(before))
-                        after = ppo.engine.grads("policy")
-                        parts = [a - b for a, b in zip(after, before, strict=True)]
-                        metrics["ppo/grad_norm_ptx"] = float(grad_norm(parts))
+                    if copies:
+                        for copy, sum_of_both in zip(copies, ppo.engine.grads("policy"), strict=True):
+                            copy.neg_().add_(sum_of_both)
+                        metrics["ppo/grad_norm_policy"] = policy_norm
+                        metrics["ppo/grad_norm_ptx"] = float(grad_norm(copies))
+                    del copies  # as large as the gradient itself, which is gone after the step
             norms, stepped = dict[str, float](), True
             for networks in others:
                 with times("optimizer"):

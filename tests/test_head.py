@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -107,3 +109,15 @@ def test_no_logits_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     with Largest() as largest:
         vocabulary_logprobs(h, w, None, torch.zeros(64, dtype=torch.long), 1.0)[0].sum().backward()
     assert largest.numbers == 64 * 256  # and the gradient of W, of half as many
+
+
+def test_words_that_a_bias_rules_out_do_not_spoil_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole slice of -inf comes first."""
+    monkeypatch.setattr(head, "LOGITS", 0)
+    monkeypatch.setattr(head, "NARROWEST", 2)
+    weight = torch.zeros(4, 1, requires_grad=True)
+    bias = torch.tensor([-torch.inf, -torch.inf, 0.0, 0.0])
+    found, _ = vocabulary_logprobs(torch.ones(1, 1), weight, bias, torch.tensor([3]), 1.0)
+    assert found.tolist() == pytest.approx([-math.log(2)])
+    found.backward()
+    assert weight.grad.flatten().tolist() == pytest.approx([0.0, 0.0, -0.5, 0.5])  # type: ignore[union-attr]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_bfloat16_rounds_as_transformers_does() -> None:
     changed = keep_less(copy.deepcopy(net))
     ids = torch.arange(24).reshape(2, 12)
     assert torch.equal(changed(input_ids=ids).logits, net(input_ids=ids).logits)
-    close(run(changed), run(net), 0.05)
+    close(run(changed), run(net), 1e-3)
 
 
 def test_lora_layers_give_the_same() -> None:
@@ -124,3 +125,12 @@ def test_other_models_stay_as_they_are() -> None:
     keep_less(net)
     changed = {type(module).__name__ for module in net.modules() if "forward" in vars(module)}
     assert changed == {"LlamaRMSNorm"}
+
+
+def test_a_changed_model_can_be_copied_and_pickled() -> None:
+    net = keep_less(model())
+    for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        with torch.no_grad():
+            copied.model.layers[0].mlp.down_proj.weight.zero_()
+        one, two = (each(input_ids=torch.arange(12)[None]).logits for each in (net, copied))
+        assert not torch.equal(one, two)  # the copy runs on weights of its own

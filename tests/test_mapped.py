@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rlhf.mapped import Mapping, _mappings, give_back
+from rlhf.placement import Placement, at_hand
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -18,11 +19,17 @@ SMAPS = """\
 7f0000000000-7f0000400000 rw-p 00000000 fe:00 1234                       /some where/model.safetensors
 Size:               4096 kB
 Anonymous:             0 kB
+Swap:                  0 kB
 VmFlags: rd wr mr mw me
-7f0000400000-7f0000800000 rw-p 00000000 fe:00 1235                       /other.safetensors
+7f0000400000-7f0000500000 rw-p 00000000 fe:00 1235                       /other.safetensors
 Anonymous:             8 kB
+Swap:                  0 kB
+7f0000500000-7f0000600000 rw-p 00100000 fe:00 1235                       /other.safetensors
+Anonymous:             0 kB
+Swap:                  4 kB
 7f0000800000-7f0000c00000 rw-p 00000000 00:00 0
 Anonymous:          4096 kB
+Swap:                  0 kB
 """
 
 
@@ -40,10 +47,11 @@ def mapped_layer(folder: Path) -> nn.Linear:
 
 
 def test_regions_of_files_are_read_and_those_of_no_file_left_out() -> None:
-    first, second = 0x7F0000000000, 0x7F0000400000
+    first, second, third = 0x7F0000000000, 0x7F0000400000, 0x7F0000500000
     assert list(_mappings(SMAPS)) == [
-        Mapping(first, first + 2**22, written=False),
-        Mapping(second, second + 2**22, written=True),
+        Mapping(first, second, written=False),
+        Mapping(second, third, written=True),
+        Mapping(third, third + 2**20, written=True),  # and swapped out
     ]
 
 
@@ -68,3 +76,13 @@ def test_weights_that_are_trained_or_lie_in_no_file_stay(tmp_path: Path) -> None
     layer.weight.requires_grad_(True)
     assert give_back(layer) == 0
     assert give_back(nn.Linear(4, 4).requires_grad_(False)) == 0
+
+
+def test_a_pass_drops_the_models_that_are_to_leave_and_no_others(tmp_path: Path) -> None:
+    layer = mapped_layer(tmp_path)
+    for leaves in (False, True):
+        layer.placement = Placement(leaves=leaves)
+        with at_hand(layer):
+            float(layer.weight.sum())
+            inside = resident_file_bytes()
+        assert (inside - resident_file_bytes() > 60 * 2**20) == leaves

@@ -106,6 +106,22 @@ def test_more_partitioning_takes_less() -> None:
     assert peaks[0] > 6.7e9 * (4 * 2 + 2 * 14)
 
 
+def test_frozen_models_that_are_views_of_files_leave_memory_between_passes() -> None:
+    """On a CPU: one of them in the phase that scores, none in the others; whatever is a copy stays throughout."""
+    names = {"weights: reference", "weights: reward model"}
+
+    def found(*overrides: str, card: str = "cpu") -> tuple[set[str], set[str]]:
+        recipe = load_recipe("tiny", overrides)
+        memory = stage_memory(recipe, "ppo", shapes_of(recipe), find_card(card))
+        return {p.name for p in memory.always} & names, {p.name for p in memory.phases["scoring"]} & names
+
+    always, scoring = found()
+    assert not always and len(scoring) == 1
+    for copied in ("model.dtype=bfloat16", "launch.frozen=cpu"):
+        assert found(copied) == (names, set())
+    assert found(card="h100-80g") == (names, set())
+
+
 def test_four_networks_on_one_base_are_counted_once() -> None:
     lora = ["model.lora.enabled=true", "reward.lora.enabled=true", "model.lora.rank=8", "reward.lora.rank=4"]
     adapters = 4 * ((64 + 64) + 2 * (64 + 32) + (64 + 64) + 3 * (64 + 176))  # of rank 1

@@ -2,7 +2,7 @@
 
 Every measurement is a program in a process of its own, so that memory and caches of one side are not the other's. Sides
 of a case alternate within a repeat, since a machine's speed drifts. Prints the table with medians and writes everything
-to OUT/bench.json. A side that fails has a row that says why; the others go on.
+to OUT/bench.json, after every program anew. A side that fails has a row that says why; the others go on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.jobs import HERE, PARTS, Job, peers
@@ -97,8 +97,10 @@ def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run_all(jobs: Sequence[Job], repeats: int, folder: Path, deadline: float) -> dict[int, str]:
-    """All repeats of all jobs, alternating; by position of a job, why it failed."""
+def run_all(
+    jobs: Sequence[Job], repeats: int, folder: Path, deadline: float, keep: Callable[[dict[int, str]], object] = len
+) -> dict[int, str]:
+    """All repeats of all jobs, alternating; by position of a job, why it failed. `keep` gets that after every run."""
     rounds = [(r, i) for r in range(repeats) for i, job in enumerate(jobs) if not job.skip and not (r and job.once)]
     took: dict[int, float] = {}
     why = {i: job.skip for i, job in enumerate(jobs) if job.skip}
@@ -121,7 +123,18 @@ def run_all(jobs: Sequence[Job], repeats: int, folder: Path, deadline: float) ->
             # Not again; what was measured before stays in the table.
             why[i] = failed if not job.results else f"a later repeat {failed}"
         progress(f"    {failed or f'{took[i]:.0f} s'}")
+        keep(why)
     return why
+
+
+def all_lines(jobs: Sequence[Job], why: dict[int, str]) -> list[Line]:
+    """The table's lines of what has been measured so far."""
+    losses, lines = compare_losses(jobs), []
+    for i, job in enumerate(jobs):
+        note = why.get(i, "") or ("" if job.side == OURS else losses.get(job.case, "") if job.part == "reward" else "")
+        lines += lines_of(job, note)
+    relative_growth(lines)
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,17 +155,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     progress("preparing models and data")
     work = Workload(chosen.out.resolve(), QUICK if chosen.quick else FULL, chosen.model)
     jobs = [job for part in chosen.only or PARTS for job in PARTS[part](work, peers(ROOT), bf16_missing())]
-    why = run_all(jobs, repeats, chosen.out.resolve(), deadline)
-
-    losses, lines = compare_losses(jobs), []
-    for i, job in enumerate(jobs):
-        note = why.get(i, "") or ("" if job.side == OURS else losses.get(job.case, "") if job.part == "reward" else "")
-        lines += lines_of(job, note)
-    relative_growth(lines)
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": HERE}
-    result = {"quick": chosen.quick, "repeats": repeats, "machine": machine, "lines": as_json(lines)}
-    (chosen.out / "bench.json").write_text(json.dumps(result, indent=1))
-    print(render(lines))
+    result = {"quick": chosen.quick, "repeats": repeats, "machine": machine}
+
+    def keep(why: dict[int, str]) -> list[Line]:
+        lines = all_lines(jobs, why)
+        (chosen.out / "bench.json").write_text(json.dumps(result | {"lines": as_json(lines)}, indent=1))
+        return lines
+
+    print(render(keep(run_all(jobs, repeats, chosen.out.resolve(), deadline, keep))))
     return 0
 
 

@@ -135,7 +135,7 @@ def growth(work: Workload, pythons: dict[str, str], no_bf16: str) -> list[Job]:
             (f"rollout, {case}", "s/TFLOP"): lambda r: r["rollout_s"] / r["rollout_flops"] * 1e12,
             (f"update, {case}", "s/TFLOP"): lambda r: r["train_s"] / r["train_flops"] * 1e12,
         }
-        jobs.append(Job("growth", case, OURS, "growth", work.growth(batch, length, layers), reads))
+        jobs.append(Job("growth", case, OURS, "growth", work.growth(batch, length, layers), reads, once=True))
     return jobs
 
 
