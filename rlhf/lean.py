@@ -83,14 +83,20 @@ def _mlp_forward(mlp: Any, x: Tensor) -> Tensor:
 def keep_less(model: nn.Module) -> nn.Module:
     """Give the norms and MLPs that are known here a forward that keeps less; the same numbers to rounding; in place.
 
-    Left as they are: other classes; what ZeRO-3 partitions, whose weights come together around calls of modules; MLPs
-    whose `down_proj` is more than its weight or is frozen, as under LoRA.
+    Left as they are: other classes; what is frozen, as under LoRA, where autograd keeps no normalised input either; and
+    what ZeRO-3 partitions, whose weights come together around calls of modules.
     """
     for module in model.modules():
-        if type(module) in NORMS and not is_partitioned(module.weight):
+        if type(module) in NORMS and _whole_and_trained(module.weight):
             module.forward = partial(_norm_forward, module)
-        elif type(module) in MLPS and module.config.hidden_act == "silu":
-            down = module.down_proj
-            if type(down) is nn.Linear and down.weight.requires_grad and not is_partitioned(down.weight):
-                module.forward = partial(_mlp_forward, module)
+        elif type(module) in MLPS and module.config.hidden_act == "silu" and _plain(module.down_proj):
+            module.forward = partial(_mlp_forward, module)
     return model
+
+
+def _plain(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and _whole_and_trained(module.weight)
+
+
+def _whole_and_trained(weight: Tensor) -> bool:
+    return weight.requires_grad and not is_partitioned(weight)
