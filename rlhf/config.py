@@ -217,6 +217,10 @@ class LaunchSection(Section):
         "once", description="sampling and scoring with partitioned models: all layers at once, or each in its turn"
     )
     gradient_checkpointing: bool = False
+    cuda_graphs: bool = Field(
+        False,
+        description="native sampling replays its steps from CUDA graphs; tested step by step on a CPU, never on a GPU",
+    )
     vllm_url: str = Field("", description="vLLM server for ppo.rollout=vllm, as http://host:8000; empty: in process")
     vllm_weights: str = Field(
         "/dev/shm", min_length=1, description="folder for weights on their way to vLLM, which must see it as well"

@@ -126,7 +126,15 @@ class ModelDecoding:
         ).logits[:, -1]
 
 
-def decoding_for(policy: PreTrainedModel, max_new_tokens: int) -> InferenceDecoding | ModelDecoding:
-    """The fastest way that covers the policy."""
+def decoding_for(
+    policy: PreTrainedModel, max_new_tokens: int, graphs: bool = False
+) -> InferenceDecoding | ModelDecoding:
+    """The fastest way that covers the policy; with `graphs` its steps all have one shape, where that can be had."""
     inference = inference_for(policy)
-    return InferenceDecoding(inference, max_new_tokens, policy.device) if inference else ModelDecoding(policy)
+    if inference is None:
+        return ModelDecoding(policy)
+    if graphs:
+        from rlhf.graph_decoding import GraphDecoding
+
+        return GraphDecoding(inference, max_new_tokens, policy.device)
+    return InferenceDecoding(inference, max_new_tokens, policy.device)

@@ -118,12 +118,16 @@ class Inference:
                 keep.append(kept)
         return rms_norm(x, x.shape[-1:], self.body.norm.weight, self.eps)
 
-    def step(self, tokens: Tensor, positions: Tensor, room: list[KeysValues], end: int, mask: Tensor | None) -> Tensor:
+    def step(
+        self, tokens: Tensor, positions: Tensor, room: list[KeysValues], end: int | Tensor, mask: Tensor | None
+    ) -> Tensor:
         """Last hidden states [H, B] of one token [B] more for each sequence, at `positions` [B].
 
         Args:
             room: of every layer; the new keys and values are written at `end`.
-            mask: [B, 1, 1, end + 1], added to the attention scores; None where all that is cached counts.
+            end: a tensor [1] where no shape may depend on it; then attention is over the whole room.
+            mask: [B, 1, 1, end + 1], or as long as the whole room, added to the attention scores; None where all that
+                is cached counts.
         """
         x = self.body.embed_tokens.weight[tokens].t().contiguous()
         cos, sin = (t.t() for t in self._angles(x, positions))  # [D / 2, B]
@@ -132,14 +136,19 @@ class Inference:
             q, k, v = (m.columns(y).view(-1, self.size, len(tokens)) for m in (layer.q, layer.k, layer.v))
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = self._normed(q, layer.q_norm), self._normed(k, layer.k_norm)
-            keys[:, :, end] = _rotated(k, cos, sin, -2).permute(2, 0, 1)
-            values[:, :, end] = v.permute(2, 0, 1)
+            k, v = _rotated(k, cos, sin, -2).permute(2, 0, 1), v.permute(2, 0, 1)
+            if isinstance(end, Tensor):
+                keys.index_copy_(2, end, k[:, :, None])
+                values.index_copy_(2, end, v[:, :, None])
+            else:
+                keys[:, :, end], values[:, :, end] = k, v
+                keys, values = keys[:, :, : end + 1], values[:, :, : end + 1]
             q = _rotated(q, cos, sin, -2).view(self.groups, -1, self.size, len(tokens)).permute(3, 0, 1, 2)
             # All query heads of a group in one product, [B, N, G, D] with [B, N, D, T]: keys are not repeated.
-            scores = (q * self.size**-0.5) @ keys[:, :, : end + 1].transpose(2, 3)
+            scores = (q * self.size**-0.5) @ keys.transpose(2, 3)
             if mask is not None:
                 scores += mask
-            out = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype) @ values[:, :, : end + 1]
+            out = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype) @ values
             x = x + layer.o.columns(out.permute(1, 2, 3, 0).reshape(-1, len(tokens)))
             y = self._normed(x, layer.before_mlp)
             x = x + layer.down.columns(silu(layer.gate.columns(y), inplace=True).mul_(layer.up.columns(y)))

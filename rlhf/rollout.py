@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from typing import Literal
 
@@ -134,7 +135,7 @@ def sample(
         seeds: one per row (`row_seed`); a native row's draw depends on its seed, not on its batch mates.
         stop_ids: tokens that end a response and belong to it.
         advance: called with the number of responses finished, for progress.
-        launch: says where vLLM is, for that engine.
+        launch: says where vLLM is, for that engine, and whether native steps are replayed from CUDA graphs.
 
     Returns:
         Rows in the order of `prompts`.
@@ -150,7 +151,8 @@ def sample(
             policy, tokenizer, prompts, seeds=seeds, stop_ids=stop_ids, launch=where, advance=advance, **how
         )
         return _assemble(prompts, answers, int(tokenizer.pad_token_id), set(stop_ids))
-    decode = {"native": _decode_native, "generate": _decode_generate}[engine]
+    native = partial(_decode_native, graphs=launch is not None and launch.cuda_graphs)
+    decode = {"native": native, "generate": _decode_generate}[engine]
     rows: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
     # Prompts of like length share a batch, so that little is spent on padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -192,6 +194,7 @@ def _decode_native(
     temperature: float,
     seeds: list[int],
     stop_ids: list[int],
+    graphs: bool,
 ) -> list[tuple[list[int], list[float]]]:
     """The decode loop; returns (token ids, log-probabilities) of each row."""
     device = policy.device
@@ -203,7 +206,7 @@ def _decode_native(
     stops = torch.tensor(stop_ids, device=device)
     out: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
     alive = torch.arange(len(prompts), device=device)
-    decoding = decoding_for(policy, max_new_tokens)
+    decoding = decoding_for(policy, max_new_tokens, graphs)
     logits = decoding.begin([list(prompt) for prompt in distinct], copies, pad_id)
     for step in range(max_new_tokens):
         if not bool(torch.isfinite(logits.amax(-1)).all()):

@@ -146,6 +146,7 @@ def sample_outputs(
                 seeds=[row_seed(recipe.run.seed, "rank", encoded.item.key, i) for encoded in chunk for i in range(k)],
                 stop_ids=stops,
                 batch_size=cfg.batch_size,
+                launch=recipe.launch,
                 advance=progress.advance,
             )
             seconds = time.perf_counter() - begin

@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from rlhf.adapters import add_lora, base_model
-from rlhf.config import LoraSection
+from rlhf.config import LaunchSection, LoraSection
 from rlhf.decoding import InferenceDecoding, ModelDecoding, decoding_for
+from rlhf.graph_decoding import GraphDecoding
 from rlhf.inference import inference_for
 from rlhf.scoring import build_batch, hidden_states
 
@@ -122,6 +123,45 @@ def test_decoded_logprobs_are_those_of_a_full_forward(make):
     for i, prompt in enumerate(prompts):
         expected = by_hand(model, prompt, out.response(i), 1.0)
         assert out.logprobs[i, : int(out.lengths[i])].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("make", COVERED)
+def test_steps_of_one_shape_decode_the_same(make):
+    """Rows that end stay until half of them have, and the others move together then."""
+    prompts = [*PROMPTS, *PROMPTS[:2]]
+    options = {"max_new_tokens": 30, "stop_ids": [EOS, 7, 11]}
+    graphs = LaunchSection(cuda_graphs=True)
+    model = make()
+    ours, expected = run(model, prompts, launch=graphs, **options), run(model, prompts, **options)
+    lengths = ours.lengths.tolist()
+    assert sum(n < max(lengths) for n in lengths) > len(lengths) / 2
+    assert ours.response_ids.equal(expected.response_ids)
+    assert torch.allclose(ours.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_no_step_has_a_shape_of_its_own():
+    """What a CUDA graph needs: the same storages and sizes from one step to the next, and no copy of the weights."""
+    decoding = decoding_for(llama(), 6, graphs=True)
+    assert isinstance(decoding, GraphDecoding)
+    tokens = torch.tensor([3, 4, 5])
+
+    def held() -> list[tuple[int, torch.Size]]:
+        room = [t for layer in decoding.room for t in layer]
+        return [
+            (t.data_ptr(), t.shape)
+            for t in (*room, decoding.mask, decoding.positions, decoding.tokens, decoding.column)
+        ]
+
+    with torch.no_grad():
+        decoding.begin([[5, 6, 7], [8], [9, 10]], torch.arange(3), 0)
+        before = held()
+        decoding.step(tokens)
+        assert decoding.keep([True, False, True]).tolist() == [0, 2]
+        decoding.step(tokens[:2])
+        assert held() == before
+        assert decoding.keep([True, False]).tolist() == [0]  # one of three: now it moves
+        decoding.step(tokens[:1])
+    assert len(decoding.mask) == len(decoding.positions) == len(decoding.room[0].keys) == 1
 
 
 @pytest.mark.parametrize("make", COVERED)
