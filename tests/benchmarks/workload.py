@@ -142,7 +142,8 @@ class Workload:
             "groups": self.rankings(k, s.reward_prompts * 2),
             "batch": s.reward_prompts,
             "micro_batch": 1,  # a prompt's pairs are a batch that a pairwise trainer can hold in memory, even at K = 9
-            "micro_tokens": 1024,  # ours: a pass holds no more, whatever K is
+            # Ours: a pass holds no more, whatever K is. For memory by K so few that two outputs fill it.
+            "micro_tokens": 1024 if losses else 128,
             "steps": s.reward_steps,
             "losses": losses,
         }
