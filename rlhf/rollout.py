@@ -142,17 +142,16 @@ def sample(
     """
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+    where = launch or LaunchSection()
     if engine == "vllm":
         from rlhf.vllm_engine import sample_vllm
 
         how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
-        where = launch or LaunchSection()
         answers = sample_vllm(
             policy, tokenizer, prompts, seeds=seeds, stop_ids=stop_ids, launch=where, advance=advance, **how
         )
         return _assemble(prompts, answers, int(tokenizer.pad_token_id), set(stop_ids))
-    native = partial(_decode_native, graphs=launch is not None and launch.cuda_graphs)
-    decode = {"native": native, "generate": _decode_generate}[engine]
+    decode = {"native": _native(where), "generate": _decode_generate}[engine]
     rows: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
     # Prompts of like length share a batch, so that little is spent on padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -184,6 +183,10 @@ def sample(
     for i, row in zip(order, gathered(mine), strict=True):
         rows[i] = row
     return _assemble(prompts, rows, int(tokenizer.pad_token_id), set(stop_ids))
+
+
+def _native(launch: LaunchSection) -> Callable[..., list[tuple[list[int], list[float]]]]:
+    return partial(_decode_native, graphs=launch.cuda_graphs)
 
 
 def _decode_native(
