@@ -82,6 +82,6 @@ class GraphDecoding(InferenceDecoding):
 
     def _roomy(self, held: Tensor, copies: Tensor) -> Tensor:
         # Zeros, for what is masked is still multiplied: by a weight of 0, which makes no number of a nan.
-        room = held.new_zeros(len(copies), held.shape[1], self.end + self.max_new_tokens, held.shape[3])
-        room[:, :, : self.end] = held[copies]
+        room = super()._roomy(held, copies)
+        room[:, :, self.end :] = 0
         return room
