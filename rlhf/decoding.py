@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.inference import Inference, KeysValues, inference_for
+from rlhf.inference import Inference, KeysValues, columns_for, inference_for
 from rlhf.kv_cache import RoomyLayer, decode_cache, leave, rows_kept
 
 
@@ -48,14 +48,15 @@ class InferenceDecoding:
         self.mask = torch.zeros(shape, dtype=last.dtype, device=self.device)
         self.mask[:, 0, 0, : self.end].masked_fill_(~mask[copies], -torch.inf)
         self.padded = not bool(mask.all())
-        return self._logits(last.t()[:, copies])
+        columns = torch.nn.functional.pad(copies, (0, columns_for(len(copies)) - len(copies)))
+        return self._logits(last.t()[:, columns], len(copies))
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits [B, V] after one token [B] more in each row."""
         mask = self.mask[..., : self.end + 1] if self.padded else None
         hidden = self.model.step(tokens, self.positions, self.room, self.end, mask)
         self.positions, self.end = self.positions + 1, self.end + 1
-        return self._logits(hidden)
+        return self._logits(hidden, len(tokens))
 
     def keep(self, going: list[bool]) -> Tensor:
         """Let the rows that are not `going` leave; returns the row [B] that is in each place afterwards."""
@@ -70,9 +71,9 @@ class InferenceDecoding:
         room[:, :, : self.end] = held[copies]
         return room
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def _logits(self, hidden: Tensor, rows: int) -> Tensor:
         assert self.model.head is not None
-        return self.model.head.columns(hidden).t()
+        return self.model.head.columns(hidden).t()[:rows]
 
 
 class ModelDecoding:

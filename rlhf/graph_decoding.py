@@ -76,7 +76,7 @@ class GraphDecoding(InferenceDecoding):
         """One step, from and to the same tensors."""
         self.mask.index_fill_(3, self.column, 0.0)
         hidden = self.model.step(self.tokens, self.positions, self.room, self.column, self.mask)
-        self.logits = self._logits(hidden)
+        self.logits = self._logits(hidden, len(self.tokens))
         self.positions.add_(1)
         self.column.add_(1)
 

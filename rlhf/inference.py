@@ -3,8 +3,9 @@
 transformers' own forward remains what is trained, and what is used for every model and adapter that is not covered here
 (`inference_for` says which); tests hold these passes to it. They make a third of its calls into torch and write less to
 memory. Two layouts, for on a CPU a matrix product's time depends on them: many tokens lie in rows, [tokens, features];
-one token of each sequence lies in a column, [features, rows], for with few columns W x takes a half to three quarters
-of the time of x W^T.
+one token of each sequence lies in a column, [features, columns], for with few columns W x takes a half to three
+quarters of the time of x W^T. Their number is rounded up (`columns_for`): with 31 columns a product takes twice the
+time of one with 32.
 
 Shapes: B sequences, L tokens, H hidden size, D head size, N key-value heads with G query heads each, T cached tokens.
 """
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, pad, rms_norm, scaled_dot_product_attention, silu
 
 from rlhf.adapters import base_model
 from rlhf.placement import is_partitioned
@@ -84,6 +85,7 @@ class Inference:
         self.body: Any = base.model
         self.layers = [_layer(module) for module in self.body.layers]
         self.groups = int(base.config.num_key_value_heads)
+        self.heads = int(base.config.num_attention_heads)
         self.eps = float(base.config.rms_norm_eps)
         self.head = _linear(base.lm_head) if hasattr(base, "lm_head") else None
         self.size = self.layers[0].k.weight.shape[0] // self.groups  # D
@@ -98,7 +100,7 @@ class Inference:
         angles = self._angles(x, torch.arange(length, device=ids.device))
         cos, sin = (t[:, None] for t in angles)  # [L, 1, D / 2]
         # On CUDA torch has kernels for grouped heads in half precision only, by its documentation.
-        repeated = self.layers[0].q.weight.shape[0] // (self.groups * self.size) if slow_groups(x) else 0
+        repeated = self.heads // self.groups if slow_groups(x) else 0
         for layer in self.layers:
             y = rms_norm(x, x.shape[-1:], layer.before_attention, self.eps)
             q, k, v = (m.rows(y).view(batch, length, -1, self.size) for m in (layer.q, layer.k, layer.v))
@@ -121,7 +123,9 @@ class Inference:
     def step(
         self, tokens: Tensor, positions: Tensor, room: list[KeysValues], end: int | Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Last hidden states [H, B] of one token [B] more for each sequence, at `positions` [B].
+        """Last hidden states [H, columns_for(B)] of one token [B] more for each sequence, at `positions` [B].
+
+        The columns past B mean nothing. A product does not mix columns, so nobody reads them until the caller drops them.
 
         Args:
             room: of every layer; the new keys and values are written at `end`.
@@ -129,27 +133,31 @@ class Inference:
             mask: [B, 1, 1, end + 1], or as long as the whole room, added to the attention scores; None where all that
                 is cached counts.
         """
-        x = self.body.embed_tokens.weight[tokens].t().contiguous()
-        cos, sin = (t.t() for t in self._angles(x, positions))  # [D / 2, B]
+        rows, columns = len(tokens), columns_for(len(tokens))
+        spare = (0, columns - rows)
+        x = self.body.embed_tokens.weight[pad(tokens, spare)].t().contiguous()
+        cos, sin = (t.t() for t in self._angles(x, pad(positions, spare)))  # [D / 2, columns]
+        answers = x.new_zeros(self.groups, self.heads // self.groups, self.size, columns)
         for layer, (keys, values) in zip(self.layers, room, strict=True):
             y = self._normed(x, layer.before_attention)
-            q, k, v = (m.columns(y).view(-1, self.size, len(tokens)) for m in (layer.q, layer.k, layer.v))
+            q, k, v = (m.columns(y).view(-1, self.size, columns) for m in (layer.q, layer.k, layer.v))
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = self._normed(q, layer.q_norm), self._normed(k, layer.k_norm)
-            k, v = _rotated(k, cos, sin, -2).permute(2, 0, 1), v.permute(2, 0, 1)
+            k, v = (t[..., :rows].permute(2, 0, 1) for t in (_rotated(k, cos, sin, -2), v))
             if isinstance(end, Tensor):
                 keys.index_copy_(2, end, k[:, :, None])
                 values.index_copy_(2, end, v[:, :, None])
             else:
                 keys[:, :, end], values[:, :, end] = k, v
                 keys, values = keys[:, :, : end + 1], values[:, :, : end + 1]
-            q = _rotated(q, cos, sin, -2).view(self.groups, -1, self.size, len(tokens)).permute(3, 0, 1, 2)
+            q = _rotated(q, cos, sin, -2)[..., :rows].unflatten(0, (self.groups, -1)).permute(3, 0, 1, 2)
             # All query heads of a group in one product, [B, N, G, D] with [B, N, D, T]: keys are not repeated.
             scores = (q * self.size**-0.5) @ keys.transpose(2, 3)
             if mask is not None:
                 scores += mask
             out = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype) @ values
-            x = x + layer.o.columns(out.permute(1, 2, 3, 0).reshape(-1, len(tokens)))
+            answers[..., :rows] = out.permute(1, 2, 3, 0)
+            x = x + layer.o.columns(answers.flatten(0, 2))
             y = self._normed(x, layer.before_mlp)
             x = x + layer.down.columns(silu(layer.gate.columns(y), inplace=True).mul_(layer.up.columns(y)))
         return self._normed(x, self.body.norm.weight)
@@ -163,6 +171,11 @@ class Inference:
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-2, keepdim=True) + self.eps)
         return (wide * scale).to(x.dtype) * weight[:, None]
+
+
+def columns_for(rows: int) -> int:
+    """Columns to compute for so many rows: products are slow at widths that are no multiple of 8, and below 16 but 1."""
+    return 1 if rows == 1 else max(16, -(-rows // 8) * 8)
 
 
 def slow_groups(x: Tensor) -> bool:

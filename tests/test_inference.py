@@ -21,7 +21,7 @@ from rlhf.adapters import add_lora, base_model
 from rlhf.config import LaunchSection, LoraSection
 from rlhf.decoding import InferenceDecoding, ModelDecoding, decoding_for
 from rlhf.graph_decoding import GraphDecoding
-from rlhf.inference import inference_for
+from rlhf.inference import columns_for, inference_for
 from rlhf.scoring import build_batch, hidden_states
 
 SHAPE = {
@@ -123,6 +123,18 @@ def test_decoded_logprobs_are_those_of_a_full_forward(make):
     for i, prompt in enumerate(prompts):
         expected = by_hand(model, prompt, out.response(i), 1.0)
         assert out.logprobs[i, : int(out.lengths[i])].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16, 17, 24])
+def test_columns_that_fill_up_say_nothing(rows):
+    """As many rows as it takes for every way of rounding up, with the numbers of each row by itself."""
+    model = qwen2()
+    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(rows)]
+    out = run(model, prompts, max_new_tokens=6, stop_ids=[])
+    assert out.lengths.tolist() == [6] * rows
+    for i, prompt in enumerate(prompts):
+        assert out.logprobs[i].tolist() == pytest.approx(by_hand(model, prompt, out.response(i), 1.0), abs=1e-4)
+    assert columns_for(rows) == {1: 1, 2: 16, 8: 16, 9: 16, 16: 16, 17: 24, 24: 24}[rows]
 
 
 @pytest.mark.parametrize("make", COVERED)
