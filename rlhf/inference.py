@@ -125,7 +125,7 @@ class Inference:
     ) -> Tensor:
         """Last hidden states [H, columns_for(B)] of one token [B] more for each sequence, at `positions` [B].
 
-        The columns past B mean nothing. A product does not mix columns, so nobody reads them until the caller drops them.
+        The columns past B mean nothing, and no product mixes columns: the caller drops them.
 
         Args:
             room: of every layer; the new keys and values are written at `end`.
@@ -174,7 +174,7 @@ class Inference:
 
 
 def columns_for(rows: int) -> int:
-    """Columns to compute for so many rows: products are slow at widths that are no multiple of 8, and below 16 but 1."""
+    """Columns for so many rows: products are slow at widths that are no multiple of 8, and below 16 except for 1."""
     return 1 if rows == 1 else max(16, -(-rows // 8) * 8)
 
 
