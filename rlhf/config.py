@@ -8,9 +8,21 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Schedule = Literal["cosine", "linear", "constant"]
+PeftMethod = Literal["none", "lora", "dora", "prefix", "p_tuning", "p_tuning_v2", "prompt", "adapter", "ia3", "bitfit"]
+VIRTUAL_TOKENS = ("prefix", "p_tuning", "p_tuning_v2", "prompt")  # rows with tokens that are no words before them
+CACHED_TOKENS = ("prefix", "p_tuning_v2")  # of these, the methods whose tokens are keys and values of every layer
+NOT_MERGED = (*VIRTUAL_TOKENS, "adapter")  # what they add is no change of a weight that is there
+READ_BY = {
+    "rank": ("lora", "dora"),
+    "alpha": ("lora", "dora"),
+    "last_layers": ("lora", "dora", "ia3", "adapter", "bitfit"),
+    "virtual_tokens": VIRTUAL_TOKENS,
+    "hidden": ("prefix", "p_tuning"),
+    "bottleneck": ("adapter",),
+}
 
 
 class Section(BaseModel):
@@ -31,13 +43,40 @@ class RunSection(Section):
     )
 
 
-class LoraSection(Section):
-    """Low-rank adapters (Hu et al. 2021) through peft; the base stays frozen."""
+class PeftSection(Section):
+    """A parameter-efficient method: the base stays frozen, and what is trained is all that a stage writes."""
 
-    enabled: bool = Field(False, description="train adapters instead of all weights")
-    rank: int = Field(16, ge=1, le=1024)
-    alpha: float = Field(32.0, gt=0)
-    last_layers: int = Field(0, ge=0, description="adapters on the last N layers only; 0 means every layer")
+    method: PeftMethod = Field("none", description="what is trained; none: all weights")
+    rank: int = Field(16, ge=1, le=1024, description="of the update matrices; lora and dora")
+    alpha: float = Field(32.0, gt=0, description="their update is multiplied by alpha / rank; lora and dora")
+    last_layers: int = Field(
+        0, ge=0, description="on the last N layers alone, 0 on all; lora, dora, ia3, adapter and bitfit"
+    )
+    virtual_tokens: int = Field(16, ge=1, le=1024, description="prefix, p_tuning, p_tuning_v2 and prompt")
+    hidden: int = Field(128, ge=1, description="width of the network that makes them; prefix and p_tuning")
+    bottleneck: int = Field(32, ge=1, description="width between the two maps; adapter")
+
+    @property
+    def on(self) -> bool:
+        """Whether a method is in use."""
+        return self.method != "none"
+
+    @model_validator(mode="after")
+    def _no_idle_setting(self) -> PeftSection:
+        if not self.on:  # so that `model.peft.method=none` is enough to train all weights of a recipe with adapters
+            return self
+        for name in sorted(self.model_fields_set - {"method"}):
+            # A resolved recipe names every field: what counts is that the value is not its default.
+            if name in READ_BY and self.method not in READ_BY[name] and getattr(self, name) != default(self, name):
+                raise ValueError(
+                    f"{self.method} has no {name}", f"leave {name} out; it belongs to {', '.join(READ_BY[name])}"
+                )
+        return self
+
+
+def default(section: BaseModel, name: str) -> object:
+    """The default of a field of a section."""
+    return type(section).model_fields[name].default
 
 
 class ModelSection(Section):
@@ -50,7 +89,7 @@ class ModelSection(Section):
     prompt_format: Literal["auto", "plain", "verbatim"] = Field(
         "auto", description="auto: the tokenizer's chat template, else plain; plain: Human:/Assistant:; verbatim: as is"
     )
-    lora: LoraSection = LoraSection()
+    peft: PeftSection = PeftSection()
 
 
 class DataSection(Section):
@@ -100,6 +139,14 @@ class RankSection(Section):
     reward_model: str = Field("", description="folder of the reward model for labeler=reward_model")
 
 
+class RewardPeftSection(Section):
+    """What is trained of the reward model, and of PPO's value model, which starts from it."""
+
+    method: Literal["model", "none"] = Field(
+        "model", description="model: as model.peft says, starting where SFT's adapter ended; none: all weights"
+    )
+
+
 class RewardSection(Section):
     """Reward model on K-way rankings (paper section 3.5, equation 1, and C.2)."""
 
@@ -108,7 +155,7 @@ class RewardSection(Section):
     head_init: Literal["zero", "normal"] = Field(
         "zero", description="zero: the first loss is log 2; normal: N(0, 1/(d + 1)) as in arXiv 2403.17031"
     )
-    lora: LoraSection = LoraSection()
+    peft: RewardPeftSection = RewardPeftSection()
     epochs: int = Field(1, ge=1)
     batch_size: int = Field(16, ge=1, description="prompts per optimiser step, each with all its outputs (paper: 64)")
     micro_tokens: int = Field(
@@ -240,3 +287,30 @@ class Recipe(Section):
     evaluate: EvaluateSection = EvaluateSection()
     tracking: TrackingSection = TrackingSection()
     launch: LaunchSection = LaunchSection()
+
+    @property
+    def reward_peft(self) -> PeftSection:
+        """How the reward model and the value model are trained."""
+        return self.model.peft if self.reward.peft.method == "model" else PeftSection()
+
+    @model_validator(mode="after")
+    def _methods_fit(self) -> Recipe:
+        method, launch = self.model.peft.method, self.launch
+        if method in NOT_MERGED and self.reward.peft.method == "none" and self.reward.model == "sft":
+            raise ValueError(
+                f"reward.peft.method is none: the reward model would start from SFT's weights, and {method} is no "
+                "change of weights",
+                "set reward.peft.method=model, or name another reward.model",
+            )
+        if method in VIRTUAL_TOKENS and self.sft.packing:
+            raise ValueError(
+                f"sft.packing is true: with {method}, packed rows would share one set of virtual tokens",
+                "set sft.packing=false",
+            )
+        if method in CACHED_TOKENS and launch.gradient_checkpointing:
+            raise ValueError(
+                f"launch.gradient_checkpointing is true: it leaves out the keys and values that {method} puts before "
+                "every row",
+                "set launch.gradient_checkpointing=false, or take p_tuning or prompt",
+            )
+        return self

@@ -230,11 +230,15 @@ def _members(section: str) -> list[str]:
     return list(model.model_fields)
 
 
-def _invalid(error: ValidationError, where: str) -> UserError:
+def _invalid(error: ValidationError, path: str) -> UserError:
     first = error.errors()[0]
+    rule = first.get("ctx", {}).get("error")
+    if isinstance(rule, ValueError) and len(rule.args) == 2:  # of a section's own, about several fields: (what, fix)
+        where = ".".join(map(str, first["loc"]))
+        return UserError(rule.args[0], f"{where} in {path}" if where else path, rule.args[1])
     key = ".".join(part for part in first["loc"] if isinstance(part, str))
     index = "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
-    return _wrong_value(key, index, first["input"], where)
+    return _wrong_value(key, index, first["input"], path)
 
 
 def _wrong_value(key: str, index: str, value: Any, where: str) -> UserError:
