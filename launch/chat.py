@@ -31,7 +31,9 @@ def chat(run: Path, stage: str, temperature: float, max_tokens: int, once: str) 
     folders = [_existing(run / name / "model", f"run the {name} stage first") for name in names]
     console.print(f"loading {' and '.join(names)} from {run}", style="dim")
     tokenizer = load_tokenizer(str(folders[0]), recipe.model.prompt_format)
-    policies = {name: load_policy(str(folder), recipe.model) for name, folder in zip(names, folders, strict=True)}
+    policies = {
+        name: load_policy(folder, recipe.model, merged=True) for name, folder in zip(names, folders, strict=True)
+    }
     if once:
         _show(policies, tokenizer, once, temperature, max_tokens, turn=0)
         return

@@ -163,18 +163,21 @@ def check_disk(recipe: Recipe) -> None:
 
 
 def disk_need(recipe: Recipe) -> int:
-    """Bytes that the unfinished stages write, about: models, averages and the checkpoints of full training."""
+    """Bytes that the unfinished stages write, about: models, averages and checkpoints, adapters left out."""
     size = _model_bytes(recipe.model.name)
     run_dir = Path(recipe.run.dir) / recipe.run.name
     copies = 0
     for stage in recipe.run.stages:
         if stage not in TRAINED or (run_dir / stage / "model").is_dir():
             continue
-        ppo = stage.startswith("ppo")
-        copies += 2 if ppo and recipe.ppo.ema_decay > 0 else 1
-        lora = recipe.reward.lora.enabled if stage == "reward" else recipe.model.lora.enabled
-        if not lora:  # weights and two moments, of the value model too; the old ones stay until the new one is whole
-            copies += (KEPT + 1) * 3 * (2 if ppo else 1)
+        ppo, reward = stage.startswith("ppo"), stage == "reward"
+        if not (recipe.reward_peft if reward else recipe.model.peft).on:
+            copies += 2 if ppo and recipe.ppo.ema_decay > 0 else 1
+        networks = [] if reward else [recipe.model.peft]
+        networks += [recipe.reward_peft] if ppo or reward else []
+        save_every = {"sft": recipe.sft, "reward": recipe.reward}.get(stage, recipe.ppo).save_every
+        # Weights and two moments of all that is trained; the old ones stay until the new one is whole.
+        copies += (KEPT + 1 if save_every else 1) * 3 * sum(not peft.on for peft in networks)
     return copies * size
 
 

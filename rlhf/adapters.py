@@ -1,105 +1,161 @@
-"""LoRA adapters through peft: where they sit, and their merge into plain weights."""
+"""Parameter-efficient methods: what each adds to a transformers model, in place, and what is trained then.
+
+    lora, dora, ia3                          by peft, in the linear maps of the transformer layers
+    adapter                                  rlhf/bottleneck.py
+    prefix, p_tuning, p_tuning_v2, prompt    rlhf/virtual_tokens.py
+    bitfit                                   the bias vectors themselves (Ben Zaken et al. 2022, arXiv 2106.10199)
+
+The model stays what it was, a transformers model without a wrapper: all stages call it as they call any other.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.config import LoraSection
+from rlhf.bottleneck import add_bottlenecks
+from rlhf.config import VIRTUAL_TOKENS, PeftSection
 from rlhf.errors import UserError
+from rlhf.layers import decoder_layers
+from rlhf.placement import is_partitioned
+from rlhf.virtual_tokens import add_virtual_tokens
 
-ADAPTER = "default"
-
-
-def is_adapted(model: nn.Module) -> bool:
-    """Whether adapters sit around the model."""
-    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-
-
-def base_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[return-value]
+ADAPTER = "default"  # peft's name for the one adapter of a module
+WITH_BIASES = "GPT-2, GPT-NeoX, OPT, BLOOM, Phi; Qwen2 in its attention"
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's list of transformer layers, whatever its architecture calls it.
-
-    Raises:
-        UserError: when there is no list as long as the config's number of layers.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
-            return module
-    raise UserError(
-        f"the transformer layers of {type(model).__name__} were not found",
-        where="model.name",
-        fix="use a decoder architecture with one list of layers (Llama, Qwen, GPT-2, GPT-NeoX, OPT, ...)",
-    )
+def peft_of(model: nn.Module) -> PeftSection | None:
+    """The method that is on a model, None for a plain one."""
+    return getattr(model, "peft_method", None)
 
 
-def add_lora(
-    model: PreTrainedModel, lora: LoraSection, task: Literal["CAUSAL_LM", "SEQ_CLS"], one_type: bool = False
-) -> nn.Module:
-    """Adapters on every linear map of the transformer layers (or of the last ones); all else is frozen.
+def add_adapter(model: PreTrainedModel, peft: PeftSection, one_type: bool = False) -> PreTrainedModel:
+    """Put a method on a plain model, in place: what it adds is trained, and the scalar head of a reward model.
 
-    The scalar head of a reward model stays trainable. Adapter weights are drawn from torch's global generator. They are
-    float32, but for `one_type` and under ZeRO-3, which joins trained parameters of one type only: its optimiser steps
-    float32 copies.
+    All else is frozen. New weights are drawn from torch's global generator. They are float32, but for `one_type` and
+    under ZeRO-3, which joins trained parameters of one type only: its optimiser steps float32 copies.
 
     Raises:
-        UserError: when there are fewer layers than `lora.last_layers`.
+        UserError: when the architecture has nothing for the method to work on, or fewer layers than
+            `peft.last_layers`.
     """
-    from peft import LoraConfig, get_peft_model
+    if peft_of(model) is not None:
+        raise ValueError("the model has a method already")
+    layers = _chosen_layers(model, peft)
+    one_type = one_type or any(is_partitioned(parameter) for parameter in model.parameters())
+    weights = {id(parameter) for parameter in model.parameters()}
+    model.requires_grad_(False)
+    if peft.method == "bitfit":
+        _train_biases(model if not peft.last_layers else layers)
+    elif peft.method == "adapter":
+        add_bottlenecks(layers, model.config.hidden_size, peft.bottleneck)
+    elif peft.method in VIRTUAL_TOKENS:
+        add_virtual_tokens(model, peft)
+    else:
+        _inject(model, layers, peft)
+    for parameter in model.parameters():
+        if id(parameter) not in weights:
+            if peft.method != "bitfit":  # whose vectors stand where the model's own stood
+                parameter.data = parameter.data.to(model.dtype if one_type else torch.float32)
+            parameter.requires_grad_(True)
+    if isinstance(head := getattr(model, "score", None), nn.Module):
+        head.requires_grad_(True)
+    model.peft_method = peft
+    return model
 
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained of a model, by name: of one with a method on it, all that is its own."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _chosen_layers(model: PreTrainedModel, peft: PeftSection) -> Sequence[nn.Module]:
     layers = decoder_layers(model)
-    if lora.last_layers > len(layers):
+    if peft.last_layers > len(layers):
         raise UserError(
-            f"the model has {len(layers)} layers", where=f"lora.last_layers={lora.last_layers}", fix="name fewer"
+            f"the model has {len(layers)} layers", where=f"model.peft.last_layers={peft.last_layers}", fix="name fewer"
         )
-    linear = [
-        (name.rsplit(".", 1)[-1], module)
-        for name, module in layers.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-    ]
-    config = LoraConfig(
-        task_type=task,
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=0.0,
-        target_modules=sorted({name for name, _ in linear}),
-        layers_to_transform=list(range(len(layers) - lora.last_layers, len(layers))) if lora.last_layers else None,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for _, module in linear),
-        modules_to_save=["score"] if task == "SEQ_CLS" else None,
-    )
-    one_type = one_type or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    return get_peft_model(model, config, autocast_adapter_dtype=not one_type)
+    return layers[len(layers) - peft.last_layers :] if peft.last_layers else layers
 
 
-def merged_state_dict(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The plain model's weights, W + scaling * B A where an adapter sits, computed on the CPU.
-
-    Args:
-        model: a model that `add_lora` returned; it is not changed.
-        state_dict: its weights, by its own names.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    prefix = "base_model.model."
-    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    merged = {}
-    for name, weight in state_dict.items():
-        if ".lora_" in name or ".original_module." in name:
+def _train_biases(part: nn.Module | Sequence[nn.Module]) -> None:
+    """Give every module of the part a bias of its own, of the same value, and train it."""
+    parts = [part] if isinstance(part, nn.Module) else part
+    found = False
+    for module in (module for each in parts for module in each.modules()):
+        bias = module._parameters.get("bias")
+        if bias is None:
             continue
-        owner, _, leaf = name.rpartition(".base_layer.")
-        if leaf == "weight":
-            layer = adapted[owner]
-            a, b = (state_dict[f"{owner}.lora_{x}.{ADAPTER}.weight"].cpu().float() for x in "AB")
-            delta = (b @ a) * layer.scaling[ADAPTER]
-            delta = delta.T if layer.fan_in_fan_out else delta
-            weight = (weight.cpu().float() + delta).to(weight.dtype)
-        plain = name.removeprefix(prefix).replace(".base_layer.", ".").replace(f".modules_to_save.{ADAPTER}.", ".")
-        merged[plain] = weight
-    return merged
+        found = True
+        if is_partitioned(bias):  # under ZeRO-3 no two models share a base
+            bias.requires_grad_(True)
+        else:
+            module.bias = nn.Parameter(bias.detach().clone())
+    if not found:
+        kind = type(parts[0]).__name__
+        raise UserError(
+            f"bitfit trains bias vectors, and {kind} has none",
+            "model.peft.method=bitfit",
+            f"take ia3, which is as small, or an architecture with biases: {WITH_BIASES}",
+        )
+
+
+def _inject(model: PreTrainedModel, layers: Sequence[nn.Module], peft: PeftSection) -> None:
+    from peft import inject_adapter_in_model
+
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if id(module) in inside and isinstance(module, (nn.Linear, Conv1D))
+    }
+    transposed = any(isinstance(module, Conv1D) for module in linear.values())
+    config = _ia3_config(model, list(linear), transposed) if peft.method == "ia3" else _lora_config(linear, peft)
+    inject_adapter_in_model(config, model, ADAPTER)
+    del model.peft_config  # the model is no PeftModel, which some libraries take for one by this name
+
+
+def _lora_config(linear: dict[str, nn.Module], peft: PeftSection) -> Any:
+    """Low-rank updates of every linear map: LoRA (Hu et al. 2021), or with DoRA's magnitudes (Liu et al. 2024)."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=peft.rank,
+        lora_alpha=peft.alpha,
+        lora_dropout=0.0,
+        target_modules=list(linear),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
+        use_dora=peft.method == "dora",
+    )
+
+
+def _ia3_config(model: PreTrainedModel, linear: list[str], transposed: bool) -> Any:
+    """Scales of keys, values and inner activations of the feed-forward layer (Liu et al. 2022, arXiv 2205.05638)."""
+    from peft import IA3Config
+    from peft.utils.constants import (
+        TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+        TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+    )
+
+    kind = model.config.model_type
+    if kind not in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
+        known = ", ".join(sorted(TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING))
+        raise UserError(
+            f"peft does not know the keys, values and feed-forward maps of {kind}",
+            "model.peft.method=ia3",
+            f"take lora, or an architecture that it knows: {known}",
+        )
+
+    def named(endings: list[str]) -> list[str]:
+        return [name for name in linear if any(name.endswith(f".{ending}") for ending in endings)]
+
+    return IA3Config(
+        target_modules=named(TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[kind]),
+        feedforward_modules=named(TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[kind]),
+        fan_in_fan_out=transposed,
+    )

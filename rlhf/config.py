@@ -52,9 +52,9 @@ class PeftSection(Section):
     last_layers: int = Field(
         0, ge=0, description="on the last N layers alone, 0 on all; lora, dora, ia3, adapter and bitfit"
     )
-    virtual_tokens: int = Field(16, ge=1, le=1024, description="prefix, p_tuning, p_tuning_v2 and prompt")
+    virtual_tokens: int = Field(20, ge=1, le=1024, description="prefix, p_tuning, p_tuning_v2 and prompt")
     hidden: int = Field(128, ge=1, description="width of the network that makes them; prefix and p_tuning")
-    bottleneck: int = Field(32, ge=1, description="width between the two maps; adapter")
+    bottleneck: int = Field(64, ge=1, description="width between the two maps; adapter")
 
     @property
     def on(self) -> bool:

@@ -33,7 +33,7 @@ class Reads:
     upstream: tuple[str, ...] = ()
 
 
-_PPO = Reads(("ppo", "reward.lora"), ("prompts", "pretraining"), ("sft/model", "reward/model", "reward/adapter"))
+_PPO = Reads(("ppo", "reward.peft"), ("prompts", "pretraining"), ("sft/model", "reward/model"))
 READS = {
     "sft": Reads(("sft",), ("demonstrations", "pretraining")),
     "rank": Reads(("rank",), ("prompts", "rankings"), ("sft/model",)),

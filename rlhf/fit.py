@@ -13,6 +13,7 @@ from rlhf.plan import world_size
 from rlhf.shapes import Shapes
 
 Settings = dict[str, Any]  # dotted field: value
+LORA: Settings = {"model.peft.method": "lora", "reward.peft.method": "model"}
 
 
 def with_settings(recipe: Recipe, settings: Settings) -> Recipe:
@@ -65,9 +66,9 @@ def ladder(recipe: Recipe) -> Iterator[Settings]:
         for field, value in (("launch.frozen", "partitioned"), ("launch.gather", "by_layer"), ("launch.offload", True)):
             found[field] = value
             yield dict(found)
-    if not recipe.model.lora.enabled:
-        yield first | {"model.lora.enabled": True, "reward.lora.enabled": True}
-        yield found | {"model.lora.enabled": True, "reward.lora.enabled": True}
+    if not recipe.model.peft.on:
+        yield first | LORA
+        yield found | LORA
 
 
 def micro_batches(recipe: Recipe) -> Iterator[Settings]:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
-from rlhf.adapters import base_model
+from rlhf.adapters import peft_of
+from rlhf.config import VIRTUAL_TOKENS
 from rlhf.placement import full_shape
 
 
@@ -83,34 +84,33 @@ class ModelCost:
         return self.forward(work) + self.backward(work)
 
 
-def model_cost(model: nn.Module, adapters: bool = True) -> ModelCost:
-    """Count a causal language model, reward or value model, with adapters or without; on any device, meta too.
+def model_cost(model: PreTrainedModel) -> ModelCost:
+    """Count a causal language model, reward or value model, with an adapter or without; on any device, meta too.
 
     Parameters are taken in the order of the model, which is that of the forward pass. Under an adapter in the first
     layer that has any, keys' and values' own matrices are counted as passed by the gradient, which they need not be.
-
-    Args:
-        adapters: False leaves them out, as when they are switched off.
+    Virtual tokens cost none: neither making them, once a pass, nor the layers and attention that see them.
     """
-    base = base_model(model)
-    config = base.config
-    head_module = base.score if hasattr(base, "score") else base.get_output_embeddings()
+    config = model.config
+    head_module = model.score if hasattr(model, "score") else model.get_output_embeddings()
     heads = {id(p) for p in head_module.parameters()}
     sizes = dict.fromkeys(("layers", "through", "trained", "bytes", "parameters", "gradients"), 0)
     head = head_trained = head_bytes = 0
-    first, reached, counted = config.num_hidden_layers, False, set()
+    peft = peft_of(model)
+    virtual = peft is not None and peft.method in VIRTUAL_TOKENS  # the gradient goes back to before the first layer
+    first, reached, counted = config.num_hidden_layers, virtual, set()
     for name, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):
-            if "lora_" in name and not adapters:
-                continue
             size = full_shape(parameter).numel()
             new = id(parameter) not in counted
             counted.add(id(parameter))
             if parameter.requires_grad and new:
                 sizes["parameters"] += size
                 sizes["gradients"] += size * parameter.element_size()
+            if ".virtual_tokens." in name:
+                continue
             if id(parameter) in heads and not isinstance(module, nn.Embedding):
-                if own == "weight" and (not head or parameter.requires_grad):  # PEFT keeps a frozen copy beside it
+                if own == "weight":
                     head, head_trained = size, size if parameter.requires_grad else 0
                     head_bytes = size * parameter.element_size()
             elif len(full_shape(parameter)) > 1 and not isinstance(module, nn.Embedding):
@@ -128,11 +128,11 @@ def model_cost(model: nn.Module, adapters: bool = True) -> ModelCost:
         attention=queries * config.num_hidden_layers,
         through=sizes["through"],
         trained=sizes["trained"],
-        head_through=head if sizes["trained"] else 0,
+        head_through=head if sizes["trained"] or virtual else 0,
         head_trained=head_trained,
         attention_through=queries * (config.num_hidden_layers - first),
         weight_bytes=sizes["bytes"] + head_bytes,
-        kv_bytes=2 * keys * config.num_hidden_layers * next(base.parameters()).element_size(),
+        kv_bytes=2 * keys * config.num_hidden_layers * next(model.parameters()).element_size(),
         parameters=sizes["parameters"],
         gradient_bytes=sizes["gradients"],
     )

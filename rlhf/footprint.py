@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
-from rlhf.adapters import base_model, decoder_layers
+from rlhf.layers import decoder_layers
 from rlhf.lean import keep_less
 from rlhf.rollout import draw
 from rlhf.scoring import build_batch, head_pieces, hidden_states, raw_scores, response_logprobs, response_values
@@ -151,7 +151,7 @@ def decoding_pass(spec: ModelSpec, rows: int, prompts: int, prompt: int, respons
 
 def _decode_step(model: PreTrainedModel, memory: Live, rows: int, cached: int, tokens: int) -> int:
     """Most bytes besides the KV cache in a step of the decode loop, as rlhf/rollout.py does it."""
-    config, device = base_model(model).config, model.device
+    config, device = model.config, model.device
     cache = DynamicCache(config=config)
     if cached:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -189,8 +189,8 @@ def _line(spec: ModelSpec, run: Callable[[ModelSpec], Footprint]) -> Footprint:
 
 def _cut(spec: ModelSpec, layers: int) -> ModelSpec:
     """The same model with so many layers, all of them with adapters where it has any."""
-    lora = spec.lora and spec.lora.model_copy(update={"last_layers": 0})
-    return replace(spec, keep_layers=layers, lora=lora)
+    peft = spec.peft and spec.peft.model_copy(update={"last_layers": 0})
+    return replace(spec, keep_layers=layers, peft=peft)
 
 
 def _run_training(
@@ -203,7 +203,7 @@ def _run_training(
         # Without the generator's state, which is kept for dropout and which no fake tensor has.
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         model.train()
-    layers = decoder_layers(base_model(model))
+    layers = decoder_layers(model)
     inside = {id(p) for p in layers.parameters()}
     kept: list[int] = []
     with Live(model) as memory, sharing(model) if outputs > 1 else nullcontext():

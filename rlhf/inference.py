@@ -20,11 +20,12 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad, rms_norm, scaled_dot_product_attention, silu
 
-from rlhf.adapters import base_model
+from rlhf.adapters import peft_of
 from rlhf.placement import is_partitioned
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 COVERED = {f"{family}For{task}" for family in FAMILIES for task in ("CausalLM", "SequenceClassification")}
+PEFT = ("lora", "bitfit")  # the others put something between the weights
 ROTARY = ("default", "linear", "llama3", "yarn")  # the others change with the length of what is there
 
 
@@ -81,13 +82,12 @@ class Inference:
     """A model's layers, made anew for every pass: it refers to the weights of that moment."""
 
     def __init__(self, model: nn.Module) -> None:
-        base = base_model(model)
-        self.body: Any = base.model
+        self.body: Any = model.model
         self.layers = [_layer(module) for module in self.body.layers]
-        self.groups = int(base.config.num_key_value_heads)
-        self.heads = int(base.config.num_attention_heads)
-        self.eps = float(base.config.rms_norm_eps)
-        self.head = _linear(base.lm_head) if hasattr(base, "lm_head") else None
+        self.groups = int(model.config.num_key_value_heads)
+        self.heads = int(model.config.num_attention_heads)
+        self.eps = float(model.config.rms_norm_eps)
+        self.head = _linear(model.lm_head) if hasattr(model, "lm_head") else None
         self.size = self.layers[0].k.weight.shape[0] // self.groups  # D
 
     def hidden(self, ids: Tensor, keep: list[KeysValues] | None = None) -> Tensor:
@@ -185,18 +185,18 @@ def slow_groups(x: Tensor) -> bool:
 
 def inference_for(model: nn.Module) -> Inference | None:
     """The passes for a model, or None for one that they do not cover: its own forward serves then."""
-    base = base_model(model)
-    config = base.config
+    config, peft = model.config, peft_of(model)
     covered = (
-        type(base).__name__ in COVERED
-        and type(base) is getattr(transformers, type(base).__name__)  # not a namesake from a model's own code
+        type(model).__name__ in COVERED
+        and type(model) is getattr(transformers, type(model).__name__)  # not a namesake from a model's own code
         and getattr(config, "is_causal", True)
         and config.hidden_act == "silu"
         and not _slides(config)
         and config.rope_parameters["rope_type"] in ROTARY
         and config._attn_implementation == "sdpa"
-        and not any(is_partitioned(p) and p.numel() == 0 for p in base.parameters())  # layers gathered one by one
-        and all(_known(module) for module in base.modules())
+        and not any(is_partitioned(p) and p.numel() == 0 for p in model.parameters())  # layers gathered one by one
+        and (peft is None or peft.method in PEFT)
+        and all(_known(module) for module in model.modules())
     )
     return Inference(model) if covered else None
 

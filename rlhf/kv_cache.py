@@ -41,6 +41,11 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (space[:rows, :, :tokens] for space in self._room)
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Rows by their indices, some several times or not at all; the room is made anew for them."""
+        super().batch_select_indices(indices)
+        self._room = None
+
     def keep_rows(self, rows: int, moves: list[tuple[int, int]]) -> None:
         """Keep the first `rows` rows, after each (to, from) of `moves` was copied over a row that leaves."""
         self.keys, self.values = (rows_kept(held, rows, moves, held.shape[2]) for held in (self.keys, self.values))

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from rlhf.config import Recipe
+from rlhf.config import NOT_MERGED, PeftSection, Recipe
 from rlhf.footprint import Footprint, decoding_pass, scoring_pass, training_pass
 from rlhf.hardware import Card
 from rlhf.plan import plan_ppo, world_size
 from rlhf.shapes import ModelSpec, Shapes, count
-from rlhf.shared_base import one_base
+from rlhf.shared_base import one_base, policies_share
 from rlhf.zero import settings
 
 LIBRARIES = {"sft": 560e6, "rank": 385e6, "reward": 420e6, "ppo": 430e6, "evaluate": 385e6}  # measured, on Linux
@@ -196,20 +196,24 @@ def _libraries(stage: str, how: Sharding) -> float:
 
 
 def policy_spec(recipe: Recipe, shapes: Shapes, trained: bool = True, sft: bool = False) -> ModelSpec:
-    """The policy as PPO or SFT trains it, or plain with merged adapters."""
-    lora = recipe.model.lora if trained and recipe.model.lora.enabled else None
+    """The policy as PPO or SFT trains it, or as it samples: merged where its method can be."""
+    peft = recipe.model.peft
     how = sharding(recipe)
-    # SFT without adapters loads float32 weights, which DeepSpeed converts.
-    dtype = "float32" if sft and lora is None and how.processes == 1 else recipe.model.dtype
-    return ModelSpec(shapes.policy, dtype, recipe.model.attention, lora=lora, partitioned=how.stage == 3)
+    # SFT of all weights loads float32 weights, which DeepSpeed converts.
+    dtype = "float32" if sft and not peft.on and how.processes == 1 else recipe.model.dtype
+    return ModelSpec(shapes.policy, dtype, recipe.model.attention, peft=_on(peft, trained), partitioned=how.stage == 3)
 
 
 def reward_spec(recipe: Recipe, shapes: Shapes, trained: bool = True) -> ModelSpec:
     """The reward model, as it is trained or plain; the value model is built like the trained one."""
-    cfg = recipe.reward
-    lora = cfg.lora if trained and cfg.lora.enabled else None
-    spec = ModelSpec(shapes.reward, recipe.model.dtype, recipe.model.attention, scalar=True, lora=lora)
+    cfg, peft = recipe.reward, _on(recipe.reward_peft, trained)
+    spec = ModelSpec(shapes.reward, recipe.model.dtype, recipe.model.attention, scalar=True, peft=peft)
     return replace(spec, keep_layers=cfg.keep_layers, partitioned=sharding(recipe).stage == 3)
+
+
+def _on(peft: PeftSection, trained: bool) -> PeftSection | None:
+    """What stays on a model: all that is trained, and else what cannot be merged."""
+    return peft if peft.on and (trained or peft.method in NOT_MERGED) else None
 
 
 def judge_weights(recipe: Recipe, shapes: Shapes) -> tuple[ModelSpec, Part, float]:
@@ -237,7 +241,7 @@ def _sft(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Composition
     c, vocabulary = count(spec), shapes.policy.vocab_size
     tile = min(rows * tokens, TILE[0]) * min(vocabulary, TILE[1])
     head = tile * (4 if not on_gpu else c.bytes / c.total) * (1 if on_gpu else TILES_ON_CPU)
-    if spec.lora is None:
+    if spec.peft is None:
         head += 4 * vocabulary * shapes.policy.hidden_size  # the gradient of the head, before it is added to the other
     passed = replace(passed, working=max(passed.working, head))
     once = cfg.batch_size == rows * how.processes
@@ -303,11 +307,9 @@ def _ppo(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Composition
         # One process tells the two gradients apart by a copy.
         copies = (Part("copy of gradients", count(policy).trained_bytes),) if how.processes == 1 else ()
         phases["pretraining step"] = (*ptx_training, *copies)
-    reference = ()
-    visiting = 0.0
-    if policy.lora is None:
-        part, visiting = frozen_weights(plain, recipe, "weights: reference")
-        reference = (part,)
+    part, visiting = frozen_weights(plain, recipe, "weights: reference")
+    if policies_share(recipe, how.stage):
+        part, visiting = Part("weights: reference", float(count(policy).trained_bytes)), 0.0
     whole, valuing = (at_work(spec, recipe) if how.stage == 3 else 0.0 for spec in (plain, reward))
     phases["sampling"] = _sampling(plain, recipe, min(cfg.rollout_batch_size, plan.batch_per_process), 0, whole)
     scoring = max(
@@ -318,9 +320,9 @@ def _ppo(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Composition
     average = ()
     if cfg.ema_decay > 0:
         average = (Part("averaged policy", 4.0 * count(policy).trained, host=True),)
-    judges = (*reference, judge)
+    judges = (part, judge)
     as_stored = policy_spec(recipe, shapes, sft=True).dtype == recipe.model.dtype
-    if not on_gpu and recipe.launch.frozen == "whole" and as_stored and not one_base(recipe, how.stage):
+    if not on_gpu and recipe.launch.frozen == "whole" and as_stored and not policies_share(recipe, how.stage):
         # Views of their files, in memory only while they are used (rlhf/mapped.py): one at a time.
         phases["scoring"] += (replace(max(judges, key=lambda part: part.bytes), mapped=True),)
         judges = ()
@@ -404,7 +406,11 @@ def _scoring(spec: ModelSpec, recipe: Recipe, processes: int, tokens: int, kind:
     """A pass without gradients over as many rows of full length as the token budget takes."""
     prompt, response = recipe.data.max_prompt_tokens, recipe.data.max_response_tokens
     rows = max(1, tokens // (prompt + response))
-    return Part("working buffers", scoring_pass(replace(spec, lora=None), kind, rows, prompt, response))
+    spec = replace(spec, peft=_on(spec.peft or PeftSection(), trained=False))
+    return Part(
+        "working buffers",
+        scoring_pass(spec, kind, rows, prompt, response),
+    )
 
 
 def all_stages(recipe: Recipe, shapes: Shapes, card: Card) -> Iterator[StageMemory]:

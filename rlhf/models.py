@@ -1,6 +1,7 @@
-"""Loading and saving of policies and reward models, in the standard Hugging Face layout.
+"""Loading and saving of policies and reward models: plain Hugging Face folders, or adapters on such a base.
 
-Every load is checked: weights that the folder did not bring are an error, never a freshly initialised layer.
+Every load is checked: weights that the folder did not bring are an error, never a freshly initialised layer. A loaded
+model knows what it was loaded from (`base_name`, `kept_layers`), which an adapter on it is saved with.
 """
 
 from __future__ import annotations
@@ -11,31 +12,30 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    GenerationConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from rlhf.adapters import add_lora, decoder_layers, is_adapted, merged_state_dict
+from rlhf.adapter_folder import HEAD, AdapterFolder, copy_into, find_adapter, save_adapter
+from rlhf.adapters import add_adapter, peft_of
 from rlhf.cache import publish
-from rlhf.config import ModelSection
+from rlhf.config import READ_BY, ModelSection, PeftSection
 from rlhf.errors import UserError
-from rlhf.placement import filled, full_shape
-from rlhf.quiet import quiet_transformers, say
-from rlhf.resolve import not_loaded, resolve_model
+from rlhf.layers import cut_layers
+from rlhf.merging import merge_into, merged_state_dict, why_not_mergeable
+from rlhf.placement import filled
+from rlhf.pretrained import fit_to_tokenizer, is_classifier, load_config, load_plain, scalar_head, set_dropout
+from rlhf.quiet import quiet_transformers
+from rlhf.resolve import resolve_model
 from rlhf.tokenizer import load_tokenizer, same_tokenizer
+from rlhf.virtual_tokens import positions_taken
 
 __all__ = [
-    "add_lora",
     "check_context",
-    "cut_layers",
     "load_policy",
     "load_reward_model",
     "load_tokenizer",
@@ -46,37 +46,42 @@ __all__ = [
     "save_model",
 ]
 
-RESIDUAL_DROPOUT = ("resid_pdrop", "resid_dropout", "residual_dropout", "hidden_dropout", "dropout")
-
 
 def load_policy(
     name_or_dir: str | Path,
     model: ModelSection,
     dropout: float = 0.0,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    merged: bool = False,
 ) -> PreTrainedModel:
     """A causal language model that fits its tokenizer (`tokenizer`, else the one beside it), dropout set, in eval mode.
 
-    Its generation config keeps special ids only, so that sampling is from the plain softmax.
+    From an adapter's folder it is the base with the adapter on it, whatever `model.peft` says. Its generation config
+    keeps special ids only, so that sampling is from the plain softmax.
+
+    Args:
+        merged: an adapter is written into the weights where that can be done, for a model that is not trained.
 
     Raises:
-        UserError: no such model, a reward model, or weights missing from it.
+        UserError: no such model, a reward model, weights missing from it, or another base than the adapter's.
     """
+    if adapter := find_adapter(name_or_dir):
+        if adapter.scalar:
+            raise _not_a_policy("a reward model's adapter", str(name_or_dir))
+        policy = load_policy(adapter.base.name, model, dropout, tokenizer or _tokenizer(adapter.folder, model))
+        return _with(adapter, policy, merged)
     where = resolve_model(name_or_dir)
-    config = _load_config(where, model)
-    if _is_classifier(config):
-        raise UserError(
-            f"this is a reward model or classifier ({config.architectures[0]}), not a policy",
-            where=where,
-            fix="name a causal language model",
-        )
-    _set_dropout(config, dropout, where)
-    policy, missing = _load(AutoModelForCausalLM, where, model, config)
+    config = load_config(where, model)
+    if is_classifier(config):
+        raise _not_a_policy(f"a reward model or classifier ({config.architectures[0]})", where)
+    set_dropout(config, dropout, where)
+    policy, missing = load_plain(AutoModelForCausalLM, where, model, config)
     if missing:
         raise UserError(
             f"weights are missing: {_few(missing)}", where=where, fix="name a complete causal language model"
         )
-    return _fit_to_tokenizer(policy, tokenizer or load_tokenizer(where, model.prompt_format, model.trust_remote_code))
+    policy.base_name, policy.kept_layers = _name(name_or_dir), 0
+    return fit_to_tokenizer(policy, tokenizer or _tokenizer(where, model))
 
 
 def new_reward_model(
@@ -84,6 +89,7 @@ def new_reward_model(
     model: ModelSection,
     keep_layers: int = 0,
     head_init: Literal["zero", "normal"] = "normal",
+    peft: PeftSection | None = None,
 ) -> PreTrainedModel:
     """A reward model that starts from a policy: its body, and a new scalar head.
 
@@ -92,20 +98,45 @@ def new_reward_model(
     (arXiv 2403.17031). `reward_mean` 0 and `reward_std` 1 go into the config.
 
     Args:
-        policy_dir: anything `resolve_model` takes; a reward model keeps its head.
+        policy_dir: anything `resolve_model` takes; a reward model keeps its head. A policy that is an adapter is merged
+            into its base, or goes on as the reward model's own adapter, in the layers that are kept.
         model: the recipe's model section.
         keep_layers: keep only the first N transformer layers; 0 keeps all.
+        peft: the method by which the reward model is trained; none, or None: all weights are.
 
     Raises:
-        UserError: no such model, weights other than the head missing, or more layers asked for than it has.
+        UserError: no such model, weights other than the head missing, more layers asked for than it has, or a policy
+            whose method is another, or cannot be merged where all weights are trained.
     """
-    where = resolve_model(policy_dir)
-    config = _load_config(where, model)
-    _set_dropout(config, 0.0, where)
+    peft = None if peft is None or not peft.on else peft
+    if adapter := find_adapter(policy_dir):
+        tokenizer = _tokenizer(adapter.folder, model)
+        reward = _new_scalar(adapter.base.name, model, keep_layers, head_init, tokenizer)
+        adapter.check_base()
+        if peft is None:
+            _merge(adapter, reward)
+        else:
+            check_method(adapter, peft)
+            copy_into(add_adapter(reward, peft), adapter, partly=True)
+        return reward
+    reward = _new_scalar(str(policy_dir), model, keep_layers, head_init, None)
+    return reward if peft is None else add_adapter(reward, peft)
+
+
+def _new_scalar(
+    name: str,
+    model: ModelSection,
+    keep_layers: int,
+    head_init: Literal["zero", "normal"],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> PreTrainedModel:
+    where = resolve_model(name)
+    config = load_config(where, model)
+    set_dropout(config, 0.0, where)
     config.num_labels = 1
-    reward, missing = _load(AutoModelForSequenceClassification, where, model, config)
-    head = _head(reward, where)
-    if others := [name for name in missing if not name.startswith("score.")]:
+    reward, missing = load_plain(AutoModelForSequenceClassification, where, model, config)
+    head = scalar_head(reward, where)
+    if others := [name for name in missing if not name.startswith(HEAD)]:
         raise UserError(f"weights are missing: {_few(others)}", where=where, fix="name a complete language model")
     if missing:
         with filled([head.weight]):
@@ -113,64 +144,117 @@ def new_reward_model(
     if keep_layers:
         cut_layers(reward, keep_layers)
     reward.config.reward_mean, reward.config.reward_std = 0.0, 1.0
-    return _fit_to_tokenizer(reward, load_tokenizer(where, model.prompt_format, model.trust_remote_code))
+    reward.base_name, reward.kept_layers = _name(name), keep_layers
+    return fit_to_tokenizer(reward, tokenizer or _tokenizer(where, model))
 
 
-def load_reward_model(name_or_dir: str | Path, model: ModelSection) -> PreTrainedModel:
+def load_reward_model(name_or_dir: str | Path, model: ModelSection, merged: bool = False) -> PreTrainedModel:
     """A trained reward model, dropout off, in eval mode; `reward_mean` and `reward_std` default to 0 and 1.
 
+    Args:
+        merged: as of `load_policy`.
+
     Raises:
-        UserError: no such model, a head or other weights missing, or a head of more than one score.
+        UserError: no such model, a head or other weights missing, a head of more than one score, or another base than
+            the adapter's.
     """
+    if adapter := find_adapter(name_or_dir):
+        if not adapter.scalar:
+            raise _no_reward_model("a policy's adapter", str(name_or_dir))
+        tokenizer = _tokenizer(adapter.folder, model)
+        # The zero head takes no draw from the generator, and the adapter brings its own.
+        reward = _new_scalar(adapter.base.name, model, adapter.keep_layers, "zero", tokenizer)
+        return _with(adapter, reward, merged)
     where = resolve_model(name_or_dir)
-    config = _load_config(where, model)
-    _set_dropout(config, 0.0, where)
-    if not _is_classifier(config) or config.num_labels != 1:
-        raise UserError(
-            f"this is no reward model ({(config.architectures or ['unknown'])[0]}, {config.num_labels} labels)",
-            where=where,
-            fix="name a sequence-classification folder with one label, such as RUN/reward/model",
-        )
-    reward, missing = _load(AutoModelForSequenceClassification, where, model, config)
+    config = load_config(where, model)
+    set_dropout(config, 0.0, where)
+    if not is_classifier(config) or config.num_labels != 1:
+        raise _no_reward_model(f"{(config.architectures or ['unknown'])[0]}, {config.num_labels} labels", where)
+    reward, missing = load_plain(AutoModelForSequenceClassification, where, model, config)
     if missing:
         raise UserError(
             f"the reward model's head or other weights were not loaded: {_few(missing)}",
             where=where,
             fix="save the reward model again; scores of a random head mean nothing",
         )
-    _head(reward, where)
+    scalar_head(reward, where)
     for name, default in (("reward_mean", 0.0), ("reward_std", 1.0)):
         if not hasattr(reward.config, name):
             setattr(reward.config, name, default)
-    return _fit_to_tokenizer(reward, load_tokenizer(where, model.prompt_format, model.trust_remote_code))
+    reward.base_name, reward.kept_layers = _name(name_or_dir), 0
+    return fit_to_tokenizer(reward, _tokenizer(where, model))
+
+
+def put_on(adapter: AdapterFolder, model: PreTrainedModel) -> PreTrainedModel:
+    """A plain model of the adapter's base with the adapter on it, in place, trainable and normalised.
+
+    Raises:
+        UserError: when the file holds other weights than the method trains.
+    """
+    # The weights that are drawn here are replaced: no other draw of the run is to depend on them.
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        add_adapter(model, adapter.peft)
+    copy_into(model, adapter)
+    if adapter.scalar:
+        model.config.reward_mean, model.config.reward_std = adapter.reward_mean, adapter.reward_std
+    return model.eval()
+
+
+def _with(adapter: AdapterFolder, model: PreTrainedModel, merged: bool) -> PreTrainedModel:
+    """Its base with the adapter on it, or in it."""
+    adapter.check_base()
+    if not merged or why_not_mergeable(adapter.peft):
+        return put_on(adapter, model)
+    _merge(adapter, model)
+    if adapter.scalar:
+        model.config.reward_mean, model.config.reward_std = adapter.reward_mean, adapter.reward_std
+    return model
+
+
+def _merge(adapter: AdapterFolder, model: PreTrainedModel) -> None:
+    if reason := why_not_mergeable(adapter.peft):
+        raise UserError(f"the adapter would have to be merged, and {reason}", str(adapter.folder), "train it as one")
+    merge_into(model, adapter.tensors(), adapter.peft)
+
+
+def check_method(adapter: AdapterFolder, peft: PeftSection) -> None:
+    """Raise UserError unless the adapter is of this method and these settings."""
+    if adapter.peft != peft:
+        raise UserError(
+            f"the model is an adapter of {_settings(adapter.peft)}, and the recipe trains {_settings(peft)}",
+            str(adapter.folder),
+            "run the SFT stage again with this recipe, or set model.peft as it was",
+        )
 
 
 def save_model(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
     state_dict: dict[str, torch.Tensor] | None = None,
+    merged: bool = False,
 ) -> None:
-    """Write a plain Hugging Face folder (safetensors), adapters merged; it appears whole or not at all.
+    """Write a plain Hugging Face folder (safetensors), or the adapter alone where there is one on the model.
 
-    `model` itself is left as it is: merging works on tensors of its own. Call it on one process.
+    The folder appears whole or not at all. `model` itself is left as it is: merging works on tensors of its own. Call
+    it on one process.
 
     Args:
-        model: a transformers model, or one with LoRA adapters around it.
         tokenizer: saved beside it, chat template included.
         folder: where; an older model there is replaced.
         state_dict: the model's weights under its own names, for weights that are partitioned over processes.
+        merged: a plain folder in any case, the adapter written into the weights.
     """
     folder = Path(folder)
     weights = model.state_dict() if state_dict is None else state_dict
-    plain = model.get_base_model() if is_adapted(model) else model
-    if is_adapted(model):
-        weights = merged_state_dict(model, weights)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with quiet_transformers():
-        plain.save_pretrained(partial, state_dict=weights)
+        if peft_of(model) is not None and not merged:
+            save_adapter(model, weights, partial)
+        else:
+            model.save_pretrained(partial, state_dict=merged_state_dict(model, weights))
         tokenizer.save_pretrained(partial)
     publish(partial, folder)
 
@@ -184,10 +268,11 @@ def check_context(model: PreTrainedModel, tokens: int, field: str) -> None:
     Raises:
         UserError: when the model has no positions for it.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit and tokens > limit:
+    limit, virtual = getattr(model.config, "max_position_embeddings", None), positions_taken(peft_of(model))
+    if limit and tokens + virtual > limit:
+        more = f" and {virtual} virtual ones" if virtual else ""
         raise UserError(
-            f"rows may have {tokens} tokens, and {model.config.model_type} has positions for {limit}",
+            f"rows may have {tokens} tokens{more}, and {model.config.model_type} has positions for {limit}",
             where=field,
             fix="lower it, or take a model with a longer context",
         )
@@ -202,110 +287,32 @@ def recompute_activations(model: nn.Module) -> None:
     model.train()
 
 
-def _load_config(where: str, model: ModelSection) -> PretrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise not_loaded("model", where, error) from error
-    if not getattr(config, "is_causal", True):
-        raise UserError(
-            "its attention sees what comes after a token (is_causal is false)",
-            where=where,
-            fix="name a causal language model; nothing here could sample from this one",
-        )
-    return config
+def _tokenizer(where: str | Path, model: ModelSection) -> PreTrainedTokenizerBase:
+    return load_tokenizer(where, model.prompt_format, model.trust_remote_code)
 
 
-def _load(
-    kind: type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification],
-    where: str,
-    model: ModelSection,
-    config: PretrainedConfig,
-) -> tuple[PreTrainedModel, list[str]]:
-    """The model in eval mode and the names of weights that the folder did not bring (tied ones are not missing)."""
-    try:
-        with quiet_transformers():
-            loaded, info = kind.from_pretrained(
-                where,
-                config=config,
-                dtype=getattr(torch, model.dtype),
-                attn_implementation=model.attention,
-                trust_remote_code=model.trust_remote_code,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise not_loaded("model", where, error) from error
-    return loaded.eval(), sorted(info["missing_keys"])
+def _name(name: str | Path) -> str:
+    """What a base is called in an adapter's record: that of a folder holds wherever a program is started."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else str(name)
 
 
-def _is_classifier(config: PretrainedConfig) -> bool:
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+def _not_a_policy(what: str, where: str) -> UserError:
+    return UserError(f"this is {what}, not a policy", where=where, fix="name a causal language model")
 
 
-def _head(reward: PreTrainedModel, where: str) -> nn.Linear:
-    head = getattr(reward, "score", None)
-    if not isinstance(head, nn.Linear) or head.out_features != 1 or head.bias is not None:
-        raise UserError(
-            f"{type(reward).__name__} has no plain `score` head",
-            where=where,
-            fix="use a decoder architecture (Llama, Qwen, GPT-2, GPT-NeoX, OPT, ...)",
-        )
-    return head
+def _no_reward_model(what: str, where: str) -> UserError:
+    return UserError(
+        f"this is no reward model ({what})",
+        where=where,
+        fix="name a sequence-classification folder with one label, such as RUN/reward/model",
+    )
 
 
-def _set_dropout(config: PretrainedConfig, rate: float, where: str) -> None:
-    """Residual dropout at `rate`, every other dropout of the config at 0."""
-    found = False
-    for name, value in config.to_dict().items():
-        # Every architecture has its own names: attn_pdrop, embd_pdrop, attention_dropout, layerdrop, ...
-        if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
-            residual = name in RESIDUAL_DROPOUT
-            setattr(config, name, rate if residual else 0.0)
-            found = found or residual
-    if rate and not found:
-        say(f"{where}: {config.model_type} has no residual dropout; sft.dropout={rate} does nothing")
-
-
-def _fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Embedding rows for every token, special ids that agree, and a generation config that says nothing else."""
-    rows = full_shape(model.get_input_embeddings().weight)[0]
-    if len(tokenizer) > rows:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        both = [model.get_input_embeddings(), model.get_output_embeddings()]
-        heads = [head for head in both if head is not None]
-        with torch.no_grad(), filled([p for head in heads for p in head.parameters()]):
-            for head in heads:
-                # At the mean, a token that was never trained is as unlikely as the average one.
-                head.weight[rows:] = head.weight[:rows].mean(0)
-                if getattr(head, "bias", None) is not None:
-                    head.bias[rows:] = head.bias[:rows].mean()
-    eos = model.config.eos_token_id or tokenizer.eos_token_id
-    if getattr(model, "generation_config", None) is not None:
-        eos = model.generation_config.eos_token_id or eos
-        model.generation_config = GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id
-        )
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model
-
-
-def cut_layers(model: PreTrainedModel, keep: int) -> None:
-    """Keep the first `keep` transformer layers, in place.
-
-    Raises:
-        UserError: when the model has fewer.
-    """
-    layers = decoder_layers(model)
-    if keep > len(layers):
-        raise UserError(
-            f"the model has {len(layers)} layers and {keep} are to be kept",
-            where="reward.keep_layers",
-            fix="keep fewer",
-        )
-    del layers[keep:]
-    model.config.num_hidden_layers = keep
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[:keep]
+def _settings(peft: PeftSection) -> str:
+    """A method and what it reads, in words."""
+    read = [name for name, methods in READ_BY.items() if peft.method in methods]
+    return f"{peft.method} ({', '.join(f'{name} {getattr(peft, name):g}' for name in read)})"
 
 
 def _few(names: list[str]) -> str:

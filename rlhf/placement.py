@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from rlhf.adapters import base_model, decoder_layers
+from rlhf.layers import decoder_layers
 from rlhf.mapped import give_back
 from rlhf.progress import is_main_process
 from rlhf.sharding import anyone
@@ -93,7 +93,7 @@ def at_hand(model: nn.Module) -> Iterator[None]:
 def _gathered(model: nn.Module, parted: list[nn.Parameter], by_layer: bool) -> Iterator[None]:
     import deepspeed
 
-    layers = list(decoder_layers(base_model(model))) if by_layer else []
+    layers = list(decoder_layers(model)) if by_layer else []
     later = {id(p) for layer in layers for p in layer.parameters()}
     with (
         deepspeed.zero.GatheredParameters([p for p in parted if id(p) not in later]),
@@ -115,7 +115,6 @@ def _one_by_one(model: nn.Module, layers: list[nn.Module]) -> Iterator[None]:
         return
     import deepspeed
 
-    base = base_model(model)
     held: dict[nn.Module, ExitStack] = {}
 
     def gather(layer: nn.Module, *_: object) -> None:
@@ -128,7 +127,7 @@ def _one_by_one(model: nn.Module, layers: list[nn.Module]) -> Iterator[None]:
     def take_turn(*_: object) -> None:
         anyone(True)
 
-    hooks = [getattr(base, base.base_model_prefix).register_forward_pre_hook(take_turn)]
+    hooks = [getattr(model, model.base_model_prefix).register_forward_pre_hook(take_turn)]
     hooks += [layer.register_forward_pre_hook(gather) for layer in layers]
     hooks += [layer.register_forward_hook(release, always_call=True) for layer in layers]
     try:

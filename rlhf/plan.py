@@ -12,7 +12,7 @@ from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 
-from rlhf.config import Recipe
+from rlhf.config import NOT_MERGED, Recipe
 from rlhf.errors import UserError
 
 ORDER = {"sft": 0, "rank": 1, "reward": 2, "ppo-ptx": 3, "ppo": 3, "evaluate": 4}  # what needs what
@@ -194,7 +194,8 @@ def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
         plan_reward(recipe)
     if "ppo-ptx" in stages or "ppo" in stages:
         _check_ppo(recipe, "ppo-ptx" in stages)
-    if recipe.ppo.rollout == "vllm" and set(stages) & {"ppo-ptx", "ppo", "evaluate"}:
+    samples_there = recipe.ppo.rollout == "vllm" and recipe.model.peft.method not in NOT_MERGED
+    if samples_there and set(stages) & {"ppo-ptx", "ppo", "evaluate"}:
         _check_vllm(recipe)
     if "evaluate" in stages:
         _need_data(recipe, "prompts_heldout", "evaluate samples from it")

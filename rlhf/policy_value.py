@@ -1,4 +1,4 @@
-"""Policy and value model under one engine, and the frozen reference.
+"""Policy and value model under one engine.
 
 DeepSpeed drives one engine a process, so the two networks sit in one module whose `forward` dispatches: every pass, PPO
 or ptx, is one forward of the engine and one backward. Calling an inner model directly would skip the engine's hooks.
@@ -6,12 +6,12 @@ or ptx, is one forward of the engine and one backward. Calling an inner model di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from rlhf.scoring import Pair, SequenceBatch, response_logprobs, response_values, token_logprobs
+from rlhf.scoring import Pair, SequenceBatch, response_logprobs, response_values
 
 Networks = tuple[Literal["policy", "value"], ...]
 
@@ -53,18 +53,3 @@ class PolicyValue(nn.Module):
 def text_pairs(rows: Sequence[Sequence[int]]) -> list[Pair]:
     """Pretraining rows as pairs: every token but the first is predicted, as a response to the first."""
     return [(row[:1], row[1:]) for row in rows]
-
-
-def reference_logprobs(
-    policy: nn.Module, reference: nn.Module | None, temperature: float
-) -> Callable[..., list[Tensor]]:
-    """Log-probabilities under the SFT policy: a model of its own, or (None) the policy with its adapter off."""
-
-    def with_model(pairs: Sequence[Pair], tokens: int) -> list[Tensor]:
-        return token_logprobs(reference, pairs, temperature, tokens)  # type: ignore[arg-type]
-
-    def with_adapter_off(pairs: Sequence[Pair], tokens: int) -> list[Tensor]:
-        with policy.disable_adapter():  # type: ignore[operator]
-            return token_logprobs(policy, pairs, temperature, tokens)
-
-    return with_model if reference is not None else with_adapter_off

@@ -55,7 +55,7 @@ def iteration_needs(ppo: Ppo, pairs: Sequence[Pair], batches: dict[str, Batches]
     """
     cfg, networks = ppo.recipe.ppo, ppo.networks
     policy, value = model_cost(networks.policy), model_cost(networks.value)
-    plain, reward = model_cost(networks.policy, adapters=False), model_cost(ppo.reward_model)
+    plain, reward = model_cost(ppo.reference), model_cost(ppo.reward_model)
     share = 1 / processes()
     lengths = [(len(prompt), len(response)) for prompt, response in pairs]
     whole = _scaled(work_of(lengths), share)

@@ -6,33 +6,23 @@ The program that uses it is stages/ppo.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from rlhf.config import Recipe
+from rlhf.config import NOT_MERGED, Recipe
 from rlhf.engine import Engine, ParamGroup
 from rlhf.errors import UserError
-from rlhf.models import (
-    add_lora,
-    check_context,
-    load_policy,
-    load_reward_model,
-    load_tokenizer,
-    new_reward_model,
-    recompute_activations,
-    same_tokenizer,
-)
+from rlhf.models import check_context, load_tokenizer, recompute_activations, same_tokenizer
 from rlhf.objectives import ema_update
 from rlhf.plan import PpoPlan, plan_ppo
-from rlhf.policy_value import PolicyValue, reference_logprobs
+from rlhf.policy_value import PolicyValue
+from rlhf.ppo_networks import load_networks
 from rlhf.probes import check_probes
 from rlhf.progress import console, is_main_process
 from rlhf.prompting import fit_prompts, stop_ids
@@ -41,11 +31,10 @@ from rlhf.rng import load_rng, save_rng
 from rlhf.saving import Checkpoints
 from rlhf.scoring import check_plain_head
 from rlhf.sharding import barrier
-from rlhf.shared_base import FOLDER, base_line, find_adapter, one_base, scalar_twin
 from rlhf.stage import pick_device
 from rlhf.tax import blocks
 from rlhf.vllm_engine import check_server
-from rlhf.zero import frozen, make_engine, trained, zero_stage
+from rlhf.zero import make_engine
 
 
 @dataclass
@@ -60,12 +49,11 @@ class Ppo:
     ptx_rows: list[list[int]]  # token ids
     stop_ids: list[int]
     engine: Engine
-    reference: Callable[..., list[Tensor]]  # (pairs, tokens per batch) -> log-probabilities
+    reference: nn.Module  # the SFT policy, frozen
     reward_model: nn.Module
     ema: dict[str, Tensor]  # of the policy's trainable weights, on the first process's CPU; else empty
     kl_coef: float
     drops: Drops
-    value_on: Literal["sft", "reward"] = "reward"  # the model that the value's adapter sits on, where it has one
     iteration: int = 0
     sampler_gap: float | None = None  # of the last rollout, where its log-probabilities were computed anew
     metrics: dict[str, float] = field(default_factory=dict)  # of the last iteration
@@ -75,19 +63,11 @@ class Ppo:
         return self.engine.module  # type: ignore[return-value]
 
 
-def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path, hashes: tuple[str, str] = ("", "")) -> Ppo:
-    """Load the models and data of a PPO run.
-
-    The policy starts from the SFT model and the reference is that same model: frozen apart, or the policy's base with
-    the adapter off. The value model starts from the reward model, head and normalisation included. Where the reward
-    model is an adapter on the SFT model, so is the value model, and all four have one base.
-
-    Args:
-        hashes: of the two folders, by which an adapter beside the reward model is known to belong to them.
-    """
+def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
+    """Load the models (rlhf/ppo_networks.py) and the data of a PPO run, and put the trained ones under an engine."""
     cfg, plan = recipe.ppo, plan_ppo(recipe)
     rows_of = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
-    if cfg.rollout == "vllm":
+    if cfg.rollout == "vllm" and recipe.model.peft.method not in NOT_MERGED:  # else it is not asked
         check_server(recipe.launch, rows_of)
     tokenizer = load_tokenizer(str(sft_dir))
     same_tokenizer(tokenizer, load_tokenizer(str(reward_dir)))
@@ -99,39 +79,17 @@ def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path, hashes: tu
     if ptx and not ptx_rows:
         raise UserError("PPO-ptx has no pretraining text", where="data.pretraining", fix="name a text file or run ppo")
 
-    torch.manual_seed(recipe.run.seed)  # adapters are drawn from the global generator
-    device, lora = pick_device(recipe), recipe.model.lora.enabled
-    policy = trained(recipe, lambda: load_policy(str(sft_dir), recipe.model))
+    torch.manual_seed(recipe.run.seed)  # new adapters are drawn from the global generator
+    loaded = load_networks(recipe, sft_dir, reward_dir, pick_device(recipe))
+    if loaded.bases:
+        console.print(loaded.bases, markup=False, soft_wrap=True)
+    policy, value = loaded.policy, loaded.value
     check_plain_head(policy)
-    judged = partial(frozen, recipe, device, leaves=True)
-    reference = None if lora else judged(lambda: load_policy(str(sft_dir), recipe.model))
-    adapter, why_not = find_adapter(recipe, reward_dir.parent / FOLDER, *hashes)
-    twins: list[PreTrainedModel | None] = [None, None]
-    if adapter and one_base(recipe, zero_stage(recipe)):
-        twins = [scalar_twin(policy, adapter.keep_layers, recipe.model.trust_remote_code) for _ in twins]
-    shared = None not in twins
-    if lora:
-        console.print(base_line(policy, shared, why_not), markup=False, soft_wrap=True)
-        policy = add_lora(policy, recipe.model.lora, "CAUSAL_LM")
-
-    def judge(twin: PreTrainedModel | None, placed: Callable[..., PreTrainedModel]) -> nn.Module:
-        """The trained reward model; with an adapter of its own it is the same function wherever its base lies."""
-        if adapter is None:
-            return placed(lambda: load_reward_model(str(reward_dir), recipe.model))
-        if twin is None:
-            twin = placed(lambda: new_reward_model(str(sft_dir), recipe.model, adapter.keep_layers, "zero"))
-        return adapter.on(twin, recipe.reward.lora)
-
-    reward_model = judge(twins[0], judged).requires_grad_(False).eval()
-    if shared:
-        reward_model.to(device)
-    check_probes(reward_model, reward_dir)
-    check_context(reward_model, rows_of, "data.max_prompt_tokens + data.max_response_tokens")
+    check_probes(loaded.reward, reward_dir)
+    for model in (policy, loaded.reward):
+        check_context(model, rows_of, "data.max_prompt_tokens + data.max_response_tokens")
     if ptx:
         check_context(policy, cfg.ptx_tokens, "ppo.ptx_tokens")
-    value = judge(twins[1], partial(trained, recipe))
-    if recipe.reward.lora.enabled and adapter is None:
-        value = add_lora(value, recipe.reward.lora, "SEQ_CLS")
     networks = PolicyValue(policy.eval(), value.eval())
     if recipe.launch.gradient_checkpointing:
         recompute_activations(policy)
@@ -156,12 +114,11 @@ def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path, hashes: tu
         ptx_rows=ptx_rows,
         stop_ids=stop_ids(tokenizer, policy),
         engine=engine,
-        reference=reference_logprobs(networks.policy, reference, cfg.temperature),
-        reward_model=reward_model,
+        reference=loaded.reference,
+        reward_model=loaded.reward,
         ema={},
         kl_coef=cfg.kl_coef,
         drops=drops,
-        value_on="sft" if adapter else "reward",
     )
     if cfg.ema_decay > 0:
         for name, weight in _policy_weights(ppo):
@@ -193,25 +150,15 @@ def save_checkpoint(ppo: Ppo, checkpoints: Checkpoints) -> None:
             return
         if ppo.ema:
             save_file(ppo.ema, staged / "ema.safetensors")
-        state = {"iteration": ppo.iteration, "kl_coef": ppo.kl_coef, "metrics": ppo.metrics, "value_on": ppo.value_on}
+        state = {"iteration": ppo.iteration, "kl_coef": ppo.kl_coef, "metrics": ppo.metrics}
         (staged / "state.json").write_text(json.dumps(state))
 
     checkpoints.save(ppo.iteration, write, barrier())
 
 
 def load_checkpoint(ppo: Ppo, folder: Path) -> None:
-    """Restore what `save_checkpoint` sealed.
-
-    Raises:
-        UserError: when the value model's adapter in it belongs on another base, of the same shapes, than it has here.
-    """
+    """Restore what `save_checkpoint` sealed."""
     state = json.loads((folder / "state.json").read_text())
-    if (before := state.get("value_on", "reward")) != ppo.value_on:
-        raise UserError(
-            f"the value model of the checkpoint sits on the {before} model, and here on the {ppo.value_on} model",
-            where=str(folder),
-            fix="put reward/adapter back as it was when the stage began, or redo the stage with --fresh",
-        )
     ppo.engine.load(folder / "engine")
     load_rng(folder)
     if ppo.ema:  # of the first process alone

@@ -7,6 +7,8 @@ from pathlib import Path
 from rlhf import embedded, tiny
 from rlhf.errors import UserError
 
+ADAPTER_RECORD = "adapter.json"  # of a folder that holds an adapter alone (rlhf/adapter_folder.py)
+
 
 def resolve_model(name: str | Path) -> str:
     """A local folder or a Hub name for `model.name`; the embedded and the tiny model are built on first use.
@@ -21,8 +23,12 @@ def resolve_model(name: str | Path) -> str:
         return str(tiny.tiny_dir())
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError("this folder holds no model (no config.json)", where=name, fix="name a model folder")
+        if not any((path / file).is_file() for file in ("config.json", ADAPTER_RECORD)):
+            raise UserError(
+                f"this folder holds no model (no config.json, no {ADAPTER_RECORD})",
+                where=name,
+                fix="name a model folder",
+            )
         return str(path)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError("no such model folder", where=name, fix="check the path, or run the stage that writes it")

@@ -22,15 +22,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.adapters import peft_of
 from rlhf.config import LaunchSection
 from rlhf.decoding import decoding_for, pad
 from rlhf.errors import UserError
+from rlhf.merging import why_not_mergeable
 from rlhf.phases import progressed
 from rlhf.placement import at_hand
+from rlhf.quiet import say
 from rlhf.scoring import token_logprobs
 from rlhf.sharding import gathered, own, processes
 
 Engine = Literal["native", "generate", "vllm"]
+_told: set[str] = set()
 
 
 @dataclass
@@ -143,6 +147,7 @@ def sample(
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
     where = launch or LaunchSection()
+    engine = engine_for(policy, engine)
     if engine == "vllm":
         from rlhf.vllm_engine import sample_vllm
 
@@ -183,6 +188,20 @@ def sample(
     for i, row in zip(order, gathered(mine), strict=True):
         rows[i] = row
     return _assemble(prompts, rows, int(tokenizer.pad_token_id), set(stop_ids))
+
+
+def engine_for(policy: PreTrainedModel, engine: Engine) -> Engine:
+    """The engine asked for, or native where that one cannot run the policy's method; the first time it says so.
+
+    vLLM is given plain weights; what cannot be merged into them runs here alone.
+    """
+    peft = peft_of(policy)
+    if engine != "vllm" or peft is None or not (reason := why_not_mergeable(peft)):
+        return engine
+    if reason not in _told:
+        _told.add(reason)
+        say(f"sampling with the native engine, for {engine} takes merged weights alone: {reason}")
+    return "native"
 
 
 def _native(launch: LaunchSection) -> Callable[..., list[tuple[list[int], list[float]]]]:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rlhf.adapters import base_model
 from rlhf.errors import UserError
 from rlhf.head import vocabulary_logprobs
 from rlhf.inference import inference_for, slow_groups
@@ -95,16 +94,15 @@ def token_budget_batches(lengths: Sequence[int], tokens: int) -> Iterator[list[i
 
 def hidden_states(model: nn.Module, batch: SequenceBatch) -> Tensor:
     """Last hidden states [B, L, H] of the backbone, without any head."""
-    base = base_model(model)
     # In bfloat16 another order of operations rounds otherwise, and the ratio must be 1 by the pass that trains.
-    ours = not torch.is_grad_enabled() and base.dtype == torch.float32 and batch.attention_mask is None
+    ours = not torch.is_grad_enabled() and model.dtype == torch.float32 and batch.attention_mask is None
     if ours and (inference := inference_for(model)):
         return inference.hidden(batch.input_ids)
-    backbone = getattr(base, base.base_model_prefix)
+    backbone = getattr(model, model.base_model_prefix)
     mask = batch.attention_mask
-    if mask is None and slow_groups(next(base.parameters())):
+    if mask is None and slow_groups(next(model.parameters())):
         # Given a mask, transformers repeats keys and values itself, and torch takes a kernel that holds no scores.
-        mask = torch.arange(batch.input_ids.shape[1], device=base.device)[None] <= batch.last[:, None]
+        mask = torch.arange(batch.input_ids.shape[1], device=model.device)[None] <= batch.last[:, None]
     return backbone(
         input_ids=batch.input_ids,
         attention_mask=mask,
@@ -152,26 +150,26 @@ def response_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N] of the response tokens and the entropies [N] of the distributions they came from."""
     hidden = hidden_states(policy, batch)[batch.rows, batch.before]
-    return head_logprobs(base_model(policy).get_output_embeddings(), hidden, batch.targets, temperature, pieces)
+    return head_logprobs(policy.get_output_embeddings(), hidden, batch.targets, temperature, pieces)
 
 
 def normalised(model: nn.Module, raw: Tensor) -> Tensor:
     """(raw score - reward_mean) / reward_std, both kept in the model's config since the head has no bias."""
-    config = base_model(model).config
+    config = model.config
     return (raw.float() - config.reward_mean) / config.reward_std
 
 
 def response_values(value_model: nn.Module, batch: SequenceBatch) -> Tensor:
     """Values [N] of the states in which each response token was chosen, on the scale of normalised scores."""
     hidden = hidden_states(value_model, batch)[batch.rows, batch.before]
-    return normalised(value_model, base_model(value_model).score(hidden).squeeze(-1))
+    return normalised(value_model, value_model.score(hidden).squeeze(-1))
 
 
 def raw_scores(reward_model: nn.Module, batch: SequenceBatch) -> Tensor:
     """Scores [B] of whole responses, read at the last response token by index, before normalisation."""
     hidden = hidden_states(reward_model, batch)
     final = hidden[torch.arange(len(hidden), device=hidden.device), batch.last]
-    return base_model(reward_model).score(final).squeeze(-1).float()
+    return reward_model.score(final).squeeze(-1).float()
 
 
 def _over_batches(
@@ -267,18 +265,19 @@ def check_plain_head(policy: nn.Module) -> None:
     Raises:
         UserError: when the two disagree on a probe of eight tokens.
     """
-    base = base_model(policy)
     training = policy.training
     policy.eval()
     with torch.no_grad(), at_hand(policy):
-        vocabulary = base.get_output_embeddings().weight.shape[0]
-        ids = (torch.arange(8, device=base.device) * 7 + 3).remainder(vocabulary)[None]
+        vocabulary = policy.get_output_embeddings().weight.shape[0]
+        ids = (torch.arange(8, device=policy.device) * 7 + 3).remainder(vocabulary)[None]
         whole = policy(input_ids=ids, use_cache=False).logits.float()
-        ours = base.get_output_embeddings()(getattr(base, base.base_model_prefix)(ids, use_cache=False)[0]).float()
+        ours = policy.get_output_embeddings()(
+            getattr(policy, policy.base_model_prefix)(ids, use_cache=False)[0]
+        ).float()
     policy.train(training)
     if not torch.allclose(whole, ours, rtol=1e-3, atol=1e-3):
         raise UserError(
-            f"{type(base).__name__} changes its logits after the LM head (largest difference "
+            f"{type(policy).__name__} changes its logits after the LM head (largest difference "
             f"{(whole - ours).abs().max():.3g})",
             where="model.name",
             fix="use an architecture whose logits are the LM head's output (Llama, Qwen, GPT-2, GPT-NeoX, OPT, ...)",

@@ -10,12 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from pathlib import Path
 
 import datasets
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
+from transformers.utils import SAFE_WEIGHTS_NAME
 from trl import SFTTrainer
 
+from rlhf.adapters import peft_of, trainable
 from rlhf.sharding import own, processes
 
 
@@ -70,6 +75,20 @@ class Trainer(SFTTrainer):
         lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
         micro_batch_size, seed = self.args.per_device_train_batch_size, self.args.seed
         self.order = MicroBatches(lengths, epochs, batch_size, micro_batch_size, seed)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write the weights of a checkpoint: with an adapter those that are trained, for the base is an input.
+
+        The trainer reads them with `strict=False`.
+        """
+        if peft_of(self.model) is None:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            weights = self.model.state_dict() if state_dict is None else state_dict
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            trained = {name: weights[name].detach().cpu().contiguous() for name in trainable(self.model)}
+            save_file(trained, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
     @property
     def tokens(self) -> int:

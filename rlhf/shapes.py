@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from rlhf import embedded, tiny
-from rlhf.adapters import add_lora, base_model, decoder_layers
-from rlhf.config import LoraSection, Recipe
-from rlhf.models import cut_layers
+from rlhf.adapters import add_adapter
+from rlhf.config import VIRTUAL_TOKENS, PeftSection, Recipe
+from rlhf.layers import cut_layers, decoder_layers
 from rlhf.quiet import quiet_transformers
 from rlhf.resolve import not_loaded, resolve_model
 
@@ -34,8 +34,8 @@ class ModelSpec:
     Attributes:
         scalar: a reward or value model: a scalar head in place of the LM head.
         keep_layers: the first N transformer layers only; 0 keeps all.
-        lora: adapters that are trained, the rest is frozen; None: all is trained.
-        partitioned: adapters keep the type of the weights, which ZeRO-3 wants.
+        peft: the method that is trained, the rest is frozen; None: all is trained.
+        partitioned: adapters have the type of the weights, which ZeRO-3 wants.
         borrowed: its frozen weights are those of another model (rlhf/shared_base.py).
     """
 
@@ -44,14 +44,14 @@ class ModelSpec:
     attention: str
     scalar: bool = False
     keep_layers: int = 0
-    lora: LoraSection | None = None
+    peft: PeftSection | None = None
     partitioned: bool = False
     borrowed: bool = False
 
     @property
     def key(self) -> tuple:
-        lora = self.lora.model_dump_json() if self.lora else ""
-        rest = (self.dtype, self.attention, self.scalar, self.keep_layers, lora, self.partitioned, self.borrowed)
+        peft = self.peft.model_dump_json() if self.peft else ""
+        rest = (self.dtype, self.attention, self.scalar, self.keep_layers, peft, self.partitioned, self.borrowed)
         return (self.config.to_json_string(), *rest)
 
     def __hash__(self) -> int:
@@ -67,7 +67,7 @@ class ModelSpec:
     @property
     def backward_layers(self) -> int:
         """Layers that the gradient passes through."""
-        return min(self.lora.last_layers or self.layers, self.layers) if self.lora else self.layers
+        return min(self.peft.last_layers or self.layers, self.layers) if self.peft else self.layers
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ def build(spec: ModelSpec) -> nn.Module:
             model.config.reward_mean, model.config.reward_std = 0.0, 1.0
         if spec.keep_layers:
             cut_layers(model, spec.keep_layers)
-        if spec.lora:
-            model = add_lora(model, spec.lora, "SEQ_CLS" if spec.scalar else "CAUSAL_LM", spec.partitioned)
+        if spec.peft:
+            add_adapter(model, spec.peft, spec.partitioned)
     return model.eval()
 
 
@@ -144,14 +144,14 @@ def build(spec: ModelSpec) -> nn.Module:
 def count(spec: ModelSpec) -> Counts:
     """Parameters of the model, counted on the meta device."""
     model = build(spec)
-    base = base_model(model)
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
-    through, reached = 0, False
+    # Before the first layer, though not in the order of the modules.
+    through, reached = 0, spec.peft is not None and spec.peft.method in VIRTUAL_TOKENS
     for parameter in parameters:
         reached = reached or parameter.requires_grad
         through += parameter.numel() if reached else 0
-    config = base.config
+    config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Counts(
@@ -161,6 +161,6 @@ def count(spec: ModelSpec) -> Counts:
         trained_bytes=sum(p.numel() * p.element_size() for p in trained),
         through=through,
         largest=max((p.numel() for p in trained), default=0),
-        layer=max(sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(base)),
+        layer=max(sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)),
         kv_bytes=2 * spec.layers * heads * size * BYTES[spec.dtype],
     )

@@ -24,7 +24,8 @@ from torch.nn.functional import embedding
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rlhf.adapters import base_model
+from rlhf.adapters import peft_of
+from rlhf.config import VIRTUAL_TOKENS
 from rlhf.placement import at_hand
 from rlhf.scoring import Pair, build_batch, hidden_states
 
@@ -78,13 +79,12 @@ def build_shared(pairs: Sequence[Pair]) -> SharedBatch:
 
 def shared_scores(reward_model: nn.Module, batch: SharedBatch) -> Tensor:
     """Scores [S] of whole responses before normalisation, inside `sharing`."""
-    return base_model(reward_model).score(last_states(reward_model, batch)).squeeze(-1).float()
+    return reward_model.score(last_states(reward_model, batch)).squeeze(-1).float()
 
 
 def last_states(model: nn.Module, batch: SharedBatch) -> Tensor:
     """Hidden states [S, H] at the last token of each response, inside `sharing`."""
-    base = base_model(model)
-    hidden = getattr(base, base.base_model_prefix)(
+    hidden = getattr(model, model.base_model_prefix)(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         use_cache=False,
@@ -97,25 +97,27 @@ def last_states(model: nn.Module, batch: SharedBatch) -> Tensor:
 @contextmanager
 def sharing(model: nn.Module) -> Iterator[None]:
     """Inside, the model's attention is that of shared prompts, in backward passes that recompute layers too."""
-    base = base_model(model)
-    before = base.config._attn_implementation
-    base.set_attn_implementation(ATTENTION)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION)
     try:
         yield
     finally:
-        base.set_attn_implementation(before)
+        model.set_attn_implementation(before)
 
 
 def can_share(model: nn.Module) -> bool:
     """Whether prompts can be shared in this model, found by scoring a few tokens both ways; all processes must ask.
 
-    Not with a window of attention, which a few tokens would not show, nor with kernels that were asked for by name.
+    Not with virtual tokens, which stand before every row and here would stand before the first one, nor with a window
+    of attention, which a few tokens would not show, nor with kernels that were asked for by name.
     """
-    base = base_model(model)
-    windows = {getattr(base.config, name, None) for name in ("sliding_window", "attention_chunk_size")}
-    if base.config._attn_implementation != "sdpa" or windows != {None}:
+    windows = {getattr(model.config, name, None) for name in ("sliding_window", "attention_chunk_size")}
+    peft = peft_of(model)
+    if peft is not None and peft.method in VIRTUAL_TOKENS:
         return False
-    vocabulary = base.get_input_embeddings().num_embeddings
+    if model.config._attn_implementation != "sdpa" or windows != {None}:
+        return False
+    vocabulary = model.get_input_embeddings().num_embeddings
     tokens = [(i * 7 + 3) % vocabulary for i in range(16)]
     pairs = [(tokens[:4], tokens[4:9]), (tokens[:4], tokens[9:11]), (tokens[11:13], tokens[13:])]
     training = model.training
@@ -123,17 +125,17 @@ def can_share(model: nn.Module) -> bool:
     try:
         with torch.no_grad(), at_hand(model):
             # Not the scores, for a new head may be all zeros.
-            apart = build_batch(pairs, 0).to(base.device)
-            rows = torch.arange(len(pairs), device=base.device)
+            apart = build_batch(pairs, 0).to(model.device)
+            rows = torch.arange(len(pairs), device=model.device)
             expected = hidden_states(model, apart)[rows, apart.last]
             with sharing(model):
-                found = last_states(model, build_shared(pairs).to(base.device))
+                found = last_states(model, build_shared(pairs).to(model.device))
     except (TypeError, ValueError, RuntimeError, IndexError):  # an architecture that does not hand the rows on
         return False
     finally:
         model.train(training)
     gap = float((found.float() - expected.float()).norm() / expected.float().norm())
-    return gap < (1e-3 if base.dtype == torch.float32 else 5e-2)
+    return gap < (1e-3 if model.dtype == torch.float32 else 5e-2)
 
 
 def _attention(

@@ -26,7 +26,6 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.adapters import base_model
 from rlhf.config import LaunchSection
 from rlhf.errors import UserError
 from rlhf.models import save_model
@@ -73,9 +72,9 @@ def sample_vllm(
     params = [common | {"seed": seed % 2**63} for seed in seeds]
 
     def push_and_sample() -> list[Row]:
-        dtype = str(base_model(policy).dtype).removeprefix("torch.")
+        dtype = str(policy.dtype).removeprefix("torch.")
         sampler = Server(launch.vllm_url, launch.timeout_s, batch_size) if launch.vllm_url else in_process(dtype)
-        if getattr(base_model(policy).config, "tie_word_embeddings", False) and sampler.on_cpu():
+        if getattr(policy.config, "tie_word_embeddings", False) and sampler.on_cpu():
             # Seen with 0.32: the head's packed copy of the embeddings stays that of the first weights.
             raise UserError(
                 "vLLM on a CPU does not take new weights into a head that is tied to the embeddings",
@@ -88,7 +87,7 @@ def sample_vllm(
             raise UserError(f"there is no folder {place}", "launch.vllm_weights", "name one that vLLM can read as well")
         folder = place.resolve() / f"rlhf-{version}"
         try:
-            save_model(policy, tokenizer, folder / "model", weights)
+            save_model(policy, tokenizer, folder / "model", weights, merged=True)
             sampler.load(folder / "model", version)
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # vLLM has copied them, and a memory disk is no place to leave it
@@ -107,7 +106,7 @@ def sample_vllm(
             )
         sampler.rest()
         for row in rows:
-            _check(row, max_new_tokens, set(stop_ids), base_model(policy).config.vocab_size)
+            _check(row, max_new_tokens, set(stop_ids), policy.config.vocab_size)
         return rows
 
     return from_first(push_and_sample)

@@ -339,7 +339,9 @@ def work(ctx: StageContext) -> dict[str, Any]:
         console.print(f"dropped {n}: {reason}")
 
     def load(name: str) -> nn.Module:
-        return frozen(recipe, ctx.device, lambda: load_policy(str(folders[name]), recipe.model, tokenizer=tokenizer))
+        return frozen(
+            recipe, ctx.device, lambda: load_policy(folders[name], recipe.model, tokenizer=tokenizer, merged=True)
+        )
 
     answers: dict[str, Answers] = {}
     # SFT comes last: while it is in memory it is also the reference of all the others.
@@ -356,7 +358,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
     reward_dir = ctx.run.model_dir("reward")
     if reward_dir.is_dir():
         ctx.use(reward_dir)
-        reward_model = frozen(recipe, ctx.device, lambda: load_reward_model(str(reward_dir), recipe.model))
+        reward_model = frozen(recipe, ctx.device, lambda: load_reward_model(reward_dir, recipe.model, merged=True))
         check_probes(reward_model, reward_dir)
         add_scores(recipe, reward_model, answers)
         del reward_model

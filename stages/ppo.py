@@ -47,7 +47,7 @@ from rlhf.recipe import load_recipe
 from rlhf.rescoring import rescore
 from rlhf.rollout import Rollout, row_seed, sample
 from rlhf.schedule import lr_factor
-from rlhf.scoring import SequenceBatch, build_batch, head_pieces, scores, token_values
+from rlhf.scoring import SequenceBatch, build_batch, head_pieces, scores, token_logprobs, token_values
 from rlhf.sharding import everyones, own
 from rlhf.stage import StageContext, exit_code, parse_stage_args, run_stage
 
@@ -78,7 +78,7 @@ def score(ppo: Ppo, episodes: Rollout) -> Experience:
     cfg, pairs = ppo.recipe.ppo, episodes.pairs()
     return make_experience(
         episodes,
-        ppo.reference(pairs, cfg.score_tokens),
+        token_logprobs(ppo.reference, pairs, cfg.temperature, cfg.score_tokens),
         token_values(ppo.networks.value, pairs, cfg.score_tokens),
         scores(ppo.reward_model, pairs, cfg.score_tokens),
         kl_coef=ppo.kl_coef,
@@ -325,8 +325,7 @@ def work(ctx: StageContext, variant: str) -> dict[str, Any]:
     reward_dir = ctx.run.require("reward", "model")
     ctx.use(sft_dir)
     ctx.use(reward_dir)
-    hashes = (ctx.inputs[ctx.run.key(sft_dir)], ctx.inputs[ctx.run.key(reward_dir)])
-    ppo = build(ctx.recipe, variant == "ppo-ptx", sft_dir, reward_dir, hashes)
+    ppo = build(ctx.recipe, variant == "ppo-ptx", sft_dir, reward_dir)
     for reason, n in ppo.drops.table():
         console.print(f"dropped {n}: {reason}")
     sealed = from_first(ctx.checkpoints.newest)

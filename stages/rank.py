@@ -345,7 +345,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
         samples = Samples(ctx.dir / "samples.jsonl", fingerprint(ctx, sft_dir))
         tokenizer = load_tokenizer(str(sft_dir), ctx.recipe.model.prompt_format)
         policy = frozen(
-            ctx.recipe, ctx.device, lambda: load_policy(str(sft_dir), ctx.recipe.model, tokenizer=tokenizer)
+            ctx.recipe, ctx.device, lambda: load_policy(sft_dir, ctx.recipe.model, tokenizer=tokenizer, merged=True)
         )
         prompts = choose_prompts(ctx, tokenizer, drops)
         sample_outputs(ctx, policy, tokenizer, prompts, samples)

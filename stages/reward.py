@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.config import Recipe
 from rlhf.engine import Engine, ParamGroup
 from rlhf.errors import UserError
-from rlhf.models import add_lora, check_context, load_tokenizer, new_reward_model, recompute_activations, save_model
+from rlhf.models import check_context, load_tokenizer, new_reward_model, recompute_activations, save_model
 from rlhf.order import stream
 from rlhf.phases import phase
 from rlhf.placement import at_hand, whole_state
@@ -35,11 +35,9 @@ from rlhf.ranking import PairCounts, accuracy_interval, calibration, count_pairs
 from rlhf.ranking_passes import Group, by_length, part_passes, whole_passes
 from rlhf.records import Drops, read_demonstrations, read_rankings
 from rlhf.rng import load_rng, save_rng
-from rlhf.rundir import hash_path
 from rlhf.schedule import lr_factor
 from rlhf.scoring import Pair, SequenceBatch, build_batch, raw_scores, scores
 from rlhf.sharding import barrier, everyones, gathered, own
-from rlhf.shared_base import FOLDER, save_adapter
 from rlhf.shared_prompts import SharedBatch, build_shared, can_share, shared_scores, sharing
 from rlhf.splits import split_by_prompt
 from rlhf.stage import StageContext, run_stage
@@ -260,10 +258,9 @@ def work(ctx: StageContext) -> dict[str, Any]:
             raise UserError(f"no {what} is left for the reward stage", where="data", fix="see the dropped rows above")
 
     torch.manual_seed(recipe.run.seed)
-    model = trained(recipe, lambda: new_reward_model(source, recipe.model, cfg.keep_layers, cfg.head_init))
+    peft = recipe.reward_peft
+    model = trained(recipe, lambda: new_reward_model(source, recipe.model, cfg.keep_layers, cfg.head_init, peft))
     check_context(model, cfg.max_tokens, "reward.max_tokens")
-    if cfg.lora.enabled:
-        model = add_lora(model, cfg.lora, "SEQ_CLS")
     model.eval()
     if recipe.launch.gradient_checkpointing:
         recompute_activations(model)
@@ -297,9 +294,6 @@ def work(ctx: StageContext) -> dict[str, Any]:
         save_model(model, tokenizer, ctx.dir / "model", weights)
     everyones(None)  # the probes are written into the folder
     write_probes(model, tokenizer, ranked[:PROBES], ctx.dir / "model")
-    if cfg.lora.enabled and cfg.model == "sft" and is_main_process():
-        base, merged = ctx.inputs[ctx.run.key(source)], hash_path(ctx.dir / "model")
-        save_adapter(model, weights, recipe, ctx.dir / FOLDER, base, merged)
     return metrics
 
 

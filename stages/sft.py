@@ -28,9 +28,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
+from rlhf.adapters import add_adapter
 from rlhf.config import Recipe
 from rlhf.errors import UserError
-from rlhf.models import add_lora, check_context, load_policy, load_tokenizer, resolve_model, save_model
+from rlhf.models import check_context, load_policy, load_tokenizer, resolve_model, save_model
 from rlhf.phases import phase
 from rlhf.placement import is_partitioned, whole_state
 from rlhf.plan import plan_sft
@@ -307,7 +308,7 @@ def train_sft(
     """Train `policy` in place on `rows`, from the newest sealed checkpoint if there is one.
 
     Args:
-        policy: a causal language model, adapters around it or not.
+        policy: a causal language model, with an adapter or without.
         rows: what `demonstration_row` and `text_rows` return.
         folder: the trainer's own files go to `trainer/` in it, which is removed at the end.
         tracker: gets every step's metrics, by tokens seen.
@@ -358,16 +359,16 @@ def work(ctx: StageContext) -> dict[str, Any]:
 
     torch.manual_seed(recipe.run.seed)
     section = recipe.model
-    if not section.lora.enabled:
+    if not section.peft.on:
         # The optimiser needs float32 weights: an update of 1e-5 is lost in a bfloat16 weight of 0.01. Adapters are.
         section = section.model_copy(update={"dtype": "float32"})
-    policy = trained(recipe, lambda: load_policy(base, section, recipe.sft.dropout, tokenizer))
+    policy = trained(recipe, lambda: load_policy(recipe.model.name, section, recipe.sft.dropout, tokenizer))
+    if recipe.model.peft.on:
+        policy = add_adapter(policy, recipe.model.peft)
     rows_of = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
     check_context(policy, rows_of, "data.max_prompt_tokens + data.max_response_tokens")
     if recipe.sft.packing:
         check_context(policy, recipe.sft.max_tokens, "sft.max_tokens")
-    if recipe.model.lora.enabled:
-        policy = add_lora(policy, recipe.model.lora, "CAUSAL_LM")
     if not any(is_partitioned(p) for p in policy.parameters()):
         policy.to(ctx.device)
     metrics = {"sft/demonstrations": float(len(train)), "sft/heldout_demonstrations": float(len(heldout))}

@@ -1,0 +1,187 @@
+"""What a stage writes under a parameter-efficient method: the trained weights alone, and what they belong to.
+
+    adapter.safetensors    what was trained, by the names it has in the model; of a reward model its head too
+    adapter.json           the method and its settings; name and hash of the base; of a reward model the layers that
+                           were kept and the normalisation of the scores
+
+The tokenizer lies beside them. There is no config.json: a program that knows nothing of this must not take the folder
+for a model. `rlhf export` writes one that it may.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from rlhf.adapters import peft_of, trainable
+from rlhf.config import PeftSection
+from rlhf.errors import UserError
+from rlhf.placement import filled, full_shape
+from rlhf.resolve import ADAPTER_RECORD, resolve_model
+from rlhf.rundir import hash_path
+
+WEIGHTS = "adapter.safetensors"
+FORMAT = 1
+HEAD = "score."
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The base that an adapter was trained on."""
+
+    name: str  # as in model.name
+    hash: str  # of its config and weights
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter as it was read from its folder."""
+
+    folder: Path
+    peft: PeftSection
+    base: Origin
+    scalar: bool  # of a reward model
+    keep_layers: int  # of the base; 0: all
+    reward_mean: float
+    reward_std: float
+
+    @property
+    def path(self) -> Path:
+        return self.folder / WEIGHTS
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was trained, by name.
+
+        Raises:
+            UserError: when the file cannot be read.
+        """
+        try:
+            return load_file(self.path)
+        except (OSError, SafetensorError) as error:
+            raise _broken(self.path, str(error)) from error
+
+    def check_base(self) -> None:
+        """Raise UserError unless the base is the one that the adapter was trained on."""
+        if (now := base_hash(self.base.name)) != self.base.hash:
+            raise UserError(
+                f"the adapter was trained on {self.base.name} with hash {self.base.hash[:12]}, and the model of that "
+                f"name has {now[:12]}",
+                str(self.folder),
+                "bring the base back as it was, or run the stage again",
+            )
+
+
+def find_adapter(folder: str | Path) -> AdapterFolder | None:
+    """The adapter in a folder, None where there is none.
+
+    Raises:
+        UserError: for a record that is not what `save_adapter` writes.
+    """
+    path = Path(folder).expanduser() / ADAPTER_RECORD
+    if not path.is_file():
+        return None
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if record["format"] != FORMAT:
+            raise UserError(
+                f"format {record['format']} of adapters is not known here, {FORMAT} is", str(path), "update rlhf"
+            )
+        return AdapterFolder(
+            folder=path.parent,
+            peft=PeftSection(**record["peft"]),
+            base=Origin(**record["base"]),
+            scalar=bool(record["scalar"]),
+            keep_layers=int(record["keep_layers"]),
+            reward_mean=float(record["reward_mean"]),
+            reward_std=float(record["reward_std"]),
+        )
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise _broken(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+
+
+def save_adapter(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the adapter on a model into a folder that is there. Call it on one process.
+
+    Args:
+        model: loaded by rlhf/models.py, which knows its base.
+        weights: the model's, by name, whole; the frozen ones are not looked at.
+    """
+    peft, config = peft_of(model), model.config
+    assert peft is not None
+    base = Origin(model.base_name, base_hash(model.base_name))
+    record = {
+        "format": FORMAT,
+        "peft": peft.model_dump(),
+        "base": asdict(base),
+        "scalar": hasattr(model, "score"),
+        "keep_layers": model.kept_layers,
+        "reward_mean": getattr(config, "reward_mean", 0.0),
+        "reward_std": getattr(config, "reward_std", 1.0),
+    }
+    save_file({name: weights[name].detach().cpu().contiguous() for name in trainable(model)}, folder / WEIGHTS)
+    (folder / ADAPTER_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def copy_into(model: PreTrainedModel, adapter: AdapterFolder, partly: bool = False) -> None:
+    """Give the method on a model the weights of a folder.
+
+    Args:
+        partly: a reward model that starts from a policy: it has a head of its own, and maybe fewer layers.
+
+    Raises:
+        UserError: when the folder and the model do not hold the same weights.
+    """
+    stored, ours = adapter.tensors(), trainable(model)
+    if not partly and (other := sorted(stored.keys() ^ ours.keys())):
+        raise _broken(adapter.path, f"the file and the model do not hold the same weights: {other[0]} is in one alone")
+    for name in sorted(stored.keys() & ours.keys()):
+        shape, tensor = full_shape(ours[name]), stored[name]
+        if partly and tensor.dim() == len(shape) and tensor.shape != shape:
+            # Keys and values of all layers in turn: those of the layers that are kept come first.
+            tensor = tensor[tuple(slice(size) for size in shape)]
+        if tensor.shape != shape:
+            raise _broken(adapter.path, f"{name} is {tuple(tensor.shape)} in the file and {tuple(shape)} in the model")
+        with filled([ours[name]]):
+            ours[name].copy_(tensor)
+
+
+def base_hash(name: str) -> str:
+    """SHA-256 (hex) of the config and the weights of a model that is here.
+
+    Raises:
+        UserError: no such model.
+    """
+    where = resolve_model(name)
+    folder = Path(where)
+    if not folder.is_dir():
+        found = cached_file(where, "config.json", _raise_exceptions_for_missing_entries=False)
+        if found is None:
+            raise UserError("the base model is not here", name, "load it once, or name a local folder")
+        folder = Path(found).parent
+    files = sorted(f for f in folder.iterdir() if f.name == "config.json" or f.suffix in (".safetensors", ".bin"))
+    return _hash_of(tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@lru_cache(maxsize=8)
+def _hash_of(files: tuple[tuple[str, int, int], ...]) -> str:
+    """Of names and contents; sizes and times tell when a file must be read again."""
+    lines = [f"{Path(path).name} {hash_path(path)}\n" for path, _, _ in files]
+    return sha256("".join(lines).encode()).hexdigest()
+
+
+def _broken(path: Path, what: str) -> UserError:
+    return UserError(f"the adapter cannot be read: {what}", str(path), "run the stage that wrote it again")

@@ -1,0 +1,58 @@
+"""Bottleneck adapters (Houlsby et al. 2019, arXiv 1902.00751; placed as in Pfeiffer et al. 2021, arXiv 2005.00247).
+
+Behind the feed-forward layer of a transformer layer and before the residual is added, x becomes x + up(gelu(down(x))).
+`up` starts at zero, so a new adapter changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from rlhf.errors import UserError
+
+FEED_FORWARD = ("mlp", "feed_forward", "ffn")  # what architectures call it
+
+
+class Bottleneck(nn.Module):
+    """A feed-forward layer with an adapter behind it; the layer is `base_layer`, as in peft's modules.
+
+    Args:
+        base_layer: takes and returns [..., hidden].
+        hidden, width: sizes of the two maps, hidden to width and back.
+    """
+
+    def __init__(self, base_layer: nn.Module, hidden: int, width: int, like: Tensor) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.down = nn.Linear(hidden, width, device=like.device, dtype=torch.float32)
+        self.up = nn.Linear(width, hidden, device=like.device, dtype=torch.float32)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x = self.base_layer(*args, **kwargs)
+        return x + self.up(gelu(self.down(x.to(self.down.weight.dtype)))).to(x.dtype)
+
+
+def add_bottlenecks(layers: Sequence[nn.Module], hidden: int, width: int) -> None:
+    """An adapter of `width` in each of the transformer layers, in place.
+
+    Raises:
+        UserError: when a layer has no feed-forward layer of its own to put it behind.
+    """
+    for layer in layers:
+        name = next((name for name in FEED_FORWARD if isinstance(getattr(layer, name, None), nn.Module)), None)
+        if name is None:
+            raise UserError(
+                f"{type(layer).__name__} has no feed-forward layer called {', '.join(FEED_FORWARD[:-1])} or "
+                f"{FEED_FORWARD[-1]} to put an adapter behind",
+                "model.peft.method=adapter",
+                "take lora, or an architecture that has one (Llama, Mistral, Qwen, GPT-2, GPT-NeoX, Phi, ...)",
+            )
+        inner = getattr(layer, name)
+        setattr(layer, name, Bottleneck(inner, hidden, width, next(inner.parameters())))

@@ -1,0 +1,43 @@
+"""The transformer layers of a model, whatever its architecture calls their list."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from rlhf.errors import UserError
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's list of transformer layers.
+
+    Raises:
+        UserError: when there is no list as long as the config's number of layers.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+            return module
+    raise UserError(
+        f"the transformer layers of {type(model).__name__} were not found",
+        where="model.name",
+        fix="use a decoder architecture with one list of layers (Llama, Qwen, GPT-2, GPT-NeoX, OPT, ...)",
+    )
+
+
+def cut_layers(model: PreTrainedModel, keep: int) -> None:
+    """Keep the first `keep` transformer layers, in place.
+
+    Raises:
+        UserError: when the model has fewer.
+    """
+    layers = decoder_layers(model)
+    if keep > len(layers):
+        raise UserError(
+            f"the model has {len(layers)} layers and {keep} are to be kept",
+            where="reward.keep_layers",
+            fix="keep fewer",
+        )
+    del layers[keep:]
+    model.config.num_hidden_layers = keep
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:keep]

@@ -1,0 +1,140 @@
+"""Merging: a method's change written into the weights, where it is a change of weights.
+
+    lora       W + s B A                                  s = alpha / rank
+    dora       m (W + s B A) / |W + s B A|                rows' norms replaced by the learned m (Liu et al. 2024)
+    ia3        l W and l b; W l in the MLP's last map     scales of outputs; there of inputs
+    bitfit     b                                          the trained bias in place of the other
+
+Virtual tokens and bottleneck adapters are no change of a weight that is there, and cannot be merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rlhf.adapters import ADAPTER, peft_of
+from rlhf.config import NOT_MERGED, VIRTUAL_TOKENS, PeftSection
+from rlhf.placement import filled
+
+BASE = ".base_layer."
+LORA_A, LORA_B = f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight"
+MAGNITUDE, SCALE = f"lora_magnitude_vector.{ADAPTER}.weight", f"ia3_l.{ADAPTER}"
+PARTS = (LORA_A, LORA_B, MAGNITUDE, SCALE)
+
+
+class Linear(NamedTuple):
+    """Weight [out, in] and bias [out] of a linear map; the bias is None where it has none."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def why_not_mergeable(peft: PeftSection) -> str:
+    """Why the method cannot be merged into weights; empty where it can."""
+    if peft.method not in NOT_MERGED:
+        return ""
+    if peft.method in VIRTUAL_TOKENS:
+        return f"{peft.method} trains tokens that stand before every row, and no weight of the model holds them"
+    return "adapter trains layers with an activation between them, which the base does not have"
+
+
+def merged_linear(base: Linear, parts: Mapping[str, Tensor], peft: PeftSection) -> Linear:
+    """A linear map with an adapter's parts written into it, in float32 on the CPU, then in the type it had.
+
+    Args:
+        parts: by their names in PARTS.
+    """
+    weight = base.weight.detach().cpu().float()
+    bias = base.bias
+    if LORA_A in parts:
+        a, b = (parts[name].detach().cpu().float() for name in (LORA_A, LORA_B))
+        weight = weight + peft.alpha / peft.rank * (b @ a)
+    if MAGNITUDE in parts:
+        magnitude = parts[MAGNITUDE].detach().cpu().float()
+        weight = (magnitude / weight.norm(dim=1))[:, None] * weight
+    if SCALE in parts:
+        scale = parts[SCALE].detach().cpu().float()  # [out, 1] of outputs or [1, in] of inputs
+        weight = weight * scale
+        if bias is not None and scale.shape[1] == 1:
+            bias = (bias.detach().cpu().float() * scale[:, 0]).to(base.bias.dtype)
+    return Linear(weight.to(base.weight.dtype), bias)
+
+
+def merged_state_dict(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the plain model that computes what `model` does with its method; it is not changed.
+
+    Args:
+        state: the model's weights under its own names, whole.
+    """
+    peft = peft_of(model)
+    if peft is None:
+        return dict(state)
+    if reason := why_not_mergeable(peft):
+        raise ValueError(reason)
+    merged = {plain_name(name): tensor for name, tensor in state.items() if not _is_part(name)}
+    for owner, parts in _by_owner(state):
+        module = model.get_submodule(owner)
+        bias = state.get(f"{owner}{BASE}bias")
+        linear = _turned(Linear(state[f"{owner}{BASE}weight"], bias), module.base_layer)
+        linear = _turned(merged_linear(linear, parts, peft), module.base_layer)
+        merged[f"{owner}.weight"] = linear.weight
+        if linear.bias is not None:
+            merged[f"{owner}.bias"] = linear.bias
+    return merged
+
+
+@torch.no_grad()
+def merge_into(model: PreTrainedModel, tensors: Mapping[str, Tensor], peft: PeftSection) -> None:
+    """Write an adapter's tensors into the weights of a plain model, in place; parts of layers it lacks are left out.
+
+    Raises:
+        ValueError: when the method cannot be merged.
+    """
+    if reason := why_not_mergeable(peft):
+        raise ValueError(reason)
+    modules = dict(model.named_modules())
+    for owner, parts in _by_owner(tensors):
+        if owner not in modules:
+            continue
+        module = modules[owner]
+        with filled(list(module.parameters())):
+            merged = merged_linear(_turned(Linear(module.weight, module.bias), module), parts, peft)
+            merged = _turned(merged, module)
+            module.weight.copy_(merged.weight)
+            if merged.bias is not None:
+                module.bias.copy_(merged.bias)
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if not _is_part(name) and name in parameters:  # bitfit's
+            with filled([parameters[name]]):
+                parameters[name].copy_(tensor)
+
+
+def plain_name(name: str) -> str:
+    """What a weight is called in the model without a method."""
+    return name.replace(BASE, ".")
+
+
+def _is_part(name: str) -> bool:
+    return name.endswith(PARTS)
+
+
+def _by_owner(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Modules by name, with the adapter's parts in each."""
+    owners: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        for part in PARTS:
+            if name.endswith(f".{part}"):
+                owners.setdefault(name.removesuffix(f".{part}"), {})[part] = tensor
+    yield from owners.items()
+
+
+def _turned(linear: Linear, module: nn.Module) -> Linear:
+    """From how the module keeps its weight to [out, in], or back: GPT-2 keeps [in, out]."""
+    return Linear(linear.weight.t().contiguous(), linear.bias) if isinstance(module, Conv1D) else linear

@@ -1,0 +1,141 @@
+"""The four networks of PPO: the policy, the reference, the value model and the reward model.
+
+The reference is the SFT policy, whatever the method: a model of its own, or under a parameter-efficient method a second
+adapter with SFT's weights. The value model starts from the reward model, head and normalisation included. Where all of
+them are adapters on one base, the base is in memory once (rlhf/shared_base.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from rlhf.adapter_folder import base_hash, find_adapter
+from rlhf.adapters import add_adapter, peft_of
+from rlhf.config import VIRTUAL_TOKENS, ModelSection, PeftSection, Recipe
+from rlhf.errors import UserError
+from rlhf.merging import why_not_mergeable
+from rlhf.models import check_method, load_policy, load_reward_model, put_on
+from rlhf.shared_base import one_base, policies_share, policy_twin, scalar_twin
+from rlhf.zero import frozen, trained, zero_stage
+
+
+@dataclass(frozen=True)
+class PpoNetworks:
+    """All in eval mode; `bases`: what is said of whose base weights are where, empty without a method."""
+
+    policy: PreTrainedModel
+    reference: PreTrainedModel  # frozen
+    value: PreTrainedModel
+    reward: PreTrainedModel  # frozen
+    bases: str
+
+
+def load_networks(recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch.device) -> PpoNetworks:
+    """Load what PPO works with, each network where the recipe has it lie.
+
+    Raises:
+        UserError: as of rlhf/models.py; and a method that does not go with what the SFT stage has left.
+    """
+    if policies_share(recipe, zero_stage(recipe)):
+        return _on_one_base(recipe, sft_dir, reward_dir, device)
+    leaving = partial(frozen, recipe, device, leaves=True)
+    return PpoNetworks(
+        policy=trained(recipe, lambda: policy_to_train(sft_dir, recipe.model)),
+        reference=leaving(lambda: load_policy(sft_dir, recipe.model, merged=not recipe.model.peft.on)),
+        value=trained(recipe, lambda: value_to_train(reward_dir, recipe)),
+        reward=leaving(lambda: load_reward_model(reward_dir, recipe.model)),
+        bases="each of the four networks has a base of its own" if recipe.model.peft.on else "",
+    )
+
+
+def _on_one_base(recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch.device) -> PpoNetworks:
+    """Policy and reference on one base, and value and reward model too where they can be."""
+    peft, sft, judge = recipe.model.peft, find_adapter(sft_dir), find_adapter(reward_dir)
+    base = str(sft_dir)
+    if sft is not None:
+        check_method(sft, peft)
+        sft.check_base()
+        base = sft.base.name
+    policy = trained(recipe, lambda: load_policy(base, recipe.model))
+    reference = policy_twin(policy)
+    twins: list[PreTrainedModel | None] = [None, None]
+    if judge is not None and one_base(recipe, zero_stage(recipe)) and judge.base.hash == base_hash(base):
+        check_method(judge, recipe.reward_peft)
+        twins = [scalar_twin(policy, judge.keep_layers, recipe.model.trust_remote_code) for _ in twins]
+    size = sum(p.numel() * p.element_size() for p in policy.parameters()) / 1e9
+    if sft is not None:
+        policy, reference = put_on(sft, policy), put_on(sft, reference)
+    else:
+        policy = add_first(peft, policy, sft_dir)
+    reference.requires_grad_(False).to(device)
+    value, reward = twins
+    if judge is not None and value is not None and reward is not None:
+        value, reward = put_on(judge, value), put_on(judge, reward).requires_grad_(False).to(device)
+        bases = f"one base of {size:.2g} GB for policy, reference, value and reward model"
+    else:
+        value = trained(recipe, lambda: value_to_train(reward_dir, recipe))
+        reward = frozen(recipe, device, lambda: load_reward_model(reward_dir, recipe.model), leaves=True)
+        bases = f"one base of {size:.2g} GB for policy and reference; value and reward model have their own"
+    return PpoNetworks(policy, reference, value, reward, bases)
+
+
+def policy_to_train(sft_dir: Path, model: ModelSection) -> PreTrainedModel:
+    """A policy to go on training from, by the recipe's method; it computes what the model in the folder computes.
+
+    Raises:
+        UserError: a model of another method, one that cannot be merged where all weights are trained, or a method that
+            would change a plain model.
+    """
+    peft, adapter = model.peft, find_adapter(sft_dir)
+    if adapter is not None and peft.on:
+        check_method(adapter, peft)
+        return load_policy(sft_dir, model)
+    policy = load_policy(sft_dir, model, merged=True)
+    if adapter is not None and peft_of(policy) is not None:
+        raise UserError(
+            f"all weights are to be trained, and {why_not_mergeable(adapter.peft)}",
+            str(sft_dir),
+            f"set model.peft.method={adapter.peft.method}",
+        )
+    return add_first(peft, policy, sft_dir) if peft.on else policy
+
+
+def add_first(peft: PeftSection, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """A new adapter on a trained plain model, which is to compute what it did.
+
+    Raises:
+        UserError: for virtual tokens, which would change that.
+    """
+    if peft.method in VIRTUAL_TOKENS:
+        raise UserError(
+            f"this is a plain model, and new virtual tokens ({peft.method}) would change what it computes: PPO would "
+            "not start from it",
+            str(folder),
+            "run the stage that writes it with this recipe first, or take a method that starts at no change, as lora",
+        )
+    return add_adapter(model, peft)
+
+
+def value_to_train(reward_dir: Path, recipe: Recipe) -> PreTrainedModel:
+    """The reward model, to be trained on as the value model: its adapter, or all of its weights.
+
+    Raises:
+        UserError: a reward model of another method than the recipe's.
+    """
+    peft, adapter = recipe.reward_peft, find_adapter(reward_dir)
+    if adapter is not None and peft.on:
+        check_method(adapter, peft)
+        return load_reward_model(reward_dir, recipe.model)
+    value = load_reward_model(reward_dir, recipe.model, merged=True)
+    if adapter is not None and peft_of(value) is not None:
+        raise UserError(
+            f"all weights of the value model are to be trained, and {why_not_mergeable(adapter.peft)}",
+            str(reward_dir),
+            "set reward.peft.method=model",
+        )
+    return add_first(peft, value, reward_dir) if peft.on else value

@@ -1,0 +1,122 @@
+"""Plain models from a folder or the Hub: every weight accounted for, dropout set, fit to their tokenizer."""
+
+from __future__ import annotations
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf.config import ModelSection
+from rlhf.errors import UserError
+from rlhf.placement import filled, full_shape
+from rlhf.quiet import quiet_transformers, say
+from rlhf.resolve import not_loaded
+
+RESIDUAL_DROPOUT = ("resid_pdrop", "resid_dropout", "residual_dropout", "hidden_dropout", "dropout")
+
+
+def load_config(where: str, model: ModelSection) -> PretrainedConfig:
+    """The config of a causal model.
+
+    Raises:
+        UserError: when it cannot be read, or the model is not causal.
+    """
+    try:
+        config = AutoConfig.from_pretrained(where, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise not_loaded("model", where, error) from error
+    if not getattr(config, "is_causal", True):
+        raise UserError(
+            "its attention sees what comes after a token (is_causal is false)",
+            where=where,
+            fix="name a causal language model; nothing here could sample from this one",
+        )
+    return config
+
+
+def load_plain(
+    kind: type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification],
+    where: str,
+    model: ModelSection,
+    config: PretrainedConfig,
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model in eval mode and the names of weights that the folder did not bring (tied ones are not missing)."""
+    try:
+        with quiet_transformers():
+            loaded, info = kind.from_pretrained(
+                where,
+                config=config,
+                dtype=getattr(torch, model.dtype),
+                attn_implementation=model.attention,
+                trust_remote_code=model.trust_remote_code,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise not_loaded("model", where, error) from error
+    return loaded.eval(), sorted(info["missing_keys"])
+
+
+def is_classifier(config: PretrainedConfig) -> bool:
+    """Whether it is the config of a reward model or another classifier."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def scalar_head(reward: PreTrainedModel, where: str) -> nn.Linear:
+    """The head [1, H] of a reward model.
+
+    Raises:
+        UserError: when it has another kind.
+    """
+    head = getattr(reward, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1 or head.bias is not None:
+        raise UserError(
+            f"{type(reward).__name__} has no plain `score` head",
+            where=where,
+            fix="use a decoder architecture (Llama, Qwen, GPT-2, GPT-NeoX, OPT, ...)",
+        )
+    return head
+
+
+def set_dropout(config: PretrainedConfig, rate: float, where: str) -> None:
+    """Residual dropout at `rate`, every other dropout of the config at 0."""
+    found = False
+    for name, value in config.to_dict().items():
+        # Every architecture has its own names: attn_pdrop, embd_pdrop, attention_dropout, layerdrop, ...
+        if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
+            residual = name in RESIDUAL_DROPOUT
+            setattr(config, name, rate if residual else 0.0)
+            found = found or residual
+    if rate and not found:
+        say(f"{where}: {config.model_type} has no residual dropout; sft.dropout={rate} does nothing")
+
+
+def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Embedding rows for every token, special ids that agree, and a generation config that says nothing else."""
+    rows = full_shape(model.get_input_embeddings().weight)[0]
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        both = [model.get_input_embeddings(), model.get_output_embeddings()]
+        heads = [head for head in both if head is not None]
+        with torch.no_grad(), filled([p for head in heads for p in head.parameters()]):
+            for head in heads:
+                # At the mean, a token that was never trained is as unlikely as the average one.
+                head.weight[rows:] = head.weight[:rows].mean(0)
+                if getattr(head, "bias", None) is not None:
+                    head.bias[rows:] = head.bias[:rows].mean()
+    eos = model.config.eos_token_id or tokenizer.eos_token_id
+    if getattr(model, "generation_config", None) is not None:
+        eos = model.generation_config.eos_token_id or eos
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id
+        )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model

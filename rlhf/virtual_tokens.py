@@ -1,0 +1,159 @@
+"""Virtual tokens: prompt tuning, P-tuning, prefix tuning and P-tuning v2, inside a plain transformers model.
+
+Before every row stand V trained tokens that are no words. Two kinds:
+
+    embeddings          prompt (Lester et al. 2021), p_tuning (Liu et al. 2021, made by a network): they go through all
+                        layers as words do
+    keys and values     prefix (Li & Liang 2021, made by a network), p_tuning_v2 (Liu et al. 2022): they stand in every
+                        layer's cache, and nothing of theirs is computed
+
+The model's body answers as it did without them: positions, masks and hidden states of the caller are those of the real
+tokens, which stand at V, V + 1, ... The encoders are peft's. Its wrapper is not used: it drops explicit positions, by
+which left-padded rows differ by up to 0.5 nats, and it hides the body, which scoring calls without the LM head.
+
+Shapes: B rows of L tokens, V virtual ones, H hidden size, N key-value heads of size D.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
+
+from rlhf.config import CACHED_TOKENS, VIRTUAL_TOKENS, PeftSection
+from rlhf.placement import full_shape
+
+
+class VirtualTokens(nn.Module):
+    """The trained tokens and the network that makes them, where there is one; a child of the model's body.
+
+    Args:
+        embeddings: of words, from which prompt tuning draws what it starts from.
+    """
+
+    def __init__(self, config: PretrainedConfig, embeddings: nn.Module, peft: PeftSection) -> None:
+        super().__init__()
+        self.count, self.cached = peft.virtual_tokens, peft.method in CACHED_TOKENS
+        self.heads, self.size = _heads(config)
+        self.encoder = _encoder(config, embeddings, peft, self.heads * self.size)
+        weight: Any = embeddings.weight
+        self.encoder.to(device=weight.device, dtype=torch.float32)
+
+    def forward(self) -> Tensor:
+        """Embeddings [V, H], or keys and values of all layers in turn [2 layers, N, V, D]."""
+        weight = self.encoder.embedding.weight
+        made = self.encoder(torch.arange(self.count, device=weight.device))
+        return made.view(self.count, -1, self.heads, self.size).permute(1, 2, 0, 3) if self.cached else made
+
+
+def add_virtual_tokens(model: PreTrainedModel, peft: PeftSection) -> None:
+    """Put virtual tokens before every row that the model's body sees, in place; drawn from the global generator.
+
+    The body's `forward` takes what transformers' takes, and keeps a cache's positions of virtual tokens to itself.
+    """
+    body: Any = getattr(model, model.base_model_prefix)
+    body.virtual_tokens = VirtualTokens(model.config, model.get_input_embeddings(), peft)
+    body.forward = partial(_forward, body, body.forward)
+
+
+def positions_taken(peft: PeftSection | None) -> int:
+    """Of the model's context, by virtual tokens."""
+    return peft.virtual_tokens if peft is not None and peft.method in VIRTUAL_TOKENS else 0
+
+
+def _forward(
+    body: Any,
+    plain: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    inputs_embeds: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The body's forward with virtual tokens before the rows.
+
+    Args:
+        attention_mask: [B, tokens] or [B, 1, queries, tokens], of real tokens, cached ones included.
+        position_ids: [B, L], counted from the first real token of a row.
+        past_key_values: filled by an earlier call, or empty: then the virtual tokens go in first.
+    """
+    tokens: VirtualTokens = body.virtual_tokens
+    if attention_mask is not None:
+        # Of a mask that is added to scores, 0 is what lets through.
+        lets_through = 0 if attention_mask.is_floating_point() else 1
+        attention_mask = pad(attention_mask, (tokens.count, 0), value=lets_through)
+    if position_ids is not None:
+        position_ids = position_ids + tokens.count
+    begins = past_key_values is None or past_key_values.get_seq_length() == 0
+    given: Any = input_ids if inputs_embeds is None else inputs_embeds
+    before = 0
+    if begins and tokens.cached:
+        past_key_values = _filled(past_key_values, body.config, tokens(), len(given), body.dtype)
+    elif begins:
+        before = tokens.count
+        words = body.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        virtual = tokens().to(words.dtype).expand(len(words), -1, -1)
+        input_ids, inputs_embeds = None, torch.cat([virtual, words], 1)
+        if position_ids is not None:
+            first = torch.arange(before, device=position_ids.device).expand(len(position_ids), -1)
+            position_ids = torch.cat([first, position_ids], 1)
+        if attention_mask is not None and attention_mask.dim() == 4:
+            raise ValueError("a first pass with virtual tokens takes a mask [B, tokens] alone")
+    out = plain(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        inputs_embeds=inputs_embeds,
+        **kwargs,
+    )
+    out.last_hidden_state = out.last_hidden_state[:, before:]
+    return out
+
+
+def _filled(cache: Cache | None, config: PretrainedConfig, made: Tensor, rows: int, dtype: torch.dtype) -> Cache:
+    """The cache with keys and values [2 layers, N, V, D] for every row."""
+    cache = DynamicCache(config=config) if cache is None else cache
+    for layer, (keys, values) in enumerate(made.to(dtype).unflatten(0, (-1, 2))):
+        cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
+    return cache
+
+
+def _heads(config: PretrainedConfig) -> tuple[int, int]:
+    """Key-value heads, and their size."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _encoder(config: PretrainedConfig, embeddings: nn.Module, peft: PeftSection, channels: int) -> Any:
+    """peft's module that makes the tokens; `channels` of keys, or values, in a layer."""
+    from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+    from peft.tuners.p_tuning import PromptEncoder
+    from peft.tuners.prefix_tuning import PrefixEncoder
+    from peft.tuners.prompt_tuning import PromptEmbedding
+
+    sizes = {"num_virtual_tokens": peft.virtual_tokens, "num_transformer_submodules": 1}
+    sizes |= {"num_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads}
+    width = full_shape(embeddings.weight)[1]
+    if peft.method == "prompt":
+        # Words drawn from the vocabulary: random vectors lie far from all that the layers know (Lester et al. 3.1).
+        return PromptEmbedding(
+            PromptTuningConfig(**sizes, token_dim=width, prompt_tuning_init="SAMPLE_VOCAB"), embeddings
+        )
+    if peft.method == "p_tuning":
+        return PromptEncoder(PromptEncoderConfig(**sizes, token_dim=width, encoder_hidden_size=peft.hidden))
+    made_by_network = peft.method == "prefix"
+    encoder = PrefixEncoder(
+        PrefixTuningConfig(
+            **sizes, token_dim=channels, encoder_hidden_size=peft.hidden, prefix_projection=made_by_network
+        )
+    )
+    if not made_by_network:
+        # peft draws N(0, 1): as loud as a trained model's own values, before anything is learned.
+        nn.init.normal_(encoder.embedding.weight, std=getattr(config, "initializer_range", 0.02))
+    return encoder
