@@ -216,10 +216,16 @@ def _known(module: nn.Module) -> bool:
     inner = getattr(module, "base_layer", None)
     if inner is None:
         return type(module) is nn.Linear or not isinstance(getattr(module, "in_features", None), int)
+    return is_plain_lora(module)
+
+
+def is_plain_lora(module: nn.Module) -> bool:
+    """Whether it is peft's module of a linear map with low-rank updates beside it, without dropout or magnitudes."""
     from peft.tuners.lora import Linear as LoraLinear
 
     plain = type(module) is LoraLinear and not module.merged and not module.lora_variant
-    return plain and not any(module.lora_bias.values())
+    dropped = plain and any(getattr(each, "p", 0.0) for each in module.lora_dropout.values())
+    return plain and not dropped and not any(module.lora_bias.values())
 
 
 def _layer(module: Any) -> Layer:

@@ -21,6 +21,8 @@ from transformers.models.mistral.modeling_mistral import MistralMLP, MistralRMSN
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
+from rlhf.adapters import ADAPTER
+from rlhf.inference import is_plain_lora
 from rlhf.placement import is_partitioned
 
 NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
@@ -72,6 +74,34 @@ class GatedDown(torch.autograd.Function):
         return d_gate, d_up, d_weight, d_bias
 
 
+class GatedDownLora(torch.autograd.Function):
+    """y = h W^T + b + s (h A^T) B^T with h = silu(gate) * up, for frozen W and b and trained A [r, F] and B [H, r]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(gate, up, weight, a, b)
+        ctx.scale = scale
+        h = silu(gate).mul_(up)
+        y = linear(h, weight, bias)
+        return (y + linear(linear(h.to(a.dtype), a), b) * scale).to(y.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, weight, a, b = ctx.saved_tensors
+        act = silu(gate)
+        h = (act * up).flatten(0, -2).to(a.dtype)
+        rows = grad.flatten(0, -2).to(b.dtype) * ctx.scale
+        d_b = rows.t() @ (h @ a.t())
+        low = rows @ b  # what reaches the r numbers between A and B
+        d_a = low.t() @ h
+        through = grad @ weight + (low @ a).to(grad.dtype).view_as(up)
+        d_up = act.mul_(through)
+        d_gate = torch.ops.aten.silu_backward(through.mul_(up), gate)
+        return d_gate, d_up, None, None, d_a, d_b, None
+
+
 def _norm_forward(norm: Any, hidden_states: Tensor) -> Tensor:
     return RmsNorm.apply(hidden_states, norm.weight, norm.variance_epsilon)
 
@@ -80,23 +110,37 @@ def _mlp_forward(mlp: Any, x: Tensor) -> Tensor:
     return GatedDown.apply(mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj.weight, mlp.down_proj.bias)
 
 
+def _lora_mlp_forward(mlp: Any, x: Tensor) -> Tensor:
+    down = mlp.down_proj
+    a, b, scale = down.lora_A[ADAPTER].weight, down.lora_B[ADAPTER].weight, down.scaling[ADAPTER]
+    inner = down.base_layer
+    return GatedDownLora.apply(mlp.gate_proj(x), mlp.up_proj(x), inner.weight, inner.bias, a, b, scale)
+
+
 def keep_less(model: nn.Module) -> nn.Module:
     """Give the norms and MLPs that are known here a forward that keeps less; the same numbers to rounding; in place.
 
-    Left as they are: other classes; what is frozen, as under LoRA, where autograd keeps no normalised input either; and
-    what ZeRO-3 partitions, whose weights come together around calls of modules.
+    Left as they are: other classes; frozen norms, of which autograd keeps no normalised input either; and what ZeRO-3
+    partitions, whose weights come together around calls of modules.
     """
     for module in model.modules():
-        if type(module) in NORMS and _whole_and_trained(module.weight):
+        if type(module) in NORMS and module.weight.requires_grad and not is_partitioned(module.weight):
             module.forward = partial(_norm_forward, module)
-        elif type(module) in MLPS and module.config.hidden_act == "silu" and _plain(module.down_proj):
-            module.forward = partial(_mlp_forward, module)
+        elif type(module) in MLPS and module.config.hidden_act == "silu":
+            if _plain(module.down_proj):
+                module.forward = partial(_mlp_forward, module)
+            elif _plain_lora(module.down_proj):
+                module.forward = partial(_lora_mlp_forward, module)
     return model
 
 
 def _plain(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and _whole_and_trained(module.weight)
+    return type(module) is nn.Linear and not is_partitioned(module.weight)
 
 
-def _whole_and_trained(weight: Tensor) -> bool:
-    return weight.requires_grad and not is_partitioned(weight)
+def _plain_lora(module: nn.Module) -> bool:
+    """Whether it is a linear map with one low-rank update that is trained, and nothing more."""
+    if list(getattr(module, "lora_A", ())) != [ADAPTER]:
+        return False
+    inner = module.base_layer
+    return is_plain_lora(module) and _plain(inner) and not any(p.requires_grad for p in inner.parameters())

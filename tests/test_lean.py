@@ -7,11 +7,12 @@ import pickle
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from rlhf.lean import GatedDown, RmsNorm, keep_less
+from rlhf.adapters import add_adapter, trainable
+from rlhf.config import PeftSection
+from rlhf.lean import GatedDown, GatedDownLora, RmsNorm, keep_less
 
 FAMILIES = [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config]
 
@@ -71,10 +72,37 @@ def test_bfloat16_rounds_as_transformers_does() -> None:
     close(run(changed), run(net), 1e-3)
 
 
-def test_frozen_layers_stay_as_they_are() -> None:
-    """Under LoRA all norms are frozen, and every linear map is more than its weight."""
-    net = get_peft_model(model(), LoraConfig(target_modules="all-linear"))  # type: ignore[arg-type]
-    assert not any("forward" in vars(module) for module in keep_less(net).modules())
+def adapted(method: str, **extra: object) -> nn.Module:
+    """The small model with a method on it whose weights are not those it starts with."""
+    net = add_adapter(model(**extra), PeftSection(method=method))  # type: ignore[arg-type]
+    for parameter in trainable(net).values():
+        nn.init.normal_(parameter, std=0.3)
+    return net
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("method", ["lora", "dora", "adapter", "ia3", "prefix"])
+def test_frozen_mlps_compute_what_transformers_and_peft_do(kind: type[PreTrainedConfig], method: str) -> None:
+    net = adapted(method, kind=kind)
+    changed = keep_less(copy.deepcopy(net))
+    mlps = {type(module).__name__ for module in changed.modules() if "forward" in vars(module)}
+    own = {type(net.model).__name__} if method == "prefix" else set()  # type: ignore[union-attr]
+    plain = method in ("lora", "adapter", "prefix")  # the others have more than a weight in the last map
+    assert mlps - own == ({f"{kind.__name__.removesuffix('Config')}MLP"} if plain else set())  # norms are frozen
+    ids = torch.arange(24).reshape(2, 12)
+    assert torch.equal(changed(input_ids=ids).logits, net(input_ids=ids).logits)
+    close(run(changed), run(net), 2e-5)
+
+
+def test_lora_in_bfloat16_rounds_as_peft_does() -> None:
+    net = add_adapter(model().bfloat16(), PeftSection(method="lora"))
+    for parameter in trainable(net).values():
+        nn.init.normal_(parameter, std=0.3)
+    assert {parameter.dtype for parameter in trainable(net).values()} == {torch.float32}
+    changed = keep_less(copy.deepcopy(net))
+    ids = torch.arange(24).reshape(2, 12)
+    assert torch.equal(changed(input_ids=ids).logits, net(input_ids=ids).logits)
+    close(run(changed), run(net), 2e-2)
 
 
 def test_gradients_by_finite_differences() -> None:
@@ -83,6 +111,10 @@ def test_gradients_by_finite_differences() -> None:
     def leaf(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
+    torch.autograd.gradcheck(
+        lambda g, u, a, b: GatedDownLora.apply(g, u, leaf(4, 5).detach() * 0 + 0.7, torch.ones(4).double(), a, b, 1.5),
+        (leaf(2, 3, 5), leaf(2, 3, 5), leaf(2, 5), leaf(4, 2)),
+    )
     torch.autograd.gradcheck(
         lambda g, u, w, b: GatedDown.apply(g, u, w, b), (leaf(2, 3, 5), leaf(2, 3, 5), leaf(4, 5), leaf(4))
     )
@@ -119,6 +151,15 @@ def test_less_is_kept_by_hand() -> None:
     # Of five norms besides, the normalised input: 32 numbers a token. (The squares' operand is the input itself.)
     keep_less(changed)
     assert kept(net) - kept(changed) == (2 * (2 * 48) + 5 * 32) * 24 * 4
+
+
+@pytest.mark.parametrize(("method", "numbers"), [("lora", 2 * (2 * 48 + 16)), ("adapter", 48)])
+def test_less_is_kept_under_a_method_by_hand(method: str, numbers: int) -> None:
+    """24 tokens of four bytes. LoRA: SiLU of the gate, the product, and the 16 numbers between A and B, in both MLPs.
+    With a bottleneck behind it, the frozen MLP of the first layer has nothing before it that is trained and keeps
+    nothing; that of the second needs no product for the frozen last map, only the SiLU."""
+    net = adapted(method)
+    assert kept(net) - kept(keep_less(copy.deepcopy(net))) == 24 * numbers * 4
 
 
 def test_other_models_stay_as_they_are() -> None:
