@@ -36,6 +36,10 @@ rlhf plan demo --gpu h100-80g --count 2   steps, memory, time; nothing loaded
 rlhf ppo demo --variant ppo          one stage alone
 
 rlhf chat runs/demo                  SFT and aligned side by side
+
+rlhf export runs/demo                the aligned policy as a plain model folder
+
+rlhf peft demo                       what each parameter-efficient method would train and store
 """,
 )
 
@@ -212,6 +216,43 @@ def plan(
     from launch.plan_report import show_memory_and_time
 
     show_memory_and_time(loaded, gpu)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    stage: Annotated[
+        Literal["sft", "reward", "ppo-ptx", "ppo"] | None,
+        typer.Option(help="Whose model; default: ppo-ptx, ppo or sft, the first that there is."),
+    ] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="The averaged policy of a PPO stage.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: merged/ beside the model.")] = None,
+) -> None:
+    """Write a stage's model as a plain Hugging Face folder, its adapter merged into the weights.
+
+    A method that is no change of weights (virtual tokens, bottleneck adapters) is refused with the reason.
+    """
+    from launch.export import export as write
+
+    write(run, stage or "", ema, out)
+
+
+@app.command()
+def peft(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="CARD", help="Memory on this card, or cpu; default: what is here.")
+    ] = None,
+) -> None:
+    """Compare the parameter-efficient methods on a recipe's model: what each trains and stores, memory of PPO.
+
+    Loads and writes nothing. A method's settings are the recipe's where it names them, else the defaults.
+    """
+    from launch.peft_report import show
+    from rlhf.recipe import load_recipe
+
+    show(load_recipe(recipe, overrides or []), gpu)
 
 
 @app.command()

@@ -27,7 +27,7 @@ def show_memory_and_time(recipe: Recipe, card_name: str | None) -> None:
         UserError: no such card; with a card, also a model whose config cannot be had.
     """
     quiet_libraries()
-    card = find_card(card_name) if card_name else this_machine(_device(recipe))
+    card = find_card(card_name) if card_name else this_machine(device_of(recipe))
     try:
         shapes = shapes_of(recipe)
     except UserError as error:
@@ -83,7 +83,8 @@ def _show_time(recipe: Recipe, shapes: Shapes, card: Card) -> None:
     console.print(f"Assumed: {ASSUMPTIONS}.", markup=False, soft_wrap=True)
 
 
-def _device(recipe: Recipe) -> torch.device:
+def device_of(recipe: Recipe) -> torch.device:
+    """Where the recipe's stages run on this machine."""
     return torch.device("cpu" if recipe.run.device == "cpu" or not torch.cuda.is_available() else "cuda")
 
 

@@ -51,7 +51,7 @@ def add_adapter(model: PreTrainedModel, peft: PeftSection, one_type: bool = Fals
     weights = {id(parameter) for parameter in model.parameters()}
     model.requires_grad_(False)
     if peft.method == "bitfit":
-        _train_biases(model if not peft.last_layers else layers)
+        _train_biases(model, layers if peft.last_layers else [model])
     elif peft.method == "adapter":
         add_bottlenecks(layers, model.config.hidden_size, peft.bottleneck)
     elif peft.method in VIRTUAL_TOKENS:
@@ -83,9 +83,8 @@ def _chosen_layers(model: PreTrainedModel, peft: PeftSection) -> Sequence[nn.Mod
     return layers[len(layers) - peft.last_layers :] if peft.last_layers else layers
 
 
-def _train_biases(part: nn.Module | Sequence[nn.Module]) -> None:
-    """Give every module of the part a bias of its own, of the same value, and train it."""
-    parts = [part] if isinstance(part, nn.Module) else part
+def _train_biases(model: PreTrainedModel, parts: Sequence[nn.Module]) -> None:
+    """Give every module of these parts of the model a bias of its own, of the same value, and train it."""
     found = False
     for module in (module for each in parts for module in each.modules()):
         bias = module._parameters.get("bias")
@@ -97,9 +96,9 @@ def _train_biases(part: nn.Module | Sequence[nn.Module]) -> None:
         else:
             module.bias = nn.Parameter(bias.detach().clone())
     if not found:
-        kind = type(parts[0]).__name__
+        where = "" if parts[0] is model else f" in its last {len(parts)} layers"
         raise UserError(
-            f"bitfit trains bias vectors, and {kind} has none",
+            f"bitfit trains bias vectors, and {type(model).__name__} has none{where}",
             "model.peft.method=bitfit",
             f"take ia3, which is as small, or an architecture with biases: {WITH_BIASES}",
         )

@@ -1,0 +1,71 @@
+"""`rlhf export RUN`: a stage's model as a plain Hugging Face folder, its adapter merged into the weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from rlhf.adapter_folder import AdapterFolder, find_adapter
+from rlhf.errors import UserError
+from rlhf.merging import why_not_mergeable
+from rlhf.models import load_policy, load_reward_model, save_model
+from rlhf.progress import console
+from rlhf.quiet import quiet_libraries
+from rlhf.recipe import load_recipe
+from rlhf.rundir import require_disk, size_of
+from rlhf.tokenizer import load_tokenizer
+
+STAGES = ("sft", "reward", "ppo-ptx", "ppo")
+FOLDER = "merged"
+
+
+def export(run: Path, stage: str = "", ema: bool = False, out: Path | None = None) -> Path:
+    """Write the model of a stage as any program loads it; returns the folder.
+
+    Args:
+        stage: one of STAGES; empty: the last of PPO-ptx, PPO and SFT that the run has.
+        ema: the averaged policy of a PPO stage.
+        out: where; default: `merged/` in the stage's folder.
+
+    Raises:
+        UserError: no such run or model, or a method that cannot be merged, with the reason.
+    """
+    quiet_libraries()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+    if not (run / "recipe.yaml").is_file():
+        raise UserError("this is no run folder: it has no recipe.yaml", str(run), "give one, such as runs/demo")
+    name = "ema" if ema else "model"
+    stage = stage or next((s for s in ("ppo-ptx", "ppo", "sft") if (run / s / name).is_dir()), "sft")
+    source = run / stage / name
+    if not source.is_dir():
+        raise UserError(f"the run has no {stage}/{name}", str(source), "run the stage first, or name another (--stage)")
+    adapter = find_adapter(source)
+    if adapter is None:
+        console.print(f"a plain model already: {source}", markup=False, soft_wrap=True)
+        return source
+    if reason := why_not_mergeable(adapter.peft):
+        raise UserError(
+            f"it cannot be merged: {reason}",
+            str(source),
+            "load it with rlhf.models.load_policy, which puts the adapter on its base",
+        )
+    return _merge(run, source, adapter, out or run / stage / (f"{FOLDER}-ema" if ema else FOLDER))
+
+
+def _merge(run: Path, source: Path, adapter: AdapterFolder, out: Path) -> Path:
+    if out.exists() and not (out / "config.json").is_file():
+        raise UserError("there is something else", str(out), "name a folder that is not there (--out)")
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    load = load_reward_model if adapter.scalar else load_policy
+    model = load(source, recipe.model, merged=True)
+    require_disk(out.parent, sum(p.numel() * p.element_size() for p in model.parameters()), "the merged model")
+    save_model(model, load_tokenizer(source, recipe.model.prompt_format), out)
+    console.print(
+        f"{adapter.peft.method} merged into {adapter.base.name}: {out} ({size_of(out) / 1e6:.0f} MB)",
+        markup=False,
+        soft_wrap=True,
+    )
+    return out

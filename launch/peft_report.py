@@ -1,0 +1,93 @@
+"""The table of `rlhf peft`: what each parameter-efficient method trains, stores and takes on the recipe's model."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from pydantic import ValidationError
+
+from launch.plan_report import device_of
+from rlhf.config import CACHED_TOKENS, READ_BY, VIRTUAL_TOKENS, PeftMethod, Recipe
+from rlhf.errors import UserError
+from rlhf.fit import Settings, with_settings
+from rlhf.hardware import Card, find_card, this_machine
+from rlhf.memory import policy_spec, stage_memory
+from rlhf.merging import why_not_mergeable
+from rlhf.progress import console, table
+from rlhf.quiet import quiet_libraries
+from rlhf.shapes import Shapes, count, shapes_of
+
+COLUMNS = ["method", "settings", "trained", "share", "stored", "PPO iteration", "merged by export"]
+
+
+def show(recipe: Recipe, card_name: str | None) -> None:
+    """Print the table. Nothing is loaded: all numbers follow from the model's config.
+
+    Args:
+        card_name: a card of rlhf/hardware.py, for the memory; None: this machine.
+
+    Raises:
+        UserError: no such card, or a model whose config cannot be had.
+    """
+    quiet_libraries()
+    card = find_card(card_name) if card_name else this_machine(device_of(recipe))
+    shapes = shapes_of(recipe)
+    rows, notes = [], []
+    for method in get_args(PeftMethod):
+        try:
+            rows.append(row(recipe, method, shapes, card))
+        except UserError as error:
+            rows.append([method, "", "", "", "", "", "refused"])
+            notes.append(f"{method}: {error.what}; {error.fix}")
+    table(f"Parameter-efficient methods on {recipe.model.name}", COLUMNS, rows)
+    console.print(
+        f"share: of all weights, with what the method adds. stored: a policy. PPO iteration: peak memory on {card.name}, "
+        "with a value and a reward model of all layers and of the same method.",
+        markup=False,
+        soft_wrap=True,
+    )
+    for note in notes:
+        console.print(note, markup=False, soft_wrap=True)
+
+
+def row(recipe: Recipe, method: str, shapes: Shapes, card: Card) -> list[str]:
+    """A line of the table.
+
+    Raises:
+        UserError: when the model has nothing for the method to work on.
+    """
+    tried = with_method(recipe, method)
+    c, peft = count(policy_spec(tried, shapes)), tried.model.peft
+    read = ", ".join(f"{name} {getattr(peft, name):g}" for name, methods in READ_BY.items() if method in methods)
+    stage = "ppo-ptx" if "ppo-ptx" in recipe.run.stages else "ppo"
+    peak = stage_memory(tried, stage, shapes, card).peak
+    merged = "no" if why_not_mergeable(peft) else "yes" if peft.on else "is plain"
+    return [method, read, f"{c.trained:,}", _share(c.trained / c.total), _size(c.trained_bytes), _size(peak), merged]
+
+
+def with_method(recipe: Recipe, method: str) -> Recipe:
+    """The recipe with another method, its settings as they are, for all four networks of PPO with all their layers."""
+    peft = recipe.model.peft
+    settings: Settings = {"model.peft.method": method, "reward.peft.method": "model", "reward.keep_layers": 0}
+    for name, methods in READ_BY.items():
+        default = type(peft).model_fields[name].default
+        settings[f"model.peft.{name}"] = getattr(peft, name) if method in methods else default
+    if method in VIRTUAL_TOKENS:
+        settings["sft.packing"] = False
+    if method in CACHED_TOKENS:
+        settings["launch.gradient_checkpointing"] = False
+    try:
+        return with_settings(recipe, settings)
+    except ValidationError as error:  # a rule of the recipe's own
+        raise UserError(str(error.errors()[0]["msg"]), "model.peft", "change the recipe") from error
+
+
+def _share(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 1 else "100 %"
+
+
+def _size(size: float) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size:.0f} B"
