@@ -41,8 +41,8 @@ def show(recipe: Recipe, card_name: str | None) -> None:
             notes.append(f"{method}: {error.what}; {error.fix}")
     table(f"Parameter-efficient methods on {recipe.model.name}", COLUMNS, rows)
     console.print(
-        f"share: of all weights, with what the method adds. stored: a policy. PPO iteration: peak memory on {card.name}, "
-        "with a value and a reward model of all layers and of the same method.",
+        "share: of all weights, with what the method adds. stored: a policy. PPO iteration: peak memory on "
+        f"{card.name}, with a value and a reward model of all layers and of the same method.",
         markup=False,
         soft_wrap=True,
     )
