@@ -42,6 +42,7 @@ TARGETS = {
     "rlhf.objectives": ["test_objectives.py", "test_losses.py"],
     "rlhf.ranking": ["test_ranking.py"],
     "rlhf.experience": ["test_experience.py"],
+    "rlhf.agreement": ["test_agreement.py"],
 }
 LIMIT_S = 60  # a mutant that hangs counts as seen
 QUICK = 12
