@@ -16,6 +16,7 @@ prompts would move the figure for these labelers, not what other labelers would 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -28,7 +29,7 @@ Ties = Literal["untied", "strict", "half"]
 CONVENTIONS: tuple[Ties, ...] = ("untied", "strict", "half")
 HEADLINE: Ties = "untied"
 Z95 = 1.959963984540054  # the normal's 97.5 % quantile
-RESAMPLES = 2000
+RESAMPLES, BATCH = 2000, 50  # in batches: all at once would take prompts x resamples of memory
 
 
 class Tally(NamedTuple):
@@ -123,7 +124,7 @@ def comparisons(shared: Iterable[Shared]) -> list[Comparison]:
 def pairwise(compared: Sequence[Comparison], ties: Ties = HEADLINE, seed: int = 0) -> Estimate:
     """Share of the pairs of outputs on which two labelers agree, all comparisons pooled."""
     credits = [(c.prompt, *credit(c.tally, ties)) for c in compared]
-    return ratio(credits, seed, shares=all(agree in (0, 1) and pairs <= 1 for _, agree, pairs in credits))
+    return ratio(credits, seed, shares=all(agree in (0, 1) for _, agree, _ in credits))
 
 
 def kendall(compared: Sequence[Comparison], seed: int = 0) -> Estimate:
@@ -144,7 +145,7 @@ def windows(compared: Iterable[Comparison], count: int) -> list[list[Comparison]
     """
     timed = sorted((c for c in compared if c.time is not None), key=lambda c: c.time)
     edges = np.linspace(0, len(timed), min(count, len(timed)) + 1).round().astype(int)
-    return [timed[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [timed[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def ratio(parts: Sequence[tuple[str, float, float]], seed: int = 0, shares: bool = False) -> Estimate:
@@ -156,7 +157,7 @@ def ratio(parts: Sequence[tuple[str, float, float]], seed: int = 0, shares: bool
 
     Args:
         parts: (prompt, numerator, denominator), any number for a prompt.
-        shares: all numerators are 0 or 1 and no denominator is above 1.
+        shares: whether a prompt whose denominator is 1 has a numerator of 0 or 1.
     """
     sums: dict[str, list[float]] = {}
     for prompt, above, below in parts:
@@ -184,9 +185,8 @@ def _bootstrap(a: np.ndarray, b: np.ndarray, seed: int) -> tuple[float, float]:
     if len(a) < 2:
         return math.nan, math.nan
     generator, rates = np.random.default_rng(seed), []
-    batch = max(1, 4_000_000 // len(a))  # all draws at once would be prompts x resamples in memory
-    for start in range(0, RESAMPLES, batch):
-        drawn = generator.integers(0, len(a), size=(min(batch, RESAMPLES - start), len(a)))
+    for _ in range(RESAMPLES // BATCH):
+        drawn = generator.integers(0, len(a), size=(BATCH, len(a)))
         rates.append(a[drawn].sum(1) / b[drawn].sum(1))
     low, high = np.quantile(np.concatenate(rates), [0.025, 0.975])
     return float(low), float(high)
@@ -198,9 +198,9 @@ def positions(ranks: Sequence[int]) -> list[float]:
     Tied outputs share the mean of the places that they take up, so [1, 4, 4] and [1, 2, 2] are the same, and rankings
     of 4 and of 9 outputs are on one scale.
     """
-    better = [sum(other < rank for other in ranks) for rank in ranks]
-    tied = [sum(other == rank for other in ranks) - 1 for rank in ranks]
-    return [(b + t / 2) / (len(ranks) - 1) for b, t in zip(better, tied, strict=True)]
+    r = np.asarray(ranks)
+    better, tied = (r[None, :] < r[:, None]).sum(1), (r[None, :] == r[:, None]).sum(1) - 1
+    return ((better + tied / 2) / (len(r) - 1)).tolist()
 
 
 def alpha(shared: Iterable[Shared]) -> float:
