@@ -55,7 +55,8 @@ def add_virtual_tokens(model: PreTrainedModel, peft: PeftSection) -> None:
 
     The body's `forward` takes what transformers' takes, and keeps a cache's positions of virtual tokens to itself.
     """
-    body: Any = getattr(model, model.base_model_prefix)
+    # OPT's language model calls the decoder inside its body, and so does the body: the tokens go before both.
+    body: Any = model.get_decoder()
     body.virtual_tokens = VirtualTokens(model.config, model.get_input_embeddings(), peft)
     body.forward = partial(_forward, body, body.forward)
 
