@@ -32,7 +32,7 @@ from rlhf.pretrained import fit_to_tokenizer, is_classifier, load_config, load_p
 from rlhf.quiet import quiet_transformers
 from rlhf.resolve import resolve_model
 from rlhf.tokenizer import load_tokenizer, same_tokenizer
-from rlhf.virtual_tokens import positions_taken
+from rlhf.virtual_tokens import attention_window, positions_taken
 
 __all__ = [
     "check_context",
@@ -266,7 +266,7 @@ def check_context(model: PreTrainedModel, tokens: int, field: str) -> None:
         tokens: of the longest row that `field` of the recipe allows.
 
     Raises:
-        UserError: when the model has no positions for it.
+        UserError: when the model has no positions for it, or layers whose window virtual tokens would fall out of.
     """
     limit, virtual = getattr(model.config, "max_position_embeddings", None), positions_taken(peft_of(model))
     if limit and tokens + virtual > limit:
@@ -275,6 +275,15 @@ def check_context(model: PreTrainedModel, tokens: int, field: str) -> None:
             f"rows may have {tokens} tokens{more}, and {model.config.model_type} has positions for {limit}",
             where=field,
             fix="lower it, or take a model with a longer context",
+        )
+    window = attention_window(model.config)
+    if virtual and 0 < window < tokens + virtual:
+        # How many of them a short row still sees would then depend on the padding between.
+        raise UserError(
+            f"rows may have {tokens} tokens and {virtual} virtual ones, and layers of {model.config.model_type} see "
+            f"{window} alone",
+            where=field,
+            fix="lower it, or take a method without virtual tokens, as lora",
         )
 
 

@@ -24,18 +24,30 @@ from methods import (
     stir,
 )
 from test_rollout import run
-from test_scoring import EOS, PAIRS
+from test_scoring import EOS, PAIRS, by_hand
 from torch import Tensor
-from transformers import AutoModelForCausalLM as Auto
-from transformers import DynamicCache, PhimoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPTNeoConfig,
+    LlamaConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    PhimoeConfig,
+    Qwen2Config,
+)
 
 from rlhf import rollout
 from rlhf.adapters import add_adapter, peft_of, trainable
 from rlhf.config import PeftSection
 from rlhf.decoding import ModelDecoding, decoding_for
 from rlhf.errors import UserError
-from rlhf.models import recompute_activations
+from rlhf.models import check_context, recompute_activations
 from rlhf.scoring import build_batch, check_plain_head, raw_scores, response_logprobs, response_values
+from rlhf.virtual_tokens import attention_window
 
 ROW = [5, 6, 7, 8, 9, 10, 11]
 STARTS_AT_NO_CHANGE = ("lora", "dora", "adapter", "ia3", "bitfit")
@@ -362,9 +374,70 @@ def test_ia3_is_refused_on_an_architecture_that_peft_does_not_know() -> None:
         num_key_value_heads=2, num_local_experts=2,
     )  # fmt: skip
     with pytest.raises(UserError) as error:
-        add_adapter(Auto.from_config(config), METHODS["ia3"])
+        add_adapter(AutoModelForCausalLM.from_config(config), METHODS["ia3"])
     what, where, fix = parts(error.value)
     assert "phimoe" in what and where == "model.peft.method=ia3" and "llama" in fix
+
+
+def test_the_context_must_hold_virtual_tokens_too() -> None:
+    for method in (*EMBEDDED, *CACHED):
+        model = case("gpt2", method).model
+        check_context(model, 61, "sft.max_tokens")
+        with pytest.raises(UserError) as error:
+            check_context(model, 62, "sft.max_tokens")
+        what, where, _ = parts(error.value)
+        assert what == "rows may have 62 tokens and 3 virtual ones, and gpt2 has positions for 64"
+        assert where == "sft.max_tokens"
+    check_context(case("gpt2", "lora").model, 64, "sft.max_tokens")
+
+
+SHAPE = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("method", [*EMBEDDED, *CACHED])
+def test_windows_must_hold_virtual_tokens_and_rows(method: str) -> None:
+    """Within the window left-padded decoding is a full forward of the row alone; beyond it is refused."""
+    torch.manual_seed(0)
+    config = MistralConfig(intermediate_size=48, num_key_value_heads=2, sliding_window=16, **SHAPE)
+    model = MistralForCausalLM(config).eval()
+    check_context(model, 100, "reward.max_tokens")
+    stir(add_adapter(model, METHODS[method]))
+    check_context(model, 13, "reward.max_tokens")
+    with pytest.raises(UserError) as error:
+        check_context(model, 14, "reward.max_tokens")
+    what, where, _ = parts(error.value)
+    assert what == "rows may have 14 tokens and 3 virtual ones, and layers of mistral see 16 alone"
+    assert where == "reward.max_tokens"
+    rolled = run(model, max_new_tokens=8, stop_ids=[])  # after a longest prompt of 5
+    for i, prompt in enumerate(PROMPTS):
+        assert rolled.logprobs[i].tolist() == pytest.approx(by_hand(model, prompt, rolled.response(i), 1.0), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        (MistralConfig(), 4096),
+        (MistralConfig(sliding_window=None), 0),
+        (Qwen2Config(sliding_window=100), 0),  # use_sliding_window is false
+        (Qwen2Config(sliding_window=100, use_sliding_window=True, max_window_layers=2), 100),
+        (GPTNeoConfig(window_size=100), 100),
+        (GPTNeoConfig(window_size=100, attention_types=[[["global"], 24]]), 0),
+        (LlamaConfig(), 0),
+        (GPT2Config(), 0),
+    ],
+)
+def test_the_narrowest_window_of_an_architecture(config: object, window: int) -> None:
+    assert attention_window(config) == window
+
+
+def test_keys_and_values_are_refused_where_their_heads_are_not_known() -> None:
+    for method in CACHED:
+        with pytest.raises(UserError) as error:
+            add_adapter(FalconForCausalLM(FalconConfig(**SHAPE)), METHODS[method])
+        what, where, fix = parts(error.value)
+        assert "falcon" in what and where == "model.peft.method" and "p_tuning" in fix
+    for method in EMBEDDED:
+        add_adapter(FalconForCausalLM(FalconConfig(**SHAPE)), METHODS[method])
 
 
 # --- sampling engines -------------------------------------------------------------------------------------------------
