@@ -209,7 +209,8 @@ def _unknown(key: str, where: str) -> UserError:
     known = [name for name, _ in fields()]
     section, _, last = key.rpartition(".")
     siblings = _members(section)
-    near = difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)
+    is_section = not section or any(name.startswith(f"{section}.") for name in known)
+    near = difflib.get_close_matches(last, siblings, n=1, cutoff=0.6) if is_section else []
     if near:
         guess = [f"{section}.{near[0]}" if section else near[0]]
     else:

@@ -147,12 +147,18 @@ def test_disk_need_counts_models_of_unfinished_stages(tmp_path: Path) -> None:
     model.mkdir()
     (model / "model.safetensors").write_bytes(b"x" * 1000)
     overrides = [f"model.name={model}", f"run.dir={tmp_path}", "run.name=r", "run.stages=[sft,rank,ppo]"]
-    lora = load_recipe("tiny", [*overrides, "model.lora.enabled=true"])
-    assert pipeline.disk_need(lora) == 3000  # the SFT model, the policy and its average
     full = load_recipe("tiny", overrides)
-    assert pipeline.disk_need(full) == (1 + 9) * 1000 + (2 + 18) * 1000  # three checkpoints of weights and two moments
+    # A model and one checkpoint of weights and two moments; policy, average and three checkpoints of two networks.
+    assert pipeline.disk_need(full) == (1 + 3) * 1000 + (2 + 18) * 1000
+    often = load_recipe("tiny", [*overrides, "sft.save_every=2"])
+    assert pipeline.disk_need(often) == (1 + 9) * 1000 + (2 + 18) * 1000
+    lora = load_recipe("tiny", [*overrides, "model.peft.method=lora"])
+    assert pipeline.disk_need(lora) == 0  # adapters alone are written, and they are small
+    judge = [*overrides, "model.peft.method=lora", "reward.peft.method=none", "run.stages=[sft,rank,reward,ppo]"]
+    # All weights of the reward model, and in PPO's checkpoints of the value model.
+    assert pipeline.disk_need(load_recipe("tiny", judge)) == (1 + 3) * 1000 + 9 * 1000
     (tmp_path / "r" / "sft" / "model").mkdir(parents=True)
-    assert pipeline.disk_need(lora) == 2000
+    assert pipeline.disk_need(full) == (2 + 18) * 1000
 
 
 def test_a_full_disk_is_refused_before_the_start(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config import LoraSection, Recipe
+from rlhf.config import READ_BY, PeftSection, Recipe
 from rlhf.recipe import fields
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +25,7 @@ DISPLAY = {"plan_rows", "_ppo_rows"}
 def attribute_reads(tree: ast.Module) -> Iterator[tuple[str, str]]:
     """(owner, name) of every `owner.name` that is read; of `a.b.c` the owner of c is b.
 
-    A name given to a section, as in `cfg = recipe.ppo` or `lora: LoraSection`, stands for it within its function.
+    A name given to a section, as in `cfg = recipe.ppo` or `peft: PeftSection`, stands for it within its function.
     """
     for part in tree.body:
         functions = part.body if isinstance(part, ast.ClassDef) else [part]
@@ -76,10 +76,10 @@ READS = {read for path in SOURCES for read in attribute_reads(ast.parse(path.rea
 
 def test_the_walk_sees_reads_through_aliases_and_arguments_and_no_writes() -> None:
     code = """
-def one(recipe, lora: LoraSection):
+def one(recipe, peft: PeftSection):
     cfg, seed = recipe.ppo, recipe.run.seed
     recipe.sft.lr = 1
-    return cfg.lam + lora.rank
+    return cfg.lam + peft.rank
 def two(recipe):
     cfg = recipe.rank
     return cfg.temperature
@@ -87,7 +87,7 @@ def plan_rows(recipe):
     return recipe.reward.lr
 """
     reads = set(attribute_reads(ast.parse(code)))
-    assert {("ppo", "lam"), ("run", "seed"), ("lora", "rank"), ("rank", "temperature")} <= reads
+    assert {("ppo", "lam"), ("run", "seed"), ("peft", "rank"), ("rank", "temperature")} <= reads
     assert not {("sft", "lr"), ("ppo", "temperature"), ("reward", "lr")} & reads
 
 
@@ -97,7 +97,16 @@ def test_field_is_read(field: str) -> None:
     assert (section, name) in READS, f"no code reads recipe.{field}"
 
 
-def test_every_lora_field_is_covered_by_both_sections() -> None:
+def test_every_setting_of_a_method_is_walked_and_says_which_methods_read_it() -> None:
     names = {name for name, _ in fields(Recipe)}
-    for name in LoraSection.model_fields:
-        assert {f"model.lora.{name}", f"reward.lora.{name}"} <= names
+    assert {f"model.peft.{name}" for name in PeftSection.model_fields} <= names
+    assert READ_BY.keys() == PeftSection.model_fields.keys() - {"method"}
+
+
+def test_the_reward_models_method_is_read_through_the_recipe() -> None:
+    """Its field has the name of `model.peft.method`, whose reads would stand for its own above."""
+    assert ("recipe", "reward_peft") in READS
+    recipe = Recipe.model_validate({"model": {"peft": {"method": "lora"}}})
+    assert recipe.reward_peft == recipe.model.peft
+    apart = Recipe.model_validate({"model": {"peft": {"method": "lora"}}, "reward": {"peft": {"method": "none"}}})
+    assert not apart.reward_peft.on

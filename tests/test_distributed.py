@@ -40,7 +40,9 @@ SIZES = [
 TRAINED = ("sft", "reward", "ppo")
 OWN = {  # what the runs of one process set
     "one": [],
-    "lora": ["model.lora.enabled=true", "reward.lora.enabled=true", "model.lora.rank=4", "reward.lora.rank=4"],
+    "lora": ["model.peft.method=lora", "model.peft.rank=4"],
+    "prefix": ["model.peft.method=prefix", "sft.packing=false"],
+    "adapter": ["model.peft.method=adapter", "model.peft.bottleneck=8"],
     "bf16": ["model.dtype=bfloat16", "ppo.ratio_tolerance=0.2"],
 }
 OWN["lora-bf16"] = [*OWN["lora"], *OWN["bf16"]]
@@ -84,6 +86,9 @@ SETTINGS += [
     *(Setting(stage, 3, like="lora", more=("launch.gather=by_layer",)) for stage in ("reward", "ppo")),
     # PPO's four networks on one base, which ZeRO-3 does not do
     *(Setting("ppo", zero, like="lora", more=("launch.frozen=cpu",)) for zero in (0, 2, 3)),
+    # other places for what is trained: keys and values before the rows, maps behind the MLPs
+    *(Setting(stage, 2, like="prefix", tolerance=1e-4) for stage in TRAINED),
+    *(Setting(stage, 3, like="adapter", tolerance=1e-4) for stage in TRAINED),
     # a bfloat16 holds three digits, and adapters are of that type under ZeRO-3 alone
     *(Setting("ppo", zero, like="bf16", more=("model.dtype=bfloat16",), tolerance=5e-3) for zero in (2, 3)),
     *(

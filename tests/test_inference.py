@@ -17,8 +17,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from rlhf.adapters import add_lora, base_model
-from rlhf.config import LaunchSection, LoraSection
+from rlhf.adapters import add_adapter, trainable
+from rlhf.config import LaunchSection, PeftSection
 from rlhf.decoding import InferenceDecoding, ModelDecoding, decoding_for
 from rlhf.graph_decoding import GraphDecoding
 from rlhf.inference import columns_for, inference_for
@@ -71,23 +71,27 @@ def yarn() -> torch.nn.Module:
     return rotary({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16})
 
 
-def adapted(off: bool = False) -> torch.nn.Module:
-    model = add_lora(llama(), LoraSection(enabled=True, rank=4, alpha=8, last_layers=1), "CAUSAL_LM")
-    for name, parameter in model.named_parameters():
+def adapted() -> torch.nn.Module:
+    model = add_adapter(llama(), PeftSection(method="lora", rank=4, alpha=8, last_layers=1))
+    for name, parameter in trainable(model).items():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.5)
-    if off:
-        model.base_model.disable_adapter_layers()
     return model.eval()
 
 
-COVERED = [llama, mistral, qwen2, qwen3, yarn, adapted, lambda: adapted(off=True)]
+def biased() -> torch.nn.Module:
+    model = add_adapter(qwen2(), PeftSection(method="bitfit"))
+    for parameter in trainable(model).values():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model.eval()
+
+
+COVERED = [llama, mistral, qwen2, qwen3, yarn, adapted, biased]
 
 
 @torch.no_grad()
 def theirs(model: torch.nn.Module, batch: object) -> torch.Tensor:
-    base = base_model(model)
-    return base.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
+    return model.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state
 
 
 @pytest.mark.parametrize("make", COVERED)

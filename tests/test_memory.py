@@ -11,7 +11,7 @@ from test_cli import rlhf
 from transformers import LlamaConfig
 
 from rlhf import tiny
-from rlhf.config import LoraSection, Recipe
+from rlhf.config import PeftSection, Recipe
 from rlhf.errors import UserError
 from rlhf.estimate import decode_seconds, forward_flops, training_flops
 from rlhf.fit import fits, ladder, micro_batches, settings_that_fit, with_count, with_settings
@@ -48,8 +48,8 @@ def test_weights_are_counted_as_by_hand() -> None:
 
 
 def test_adapters_alone_are_trained_and_the_gradient_passes_no_further_than_they_lie() -> None:
-    lora = LoraSection(enabled=True, rank=4, last_layers=2)
-    c = count(replace(TINY, lora=lora))
+    lora = PeftSection(method="lora", rank=4, last_layers=2)
+    c = count(replace(TINY, peft=lora))
     attention = (64 + 64) + 2 * (64 + 32) + (64 + 64)
     assert c.trained == 2 * 4 * (attention + 3 * (64 + 176))  # two layers, rank 4, in + out of seven matrices
     assert c.total == ALL + c.trained
@@ -88,7 +88,7 @@ def test_recomputed_layers_keep_their_inputs_and_nothing_else() -> None:
     # By slices of the vocabulary no logits are kept; by calls those in float32, normalised, at 39 positions at least.
     calls = training_pass(replace(TINY, partitioned=True), "policy", rows, 1, 39, recompute=False)
     assert whole.head < rows * 39 * 1024 * 4 <= calls.head
-    one = training_pass(replace(TINY, lora=LoraSection(enabled=True, last_layers=1)), "policy", rows, 1, 39, False)
+    one = training_pass(replace(TINY, peft=PeftSection(method="lora", last_layers=1)), "policy", rows, 1, 39, False)
     assert one.activations < whole.activations / 2
     assert scoring_pass(TINY, "policy", rows, 1, 39) < whole.activations
 
@@ -123,16 +123,16 @@ def test_frozen_models_that_are_views_of_files_leave_memory_between_passes() -> 
 
 
 def test_four_networks_on_one_base_are_counted_once() -> None:
-    lora = ["model.lora.enabled=true", "reward.lora.enabled=true", "model.lora.rank=8", "reward.lora.rank=4"]
+    lora = ["model.peft.method=lora", "model.peft.rank=4"]
     adapters = 4 * ((64 + 64) + 2 * (64 + 32) + (64 + 64) + 3 * (64 + 176))  # of rank 1
     own = 4 * (4 * adapters + 64)  # bytes: value's or reward model's adapters, and the head
     recipe = load_recipe("tiny", lora)
     found = stage_memory(recipe, "ppo-ptx", shapes_of(recipe), H100).components()
-    assert found["weights: policy"] == 4 * (ALL + 8 * adapters)
+    assert found["weights: policy"] == 4 * (ALL + 4 * adapters)
     assert (found["weights: value"], found["weights: reward model"]) == (own, own)
-    assert "weights: reference" not in found
+    assert found["weights: reference"] == 4 * 4 * adapters
     three = ["launch.processes=2", "launch.zero_stage=3", "ppo.micro_batch_size=4", "sft.micro_batch_size=8"]
-    for apart in (three, ["reward.model=tiny"], ["reward.lora.enabled=false"]):
+    for apart in (three, ["reward.model=tiny"], ["reward.peft.method=none"]):
         recipe = load_recipe("tiny", [*lora, *apart])
         found = stage_memory(recipe, "ppo-ptx", shapes_of(recipe), H100).components()
         assert found["weights: value"] > 4 * ALL / 2 and found["weights: reward model"] == 4 * (ALL + 64)
@@ -143,7 +143,7 @@ def test_settings_that_fit_are_the_first_that_do() -> None:
     assert not fits(recipe, shapes, H100)
     found = settings_that_fit(recipe, shapes, H100)
     assert found is not None and fits(with_settings(recipe, found), shapes, H100)
-    base = {field: value for field, value in found.items() if field.startswith("launch.") or "lora" in field}
+    base = {field: value for field, value in found.items() if field.startswith("launch.") or "peft" in field}
     tried = list(ladder(recipe))
     smallest = list(micro_batches(recipe))[-1]
     for earlier in tried[: tried.index(base)]:

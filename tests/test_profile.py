@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 from launch import profile_report
 from launch.cli import app
 from rlhf import perf, phasetime
-from rlhf.config import LoraSection, ModelSection
+from rlhf.adapters import add_adapter
+from rlhf.config import ModelSection, PeftSection
 from rlhf.errors import UserError
 from rlhf.floors import furthest, mean_row, phase_costs
 from rlhf.flops import Work, model_cost, work_of
-from rlhf.models import add_lora, load_policy, new_reward_model
+from rlhf.models import load_policy, new_reward_model
 from rlhf.phasetime import PhaseTimes
 from rlhf.ppo_perf import decoding_needs
 from rlhf.scoring import build_batch, response_logprobs
@@ -35,7 +36,7 @@ FORWARD = 2 * (LAYERS * 14 + HEAD * 9) + 4 * QUERIES * 57
 
 
 def lora(policy: PreTrainedModel, last_layers: int) -> torch.nn.Module:
-    return add_lora(policy, LoraSection(enabled=True, rank=4, last_layers=last_layers), "CAUSAL_LM")
+    return add_adapter(policy, PeftSection(method="lora", rank=4, last_layers=last_layers))
 
 
 def test_flops_of_the_tiny_model_by_hand(tiny_policy: PreTrainedModel) -> None:
@@ -60,14 +61,13 @@ def test_flops_of_adapters_by_hand(tiny_policy: PreTrainedModel) -> None:
     passed = 2 * LAYER - 64 * 64 + adapters - 4 * 64
     assert cost.backward(work_of(ROWS)) == 2 * ((passed + adapters) * 14 + HEAD * 9) + 8 * (2 * 64) * 57
     assert cost.parameters == adapters
-    assert model_cost(policy, adapters=False).forward(work_of(ROWS)) == FORWARD
 
 
 def test_a_reward_model_has_a_head_of_one_row(tiny_dir: str) -> None:
     model = new_reward_model(tiny_dir, ModelSection(name="tiny"), keep_layers=3)
     assert model_cost(model).forward(Work(14, 2, 57)) == 2 * (3 * LAYER * 14 + 64 * 2) + 4 * 3 * 64 * 57
-    adapted = add_lora(model, LoraSection(enabled=True, rank=4), "SEQ_CLS")
-    assert (model_cost(adapted).head, model_cost(adapted).head_trained) == (64, 64)  # of the two that PEFT keeps, one
+    cost = model_cost(add_adapter(model, PeftSection(method="lora", rank=4)))
+    assert (cost.head, cost.head_trained) == (64, 64)  # the head is trained beside the adapters
 
 
 @pytest.mark.parametrize("last_layers", [None, 0, 2])

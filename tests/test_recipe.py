@@ -14,7 +14,7 @@ from rlhf.recipe import RECIPES, allowed, changed_keys, fields, load_recipe, rec
 @pytest.fixture
 def recipe_file(tmp_path: Path) -> Path:
     path = tmp_path / "own.yaml"
-    path.write_text("# mine\nrun: {name: own}\nsft:\n  lr: 1e-5\nmodel:\n  lora: {rank: 4}\n", encoding="utf-8")
+    path.write_text("# mine\nrun: {name: own}\nsft:\n  lr: 1e-5\nmodel:\n  peft: {rank: 4}\n", encoding="utf-8")
     return path
 
 
@@ -25,9 +25,9 @@ def refusal(path: Path | str, *overrides: str) -> UserError:
 
 
 def test_file_then_overrides_then_defaults(recipe_file: Path) -> None:
-    recipe = load_recipe(str(recipe_file), ["sft.lr=2e-6", "model.lora.enabled=true", "sft.lr=3e-6"])
+    recipe = load_recipe(str(recipe_file), ["sft.lr=2e-6", "model.peft.method=lora", "sft.lr=3e-6"])
     assert recipe.sft.lr == 3e-6  # the last override wins
-    assert (recipe.model.lora.rank, recipe.model.lora.enabled) == (4, True)
+    assert (recipe.model.peft.rank, recipe.model.peft.method) == (4, "lora")
     assert recipe.ppo.kl_coef == 0.02  # the schema's default
 
 
@@ -64,7 +64,7 @@ def test_recipe_names_are_the_files() -> None:
         ("ppo.minibatch=1", ["unknown field ppo.minibatch", "did you mean ppo.minibatch_size?"]),
         ("kl_coef=1", ["unknown field kl_coef", "did you mean ppo.kl_coef?"]),
         ("lr=1", ["did you mean sft.lr or reward.lr or ppo.lr?"]),
-        ("model.lora.rnk=1", ["did you mean model.lora.rank?"]),
+        ("model.peft.rnk=1", ["did you mean model.peft.rank?"]),
         ("sft=1", ["sft is a section", "batch_size"]),
         ("sft.lr", ["'sft.lr' is not an override", "section.field=value"]),
         ("=1", ["not an override"]),
@@ -139,9 +139,9 @@ def test_hash_and_changed_keys_leave_out_what_changes_no_result(recipe_file: Pat
     )
     assert recipe_hash(old) == recipe_hash(moved)
     assert changed_keys(old, moved) == []
-    new = load_recipe(str(recipe_file), ["run.seed=2", "model.lora.rank=8"])
+    new = load_recipe(str(recipe_file), ["run.seed=2", "model.peft.rank=8"])
     assert recipe_hash(old) != recipe_hash(new)
-    assert changed_keys(old, new) == [("run.seed", 1, 2), ("model.lora.rank", 4, 8)]
+    assert changed_keys(old, new) == [("run.seed", 1, 2), ("model.peft.rank", 4, 8)]
 
 
 def test_every_field_says_what_it_may_hold() -> None:

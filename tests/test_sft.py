@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.config import ModelSection, Recipe, TrackingSection
+from rlhf.adapters import add_adapter
+from rlhf.config import ModelSection, PeftSection, Recipe, TrackingSection
 from rlhf.errors import UserError
-from rlhf.models import add_lora, load_policy
+from rlhf.models import load_policy
 from rlhf.prompting import Encoded, encode_prompt, encode_response
 from rlhf.records import Demonstration, Drops, Prompt
 from rlhf.saving import Checkpoints
@@ -207,14 +208,17 @@ def test_a_stopped_run_resumes_exactly(model, encoded, tiny_tokenizer, tmp_path,
     assert all(torch.equal(a, b) for a, b in zip(third.parameters(), whole.parameters(), strict=True))
 
 
-def test_adapters_train_and_are_saved_merged(tiny_dir, encoded, tiny_tokenizer, tmp_path) -> None:
+def test_adapters_train_and_are_saved_alone(tiny_dir, encoded, tiny_tokenizer, tmp_path) -> None:
     recipe = make_recipe(epochs=4, batch_size=2, micro_batch_size=2, lr=1e-2)
     policy = load_policy(tiny_dir, recipe.model)
     base = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    adapted = add_lora(policy, recipe.model.lora.model_copy(update={"last_layers": 2}), "CAUSAL_LM")
+    adapted = add_adapter(policy, PeftSection(method="lora", last_layers=2))
     trainer = run(adapted, tiny_tokenizer, [demonstration_row(e) for e in encoded], recipe, tmp_path)
     write_policy(trainer, tiny_tokenizer, tmp_path / "model")
-    merged = load_policy(tmp_path / "model", recipe.model)
+    assert not (tmp_path / "model" / "model.safetensors").exists()
+    again = load_policy(tmp_path / "model", recipe.model)
+    assert validation_loss(again, encoded) == validation_loss(trainer.model, encoded)
+    merged = load_policy(tmp_path / "model", recipe.model, merged=True)
     changed = {name for name, p in merged.named_parameters() if not torch.equal(p, base[name])}
     assert len(changed) == 14 and all(".layers.2." in name or ".layers.3." in name for name in changed)
     assert validation_loss(merged, encoded) == pytest.approx(validation_loss(trainer.model, encoded), rel=1e-5)
@@ -257,7 +261,7 @@ def test_the_whole_stage(tmp_path, capsys) -> None:
     (tmp_path / "demonstrations.jsonl").write_text("\n".join(map(json.dumps, [*demonstrations, long])))
     recipe = {
         "run": {"name": "t", "dir": str(tmp_path / "runs"), "seed": 3, "device": "cpu"},
-        "model": {"name": "tiny", "lora": {"enabled": True, "rank": 4}},
+        "model": {"name": "tiny", "peft": {"method": "lora", "rank": 4}},
         "data": {
             "demonstrations": [str(tmp_path / "demonstrations.jsonl")],
             "max_prompt_tokens": 48,

@@ -22,8 +22,8 @@ from transformers import (
     MistralForSequenceClassification,
 )
 
-from rlhf.adapters import add_lora, base_model
-from rlhf.config import LoraSection
+from rlhf.adapters import add_adapter
+from rlhf.config import PeftSection
 from rlhf.scoring import Pair
 from rlhf.shared_prompts import build_shared, can_share, shared_scores, sharing
 
@@ -64,9 +64,9 @@ def groups(seed: int = 0) -> list[Pair]:
 
 def alone(model: nn.Module, pairs: list[Pair]) -> Tensor:
     """Scores of one row after the other, with neither mask nor positions given."""
-    base = base_model(model)
+    body = getattr(model, model.base_model_prefix)
     rows = [torch.tensor([[*prompt, *response]]) for prompt, response in pairs]
-    return torch.cat([base.score(getattr(base, base.base_model_prefix)(row)[0][:, -1])[:, 0] for row in rows])
+    return torch.cat([model.score(body(row).last_hidden_state[:, -1])[:, 0] for row in rows])
 
 
 def gradient(model: nn.Module) -> Tensor:
@@ -80,7 +80,7 @@ def gradient(model: nn.Module) -> Tensor:
 def test_scores_and_gradients_are_those_of_rows_alone(name: str, how: str) -> None:
     model, pairs = make(name), groups()
     if how == "adapters":
-        model = add_lora(model, LoraSection(enabled=True, rank=4), "SEQ_CLS").eval()
+        model = add_adapter(model, PeftSection(method="lora", rank=4)).eval()
         for parameter in model.parameters():
             if parameter.requires_grad:
                 nn.init.normal_(parameter, std=0.1)
@@ -116,6 +116,8 @@ def test_a_prompt_lies_in_the_batch_once_by_hand() -> None:
 
 def test_models_that_would_compute_something_else_do_not_share() -> None:
     assert not can_share(make("mistral"))  # its layers see a window that a few tokens do not fill
+    for method in ("prompt", "p_tuning", "prefix", "p_tuning_v2"):  # its tokens stand before every row
+        assert not can_share(add_adapter(make("llama"), PeftSection(method=method)))
     assert not can_share(make("gpt-neo")) and not can_share(make("bloom"))
     assert not can_share(make("llama", attn_implementation="eager"))  # the recipe's word counts
     model = make("llama")

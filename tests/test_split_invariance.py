@@ -25,7 +25,7 @@ from rlhf.engine import Engine, ParamGroup
 from rlhf.experience import Experience
 from rlhf.models import load_policy, load_tokenizer
 from rlhf.plan import plan_ppo
-from rlhf.policy_value import PolicyValue, reference_logprobs
+from rlhf.policy_value import PolicyValue
 from rlhf.ppo_state import Ppo
 from rlhf.records import Drops
 from rlhf.saving import Checkpoints
@@ -66,7 +66,7 @@ def llama(cls: type, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> nn.Mo
     )
 
 
-def make_ppo(policy: nn.Module, reference: nn.Module | None, tokenizer: PreTrainedTokenizerBase) -> Ppo:
+def make_ppo(policy: nn.Module, reference: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Ppo:
     """A PPO run of one iteration of eight episodes, put together from real parts."""
     recipe = Recipe.model_validate(
         {
@@ -104,7 +104,7 @@ def make_ppo(policy: nn.Module, reference: nn.Module | None, tokenizer: PreTrain
         # One token in six ends a response, so that the lengths differ.
         stop_ids=[tokenizer.eos_token_id, *range(0, len(tokenizer), 6)],
         engine=Engine(networks, groups, device="cpu"),
-        reference=reference_logprobs(networks.policy, reference, TEMPERATURE),
+        reference=reference,
         reward_model=reward_model.requires_grad_(False).eval(),
         ema={},
         kl_coef=0.05,

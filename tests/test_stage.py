@@ -213,8 +213,13 @@ FREE = {"run.device", "run.name", "run.dir", "run.stages"}  # where, not what
 @pytest.mark.parametrize("stage", [*READS])
 def test_every_field_that_a_stage_program_names_is_among_its_dependencies(stage: str) -> None:
     program = "ppo" if stage == "ppo-ptx" else stage
-    files = [ROOT / "stages" / f"{program}.py"] + ([ROOT / "rlhf" / "ppo_state.py"] if program == "ppo" else [])
-    named = {name for file in files for name in READ.findall(file.read_text())} - FREE
+    files = [ROOT / "stages" / f"{program}.py"]
+    files += [ROOT / "rlhf" / f"{name}.py" for name in ("ppo_state", "ppo_networks") if program == "ppo"]
+    texts = [file.read_text() for file in files]
+    named = {name for text in texts for name in READ.findall(text)} - FREE
+    if any("recipe.reward_peft" in text for text in texts):  # which comes from these two
+        named |= {"reward.peft.method", "model.peft.method"}
+    assert ("reward.peft.method" in named) == (program in ("reward", "ppo"))
     assert len(named) > 3
     missed = [name for name in named if not depends_on(stage, name) and not name.endswith(".model_dump")]
     assert not missed
@@ -225,7 +230,7 @@ def test_fingerprint_moves_with_the_stages_own_fields_only() -> None:
     for change, moves in (
         ({"sft": {"lr": 0.5}}, True),
         ({"run": {"seed": 5}}, True),
-        ({"model": {"lora": {"rank": 4}}}, True),
+        ({"model": {"peft": {"rank": 4}}}, True),
         ({"data": {"max_prompt_tokens": 9}}, True),
         ({"ppo": {"lr": 0.5}}, False),
         ({"data": {"cloze": []}}, False),

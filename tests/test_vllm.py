@@ -22,9 +22,10 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerB
 from vllm_double import serving
 
 from rlhf import tiny
-from rlhf.config import LaunchSection, LoraSection, ModelSection
+from rlhf.adapters import add_adapter
+from rlhf.config import LaunchSection, ModelSection, PeftSection
 from rlhf.errors import UserError
-from rlhf.models import add_lora, load_policy, load_tokenizer, save_model
+from rlhf.models import load_policy, load_tokenizer, save_model
 from rlhf.plan import check
 from rlhf.recipe import load_recipe
 from rlhf.rescoring import rescore
@@ -154,7 +155,7 @@ def test_samples_are_the_policy_s_at_its_temperature_and_repeat(
 def test_adapters_are_merged_into_what_is_pushed(
     url: str, folder: Path, policy: PreTrainedModel, tmp_path: Path
 ) -> None:
-    adapted = add_lora(policy, LoraSection(enabled=True, rank=4), "CAUSAL_LM")
+    adapted = add_adapter(policy, PeftSection(method="lora", rank=4))
     change(adapted, 4)
     theirs = run(adapted, url, folder, tmp_path, temperature=0.0)
     assert responses(theirs) == responses(run(adapted, url, folder, tmp_path, "native", temperature=0.0))

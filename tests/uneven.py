@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf.adapters import decoder_layers
 from rlhf.config import LaunchSection, ModelSection, Recipe, RunSection
+from rlhf.layers import decoder_layers
 from rlhf.models import load_policy, load_tokenizer
 from rlhf.progress import is_main_process
 from rlhf.rollout import Rollout, row_seed, sample

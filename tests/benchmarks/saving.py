@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 
 ROOT = Path(__file__).resolve().parents[2]
-FULL = ("model.lora.enabled=false", "reward.lora.enabled=false", "ppo.lr=1e-5", "ppo.value_lr=1e-5")
+FULL = ("model.peft.method=none", "ppo.lr=1e-5", "ppo.value_lr=1e-5")
 WAYS = {"the demo": (), "all weights": FULL}
 
 
