@@ -163,7 +163,9 @@ def _training(run: RunFolder, variant: str, whole: int) -> dict[str, Any]:
     sft_count, sft_bytes = _weights(run.model_dir("sft"))
     ppo_count, ppo_bytes = _weights(run.model_dir(variant))
     trained = ppo_count or sft_count
-    peaks = [row["memory/peak_gb"] for row in read_rows(run.stage_dir(variant) / "metrics.jsonl") if "memory/peak_gb" in row]
+    peaks = [
+        row["memory/peak_gb"] for row in read_rows(run.stage_dir(variant) / "metrics.jsonl") if "memory/peak_gb" in row
+    ]
     return {
         "trained": trained or None,
         "share": trained / whole if trained and whole else None,

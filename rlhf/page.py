@@ -27,7 +27,9 @@ def render(template: str, filters: Mapping[str, Callable[..., Any]], /, **values
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "signed": signed, "duration": duration} | dict(filters)
+    environment.filters |= {"number": number, "percent": percent, "signed": signed, "duration": duration} | dict(
+        filters
+    )
     return environment.get_template(template).render(**values)
 
 

@@ -93,7 +93,9 @@ def read_run(run_dir: Path) -> RunData:
         path=run_dir,
         recipe=recipe.read_text() if recipe.exists() else "",
         stages={s: read_json(run_dir / s / "stage.json") for s in STAGES if (run_dir / s / "stage.json").exists()},
-        points={s: read_rows(run_dir / s / "metrics.jsonl") for s in STAGES if (run_dir / s / "metrics.jsonl").exists()},
+        points={
+            s: read_rows(run_dir / s / "metrics.jsonl") for s in STAGES if (run_dir / s / "metrics.jsonl").exists()
+        },
         results=read_json(run_dir / "evaluate" / "results.json"),
         samples=read_rows(run_dir / "evaluate" / "samples.jsonl"),
         calibration=read_json(run_dir / "reward" / "calibration.json") or [],
