@@ -197,7 +197,8 @@ def report(run: RunArgument) -> None:
     if (run / FILE).is_file():
         from launch.compare import draw
 
-        draw(read_comparison(str(run / FILE)))
+        here = run.resolve()  # wherever it was when it was written
+        draw(read_comparison(str(here / FILE), [f"run.dir={here.parent}", f"run.name={here.name}"]))
     else:
         write(run)
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.pipeline import Redo, disk_need, how_ended, start
+from rlhf.comparison import rows, why_failed
 from rlhf.config import Recipe
 from rlhf.dependencies import check_data_files, unchanged
 from rlhf.errors import UserError
@@ -68,8 +69,7 @@ def compare(name_or_path: str, overrides: Sequence[str], chosen: Sequence[str] =
 
 def draw(comparison: Comparison, reasons: dict[str, str] | None = None) -> Path:
     """Write the page and the reports of its runs, print the table, return the page's path."""
-    from rlhf.comparison import rows  # these draw plots: seconds to import
-    from rlhf.comparison_page import print_rows, write_page
+    from rlhf.comparison_page import print_rows, write_page  # draws plots: seconds to import
     from rlhf.report import write_report
 
     found = rows(comparison, reasons)
@@ -122,14 +122,8 @@ def _run(
         console.rule(f"{place}: stage {number} of {len(stages)}, {stage}{left}", align="left")
         code = start(stage, recipe, comparison.recipe, comparison.overrides(way), Redo(fresh=fresh))
         if code:
-            record = run.read_stage(stage) or {}
-            told = record.get("error") if record.get("state") == "failed" else None
-            why = (
-                str(told).split("\n")[0].removeprefix("UserError: ")
-                if told
-                else how_ended(code, world_size(recipe) > 1)
-            )
-            return code, f"{stage}: {why}" if told else f"{stage} {why}"
+            told = why_failed(stage, run.read_stage(stage))
+            return code, told or f"{stage} {how_ended(code, world_size(recipe) > 1)}"
     return 0, ""
 
 

@@ -135,14 +135,16 @@ class Named(NamedTuple):
     high: float
 
 
-def named_points_chart(points: Sequence[Named], start: float, x_label: str, y_label: str, share: bool = False) -> str:
-    """Named points over a logarithmic x, each with the interval of its y; hollow where that covers `start`, a dashed line.
+def named_points_chart(points: Sequence[Named], start: float, x_label: str, share: bool = False) -> str:
+    """Named points over a logarithmic x, each with the interval of its y.
+
+    Where the interval covers `start`, which a dashed line marks, the point is hollow.
 
     Args:
         share: y is a share, shown in percent.
     """
     with rc_context(STYLE):
-        figure, axes = _figure(height=2.9)
+        figure, axes = _figure(3.9, 2.7)
         axes.set_xscale("log")
         axes.axhline(start, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
         for point in points:
@@ -154,30 +156,34 @@ def named_points_chart(points: Sequence[Named], start: float, x_label: str, y_la
         axes.set_xlim(min(point.x for point in points) / 3, max(point.x for point in points) * 3)
         axes.margins(y=0.12)
         axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
         axes.xaxis.set_major_locator(LogLocator(numticks=7))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if share:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        _name_points(figure, axes, points)
+        _name_points(figure, axes, points, start)
         return _svg(figure)
 
 
-def _name_points(figure: Figure, axes: Axes, points: Sequence[Named]) -> None:
-    """Write each name where it covers nothing, with a line to its point when it is not beside it."""
+def _name_points(figure: Figure, axes: Axes, points: Sequence[Named], line: float) -> None:
+    """Write each name where it covers nothing, with a line to its point when it is not beside it.
+
+    Args:
+        line: y of a line from left to right.
+    """
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the names are placed for the axes as they are now
     texts = [axes.annotate(p.name, (p.x, p.y), (0, 0), textcoords="offset points", va="bottom") for p in points]
     boxes = [text.get_window_extent() for text in texts]
-    pixels = axes.transData.transform([[(p.x, p.low), (p.x, p.y), (p.x, p.high)] for p in points]).tolist()
+    pixels = [axes.transData.transform([(p.x, p.low), (p.x, p.y), (p.x, p.high)]).tolist() for p in points]
     anchors = [(x, y) for _, (x, y), _ in pixels]
     obstacles: list[Box] = [(x - 4, y - 4, x + 4, y + 4) for x, y in anchors]
     obstacles += [(low[0] - 1.5, low[1], low[0] + 1.5, high[1]) for low, _, high in pixels]
-    bounds = tuple(axes.get_window_extent().extents.tolist())
-    for text, anchor, box in zip(
-        texts, anchors, place(anchors, [(b.width, b.height) for b in boxes], obstacles, bounds), strict=True
-    ):
+    left, bottom, right, top = axes.get_window_extent().extents.tolist()
+    level = axes.transData.transform((points[0].x, line))[1]
+    obstacles.append((left, level - 1.5, right, level + 1.5))
+    placed = place(anchors, [(box.width, box.height) for box in boxes], obstacles, (left, bottom, right, top))
+    for text, anchor, box in zip(texts, anchors, placed, strict=True):
         text.set_position((box[0] - anchor[0], box[1] - anchor[1]))
         end = nearest(box, anchor)
         if math.dist(end, anchor) > 8:
@@ -185,9 +191,9 @@ def _name_points(figure: Figure, axes: Axes, points: Sequence[Named]) -> None:
             axes.plot([x0, x1], [y0, y1], color=MUTED, linewidth=0.5, zorder=1, scalex=False, scaley=False)
 
 
-def _figure(height: float = 2.35) -> tuple[Figure, Axes]:
+def _figure(width: float = 4.3, height: float = 2.35) -> tuple[Figure, Axes]:
     # At 72 dots per inch a pixel of the renderer is a point, which is what SVG is written in.
-    figure = Figure(figsize=(4.3, height), dpi=72, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=72, layout="constrained")
     FigureCanvasSVG(figure)
     return figure, figure.add_subplot()
 

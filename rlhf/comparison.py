@@ -104,6 +104,14 @@ def rows(comparison: Comparison, reasons: Mapping[str, str] | None = None) -> li
     return found
 
 
+def why_failed(stage: str, record: dict[str, Any] | None) -> str:
+    """A line from stage.json that says why the stage failed; empty when it does not."""
+    if not record or record.get("state") != "failed":
+        return ""
+    line = str(record.get("error") or "no reason given").split("\n")[0]
+    return f"{stage}: {line.removeprefix('UserError: ')}"
+
+
 def as_dicts(found: Sequence[Row]) -> list[dict[str, Any]]:
     """The rows for a program to read; intervals as {"mean", "low", "high"}."""
 
@@ -126,8 +134,8 @@ def _state(run: RunFolder, recipe: Recipe) -> tuple[str, str]:
     for stage in recipe.run.stages:
         record = run.read_stage(stage)
         states[stage] = str(record.get("state")) if record else "not run"
-        if record and states[stage] == "failed":
-            return "failed", f"{stage}: {_first_line(str(record.get('error') or 'no reason given'))}"
+        if states[stage] == "failed":
+            return "failed", why_failed(stage, record)
     if all(state == "done" for state in states.values()):
         return "done", ""
     for stage, state in states.items():
@@ -136,11 +144,6 @@ def _state(run: RunFolder, recipe: Recipe) -> tuple[str, str]:
         if state == "stopped":
             return "stopped", f"{stage} was stopped"
     return ("not run", "") if set(states.values()) == {"not run"} else ("interrupted", "")
-
-
-def _first_line(error: str) -> str:
-    line = error.split("\n")[0]
-    return line.removeprefix("UserError: ")
 
 
 def _in_use(run: RunFolder) -> bool:
@@ -163,9 +166,7 @@ def _training(run: RunFolder, variant: str, whole: int) -> dict[str, Any]:
     sft_count, sft_bytes = _weights(run.model_dir("sft"))
     ppo_count, ppo_bytes = _weights(run.model_dir(variant))
     trained = ppo_count or sft_count
-    peaks = [
-        row["memory/peak_gb"] for row in read_rows(run.stage_dir(variant) / "metrics.jsonl") if "memory/peak_gb" in row
-    ]
+    logged = (row.get("memory/peak_gb") for row in read_rows(run.stage_dir(variant) / "metrics.jsonl"))
     return {
         "trained": trained or None,
         "share": trained / whole if trained and whole else None,
@@ -176,7 +177,7 @@ def _training(run: RunFolder, variant: str, whole: int) -> dict[str, Any]:
         "train_score": ppo.get("ppo/reward_score"),
         "sft_seconds": records["sft"].get("seconds"),
         "ppo_seconds": records[variant].get("seconds"),
-        "peak_gb": max(peaks, default=None),
+        "peak_gb": max((peak for peak in logged if peak is not None), default=None),
     }
 
 

@@ -16,10 +16,10 @@ from markupsafe import Markup
 
 from rlhf.charts import Named, named_points_chart
 from rlhf.comparison import Row, as_dicts
-from rlhf.page import duration, number, percent, render, signed
+from rlhf.page import count, duration, number, percent, render, share, signed
 from rlhf.progress import console, table
 from rlhf.recipe import recipe_to_yaml
-from rlhf.rundir import write_atomic
+from rlhf.rundir import read_json, write_atomic
 from rlhf.ways import FILE, Comparison
 
 PAGE, DATA = "comparison.html", "comparison.json"
@@ -45,7 +45,7 @@ def write_page(comparison: Comparison, rows: Sequence[Row]) -> Path:
     write_atomic(folder / DATA, json.dumps(data, indent=1) + "\n")
     html = render(
         "comparison.html.j2",
-        {"count": count, "share": share},
+        {},
         name=folder.name,
         reference=reference,
         verdict=verdict(rows, reference),
@@ -63,7 +63,7 @@ def write_page(comparison: Comparison, rows: Sequence[Row]) -> Path:
 NOTES = (
     "Small print: the share of the policy’s weights and the files that SFT and PPO leave; validation loss in nats per "
     "token; the score of the way’s own SFT policy and of the last PPO iteration’s own samples; 95 % bootstrap "
-    "intervals over the prompts, of differences prompt by prompt. “Learned nothing”: the interval of the gain covers 0. "
+    "intervals over the prompts, of differences prompt by prompt. “Learned nothing”: the gain’s interval covers 0. "
     "KL in nats per response. Time is SFT and PPO, memory the highest in PPO. One seed: another one would move every "
     "row, and each method’s learning rate is a choice of its own."
 )
@@ -75,16 +75,22 @@ def verdict(rows: Sequence[Row], reference: str) -> str:
     if not judged:
         return "No way has been evaluated yet."
     best = max(judged, key=lambda row: row.score)
-    text = f"Highest held-out score: {best.way} at {number(best.score)}"
-    text += f", training {share(best.share)} of the weights" if best.share else ""
+    text = f"Highest held-out score: {best.way}, {number(best.score)}"
+    text += f" with {share(best.share)} of the weights trained" if best.share else ""
     if best.versus_reference is not None:
+        words = {"above": f"above {reference}", "below": f"below {reference}"}
+        words["no clear difference"] = f"no clear difference from {reference}"
         interval = best.versus_reference
-        text += f"; beside {reference} {signed(interval.mean, 2)} ({_range(interval)}), {best.standing}"
-    for word, said in (("learned", "The score rose above its own SFT for"), ("learned nothing", "Learned nothing:")):
-        names = [row.way for row in judged if row.finding == word]
+        text += f": {words.get(best.standing, best.standing)} ({signed(interval.mean, 2)}, {_range(interval)})"
+    groups = [
+        [row.way for row in judged if row.finding == word] for word in ("learned", "got worse", "learned nothing")
+    ]
+    groups.append([row.way for row in rows if row.state == "failed"])
+    for names, said in zip(
+        groups, ("PPO raised the score of", "It lowered that of", "Learned nothing:", "Failed:"), strict=True
+    ):
         text += f". {said} {', '.join(names)}" if names else ""
-    failed = [row.way for row in rows if row.state == "failed"]
-    return text + (f". Failed: {', '.join(failed)}." if failed else ".")
+    return text + "."
 
 
 def basis(comparison: Comparison, rows: Sequence[Row]) -> str:
@@ -104,21 +110,21 @@ def charts(rows: Sequence[Row], reference: str) -> list[dict[str, Any]]:
     """Trained weights against reward and against win rate, of the ways that have both."""
     found = []
     for title, unit, key, start in (
-        ("Reward", f"held-out score above SFT of {reference}", "gain_reference", 0.0),
+        ("Reward", f"held-out score, difference to SFT of {reference}", "gain_reference", 0.0),
         ("Win rate", f"over SFT of {reference}", "win_rate_reference", 0.5),
     ):
         there = [(row, interval) for row in rows if row.trained and (interval := getattr(row, key)) is not None]
         points = [Named(row.way, row.trained, *interval) for row, interval in there]
         if points:
-            svg = named_points_chart(points, start, "trained weights", unit, share=start == 0.5)
+            svg = named_points_chart(points, start, "trained weights", share=start == 0.5)
             found.append({"title": title, "unit": unit, "svg": Markup(svg)})
     return found
 
 
 def membership(run_dir: Path) -> dict[str, Any] | None:
     """What a run's report shows of the comparison that it belongs to: name, reference and rows; None without one."""
-    path = run_dir.parent / DATA
-    data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    run_dir = run_dir.resolve()
+    data = read_json(run_dir.parent / DATA)
     return data if data and any(row["way"] == run_dir.name for row in data["ways"]) else None
 
 
@@ -151,21 +157,6 @@ def print_rows(comparison: Comparison, rows: Sequence[Row]) -> None:
             console.print(f"{row.way}: learned nothing that {row.prompts} prompts can show", markup=False)
 
 
-def count(value: float | None) -> str:
-    """A number of weights: 9.2 k, 4.88 M; a dash for what is not known."""
-    if value is None:
-        return "–"
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}\u00a0{unit}"
-    return f"{value:.0f}"
-
-
-def share(value: float | None) -> str:
-    """A share of weights in percent, two digits where it is small."""
-    return "–" if value is None else f"{100 * value:.2g}\u00a0%" if value < 0.995 else "100\u00a0%"
-
-
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
@@ -195,7 +186,8 @@ def _seconds(row: Row) -> float | None:
 
 
 def _bytes(size: float) -> str:
-    return next(f"{size / unit:.3g}\u00a0{name}" for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if size >= unit)  # fmt: skip
+    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
+    return next(f"{size / unit:.3g}\u00a0{name}" for unit, name in units if size >= unit)
 
 
 def _range(interval: Any) -> str:

@@ -17,7 +17,7 @@ def render(template: str, filters: Mapping[str, Callable[..., Any]], /, **values
     """A page from a template in rlhf/templates.
 
     Args:
-        filters: of this page, besides number, percent, signed and duration.
+        filters: of this page, besides the functions below, which all pages have.
         values: what the template names; one that is missing is an error.
     """
     environment = Environment(
@@ -27,9 +27,9 @@ def render(template: str, filters: Mapping[str, Callable[..., Any]], /, **values
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "signed": signed, "duration": duration} | dict(
-        filters
-    )
+    environment.filters |= {"number": number, "percent": percent, "signed": signed, "duration": duration}
+    environment.filters |= {"count": count, "share": share}
+    environment.filters |= filters
     return environment.get_template(template).render(**values)
 
 
@@ -64,3 +64,18 @@ def duration(seconds: float | None) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def count(value: float | None) -> str:
+    """A number of weights: 9.2 k, 4.88 M; a dash for what is not known."""
+    if value is None:
+        return "–"
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}\u00a0{unit}"
+    return f"{value:.0f}"
+
+
+def share(value: float | None) -> str:
+    """A share of weights in percent, two digits where it is small."""
+    return "–" if value is None else f"{100 * value:.2g}\u00a0%" if value < 0.995 else "100\u00a0%"

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf.charts import Series, calibration_chart, frontier_chart, line_chart
+from rlhf.comparison_page import membership
 from rlhf.errors import UserError
 from rlhf.evaluation import ENOUGH_PROMPTS
 from rlhf.page import number, percent, render
@@ -88,14 +89,14 @@ def read_run(run_dir: Path) -> RunData:
     """
     run_dir = Path(run_dir)
     recipe = run_dir / "recipe.yaml"
+    stages = {stage: run_dir / stage / "stage.json" for stage in STAGES}
+    points = {stage: run_dir / stage / "metrics.jsonl" for stage in STAGES}
     data = RunData(
         name=run_dir.resolve().name,
         path=run_dir,
         recipe=recipe.read_text() if recipe.exists() else "",
-        stages={s: read_json(run_dir / s / "stage.json") for s in STAGES if (run_dir / s / "stage.json").exists()},
-        points={
-            s: read_rows(run_dir / s / "metrics.jsonl") for s in STAGES if (run_dir / s / "metrics.jsonl").exists()
-        },
+        stages={stage: read_json(path) for stage, path in stages.items() if path.exists()},
+        points={stage: read_rows(path) for stage, path in points.items() if path.exists()},
         results=read_json(run_dir / "evaluate" / "results.json"),
         samples=read_rows(run_dir / "evaluate" / "samples.jsonl"),
         calibration=read_json(run_dir / "reward" / "calibration.json") or [],
@@ -124,6 +125,7 @@ def write_report(run_dir: Path) -> Path:
         curves=curves(data),
         stages=stage_rows(data),
         samples=[row for row in data.samples if row["sample"] == 0][:SAMPLES_SHOWN],
+        comparison=membership(run_dir),
     )
     path = run_dir / "report.html"
     write_atomic(path, html)
