@@ -95,9 +95,8 @@ def rows(comparison: Comparison, reasons: Mapping[str, str] | None = None) -> li
     for way in comparison.ways:
         run, recipe = RunFolder(folder / way), comparison.load(way)
         state, reason = _state(run, recipe)
-        reason = (reasons or {}).get(way, reason)
-        if reason and state in ("running", "not run"):
-            state = "failed"
+        if reasons and way in reasons:
+            state, reason = "failed", reasons[way]
         method, lr = recipe.model.peft.method, (recipe.sft.lr, recipe.ppo.lr)
         numbers = _training(run, variant, whole) | _evaluation(run, recipe, variant, reference, base)
         found.append(Row(way, method, lr, state, reason, **numbers))

@@ -16,8 +16,9 @@ from markupsafe import Markup
 
 from rlhf.charts import Named, named_points_chart
 from rlhf.comparison import Row, as_dicts
-from rlhf.page import count, duration, number, percent, render, share, signed
+from rlhf.page import count, number, percent, render, share, signed
 from rlhf.progress import console, table
+from rlhf.progress import duration as clock
 from rlhf.recipe import recipe_to_yaml
 from rlhf.rundir import read_json, write_atomic
 from rlhf.ways import FILE, Comparison
@@ -136,17 +137,18 @@ def print_rows(comparison: Comparison, rows: Sequence[Row]) -> None:
             [
                 row.way,
                 count(row.trained),
-                share(row.share),
                 number(row.sft_loss, 3),
                 number(row.score),
-                f"{signed(row.gain.mean, 2)} [{_range(row.gain)}]" if row.gain else row.state,
+                f"{signed(row.gain.mean, 2)} [{number(row.gain.low)}, {number(row.gain.high)}]"
+                if row.gain
+                else row.state,
                 _percents(row.win_rate),
                 _percents(row.win_rate_reference),
                 number(row.kl, 1),
-                duration(_seconds(row)),
+                "–" if (seconds := _seconds(row)) is None else clock(seconds),
             ]
         )
-    columns = ["way", "trained", "share", "SFT loss", "score", "gain over own SFT", "wins over it"]
+    columns = ["way", "trained", "SFT loss", "score", "gain over own SFT", "wins over it"]
     columns += [f"over {comparison.reference}'s SFT", "KL", "time"]
     table(f"Comparison {comparison.folder.name}", columns, cells)
     for row in rows:

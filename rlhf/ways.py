@@ -111,8 +111,13 @@ def read_comparison(name_or_path: str, overrides: Sequence[str] = ()) -> Compari
     recipe = values["recipe"]
     if (path.parent / recipe).is_file():
         recipe = str((path.parent / recipe).resolve())
+    try:
+        find_file(recipe, RECIPES, "recipe")
+    except UserError as error:
+        raise UserError(error.what, lines.of("recipe"), error.fix) from None
+    _load(recipe, _as_overrides(common), lines, "common", common)
     _check_overrides(overrides, ways, path)
-    base = _load(recipe, [*_as_overrides(common), *overrides], lines, "common", common)
+    base = load_recipe(recipe, [*_as_overrides(common), *overrides])
     resolved = {key: field_value(base, key) for key in [*common, *(text.partition("=")[0] for text in overrides)]}
     comparison = Comparison(recipe, values["reference"], resolved, ways)
     for stages in (("sft",), ("reward",), ("ppo-ptx", "ppo"), ("evaluate",)):
