@@ -30,7 +30,7 @@ def compare(name_or_path: str, overrides: Sequence[str], chosen: Sequence[str] =
     Args:
         name_or_path: a shipped comparison, or the path of a comparison file.
         overrides: recipe fields for every way.
-        chosen: the ways to run, all by default; the reference always runs as far as its reward model.
+        chosen: the ways to run, all by default; of the reference always all but PPO.
         fresh: redo the stages that are run.
 
     Raises:
@@ -92,7 +92,8 @@ def _plan(comparison: Comparison, chosen: Sequence[str]) -> dict[str, list[str]]
     for way in [comparison.reference, *(way for way in comparison.ways if way != comparison.reference)]:
         stages = comparison.load(way).run.stages
         if way == comparison.reference and chosen and way not in chosen:
-            plan[way] = stages[: stages.index("reward") + 1]
+            # What the others need of it: rankings, the reward model, and held-out answers of its SFT policy.
+            plan[way] = [stage for stage in stages if stage in ("sft", *SHARED_STAGES, "evaluate")]
         elif not chosen or way in chosen:
             plan[way] = list(stages)
     return plan

@@ -32,10 +32,10 @@ class Row:
     way: str
     method: str  # model.peft.method
     lr: tuple[float, float]  # of SFT and of PPO
-    state: str  # done, failed, stopped, running, interrupted or not run
+    state: str  # done, failed, stopped, running, interrupted, unfinished (so far no stage of it failed) or not run
     reason: str = ""  # why it is not done
     trained: int | None = None  # weights that are trained
-    share: float | None = None  # of the whole policy
+    share: float | None = None  # of all weights, with what the method adds
     sft_bytes: int | None = None  # of the weights that the stage has left, in files
     ppo_bytes: int | None = None
     sft_loss_before: float | None = None  # on held-out demonstrations, nats per token
@@ -98,7 +98,7 @@ def rows(comparison: Comparison, reasons: Mapping[str, str] | None = None) -> li
         if reasons and way in reasons:
             state, reason = "failed", reasons[way]
         method, lr = recipe.model.peft.method, (recipe.sft.lr, recipe.ppo.lr)
-        numbers = _training(run, variant, whole) | _evaluation(run, recipe, variant, reference, base)
+        numbers = _training(run, variant, method, whole) | _evaluation(run, recipe, variant, reference, base)
         found.append(Row(way, method, lr, state, reason, **numbers))
     return found
 
@@ -142,7 +142,7 @@ def _state(run: RunFolder, recipe: Recipe) -> tuple[str, str]:
             return ("running", "") if _in_use(run) else ("interrupted", f"{stage} was broken off")
         if state == "stopped":
             return "stopped", f"{stage} was stopped"
-    return ("not run", "") if set(states.values()) == {"not run"} else ("interrupted", "")
+    return ("not run", "") if set(states.values()) == {"not run"} else ("unfinished", "")
 
 
 def _in_use(run: RunFolder) -> bool:
@@ -154,21 +154,22 @@ def _in_use(run: RunFolder) -> bool:
     return owner is not None and is_alive(owner)
 
 
-def _training(run: RunFolder, variant: str, whole: int) -> dict[str, Any]:
+def _training(run: RunFolder, variant: str, method: str, whole: int) -> dict[str, Any]:
     """What SFT and PPO say of themselves.
 
     Args:
-        whole: weights of a whole policy, 0 where no way has one.
+        whole: weights of the base, 0 where no way trains all of them.
     """
     records = {stage: run.read_stage(stage) or {} for stage in ("sft", variant)}
     sft, ppo = (record.get("metrics") or {} for record in records.values())
     sft_count, sft_bytes = _weights(run.model_dir("sft"))
     ppo_count, ppo_bytes = _weights(run.model_dir(variant))
     trained = ppo_count or sft_count
+    added = 0 if method in ("none", "bitfit") else trained  # which train weights of the base
     logged = (row.get("memory/peak_gb") for row in read_rows(run.stage_dir(variant) / "metrics.jsonl"))
     return {
         "trained": trained or None,
-        "share": trained / whole if trained and whole else None,
+        "share": trained / (whole + added) if trained and whole else None,
         "sft_bytes": sft_bytes or None,
         "ppo_bytes": ppo_bytes or None,
         "sft_loss_before": sft.get("sft/validation_loss_before"),
@@ -219,9 +220,8 @@ def _evaluation(
     Args:
         base: answers of the reference's policies, empty where it has none.
     """
-    path = run.stage_dir("evaluate") / "results.json"
-    results = read_json(path)
-    if results is None or not run.is_done("evaluate"):
+    path, results = run.stage_dir("evaluate") / "results.json", _results(run)
+    if variant not in results.get("policies", {}):
         return {}
     try:
         ours, sft = results["policies"][variant], results["policies"]["sft"]
@@ -250,9 +250,14 @@ def _evaluation(
     return found
 
 
+def _results(run: RunFolder) -> dict[str, Any]:
+    """evaluate/results.json; {} where evaluate is not done."""
+    return (read_json(run.stage_dir("evaluate") / "results.json") or {}) if run.is_done("evaluate") else {}
+
+
 def _answers(run: RunFolder, policy: str) -> Answers:
-    """One policy's rows of samples.jsonl; {} where evaluate is not done."""
-    if not run.is_done("evaluate"):
+    """One policy's rows of samples.jsonl; {} where evaluate has not seen it."""
+    if policy not in _results(run).get("policies", {}):
         return {}
     path, found = run.stage_dir("evaluate") / "samples.jsonl", defaultdict(list)
     for number, row in enumerate(read_rows(path), 1):

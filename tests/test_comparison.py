@@ -80,7 +80,11 @@ def leave(folder: Path, stage: str, way: str) -> dict[str, float]:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in peaks))
         return {"ppo/reward_score": 0.125, "ppo/kl": 1.0}
     if stage == "evaluate":
-        (folder / "results.json").write_text(json.dumps(results(way)))
+        found = results(way)
+        if not (folder.parent / "ppo-ptx").exists():  # SFT alone, so far
+            found["policies"].pop("ppo-ptx")
+            found["comparisons"] = []
+        (folder / "results.json").write_text(json.dumps(found))
         (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples(way)))
     return {}
 
@@ -146,7 +150,7 @@ def test_rows_are_what_the_stages_wrote(comparison: Comparison) -> None:
     assert [row.way for row in found] == ["full", "lora", "prompt"] and {row.state for row in found} == {"done"}
     full, lora, prompt = found
     assert (full.trained, lora.trained, prompt.trained) == (150, 14, 4)
-    assert (full.share, lora.share) == (1.0, pytest.approx(14 / 150))
+    assert (full.share, lora.share) == (1.0, pytest.approx(14 / (150 + 14)))
     adapter = comparison.folder / "lora" / "ppo-ptx" / "model" / "adapter.safetensors"
     assert lora.ppo_bytes == lora.sft_bytes == adapter.stat().st_size > 14 * 4
     assert (lora.method, lora.lr) == ("lora", (0.005, 0.0001)) and prompt.lr == (0.001, 0.01)
@@ -254,7 +258,13 @@ def test_states_of_a_way_that_is_not_done(comparison: Comparison) -> None:
             ["samples.jsonl, line 1", "no response of ppo-ptx"],
         ),
         ("evaluate/samples.jsonl", '"scores"', '"score', ["samples.jsonl, line 1", "not JSON"]),
-        ("evaluate/results.json", '"ppo-ptx"', '"ppo"', ["results.json", "no comparison of ppo-ptx with sft"]),
+        ("evaluate/results.json", '"b": "sft"', '"b": "x"', ["results.json", "no comparison of ppo-ptx with sft"]),
+        (
+            "evaluate/results.json",
+            '"kl": ',
+            '"k": ',
+            ["results.json", "no comparison of ppo-ptx with sft (KeyError: 'kl')"],
+        ),
         ("evaluate/results.json", '{"labeler"', '{labeler"', ["results.json", "not JSON"]),
         ("ppo-ptx/metrics.jsonl", '"step": 32}', "32", ["metrics.jsonl, line 3", "not JSON"]),
         ("sft/model/adapter.safetensors", None, "x", ["adapter.safetensors", "weights cannot be read"]),
@@ -310,7 +320,7 @@ def test_the_verdict_names_the_best_and_who_learned_nothing(comparison: Comparis
     assert text.startswith("Highest held-out score: full, 0.75 with 100\u00a0% of the weights trained. ")
     assert "PPO raised the score of lora. It lowered that of prompt. Learned nothing: full." in text
     best = [found[0], Row(**vars(found[1]) | {"score": 2.0}), found[2]]
-    assert "lora, 2.00 with 9.3\u00a0% of the weights trained: no clear difference from full (+0.25, −" in verdict(
+    assert "lora, 2.00 with 8.5\u00a0% of the weights trained: no clear difference from full (+0.25, −" in verdict(
         best, "full"
     )
 
@@ -427,17 +437,20 @@ def test_all_ways_share_the_references_reward_model(started: list[str], capsys: 
 
 def test_a_second_start_skips_what_is_finished(started: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert compare("three.yaml", [], ["lora"]) == 0
-    assert started == [f"full {stage}" for stage in ("sft", "rank", "reward")] + ALL[5:8]
-    assert "not run" in Path("runs/three/comparison.html").read_text()
+    assert started == [f"full {stage}" for stage in ("sft", "rank", "reward", "evaluate")] + ALL[5:8]
+    html = Path("runs/three/comparison.html").read_text()
+    assert html.count("unfinished") == 2 and html.count("not run") == 2 and "100 – 100" not in html
+    lora = json.loads(Path("runs/three/comparison.json").read_text())["ways"][1]
+    assert lora["win_rate_reference"]["mean"] == 1.0 and lora["versus_reference"] is None
     assert compare("three.yaml", []) == 0
-    assert started[6:] == ["full ppo-ptx", "full evaluate", *ALL[8:]]
+    assert started[7:] == ["full ppo-ptx", "full evaluate", *ALL[8:]]
     capsys.readouterr()
-    assert compare("three.yaml", []) == 0 and len(started) == 11
+    assert compare("three.yaml", []) == 0 and len(started) == 12
     assert capsys.readouterr().out.count("skipped") == 3
     Path("runs/three/lora/ppo-ptx/model/adapter.safetensors").unlink()
-    assert compare("three.yaml", []) == 0 and started[11:] == ["lora ppo-ptx"]  # with the same result
+    assert compare("three.yaml", []) == 0 and started[12:] == ["lora ppo-ptx"]  # with the same result
     assert compare("three.yaml", [], ["prompt"], fresh=True) == 0
-    assert started[12:] == [*ALL[:3], *ALL[8:]]
+    assert started[13:] == [*ALL[:3], ALL[4], *ALL[8:]]
 
 
 def test_a_way_that_fails_does_not_stop_the_others(started: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -512,8 +525,8 @@ def test_a_real_comparison_of_the_tiny_model(tmp_path: Path) -> None:
     full, bitfit, prompt = data["ways"]
     assert full["state"] == prompt["state"] == "done"
     assert (bitfit["state"], bitfit["reason"].partition(",")[0]) == ("failed", "sft: bitfit trains bias vectors")
-    assert prompt["trained"] == 16 * 80  # virtual tokens x hidden size
-    assert full["share"] == 1 and prompt["share"] == pytest.approx(16 * 80 / full["trained"])
+    assert prompt["trained"] == 20 * 64  # virtual tokens x hidden size
+    assert full["share"] == 1 and prompt["share"] == pytest.approx(20 * 64 / (full["trained"] + 20 * 64))
     assert full["ppo_bytes"] > 20 * prompt["ppo_bytes"] > 0
     assert full["sft_loss"] < full["sft_loss_before"] and full["peak_gb"] > 0
     for way in (full, prompt):
