@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.pipeline import Redo, disk_need, how_ended, start
+from launch.pipeline import Redo, disk_need, how_ended, speaks, start
 from rlhf.comparison import rows, why_failed
 from rlhf.config import Recipe
 from rlhf.dependencies import check_data_files, unchanged
@@ -31,7 +31,7 @@ def compare(name_or_path: str, overrides: Sequence[str], chosen: Sequence[str] =
         name_or_path: a shipped comparison, or the path of a comparison file.
         overrides: recipe fields for every way.
         chosen: the ways to run, all by default; of the reference always all but PPO.
-        fresh: redo the stages that are run.
+        fresh: redo all stages of these ways.
 
     Raises:
         UserError: for a file or a way that cannot be run, before anything is started; a reference without a reward
@@ -45,12 +45,16 @@ def compare(name_or_path: str, overrides: Sequence[str], chosen: Sequence[str] =
         check_data_files(recipes[way], stages)
     require_writable(comparison.folder)
     require_disk(comparison.folder, sum(disk_need(recipe) for recipe in recipes.values()), "the comparison")
-    write_comparison(comparison)
+    for way in plan:
+        check_place(comparison, way)
+    if leads := speaks(comparison.base):  # the first of several machines
+        write_comparison(comparison)
     _show(comparison, plan)
     again = shlex.join(["rlhf", "compare", name_or_path, *overrides, *(f"--way={way}" for way in chosen)])
     reasons: dict[str, str] = {}
     for way, stages in plan.items():
-        code, reason = _run(comparison, way, stages, recipes[way], fresh, list(plan))
+        anew = fresh and (not chosen or way in chosen)
+        code, reason = _run(comparison, way, stages, recipes[way], anew, list(plan))
         if code in STOPPED:
             console.print(f"{way} stopped. To go on where it stopped: {again}", markup=False, soft_wrap=True)
             return code
@@ -63,7 +67,8 @@ def compare(name_or_path: str, overrides: Sequence[str], chosen: Sequence[str] =
                 str(comparison.folder / way),
                 f"the cause is named above; to go on: {again}",
             )
-    draw(comparison, reasons)
+    if leads:
+        draw(comparison, reasons)
     return 1 if reasons else 0
 
 
@@ -75,9 +80,8 @@ def draw(comparison: Comparison, reasons: dict[str, str] | None = None) -> Path:
     found = rows(comparison, reasons)
     page = write_page(comparison, found)
     for row in found:
-        if row.score is not None:
+        if row.score is not None:  # those that the page has links to
             write_report(comparison.folder / row.way)
-    write_page(comparison, found)  # once more, with links to them
     print_rows(comparison, found)
     console.print(f"\ncomparison: {page}", markup=False, soft_wrap=True)
     return page
@@ -113,7 +117,7 @@ def _run(
 ) -> tuple[int, str]:
     """Run a way's stages; returns the exit code of the one that did not end well and why, or 0."""
     run, place = RunFolder(comparison.folder / way), f"way {order.index(way) + 1} of {len(order)}, {way}"
-    if way != comparison.reference:
+    if way != comparison.reference and not console.quiet:
         put_in_place(comparison, way)
     if not fresh and all(unchanged(recipe, run, stage) for stage in stages):
         console.print(f"{place}: finished, recipe and inputs unchanged; skipped", markup=False, soft_wrap=True)
@@ -129,24 +133,27 @@ def _run(
 
 
 def put_in_place(comparison: Comparison, way: str) -> None:
-    """Link the reference's rankings and reward model into the run folder of a way.
-
-    Raises:
-        UserError: when there is something else already.
-    """
+    """Link the reference's rankings and reward model into the run folder of a way."""
+    (comparison.folder / way).mkdir(parents=True, exist_ok=True)
     for stage in SHARED_STAGES:
-        source = comparison.folder / comparison.reference / stage
-        link = comparison.folder / way / stage
-        if not source.is_dir():
-            continue  # a recipe without a rank stage
-        target = os.path.relpath(source, link.parent)
-        if link.is_symlink() and os.readlink(link) == target:
-            continue
-        if link.exists() or link.is_symlink():
-            fix = "move it away, or take another run.name"
-            raise UserError(f"there is a {stage} stage in the run of {way} that is not the reference's", str(link), fix)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(target, target_is_directory=True)
+        target, link = _place(comparison, way, stage)
+        if (link.parent / target).is_dir() and not link.is_symlink():  # a recipe may have no rank stage
+            link.symlink_to(target, target_is_directory=True)
+
+
+def check_place(comparison: Comparison, way: str) -> None:
+    """Raise UserError when a way's run has rankings or a reward model that are not the reference's."""
+    for stage in SHARED_STAGES:
+        target, link = _place(comparison, way, stage)
+        ours = way == comparison.reference or (link.is_symlink() and os.readlink(link) == target)
+        if not ours and os.path.lexists(link):
+            what = f"there is a {stage} stage in the run of {way} that is not the reference's"
+            raise UserError(what, str(link), "move it away, or take another run.name")
+
+
+def _place(comparison: Comparison, way: str, stage: str) -> tuple[str, Path]:
+    """Where the link of a shared stage leads, seen from the way's run folder, and the link."""
+    return os.path.join("..", comparison.reference, stage), comparison.folder / way / stage
 
 
 def _left(comparison: Comparison, order: Sequence[str], way: str) -> str:

@@ -100,8 +100,8 @@ def basis(comparison: Comparison, rows: Sequence[Row]) -> str:
     prompts = max((row.prompts for row in rows), default=0)
     text = (
         f"The same data, steps and samples in every way, {recipe.ppo.episodes} episodes of PPO. {comparison.reference} "
-        "ranked the outputs of its own SFT policy and trained one reward model on them, which scores every way; every "
-        "way’s value model is trained whole. "
+        "ranked the outputs of its own SFT policy and trained one reward model on them, which scores every way (and "
+        "has seen nothing of the other ways’ outputs); every way’s value model is trained whole. "
     )
     labeler = recipe.evaluate.labeler.replace("_", " ")
     return text + (f"Judged by the {labeler} labeler on {prompts} held-out prompts." if prompts else "")
@@ -155,8 +155,9 @@ def print_rows(comparison: Comparison, rows: Sequence[Row]) -> None:
         if row.state != "done":
             why = f": {row.reason}" if row.reason else ""
             console.print(f"{row.way}: {row.state}{why}", markup=False, soft_wrap=True)
-        elif row.finding == "learned nothing":
-            console.print(f"{row.way}: learned nothing that {row.prompts} prompts can show", markup=False)
+        elif row.finding != "learned":
+            shown = f" that {row.prompts} prompts can show" if row.finding == "learned nothing" else ""
+            console.print(f"{row.way}: {row.finding}{shown}", markup=False)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -165,7 +166,6 @@ def print_rows(comparison: Comparison, rows: Sequence[Row]) -> None:
 def _shown(comparison: Comparison, row: Row) -> dict[str, Any]:
     """A row with what only the page shows."""
     sizes = dict.fromkeys(_bytes(size) for size in (row.sft_bytes, row.ppo_bytes) if size)
-    report = comparison.folder / row.way / "report.html"
     return asdict(row) | {
         "gain": row.gain,
         "versus_reference": row.versus_reference,
@@ -177,7 +177,7 @@ def _shown(comparison: Comparison, row: Row) -> dict[str, Any]:
         "method_name": METHODS[row.method] if METHODS[row.method] != row.way else "",
         "stored": " and ".join(sizes) or "–",
         "seconds": _seconds(row),
-        "report": f"{row.way}/report.html" if report.exists() else "",
+        "report": f"{row.way}/report.html" if row.score is not None else "",
         "fields": ", ".join(f"{key}={value}" for key, value in comparison.ways[row.way].items()),
     }
 
