@@ -182,9 +182,11 @@ def _name_points(figure: Figure, axes: Axes, points: Sequence[Named], line: floa
     left, bottom, right, top = axes.get_window_extent().extents.tolist()
     level = axes.transData.transform((points[0].x, line))[1]
     obstacles.append((left, level - 1.5, right, level + 1.5))
-    placed = place(anchors, [(box.width, box.height) for box in boxes], obstacles, (left, bottom, right, top))
+    # A browser's line is a little higher than matplotlib's, and its font another one.
+    sizes = [(box.width, box.height + 3) for box in boxes]
+    placed = place(anchors, sizes, obstacles, (left, bottom, right, top))
     for text, anchor, box in zip(texts, anchors, placed, strict=True):
-        text.set_position((box[0] - anchor[0], box[1] - anchor[1]))
+        text.set_position((box[0] - anchor[0], box[1] + 1.5 - anchor[1]))
         end = nearest(box, anchor)
         if math.dist(end, anchor) > 8:
             (x0, y0), (x1, y1) = axes.transData.inverted().transform([anchor, end]).tolist()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import json
 import re
+import shutil
+import subprocess
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -12,6 +17,7 @@ from comparison_runs import hand_made
 from rlhf.charts import Named, named_points_chart
 from rlhf.comparison import Row, rows
 from rlhf.comparison_page import membership, print_rows, verdict, write_page
+from rlhf.evaluation import Interval
 from rlhf.label_placement import nearest, overlap, place
 from rlhf.page import count, share
 from rlhf.report import write_report
@@ -122,3 +128,54 @@ def test_a_point_is_hollow_where_its_interval_covers_the_start() -> None:
     assert svg.count("fill: var(--card)") == 1 and ">a</text>" in svg and ">b</text>" in svg
     assert "fill: var(--card)" not in named_points_chart(points[:1], 0.0, "trained weights")
     assert "%</text>" in named_points_chart(points, 0.5, "trained weights", share=True)
+
+
+MEASURE = """<!doctype html><iframe style="width: {width}px; height: 4000px; border: 0" srcdoc="{page}"></iframe>
+<script>
+window.onload = () => {{
+  const page = document.querySelector("iframe").contentDocument;
+  const box = (element) => {{
+    const r = element.getBoundingClientRect();
+    return [r.left, r.top, r.right, r.bottom];
+  }};
+  const svgs = [...page.querySelectorAll("svg")].map((svg) => ({{
+    texts: [...svg.querySelectorAll("text")].map((text) => [text.textContent, box(text)]),
+    points: [...svg.querySelectorAll("use")].map(box), frame: box(svg)}}));
+  const found = {{width: page.documentElement.scrollWidth, svgs}};
+  document.body.innerHTML = "<pre>" + btoa(JSON.stringify(found)) + "</pre>";
+}};
+</script>"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the chromium program")
+@pytest.mark.parametrize("width", [390, 1440])
+def test_names_are_apart_and_nothing_sticks_out_in_a_browser(
+    comparison: Comparison, tmp_path: Path, width: int
+) -> None:
+    """With the browser's own fonts, whose widths are not matplotlib's."""
+    names = ["full", "lora", "dora", "adapter", "p_tuning_v2", "p_tuning", "prefix", "prompt", "ia3"]
+    sizes = [1.3e8, 4.9e6, 5.0e6, 2.2e6, 2.3e5, 1.8e5, 1.5e6, 1.2e4, 5.8e4]
+    base = rows(comparison)[1]
+    found = [
+        Row(**vars(base) | {"way": name, "trained": int(n), "gain_reference": Interval(0.5 + i / 40, 0.2, 0.9)})
+        for i, (name, n) in enumerate(zip(names, sizes, strict=True))
+    ]
+    many = dataclasses.replace(comparison, ways=dict.fromkeys(names, {}))
+    page = write_page(many, found).read_text()
+    (tmp_path / "measure.html").write_text(MEASURE.format(width=width, page=escape(page)))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1500,900", "--dump-dom"]
+    done = subprocess.run(
+        [*command, f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'measure.html'}"],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    measured = json.loads(base64.b64decode(re.findall("<pre>(.*?)</pre>", done.stdout)[0]))
+    assert measured["width"] == width and len(measured["svgs"]) == 2
+    for svg in measured["svgs"]:
+        left, top, right, bottom = svg["frame"]
+        labels = [box for text, box in svg["texts"] if text in names]
+        assert len(labels) == 9 and len(svg["points"]) >= 9
+        for i, box in enumerate(labels):
+            assert left <= box[0] and top <= box[1] and box[2] <= right and box[3] <= bottom
+            inner = (box[0] + 1, box[1] + 2, box[2] - 1, box[3] - 2)  # a line's box is higher than its letters
+            covered = [other for other in [*labels[:i], *svg["points"]] if overlap(inner, other) >= 1]
+            assert not covered, (box, covered)
