@@ -105,11 +105,11 @@ def _plan(comparison: Comparison, chosen: Sequence[str]) -> dict[str, list[str]]
 
 def _show(comparison: Comparison, plan: dict[str, list[str]]) -> None:
     """The ways that are run, and what each sets."""
-    rows = []
+    lines = []
     for way, stages in plan.items():
         fields = ", ".join(f"{key}={value}" for key, value in comparison.ways[way].items())
-        rows.append([way, ", ".join(stages), fields])
-    table(f"Comparison {comparison.folder}", ["way", "stages", "fields of its own"], rows)
+        lines.append([way, ", ".join(stages), fields])
+    table(f"Comparison {comparison.folder}", ["way", "stages", "fields of its own"], lines)
 
 
 def _run(
