@@ -40,6 +40,8 @@ rlhf chat runs/demo                  SFT and aligned side by side
 rlhf export runs/demo                the aligned policy as a plain model folder
 
 rlhf peft demo                       what each parameter-efficient method would train and store
+
+rlhf compare peft                    full fine-tuning and every parameter-efficient method
 """,
 )
 
@@ -140,6 +142,25 @@ def evaluate(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh =
 
 
 @app.command()
+def compare(
+    name: Annotated[str, typer.Argument(metavar="COMPARISON", help="Name from `rlhf recipes`, or a YAML file.")],
+    overrides: Overrides = None,
+    way: Annotated[
+        list[str] | None, typer.Option("--way", metavar="WAY", help="Run this way alone; repeatable. Default: all.")
+    ] = None,
+    fresh: Fresh = False,
+) -> None:
+    """Run one recipe in several ways, such as full fine-tuning and LoRA, and set them side by side.
+
+    All ways are scored by one reward model and judged alike. Run it again to go on: finished ways are skipped. Writes
+    runs/NAME/comparison.html, and a run folder for each way beside it.
+    """
+    from launch.compare import compare as run_ways
+
+    raise typer.Exit(run_ways(name, overrides or [], way or [], fresh))
+
+
+@app.command()
 def status(run: RunArgument) -> None:
     """Show the stages of a run, how far each is, and what would run next."""
     from launch.status import show
@@ -167,12 +188,19 @@ def profile(
 
 @app.command()
 def report(run: RunArgument) -> None:
-    """Draw the report of a run again: RUN/report.html."""
+    """Draw the report of a run again: RUN/report.html; of a comparison, as far as it is, RUN/comparison.html."""
     from launch.pipeline import report as write
+    from rlhf.ways import FILE, read_comparison
 
     if not run.is_dir():
         raise UserError("there is no such run folder", str(run), "give one that `rlhf run` made, such as runs/demo")
-    write(run)
+    if (run / FILE).is_file():
+        from launch.compare import draw
+
+        here = run.resolve()  # wherever it was when it was written
+        draw(read_comparison(str(here / FILE), [f"run.dir={here.parent}", f"run.name={here.name}"]))
+    else:
+        write(run)
 
 
 @app.command()
@@ -257,14 +285,18 @@ def peft(
 
 @app.command()
 def recipes() -> None:
-    """List the shipped recipes."""
+    """List the shipped recipes and comparisons."""
     from rlhf.recipe import RECIPES, recipe_names
+    from rlhf.ways import COMPARISONS, comparison_names
 
-    names = recipe_names()
-    width = max(len(name) for name in names)
-    for name, description in names.items():
-        typer.echo(f"{name:<{width}}  {description}")
-    typer.echo(f"\nTheir files, to copy and change: {RECIPES}")
+    for names, folder, ends in (
+        (recipe_names(), RECIPES, "\n\nComparisons, for `rlhf compare`:\n"),
+        (comparison_names(), COMPARISONS, ""),
+    ):
+        width = max(len(name) for name in names)
+        for name, description in names.items():
+            typer.echo(f"{name:<{width}}  {description}")
+        typer.echo(f"\nTheir files, to copy and change: {folder}{ends}")
 
 
 def main() -> None:

@@ -28,7 +28,20 @@ def rlhf(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProces
 
 def test_help_names_every_command_and_shows_examples() -> None:
     text = rlhf("--help").stdout
-    for command in ("run", "sft", "rank", "reward", "ppo", "evaluate", "profile", "report", "chat", "plan", "recipes"):
+    for command in (
+        "run",
+        "sft",
+        "rank",
+        "reward",
+        "ppo",
+        "evaluate",
+        "compare",
+        "profile",
+        "report",
+        "chat",
+        "plan",
+        "recipes",
+    ):
         assert f" {command} " in text
     assert "rlhf run demo" in text
     assert "--variant" in rlhf("ppo", "--help").stdout
@@ -39,6 +52,7 @@ def test_recipes_lists_names_with_descriptions(tmp_path: Path) -> None:
     assert done.returncode == 0
     for name in ("demo", "tiny", "instructgpt-1.3b", "tldr-pythia-1b"):
         assert f"\n{name} " in f"\n{done.stdout}"
+    assert done.stdout.count("\npeft ") == 2  # a recipe and a comparison
 
 
 def test_plan_prints_derived_numbers_and_writes_nothing(tmp_path: Path) -> None:
@@ -59,6 +73,9 @@ def test_plan_prints_derived_numbers_and_writes_nothing(tmp_path: Path) -> None:
         (["report", "nowhere"], "no such run folder"),
         (["chat", "nowhere"], "recipe.yaml"),
         (["profile", "nowhere"], "recipe.yaml"),
+        (["compare", "pefft"], "did you mean peft?"),
+        (["compare", "peft", "--way", "lorra"], "there is no way 'lorra'"),
+        (["compare", "peft", "sft.lr=1"], "what the ways differ in"),
     ],
 )
 def test_mistakes_exit_with_2_and_no_traceback(tmp_path: Path, arguments: list[str], words: str) -> None:

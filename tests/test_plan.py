@@ -173,7 +173,7 @@ def test_a_node_rank_is_a_place_in_the_hostfile(tmp_path: Path) -> None:
         check(recipe("launch.node_rank=0"), ["sft"])
 
 
-@pytest.mark.parametrize("name", ["demo", "tiny", "instructgpt-1.3b", "tldr-pythia-1b"])
+@pytest.mark.parametrize("name", ["demo", "tiny", "peft", "instructgpt-1.3b", "tldr-pythia-1b"])
 def test_shipped_recipes_are_whole(name: str) -> None:
     r = load_recipe(name)
     check(r)
