@@ -37,6 +37,8 @@ rlhf ppo demo --variant ppo          one stage alone
 
 rlhf chat runs/demo                  SFT and aligned side by side
 
+rlhf agreement rankings.jsonl        how far its labelers agree
+
 rlhf export runs/demo                the aligned policy as a plain model folder
 
 rlhf peft demo                       what each parameter-efficient method would train and store
@@ -281,6 +283,42 @@ def peft(
     from rlhf.recipe import load_recipe
 
     show(load_recipe(recipe, overrides or []), gpu)
+
+
+RankingFiles = Annotated[
+    list[str], typer.Argument(metavar="FILE...", help="Ranking files, as in data.rankings; embedded:NAME too.")
+]
+
+
+@app.command()
+def agreement(
+    files: RankingFiles,
+    parts: Annotated[int, typer.Option("--windows", min=1, help="Parts of the time table.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
+) -> None:
+    """Show how far labelers agree who ranked the same outputs: pairs, Kendall tau-b, Krippendorff alpha.
+
+    Also by labeler, and over time. Rankings say who ranked in `labeler` and when in `time`; those of a file that name
+    nobody count as one labeler's.
+    """
+    from launch.agreement_report import show
+
+    show(files, parts, seed, as_json)
+
+
+@app.command()
+def convert(
+    files: RankingFiles,
+    out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="New file to write.")],
+) -> None:
+    """Write ranking files of any layout that is read as one file of plain rankings, with labelers and times.
+
+    Reads Label Studio and Argilla exports and the published data sets that the README names.
+    """
+    from launch.agreement_report import convert as write
+
+    write(files, out)
 
 
 @app.command()
