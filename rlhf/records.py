@@ -144,7 +144,7 @@ def read_rankings(paths: Sequence[str], drops: Drops) -> list[Ranking]:
     """Rankings of all `paths` in order; see the head of this file. Raises UserError for a bad line."""
     found: dict[tuple[Any, ...], Ranking] = {}
     for row in _rows(paths):
-        for item in _rankings(row, drops):
+        for item in rankings_of(row, drops):
             if found.setdefault((item.prompt.messages, item.responses, item.ranks, item.finished), item) is not item:
                 drops.add("exact duplicate of a ranking")
     return list(found.values())
@@ -263,7 +263,8 @@ def _demonstration(row: Row) -> Demonstration:
     return Demonstration(_prompt(row, [m._asdict() for m in before]), response)
 
 
-def _rankings(row: Row, drops: Drops) -> Iterator[Ranking]:
+def rankings_of(row: Row, drops: Drops) -> Iterator[Ranking]:
+    """The rankings in a row: of most layouts one. Raises UserError for a bad row."""
     fields = row.fields
     layout = None if {"ranks", "ranking"} & fields.keys() else find_layout(fields)
     if layout:
