@@ -132,17 +132,21 @@ class LabelStore:
                 rows,
             )
 
-    def invite(self, names: Sequence[str]) -> dict[str, str]:
-        """Make these the labelers that the run waits for; a new token for each, beside those that they have."""
-        made = {name: secrets.token_urlsafe(24) for name in names}
+    def invite(self, names: Sequence[str]) -> None:
+        """Make these the labelers that the run waits for. Others may go on ranking with the links that they have."""
         with self._write() as db:
             db.execute("UPDATE labelers SET invited = 0")
             db.executemany(
                 "INSERT INTO labelers VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET invited = 1",
                 [(name,) for name in names],
             )
-            db.executemany("INSERT INTO tokens VALUES (?, ?)", [(_hash(made[name]), name) for name in names])
-        return made
+
+    def new_token(self, labeler: str) -> str:
+        """A secret that says who somebody is, beside those that the labeler has; only its hash is kept."""
+        token = secrets.token_urlsafe(24)
+        with self._write() as db:
+            db.execute("INSERT INTO tokens VALUES (?, ?)", (_hash(token), labeler))
+        return token
 
     def revoke(self, names: Sequence[str]) -> None:
         """Make all earlier links of these labelers useless."""
@@ -363,7 +367,7 @@ def task_key(outputs: Outputs) -> str:
 def shared_tasks(keys: Sequence[str], share: float, seed: int) -> set[str]:
     """The tasks that more than one labeler ranks: a share of them, rounded, by the order of a seeded hash."""
     ordered = sorted(keys, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())
-    return set(ordered[: round(share * len(keys))])
+    return set(ordered[: int(share * len(keys) + 0.5)])
 
 
 def _hash(token: str) -> str:

@@ -28,7 +28,9 @@ def rlhf(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProces
 
 def test_help_names_every_command_and_shows_examples() -> None:
     text = rlhf("--help").stdout
-    for command in ("run", "sft", "rank", "reward", "ppo", "evaluate", "profile", "report", "chat", "plan", "recipes"):
+    for command in ("run", "sft", "rank", "reward", "ppo", "evaluate", "profile", "report", "plan", "recipes"):
+        assert f" {command} " in text
+    for command in ("label", "chat"):
         assert f" {command} " in text
     assert "rlhf run demo" in text
     assert "--variant" in rlhf("ppo", "--help").stdout
@@ -53,7 +55,8 @@ def test_plan_prints_derived_numbers_and_writes_nothing(tmp_path: Path) -> None:
     [
         (["run", "demos"], "did you mean demo?"),
         (["run", "tiny", "ppo.lrr=1"], "did you mean ppo.lr?"),
-        (["run", "tiny", "rank.labeler=human"], "labelling page"),
+        (["run", "tiny", "rank.labeler=human", "label.labelers=[anna,anna]"], "anna is listed twice"),
+        (["label", "nowhere"], "no outputs to rank"),
         (["plan", "tiny", "ppo.episodes=100"], "does not divide"),
         (["ppo", "tiny", "sft.lr=fast"], "sft.lr is 'fast'"),
         (["report", "nowhere"], "no such run folder"),

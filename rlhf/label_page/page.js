@@ -146,7 +146,7 @@ function showTask(next) {
 }
 
 // A row of radio buttons that looks like one control.
-function choices(legend, name, values, describe, chosen, ends = "") {
+function choices(legend, name, values, describe, chosen) {
   const inputs = values.map((value) => {
     const input = element("input", { type: "radio", name, value: String(value), "aria-label": describe(value) });
     input.addEventListener("change", () => chosen(value));
@@ -155,8 +155,7 @@ function choices(legend, name, values, describe, chosen, ends = "") {
   const marks = inputs.map((input, v) =>
     element("label", { class: "mark" }, input, element("span", { "aria-hidden": "true" }, String(values[v]))),
   );
-  const hint = ends ? element("span", { class: "hint" }, ends) : "";
-  const root = element("fieldset", { class: "choices" }, element("legend", {}, legend), ...marks, hint);
+  const root = element("fieldset", { class: "choices" }, element("legend", {}, legend), ...marks);
   return { root, show: (value) => inputs.forEach((input, v) => (input.checked = values[v] === value)) };
 }
 
@@ -174,9 +173,9 @@ function makeCard(output, i) {
   const parts = [(value) => rank.show(value.place[i])];
   if (form.quality !== "off") {
     const scale = Array.from({ length: form.highest }, (_, q) => q + 1);
-    const legend = form.quality === "required" ? "Quality" : "Quality (optional)";
-    const ends = `1 bad, ${form.highest} excellent`;
-    const quality = choices(legend, `quality-${i}`, scale, (q) => `Quality ${q} of ${form.highest}`, (q) => setQuality(i, q), ends);
+    const legend = `Quality, 1 bad to ${form.highest} excellent${form.quality === "required" ? "" : " (optional)"}`;
+    const words = (q) => `Quality ${q} of ${form.highest}`;
+    const quality = choices(legend, `quality-${i}`, scale, words, (q) => setQuality(i, q));
     root.append(quality.root);
     parts.push((value) => quality.show(value.quality[i]));
   }
