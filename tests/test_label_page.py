@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from browser import started, violations
 
 from rlhf.config import LabelSection
+from rlhf.label_form import Submission
 from rlhf.label_server import serving
 from rlhf.label_store import LabelStore
 from rlhf.outputs import Outputs
@@ -462,9 +464,14 @@ def test_nothing_serious_for_axe_and_nothing_beside_the_screen(
     browser: Any, site: Any, width: int, scheme: str
 ) -> None:
     """With RLHF_SCREENSHOTS=FOLDER the pictures of docs/ are drawn there."""
-    store, address = site(items=ITEMS)
+    earlier = [Outputs(Prompt.from_text(f"Say {n}."), ("One.", "Two."), (True, True)) for n in range(7)]
+    store, address = site(items=earlier + ITEMS)
+    for _ in earlier:
+        given = {"id": str(uuid.uuid4()), "task": store.next_task("anna").key, "kind": "ranking", "ranks": [1, 2]}
+        store.submit("anna", Submission(seconds=52, **given))
     phone = {"has_touch": True, "is_mobile": True} if width < 500 else {}
     page = opened(browser, store, address, viewport={"width": width, "height": 900}, color_scheme=scheme, **phone)
+    assert page.inner_text("#pace") == "7 by you · 7 of 12 in all · 1.2 a minute · about 4 min left"
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background))) < 384) is (scheme == "dark")
 
@@ -480,10 +487,13 @@ def test_nothing_serious_for_axe_and_nothing_beside_the_screen(
     check("a dialogue, nothing ranked")
     place_by_keys(page, [1] * 4)
     page.keyboard.press("Control+Enter")
-    wait_stored(page, store, 1)
-    place_by_keys(page, [1, 3, 2])
-    page.locator(".card").nth(0).focus()
-    page.keyboard.press("Shift+Digit6")
+    wait_stored(page, store, 8)
+    for i, text in enumerate(shown(page)):
+        for start, row_keys in {"Dear": "1", "Hello": "2", "Your": "2"}.items():
+            if text.startswith(start):
+                page.locator(".card").nth(i).focus()
+                page.keyboard.press(row_keys)
+                page.keyboard.press("Shift+Digit6" if start == "Dear" else "Shift+Digit4")
     if folder := os.environ.get("RLHF_SCREENSHOTS"):
         page.evaluate("window.scrollTo(0, 0)")
         page.screenshot(path=f"{folder}/label-{width}-{scheme}.png")
@@ -495,12 +505,12 @@ def test_nothing_serious_for_axe_and_nothing_beside_the_screen(
     page.click("#skip")
     check("the dialog")
     page.keyboard.press("Escape")
-    page.locator(".card").nth(3).focus()
+    page.keyboard.press("Control+Enter")  # to the output without a rank
     page.keyboard.press("4")
-    for n in range(2, 6):
+    for n in range(9, 13):
         page.keyboard.press("Control+Enter")
         wait_stored(page, store, n)
-        if n < 5:
+        if n < 12:
             place_by_keys(page, [1] * len(shown(page)))
     page.wait_for_selector("#end:not([hidden])")
     check("the end")
