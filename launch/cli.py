@@ -35,6 +35,8 @@ rlhf plan demo --gpu h100-80g --count 2   steps, memory, time; nothing loaded
 
 rlhf ppo demo --variant ppo          one stage alone
 
+rlhf label runs/demo                 the page on which people rank its outputs
+
 rlhf chat runs/demo                  SFT and aligned side by side
 
 rlhf agreement rankings.jsonl        how far its labelers agree
@@ -101,7 +103,8 @@ def sft(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = Fals
 def rank(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = False, accept: Accept = None) -> None:
     """Sample K outputs per prompt and rank them. Reads sft/model, data.prompts; writes rank/rankings.jsonl.
 
-    With rank.labeler=file nothing is sampled: it checks data.rankings and copies them.
+    With rank.labeler=file nothing is sampled: it checks data.rankings and copies them. With rank.labeler=human it
+    serves the labelling page and goes on when enough rankings are in.
     """
     _stage("rank", recipe, overrides, fresh, accept)
 
@@ -203,6 +206,36 @@ def report(run: RunArgument) -> None:
         draw(read_comparison(str(here / FILE), [f"run.dir={here.parent}", f"run.name={here.name}"]))
     else:
         write(run)
+
+
+@app.command()
+def label(
+    run: RunArgument,
+    labelers: Annotated[
+        str, typer.Option("--labelers", metavar="NAME,NAME", help="Who ranks; default: the recipe's label.labelers.")
+    ] = "",
+    host: Annotated[
+        str | None, typer.Option("--host", help="Address to serve on; default: label.host, this machine alone.")
+    ] = None,
+    port: Annotated[int | None, typer.Option("--port", min=0, max=65535, help="Default: label.port.")] = None,
+    revoke: Annotated[bool, typer.Option("--revoke", help="Make these labelers' earlier links useless.")] = False,
+    export: Annotated[
+        Path | None, typer.Option("--export", metavar="FILE", help="Write the rankings so far and end.")
+    ] = None,
+) -> None:
+    """Serve the page on which people rank the outputs of a run; one link for each labeler. Ctrl-C ends it.
+
+    Reads RUN/rank/outputs.jsonl, which `rlhf run RECIPE rank.labeler=human` samples, or which you put there: a JSON
+    object with prompt and responses on each line. Keeps what people say in RUN/labels.sqlite.
+    """
+    from launch.label import export as write
+    from launch.label import serve, settings
+
+    recipe = settings(run, labelers, host, port)
+    if export:
+        write(run, recipe, export)
+    else:
+        serve(run, recipe, revoke)
 
 
 @app.command()

@@ -36,7 +36,9 @@ class Reads:
 _PPO = Reads(("ppo", "reward.peft"), ("prompts", "pretraining"), ("sft/model", "reward/model"))
 READS = {
     "sft": Reads(("sft",), ("demonstrations", "pretraining")),
-    "rank": Reads(("rank",), ("prompts", "rankings"), ("sft/model",)),
+    "rank": Reads(
+        ("rank", "label.rankings", "label.overlap", "label.opinions"), ("prompts", "rankings"), ("sft/model",)
+    ),
     "reward": Reads(("reward", "rank.labeler"), ("demonstrations", "rankings"), ("sft/model", "rank/rankings.jsonl")),
     "ppo-ptx": _PPO,
     "ppo": _PPO,

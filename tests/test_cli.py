@@ -46,6 +46,7 @@ def test_help_names_every_command_and_shows_examples() -> None:
         "peft",
         "agreement",
         "convert",
+        "label",
         "recipes",
     ):
         assert f" {command} " in text
@@ -103,7 +104,8 @@ def test_plan_prints_derived_numbers_and_writes_nothing(tmp_path: Path) -> None:
     [
         (["run", "demos"], "did you mean demo?"),
         (["run", "tiny", "ppo.lrr=1"], "did you mean ppo.lr?"),
-        (["run", "tiny", "rank.labeler=human"], "labelling page"),
+        (["run", "tiny", "rank.labeler=human", "label.labelers=[anna,anna]"], "anna is listed twice"),
+        (["label", "nowhere"], "no outputs to rank"),
         (["plan", "tiny", "ppo.episodes=100"], "does not divide"),
         (["ppo", "tiny", "sft.lr=fast"], "sft.lr is 'fast'"),
         (["report", "nowhere"], "no such run folder"),

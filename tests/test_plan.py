@@ -110,7 +110,6 @@ def test_exact_div_never_suggests_zero() -> None:
         (["run.stages=[reward,sft]"], "run.stages=[sft,reward]"),
         (["run.stages=[evaluate,ppo-ptx]"], "run.stages=[ppo-ptx,evaluate]"),
         (["run.stages=[sft,sft]"], "listed twice"),
-        (["rank.labeler=human"], "not part of this version"),
         (["rank.labeler=file"], "data.rankings is empty"),
         (["rank.labeler=reward_model"], "rank.reward_model"),
         (["ppo.ptx_coef=0"], "ppo-ptx needs ppo.ptx_coef above 0"),
@@ -129,7 +128,7 @@ def test_rules_between_fields(overrides: list[str], words: str) -> None:
 
 
 def test_rules_bind_only_the_stages_that_run() -> None:
-    check(recipe("rank.labeler=human", "ppo.episodes=100"), ["sft", "evaluate"])
+    check(recipe("rank.labeler=file", "ppo.episodes=100"), ["sft", "evaluate"])
     check(recipe("ppo.ptx_coef=0", "data.pretraining=[]"), ["ppo"])
     check(recipe("run.stages=[ppo,ppo-ptx]"))  # either order of the variants
 
