@@ -120,9 +120,9 @@ def make_labeler(name: str, recipe: Recipe, run: RunFolder, noise_sigma: float |
             "rankings from files are read, nothing is labelled", "rank.labeler", "name the files in data.rankings"
         )
     raise UserError(
-        f"the labeler {name!r} is not part of this version",
+        "people rank on the labelling page, which the rank stage serves",
         where="rank.labeler",
-        fix="rank elsewhere and give the files: rank.labeler=file 'data.rankings=[FILE]'; or rank.labeler=rubric",
+        fix="run the rank stage; or name files of rankings in data.rankings, with rank.labeler=file",
     )
 
 

@@ -160,7 +160,7 @@ def read_rankings(paths: Sequence[str], drops: Drops) -> list[Ranking]:
     """Rankings of all `paths` in order; see the head of this file. Raises UserError for a bad line."""
     found: dict[tuple[Any, ...], Ranking] = {}
     for row in _rows(paths):
-        for item in _rankings(row, drops):
+        for item in rankings_of(row, drops):
             # Two labelers who rank alike are no duplicate: that they agree is what their rankings say.
             key = (item.prompt.messages, item.responses, item.ranks, item.finished, item.labeler, item.time)
             if found.setdefault(key, item) is not item:
@@ -283,7 +283,8 @@ def _demonstration(row: Row) -> Demonstration:
     return Demonstration(_prompt(row, [m._asdict() for m in before]), response)
 
 
-def _rankings(row: Row, drops: Drops) -> Iterator[Ranking]:
+def rankings_of(row: Row, drops: Drops) -> Iterator[Ranking]:
+    """The rankings in a row: of most layouts one. Raises UserError for a bad row."""
     fields = row.fields
     own = "ranks" in fields or isinstance(fields.get("ranking"), str)  # a tool may call its question `ranking`
     layout = None if own else find_layout(fields)

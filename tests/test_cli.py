@@ -30,9 +30,25 @@ def rlhf(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProces
 def test_help_names_every_command_and_shows_examples() -> None:
     text = rlhf("--help").stdout
     for command in (
-        "run", "sft", "rank", "reward", "ppo", "evaluate", "profile", "report", "chat", "plan", "agreement", "convert",
+        "run",
+        "sft",
+        "rank",
+        "reward",
+        "ppo",
+        "evaluate",
+        "compare",
+        "status",
+        "profile",
+        "report",
+        "chat",
+        "plan",
+        "export",
+        "peft",
+        "agreement",
+        "convert",
+        "label",
         "recipes",
-    ):  # fmt: skip
+    ):
         assert f" {command} " in text
     assert "rlhf run demo" in text
     assert "--variant" in rlhf("ppo", "--help").stdout
@@ -43,6 +59,7 @@ def test_recipes_lists_names_with_descriptions(tmp_path: Path) -> None:
     assert done.returncode == 0
     for name in ("demo", "tiny", "instructgpt-1.3b", "tldr-pythia-1b"):
         assert f"\n{name} " in f"\n{done.stdout}"
+    assert done.stdout.count("\npeft ") == 2  # a recipe and a comparison
 
 
 def test_agreement_of_the_embedded_passes() -> None:
@@ -87,12 +104,16 @@ def test_plan_prints_derived_numbers_and_writes_nothing(tmp_path: Path) -> None:
     [
         (["run", "demos"], "did you mean demo?"),
         (["run", "tiny", "ppo.lrr=1"], "did you mean ppo.lr?"),
-        (["run", "tiny", "rank.labeler=human"], "labelling page"),
+        (["run", "tiny", "rank.labeler=human", "label.labelers=[anna,anna]"], "anna is listed twice"),
+        (["label", "nowhere"], "no outputs to rank"),
         (["plan", "tiny", "ppo.episodes=100"], "does not divide"),
         (["ppo", "tiny", "sft.lr=fast"], "sft.lr is 'fast'"),
         (["report", "nowhere"], "no such run folder"),
         (["chat", "nowhere"], "recipe.yaml"),
         (["profile", "nowhere"], "recipe.yaml"),
+        (["compare", "pefft"], "did you mean peft?"),
+        (["compare", "peft", "--way", "lorra"], "there is no way 'lorra'"),
+        (["compare", "peft", "sft.lr=1"], "what the ways differ in"),
         (["agreement", "nowhere.jsonl"], "no such data file"),
         (["agreement", "embedded:rankings"], "nothing was ranked twice"),
     ],
