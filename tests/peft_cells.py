@@ -13,15 +13,17 @@ import torch
 from safetensors.torch import load_file
 from test_resume import rows
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from torch.nn.functional import linear, relu
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from rlhf import tiny
 from rlhf.adapters import trainable
+from rlhf.config import CACHED_TOKENS
 from rlhf.experience import Experience
 from rlhf.order import stream
 from rlhf.ppo_state import Ppo
 from rlhf.recipe import load_recipe
-from rlhf.scoring import build_batch, response_logprobs
+from rlhf.scoring import Pair, build_batch, response_logprobs
 from stages import ppo, reward, sft
 
 SETTINGS = {  # of each method: its rate in SFT, the other stages take a part of it; and how small it is here
@@ -205,3 +207,34 @@ def read(model: PreTrainedModel, tokenizer: Any) -> None:
         optimizer.zero_grad()
         (-response_logprobs(model, batch, 1.0)[0].mean()).backward()
         optimizer.step()
+
+
+def tokens_by_hand(cell: Cell, weights: dict[str, Tensor]) -> Tensor:
+    """What the stored weights make: embeddings [V, H], or keys and values of every layer in turn [V, 2 layers, C]."""
+    w = {key.partition("encoder.")[2]: weight for key, weight in weights.items()}
+    made = w["embedding.weight"]
+    if cell.method == "prefix":
+        hidden = torch.tanh(linear(made, w["transform.0.weight"], w["transform.0.bias"]))
+        made = linear(hidden, w["transform.2.weight"], w["transform.2.bias"])
+    if cell.method == "p_tuning":
+        for i in (0, 2, 4):
+            made = linear(relu(made) if i else made, w[f"mlp_head.{i}.weight"], w[f"mlp_head.{i}.bias"])
+    channels = 16 if cell.kind == LLAMA else 48  # heads that hold keys, times their size of 8 or 12
+    return made.view(TOKENS, -1, channels) if cell.method in CACHED_TOKENS else made
+
+
+def logprobs_by_hand(cell: Cell, base: PreTrainedModel, made: Tensor, pair: Pair) -> Tensor:
+    """Of one row, without padding, by the plain model: words stand behind the virtual tokens, from position V on."""
+    ids = torch.tensor([[*pair[0], *pair[1]]])
+    if cell.method in CACHED_TOKENS:
+        cache, heads = DynamicCache(config=base.config), 2 if cell.kind == LLAMA else 4
+        parts = made.unflatten(-1, (heads, -1)).transpose(0, 2)[None]  # [1, heads, 2 layers, V, D]
+        for layer in range(base.config.num_hidden_layers):
+            cache.update(parts[:, :, 2 * layer], parts[:, :, 2 * layer + 1], layer)
+        positions = torch.arange(TOKENS, TOKENS + ids.shape[1])[None]
+        logits = base(ids, position_ids=positions, past_key_values=cache).logits
+    else:
+        words = base.get_input_embeddings()(ids)
+        logits = base(inputs_embeds=torch.cat([made[None], words], 1)).logits[:, TOKENS:]
+    logp = logits[0].log_softmax(-1)
+    return torch.stack([logp[len(pair[0]) - 1 + t, token] for t, token in enumerate(pair[1])])

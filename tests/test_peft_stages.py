@@ -30,15 +30,16 @@ from peft_cells import (
     VARIANTS,
     Cell,
     documents,
+    logprobs_by_hand,
     make_bases,
     plain,
+    tokens_by_hand,
     write_data,
 )
 from safetensors.torch import load_file, save_file
 from test_resume import assert_same
 from torch import Tensor, nn
-from torch.nn.functional import linear, relu
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from rlhf import rollout
 from rlhf.adapters import trainable
@@ -282,6 +283,9 @@ def test_the_four_networks_have_one_base(cell: Cell, variant: str) -> None:
             else:
                 base.setdefault(plain(key), set()).add(weight.data_ptr())
     assert len(base) == len([key for key in cell.plain if not cell.is_own(key)])
+    for model in networks:
+        for key, buffer in model.named_buffers():
+            base.setdefault(plain(key), set()).add(buffer.data_ptr())
     assert all(len(places) == 1 for places in base.values())
     assert len(set(own)) == len(own) == 2 * sum(map(len, stage.start.values()))
     # The reference and the reward model stay what SFT and the reward stage have left.
@@ -294,40 +298,10 @@ def test_the_four_networks_have_one_base(cell: Cell, variant: str) -> None:
 # --- virtual tokens ---------------------------------------------------------------------------------------------------
 
 
-def tokens_by_hand(cell: Cell, weights: dict[str, Tensor]) -> Tensor:
-    """What the stored weights make: embeddings [V, H], or keys and values of every layer in turn [V, 2 layers, C]."""
-    w = {key.partition("encoder.")[2]: weight for key, weight in weights.items()}
-    made = w["embedding.weight"]
-    if cell.method == "prefix":
-        hidden = torch.tanh(linear(made, w["transform.0.weight"], w["transform.0.bias"]))
-        made = linear(hidden, w["transform.2.weight"], w["transform.2.bias"])
-    if cell.method == "p_tuning":
-        for i in (0, 2, 4):
-            made = linear(relu(made) if i else made, w[f"mlp_head.{i}.weight"], w[f"mlp_head.{i}.bias"])
-    channels = 16 if cell.kind == LLAMA else 48  # heads that hold keys, times their size of 8 or 12
-    return made.view(TOKENS, -1, channels) if cell.method in CACHED_TOKENS else made
-
-
-def logprobs_by_hand(cell: Cell, base: PreTrainedModel, made: Tensor, pair: Pair) -> Tensor:
-    """Of one row, without padding, by the plain model: words stand behind the virtual tokens, from position V on."""
-    ids = torch.tensor([[*pair[0], *pair[1]]])
-    if cell.method in CACHED_TOKENS:
-        cache, heads = DynamicCache(config=base.config), 2 if cell.kind == LLAMA else 4
-        parts = made.unflatten(-1, (heads, -1)).transpose(0, 2)[None]  # [1, heads, 2 layers, V, D]
-        for layer in range(base.config.num_hidden_layers):
-            cache.update(parts[:, :, 2 * layer], parts[:, :, 2 * layer + 1], layer)
-        positions = torch.arange(TOKENS, TOKENS + ids.shape[1])[None]
-        logits = base(ids, position_ids=positions, past_key_values=cache).logits
-    else:
-        words = base.get_input_embeddings()(ids)
-        logits = base(inputs_embeds=torch.cat([made[None], words], 1)).logits[:, TOKENS:]
-    logp = logits[0].log_softmax(-1)
-    return torch.stack([logp[len(pair[0]) - 1 + t, token] for t, token in enumerate(pair[1])])
-
-
 @torch.no_grad()
 def test_virtual_tokens_stand_before_every_row(virtual: Cell, pairs: list[Pair]) -> None:
-    """Padded on the right, on the left, and token by token with a cache: each row is what it is by itself."""
+    """Each row is what it is by itself: padded on the right, as scoring and as TRL have it, on the left, and token by
+    token with a cache."""
     policy = load_policy(virtual.stage("sft").folder / "model", virtual.section)
     base = AutoModelForCausalLM.from_pretrained(virtual.base)
     made = tokens_by_hand(virtual, virtual.stage("sft").weights)
@@ -335,6 +309,10 @@ def test_virtual_tokens_stand_before_every_row(virtual: Cell, pairs: list[Pair])
     without = token_logprobs(base, pairs)
     assert min(float((a - b).abs().max()) for a, b in zip(expected, without, strict=True)) > 0.1
     assert gap(token_logprobs(policy, pairs), expected) < 1e-4
+    right = build_batch(pairs, 0)
+    mask = torch.arange(right.input_ids.shape[1]) <= right.last[:, None]
+    logits = policy(input_ids=right.input_ids, attention_mask=mask.long()).logits[right.rows, right.before]
+    assert gap([logits.log_softmax(-1).gather(1, right.targets[:, None]).squeeze(1)], [torch.cat(expected)]) < 1e-4
     left = build_batch(pairs, 0, "left")
     assert gap([response_logprobs(policy, left, 1.0)[0]], [torch.cat(expected)]) < 1e-4
     prompts, answers = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
@@ -345,6 +323,17 @@ def test_virtual_tokens_stand_before_every_row(virtual: Cell, pairs: list[Pair])
         found = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
         assert gap([found], [torch.stack([row[t] for row in expected])]) < 1e-4
         logits = decoding.step(tokens)
+
+
+def test_virtual_tokens_start_where_the_layers_know_their_way(virtual: Cell) -> None:
+    """Prompt tuning at words of the vocabulary, P-tuning v2 no louder than the weights of a new model."""
+    start = virtual.stage("sft").start["policy"]
+    weight = next(start[key] for key in start if key.endswith("embedding.weight"))
+    if virtual.method == "prompt":
+        words = virtual.plain["model.embed_tokens.weight" if virtual.kind == LLAMA else "transformer.wte.weight"]
+        assert all(any(torch.equal(token, word) for word in words) for token in weight)
+    if virtual.method == "p_tuning_v2":
+        assert float(weight.std()) == pytest.approx(0.08, rel=0.15)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -360,6 +349,14 @@ def test_bitfit_is_refused_without_biases(
     assert "model.peft.method=bitfit" in told and "ia3" in told
     assert all(name in told for name in ("GPT-2", "GPT-NeoX", "OPT", "BLOOM"))
     assert not (tmp_path / "run" / "sft" / "model").exists()
+
+
+def test_virtual_tokens_take_positions_of_the_context(
+    bases: dict[str, Path], data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = ["model.peft.method=prompt", f"model.peft.virtual_tokens={TOKENS}", "data.max_response_tokens=76"]
+    assert sft.main([*SMALL, *data, f"model.name={bases[GPT2]}", *tokens, f"run.dir={tmp_path}"]) == 2
+    assert "rows may have 124 tokens and 5 virtual ones, and gpt2 has positions for 128" in capsys.readouterr().err
 
 
 def test_another_base_and_another_set_of_weights_are_refused(cells: dict[str, Cell], tmp_path: Path) -> None:
@@ -382,7 +379,7 @@ def test_another_base_and_another_set_of_weights_are_refused(cells: dict[str, Ce
     for name, load in loads.items():
         folder = shutil.copytree(cell.runs / "run" / name / "model", tmp_path / "less" / name)
         weights = load_file(folder / "adapter.safetensors")
-        gone = sorted(weights)[0]
+        gone = min(weights)
         save_file({key: weight for key, weight in weights.items() if key != gone}, folder / "adapter.safetensors")
         with pytest.raises(UserError, match=f"do not hold the same weights: {re.escape(gone)}"):
             load(folder, cell.section)
