@@ -272,8 +272,8 @@ class _Parser:
         if len(labels) != 2 and kind == "pair" or not 2 <= len(labels) <= MOST_LABELS:
             count = "two labels" if kind == "pair" else f"2 to {MOST_LABELS} labels"
             raise self._fail(line, f"there are {len(labels)} labels", f"{kind} has {count}, with blanks between them")
-        for a in labels:
-            if any(b.startswith(a) for b in labels if b is not a):
+        for i, a in enumerate(labels):
+            if any(b.startswith(a) for j, b in enumerate(labels) if j != i):
                 # The probability of the shorter one would hold that of the longer one.
                 raise self._fail(line, f"another label begins with {a!r}", "choose words that do not begin alike")
         return labels

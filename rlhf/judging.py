@@ -31,7 +31,7 @@ class BothOrders(NamedTuple):
     @property
     def flips(self) -> bool:
         """Whether the two orders do not name the same winner (or the same tie)."""
-        return np.sign(self.ab) != -np.sign(self.ba)
+        return bool(np.sign(self.ab) != -np.sign(self.ba))
 
 
 def normalised(logprobs: Sequence[float]) -> list[float]:

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
 from rlhf.errors import UserError
+from rlhf.judge import JudgeLabeler, fitting, judge_files
 from rlhf.labelers import Labeler, Output, agreement, expected_agreement, make_labeler, noise_for_agreement
 from rlhf.models import load_policy, load_tokenizer
 from rlhf.phases import phase
@@ -198,7 +199,7 @@ def clean(prompts: Sequence[Encoded[Prompt]], samples: Samples, drops: Drops) ->
     return candidates
 
 
-def label(ctx: StageContext, candidates: Sequence[Candidate]) -> Ranked:
+def label(ctx: StageContext, candidates: Sequence[Candidate], drops: Drops) -> Ranked:
     """Rank every prompt's outputs; the rubric is given its noise first and asked a second time as another labeler."""
     recipe, cfg = ctx.recipe, ctx.recipe.rank
     if not candidates:
@@ -217,7 +218,9 @@ def label(ctx: StageContext, candidates: Sequence[Candidate]) -> Ranked:
             "target_agreement": cfg.agreement,
             "expected_agreement": _none_for_nan(expected_agreement(groups, sigma, cfg.tie_margin)),
         }
-    labeler = make_labeler(cfg.labeler, recipe, ctx.run, about["noise_sigma"])
+    labeler = make_labeler(cfg.labeler, recipe, ctx.run, about["noise_sigma"], ctx.dir / "judge.jsonl")
+    if isinstance(labeler, JudgeLabeler):
+        candidates = fitting(labeler, candidates, drops)
     rankings = []
     phase("scoring")
     with Progress("rank: labelling", total=len(candidates), unit="prompts") as progress:
@@ -228,6 +231,8 @@ def label(ctx: StageContext, candidates: Sequence[Candidate]) -> Ranked:
             progress.advance(1)
     if cfg.labeler == "rubric":
         about |= second_opinion(labeler, candidates, rankings, recipe)
+    if isinstance(labeler, JudgeLabeler):
+        about |= labeler.summary()
     return Ranked(rankings, [c.lengths for c in candidates], about)
 
 
@@ -354,7 +359,10 @@ def work(ctx: StageContext) -> dict[str, Any]:
         del policy
         if ctx.recipe.rank.labeler == "reward_model" and Path(ctx.recipe.rank.reward_model).exists():
             ctx.use(Path(ctx.recipe.rank.reward_model))
-        ranked = label(ctx, clean(prompts, samples, drops))
+        if ctx.recipe.rank.labeler == "judge":
+            for path in judge_files(ctx.recipe.judge):
+                ctx.use(path)
+        ranked = label(ctx, clean(prompts, samples, drops), drops)
         tokens = samples.tokens(prompts)
     for reason, n in drops.table():
         console.print(f"dropped {n}: {reason}", markup=False)
