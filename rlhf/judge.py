@@ -94,9 +94,7 @@ class Judge:
             return [calibrated(reading.logprobs, self.content_free) for reading in read]
         return [normalised(reading.logprobs) for reading in read]
 
-    def both_orders(
-        self, triples: Sequence[Triple], advance: Callable[[int], None] | None = None
-    ) -> list[BothOrders]:
+    def both_orders(self, triples: Sequence[Triple], advance: Callable[[int], None] | None = None) -> list[BothOrders]:
         """Each pair asked in both orders, by a template of pairs."""
         turned = [(prompt, b, a) for prompt, a, b in triples]
         asked = [_fields(self.template, triple) for both in zip(triples, turned, strict=True) for triple in both]
@@ -295,9 +293,7 @@ def _local_reader(recipe: Recipe) -> LocalReader:
 
     cfg, model, where = recipe.judge, recipe.model, judge_model(recipe)
     tokenizer = load_tokenizer(where, model.prompt_format, model.trust_remote_code)
-    policy = frozen(
-        recipe, pick_device(recipe), lambda: load_policy(where, model, tokenizer=tokenizer, merged=True)
-    )
+    policy = frozen(recipe, pick_device(recipe), lambda: load_policy(where, model, tokenizer=tokenizer, merged=True))
     return LocalReader(policy, tokenizer, cfg.batch_tokens, cfg.reasoning_tokens, cfg.max_tokens)
 
 

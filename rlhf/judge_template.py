@@ -3,7 +3,7 @@
     # comments
     kind: pair                  pair: which of two responses is better; points: how good is one; answer: respond to it
     form: few-shot              zero-shot, few-shot, or chain-of-thought (the model reasons before it answers)
-    labels: A B                 the words that can answer, the first for "the first one is better", or from worst to best
+    labels: A B                 the answers: the first for "the first one is better"; of points, worst to best
     cue: The better answer is   what the assistant's answer begins with, or what ends its reasoning
     ---
     Request: {{ prompt }}  ..   the user's turn; a pair has {{ first }} and {{ second }}, points have {{ response }}
@@ -199,7 +199,9 @@ class _Parser:
         labels = self._labels(values, kind)
         cue = values.get("cue", ("", 0))[0]
         if form == "chain-of-thought" and not cue:
-            raise self._fail(values["form"][1], "reasoning needs words that end it", "add a line such as `cue: Answer:`")
+            raise self._fail(
+                values["form"][1], "reasoning needs words that end it", "add a line such as `cue: Answer:`"
+            )
         if kind == "answer" and form != "chain-of-thought" and cue:
             raise self._fail(values["cue"][1], "only reasoning has a cue here", "delete the line")
         if kind != "answer" and "stop" in values:
@@ -313,7 +315,5 @@ class _Parser:
                 what = f"`{odd}` is {'missing' if odd in needed else 'no field here'}"
                 raise self._fail(i, what, f"a demonstration of this template has {', '.join(needed)}")
             if template.labels and row[answer] not in template.labels:
-                raise self._fail(
-                    i, f"{row[answer]!r} is none of the labels", f"one of {', '.join(template.labels)}"
-                )
+                raise self._fail(i, f"{row[answer]!r} is none of the labels", f"one of {', '.join(template.labels)}")
             yield Example({name: row[name] for name in FIELDS[template.kind]}, row[answer], row.get("reason", ""))

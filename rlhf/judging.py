@@ -74,7 +74,6 @@ def win_log_odds(a: Sequence[float], b: Sequence[float]) -> float:
     return float(np.logaddexp(above, tied) - np.logaddexp(below, tied))
 
 
-
 def mean_wins(preferences: Sequence[Sequence[float]]) -> list[float]:
     """Mean probability of each output to be better than another one (Borda's count, with probabilities for votes).
 

@@ -2,7 +2,7 @@
 
 The question is encoded as a dialogue; the assistant's turn begins with the template's cue, and the next token is where
 the labels are compared. With chain-of-thought the model first writes its reasoning, greedily and bounded, and the cue
-comes after it: should it write the cue itself, its words from there on are dropped, and the labels are read all the same.
+comes after it. Should it write the cue itself, its words from there on are dropped, and the labels are read the same.
 
 "Verbalizer" is Schick and Schütze's word (2021, arXiv 2001.07676): the map from answers to words of the vocabulary.
 """
@@ -133,9 +133,9 @@ def label_ids(
     """
     blank = " " if speaks_after_colon(tokenizer) else ""
     full = [
-        tokenizer(
-            blank + (f"{said} {label}" if said else label), add_special_tokens=False, split_special_tokens=True
-        )["input_ids"]
+        tokenizer(blank + (f"{said} {label}" if said else label), add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
         for label in labels
     ]
     shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*full, strict=False)))

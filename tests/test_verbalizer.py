@@ -42,11 +42,10 @@ def loop(model: PreTrainedModel, ids: list[int], rest: list[int]) -> float:
 
 @pytest.fixture(params=["tiny_policy", "tiny_gpt2"])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    """Both architectures, with logits far from uniform."""
+    """Both architectures, with logits far from uniform and a head of its own: a tied one repeats its last token."""
     found = request.getfixturevalue(request.param)
     torch.manual_seed(0)
-    with torch.no_grad():
-        found.get_output_embeddings().weight.normal_(std=0.5)
+    found.lm_head.weight = torch.nn.Parameter(torch.randn_like(found.lm_head.weight) * 0.5)
     return found
 
 
