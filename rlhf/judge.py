@@ -1,8 +1,7 @@
-"""A language model as labeler: it is asked by a template, and its answer is read off label words.
+"""A language model that is asked by a template, and whose answers are read off label words.
 
 Pairs are asked in both orders. The log-odds of the two answers, each turned toward the same output, are averaged: what
-the order adds to both cancels, and is reported as position bias. K outputs are ranked by their mean probability to win
-over another one (K (K - 1) questions), or, by a template of points, by their expected points (K questions).
+the order adds to both cancels, and is reported as position bias (rlhf/judge_labeler.py).
 
 Answers are kept: no question is asked twice, and with a log also not after an interruption.
 """
@@ -11,27 +10,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
 from rlhf.config import JudgeSection, Recipe
 from rlhf.errors import UserError
-from rlhf.evaluation import Interval, wilson_interval
 from rlhf.judge_examples import check_judge, judge_template
 from rlhf.judge_template import Template, template_text
-from rlhf.judging import BothOrders, calibrated, expected_points, log_odds, mean_wins, normalised, win_log_odds
-from rlhf.labelers import Output, preference, ranks_of
+from rlhf.judging import BothOrders, calibrated, log_odds, normalised, win_log_odds
 from rlhf.models import load_policy, load_tokenizer
 from rlhf.progress import console, is_main_process
-from rlhf.ranking import PairCounts, accuracy_interval
-from rlhf.records import Drops, Prompt, write_jsonl
+from rlhf.records import write_jsonl
 from rlhf.rundir import hash_path
 from rlhf.verbalizer import Fields, LocalReader, Reading, question_tokens
 
 CONTENT_FREE = ("N/A", "[MASK]", "")  # Zhao et al. 2021, section 5
+KEPT_TOGETHER = 256  # questions asked before their answers go to the log
 Triple = tuple[str, str, str]  # a prompt and two outputs
 
 
@@ -75,13 +73,18 @@ class Judge:
             blank = [dict.fromkeys(_fields(template, ("", "", "")), text) for text in CONTENT_FREE]
             self.content_free = [reading.logprobs for reading in self.readings(blank)]
 
+    def asking(self, triples: Sequence[Triple]) -> list[Fields]:
+        """The two questions about each pair: in both orders, or one about each output."""
+        return [_fields(self.template, t) for prompt, a, b in triples for t in ((prompt, a, b), (prompt, b, a))]
+
     def readings(self, questions: Sequence[Fields], advance: Callable[[int], None] | None = None) -> list[Reading]:
         """The answer to every question, asked where it is not known yet."""
-        keys = [json.dumps(question, sort_keys=True) for question in questions]
+        keys = [question_key(question) for question in questions]
         new = {key: question for key, question in zip(keys, questions, strict=True) if key not in self.answers}
-        if new:
-            found = dict(zip(new, self.reader.read(self.template, list(new.values()), advance), strict=True))
-            self.asked += len(new)
+        for keys_new in batched(new, KEPT_TOGETHER if self.log else len(new) or 1):
+            asked = [new[key] for key in keys_new]
+            found = dict(zip(keys_new, self.reader.read(self.template, asked, advance), strict=True))
+            self.asked += len(asked)
             self.answers |= found
             if self.log and is_main_process():
                 _append(self.log, self.identity, found)
@@ -96,9 +99,7 @@ class Judge:
 
     def both_orders(self, triples: Sequence[Triple], advance: Callable[[int], None] | None = None) -> list[BothOrders]:
         """Each pair asked in both orders, by a template of pairs."""
-        turned = [(prompt, b, a) for prompt, a, b in triples]
-        asked = [_fields(self.template, triple) for both in zip(triples, turned, strict=True) for triple in both]
-        odds = [log_odds(labels) for labels in self.labels(asked, advance)]
+        odds = [log_odds(labels) for labels in self.labels(self.asking(triples), advance)]
         return [BothOrders(*two) for two in zip(odds[::2], odds[1::2], strict=True)]
 
     def points(
@@ -111,8 +112,7 @@ class Judge:
         """Log-odds that the first output of each triple is better than the second."""
         if self.template.kind == "pair":
             return [both.preference for both in self.both_orders(triples, advance)]
-        sides = [(prompt, text) for prompt, *texts in triples for text in texts]
-        points = self.points(sides, advance)
+        points = self.labels(self.asking(triples), advance)
         return [win_log_odds(a, b) for a, b in zip(points[::2], points[1::2], strict=True)]
 
     def fits(self, prompt: str, texts: Sequence[str]) -> bool:
@@ -123,101 +123,20 @@ class Judge:
             triples = [(prompt, text, "") for text in texts]
         return all(self.reader.fits(self.template, _fields(self.template, triple)) for triple in triples)
 
-    def doubts(self) -> dict[str, Any]:
-        """How sure the answers are: mean probability of the labels together, and labels known by a bound alone."""
-        found = self.answers.values()
-        return {
-            "answers": len(found),
-            "label_mass": fmean(reading.mass for reading in found) if found else None,
-            "answers_with_bounds": sum(reading.bounded > 0 for reading in found),
-            "answers_without_label": sum(reading.bounded == len(self.template.labels) for reading in found),
-        }
 
-
-class JudgeLabeler:
-    """Ranks outputs as a judge answers; the seed changes nothing.
-
-    Args:
-        tie_margin: outputs whose utilities are no further than this from the best of their group tie with it. A
-            utility is the mean probability to win, or expected points as a share of the scale: both from 0 to 1.
-    """
-
-    def __init__(self, judge: Judge, tie_margin: float = 0.0) -> None:
-        self.judge, self.tie_margin = judge, tie_margin
-        self.pairs: dict[str, dict[tuple[str, str], BothOrders]] = {}  # by prompt, for the position bias
-
-    def utilities(self, prompt: Prompt, outputs: Sequence[Output]) -> list[float]:
-        """Of each output, from 0 to 1; equal texts have equal ones."""
-        texts, n = list(dict.fromkeys(output.text for output in outputs)), len(self.judge.template.labels)
-        if len(texts) == 1:
-            return [0.5] * len(outputs)
-        if self.judge.template.kind == "points":
-            points = self.judge.points([(prompt.text, text) for text in texts])
-            by_text = {text: (expected_points(p) - 1) / (n - 1) for text, p in zip(texts, points, strict=True)}
-            return [by_text[output.text] for output in outputs]
-        places = [(i, j) for i in range(len(texts)) for j in range(i)]
-        asked = self.judge.both_orders([(prompt.text, texts[i], texts[j]) for i, j in places])
-        odds = [[0.0] * len(texts) for _ in texts]
-        for (i, j), both in zip(places, asked, strict=True):
-            odds[i][j], odds[j][i] = both.preference, -both.preference
-            self.pairs.setdefault(prompt.key, {}).setdefault((texts[i], texts[j]), both)
-        wins = dict(zip(texts, mean_wins(odds), strict=True))
-        return [wins[output.text] for output in outputs]
-
-    def rank(self, prompt: Prompt, outputs: Sequence[Output], seed: int = 0) -> tuple[int, ...]:
-        """Ranks by utility; see `Labeler.rank`."""
-        return ranks_of(self.utilities(prompt, outputs), self.tie_margin)
-
-    def prefers(self, prompt: Prompt, a: Output, b: Output, order_seed: int = 0) -> float:
-        """See `Labeler.prefers`."""
-        return preference(self.rank(prompt, (a, b)))
-
-    def fits(self, prompt: Prompt, outputs: Sequence[Output]) -> bool:
-        """Whether all questions about these outputs are short enough."""
-        return self.judge.fits(prompt.text, [output.text for output in outputs])
-
-    def summary(self) -> dict[str, Any]:
-        """What is known of the labels: the template, how sure the answers are, position bias."""
-        found = {"template": self.judge.template.name} | self.judge.doubts()
-        groups = [list(pairs.values()) for pairs in self.pairs.values()]
-        bias = position_bias(groups) if groups else {}
-        return found | {f"position_{name}": value for name, value in bias.items()}
-
-
-def position_bias(groups: Sequence[Sequence[BothOrders]], seed: int = 0) -> dict[str, float]:
-    """What the order changes, over the pairs of all prompts, with 95 % intervals.
-
-    `flips` is the share of pairs that the two orders decide differently, `first` the share in which both name the one
-    shown first (`second` likewise), `shift` the mean log-odds toward the first.
-
-    Args:
-        groups: one list for each prompt, the unit of the intervals.
-    """
-    flips = clustered([[float(pair.flips) for pair in group] for group in groups], seed)
-    shift = clustered([[pair.shift for pair in group] for group in groups], seed)
-    pairs = [pair for group in groups for pair in group]
+def doubts(readings: Sequence[Reading], labels: int) -> dict[str, Any]:
+    """How sure answers are: mean probability of the labels together, and how many have labels known by a bound."""
     return {
-        "pairs": len(pairs),
-        "flips": flips.mean,
-        "flips_low": flips.low,
-        "flips_high": flips.high,
-        "first": fmean(pair.ab > 0 and pair.ba > 0 for pair in pairs),
-        "second": fmean(pair.ab < 0 and pair.ba < 0 for pair in pairs),
-        "shift": shift.mean,
-        "shift_low": shift.low,
-        "shift_high": shift.high,
+        "answers": len(readings),
+        "label_mass": fmean(reading.mass for reading in readings) if readings else None,
+        "answers_with_bounds": sum(reading.bounded > 0 for reading in readings),
+        "answers_without_label": sum(reading.bounded == labels for reading in readings),
     }
 
 
-def clustered(groups: Sequence[Sequence[float]], seed: int = 0) -> Interval:
-    """Mean over all values and its 95 % bootstrap interval over groups (pairs of one prompt are not independent).
-
-    Shares that are all 0 or all 1 show no spread however few they are: then it is the Wilson interval.
-    """
-    values = [value for group in groups for value in group]
-    if set(values) in ({0.0}, {1.0}):
-        return wilson_interval(sum(values), len(values))
-    return Interval(*accuracy_interval([PairCounts(sum(group), len(group), []) for group in groups], seed))
+def question_key(question: Fields) -> str:
+    """What a question is known by."""
+    return json.dumps(question, sort_keys=True)
 
 
 def load_judge(recipe: Recipe, log: Path | None = None) -> Judge:
@@ -254,14 +173,6 @@ def judge_files(cfg: JudgeSection) -> list[Path]:
     """Files of the user's own that the labels depend on."""
     named = (cfg.template, cfg.demonstrations, "" if cfg.endpoint else cfg.model)
     return [path for path in (Path(name).expanduser() for name in named if name) if path.exists()]
-
-
-def fitting(labeler: JudgeLabeler, items: Sequence[Any], drops: Drops) -> list[Any]:
-    """Those items (with `prompt` and `outputs`) whose questions are short enough; the others are counted."""
-    kept = [item for item in items if labeler.fits(item.prompt, item.outputs)]
-    if len(kept) < len(items):
-        drops.add("question to the judge over judge.max_tokens", len(items) - len(kept))
-    return kept
 
 
 def check_room(recipe: Recipe) -> None:
@@ -308,6 +219,13 @@ def _fields(template: Template, triple: Triple) -> dict[str, str]:
     if template.kind == "pair":
         return {"prompt": prompt, "first": a, "second": b}
     return {"prompt": prompt, "response": a}
+
+
+def batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Lists of `size` items, the last one shorter."""
+    rest = iter(items)
+    while part := list(islice(rest, size)):
+        yield part
 
 
 def _read_log(path: Path | None, identity: str) -> dict[str, Reading]:

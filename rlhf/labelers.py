@@ -1,9 +1,9 @@
 """Labelers: who says which of several outputs to one prompt is better. Every labeler sees texts, never token ids.
 
 `rubric` is the simulated labeler (rlhf/rubric.py) with noise like a person's; `reward_model` ranks by a trained reward
-model, `judge` by what a language model answers (rlhf/judge.py). `make_labeler` is the one place that knows their names.
-A file of rankings needs no labeler: the rank stage copies it. Deliberately not done: one noise level for each labeler
-or prompt, and labelers that err together.
+model, `judge` by the answers of a language model (rlhf/judge_labeler.py). `make_labeler` is the one place that knows
+their names. A file of rankings needs no labeler: the rank stage copies it. Deliberately not done: one noise level for
+each labeler or prompt, and labelers that err together.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ def make_labeler(
     if name == "reward_model":
         return _reward_model_labeler(recipe, run)
     if name == "judge":
-        from rlhf.judge import JudgeLabeler, load_judge
+        from rlhf.judge import load_judge
+        from rlhf.judge_labeler import JudgeLabeler
 
         return JudgeLabeler(load_judge(recipe, log), recipe.judge.tie_margin)
     if name == "file":

@@ -26,7 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
 from rlhf.errors import UserError
-from rlhf.judge import JudgeLabeler, fitting, judge_files
+from rlhf.judge import judge_files
+from rlhf.judge_labeler import JudgeLabeler, fitting
 from rlhf.labelers import Labeler, Output, agreement, expected_agreement, make_labeler, noise_for_agreement
 from rlhf.models import load_policy, load_tokenizer
 from rlhf.phases import phase

@@ -1,4 +1,4 @@
-"""A real HTTP server on a free port of this machine that answers JSON with JSON, for doubles of other people's servers."""
+"""A real HTTP server on a free port that answers JSON with JSON, for doubles of other people's servers."""
 
 from __future__ import annotations
 

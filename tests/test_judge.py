@@ -1,4 +1,4 @@
-"""The judge as a labeler: both orders, position bias, rankings by hand, kept answers, the rank stage on the tiny model."""
+"""The judge as labeler: both orders, position bias, rankings by hand, kept answers, the rank stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from openai_double import Double, serving
 
 from rlhf.config import JudgeSection, Recipe
 from rlhf.errors import UserError
-from rlhf.judge import Judge, JudgeLabeler, check_room, clustered, load_judge, position_bias
+from rlhf.judge import Judge, check_room, load_judge
+from rlhf.judge_labeler import JudgeLabeler, clustered, position_bias
 from rlhf.judge_template import Template, load_template
 from rlhf.judging import BothOrders
 from rlhf.labelers import Output, make_judge, make_labeler
@@ -87,8 +88,8 @@ def test_the_bias_is_what_it_was_rigged_to_be() -> None:
     assert (first["position_first"], first["position_second"]) == (0.2, 0)
     assert (second["position_first"], second["position_second"]) == (0, 0.2)
     assert [x["position_shift"] for x in (fair, first, second)] == pytest.approx([0, 2.5, -2.5])
-    assert fair["position_pairs"] == 15 and fair["answers"] == 30
-    assert fair["template"] == "pair-zero-shot"
+    assert fair["position_pairs"] == 15 and fair["judge_answers"] == 30
+    assert fair["judge_template"] == "pair-zero-shot"
     assert first["position_flips_low"] < 0.2 < first["position_flips_high"]
 
 
@@ -230,10 +231,10 @@ def test_the_rank_stage_with_a_judge(tmp_path: Path, tiny_dir: str) -> None:
     for ranking in rankings:
         texts = [Output(text, True) for text in ranking.responses]
         assert JudgeLabeler(judge).rank(ranking.prompt, texts) == ranking.ranks
-    assert summary["labeler"] == "judge" and summary["template"] == "pair-brief"
+    assert summary["labeler"] == "judge" and summary["judge_template"] == "pair-brief"
     pairs = sum(len(r.responses) * (len(r.responses) - 1) // 2 for r in rankings)
-    assert summary["position_pairs"] == pairs and summary["answers"] == 2 * pairs
-    assert 0 <= summary["position_flips"] <= 1 and 0 < summary["label_mass"] < 1
+    assert summary["position_pairs"] == pairs and summary["judge_answers"] == 2 * pairs
+    assert 0 <= summary["position_flips"] <= 1 and 0 < summary["judge_label_mass"] < 1
     metrics = json.loads((stage / "stage.json").read_text())["metrics"]
     assert metrics["rank/position_shift"] == summary["position_shift"]
     assert len((stage / "judge.jsonl").read_text().splitlines()) == 2 * pairs
@@ -272,7 +273,7 @@ def test_the_rank_stage_asks_an_endpoint_and_nothing_twice(tmp_path: Path, tiny_
         assert test_rank_stage.start(tmp_path, tiny_dir, *extra) == 0
         assert len(double.bodies) - asked == 18
     _, summary, _ = test_rank_stage.outcome(tmp_path)
-    assert summary["answers"] == 30 and summary["answers_with_bounds"] == 0
+    assert summary["judge_answers"] == 30 and summary["judge_answers_with_bounds"] == 0
 
 
 def test_the_stage_refuses_a_bad_template_before_it_samples(tmp_path: Path, tiny_dir: str, capfd) -> None:
