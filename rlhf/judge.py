@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from rlhf.config import JudgeSection, Recipe
 from rlhf.errors import UserError
 from rlhf.judge_examples import check_judge, judge_template
-from rlhf.judge_template import Template, template_text
+from rlhf.judge_template import Template, find_template, template_text
 from rlhf.judging import BothOrders, calibrated, log_odds, normalised, win_log_odds
 from rlhf.models import load_policy, load_tokenizer
 from rlhf.progress import console, is_main_process
@@ -170,9 +170,10 @@ def judge_model(recipe: Recipe) -> str:
 
 
 def judge_files(cfg: JudgeSection) -> list[Path]:
-    """Files of the user's own that the labels depend on."""
-    named = (cfg.template, cfg.demonstrations, "" if cfg.endpoint else cfg.model)
-    return [path for path in (Path(name).expanduser() for name in named if name) if path.exists()]
+    """Files and folders that the labels depend on."""
+    named = (cfg.demonstrations, "" if cfg.endpoint else cfg.model)
+    own = [Path(name).expanduser() for name in named if name]
+    return [find_template(cfg.template, "judge"), *(path for path in own if path.exists())]
 
 
 def check_room(recipe: Recipe) -> None:
