@@ -24,7 +24,7 @@ from rlhf.scoring import next_token_logprobs, token_logprobs
 
 Fields = Mapping[str, str]
 SPARE = 8  # tokens kept for the label and for what encoding it anew may add
-MOST_ROWS = 64  # sequences that reason together
+MOST_ROWS = 32  # questions that are reasoned about together
 
 
 class Reading(NamedTuple):
@@ -85,18 +85,24 @@ class LocalReader:
                 "judge.max_tokens",
                 "raise it, up to the positions of the model, or take a shorter template",
             )
+        found: list[Reading] = []
+        # Reasoning takes long: a few questions at a time, so that progress shows.
+        size = MOST_ROWS if template.reasons else max(1, len(questions))
+        for first in range(0, len(questions), size):
+            found += self._read(template, questions[first : first + size], advance)
+        return found
+
+    def _read(
+        self, template: Template, questions: Sequence[Fields], advance: Callable[[int], None] | None
+    ) -> list[Reading]:
         prompts = [encode_untrusted(self.tokenizer, template.messages(fields)) for fields in questions]
         thoughts = self._reason(template, prompts) if template.reasons else [""] * len(prompts)
         cut = [
             label_ids(self.tokenizer, prompt, after(thought, template.cue), template.labels)
             for prompt, thought in zip(prompts, thoughts, strict=True)
         ]
-        return [
-            Reading(logprobs, thought)
-            for logprobs, thought in zip(
-                label_logprobs(self.model, cut, self.batch_tokens, advance), thoughts, strict=True
-            )
-        ]
+        logprobs = label_logprobs(self.model, cut, self.batch_tokens, advance)
+        return [Reading(*both) for both in zip(logprobs, thoughts, strict=True)]
 
     def _reason(self, template: Template, prompts: Sequence[list[int]]) -> list[str]:
         longest = max(map(len, prompts)) + self.reasoning_tokens
@@ -108,7 +114,7 @@ class LocalReader:
             temperature=0,
             seeds=[0] * len(prompts),
             stop_ids=stop_ids(self.tokenizer, self.model),
-            batch_size=max(1, min(MOST_ROWS, self.batch_tokens // longest)),
+            batch_size=max(1, self.batch_tokens // longest),
         )
         return [text.split(template.cue)[0].strip() for text in rollout.texts(self.tokenizer)]
 
