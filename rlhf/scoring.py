@@ -242,6 +242,14 @@ def token_logprobs(
     return _over_batches(policy, pairs, tokens, forward, advance)
 
 
+def candidate_logprobs(policy: nn.Module, hidden: Tensor, candidates: Sequence[int]) -> Tensor:
+    """Log-probabilities [B, C] of the candidates [C] as the token after each of the hidden states [B, H]."""
+    targets = torch.tensor(candidates, device=hidden.device).repeat(len(hidden))
+    repeated = hidden.repeat_interleave(len(candidates), 0)
+    logprobs, _ = head_logprobs(policy.get_output_embeddings(), repeated, targets, 1.0)
+    return logprobs.view(len(hidden), len(candidates))
+
+
 def next_token_logprobs(
     policy: nn.Module,
     contexts: Sequence[Sequence[int]],
@@ -255,11 +263,7 @@ def next_token_logprobs(
     """
 
     def forward(batch: SequenceBatch) -> list[Tensor]:
-        last = hidden_states(policy, batch)[batch.rows, batch.before]  # [B, H]
-        targets = torch.tensor(candidates, device=last.device).repeat(len(last))
-        repeated = last.repeat_interleave(len(candidates), 0)
-        logprobs, _ = head_logprobs(policy.get_output_embeddings(), repeated, targets, 1.0)
-        return list(logprobs.view(len(last), len(candidates)))
+        return list(candidate_logprobs(policy, hidden_states(policy, batch)[batch.rows, batch.before], candidates))
 
     return _over_batches(policy, [(context, candidates[:1]) for context in contexts], tokens, forward, advance)
 

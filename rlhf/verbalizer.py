@@ -12,18 +12,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
+from os.path import commonprefix
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
 from rlhf.judge_template import Template, after
+from rlhf.placement import at_hand
 from rlhf.prompting import encode_untrusted, speaks_after_colon, stop_ids
 from rlhf.rollout import sample
-from rlhf.scoring import next_token_logprobs, token_logprobs
+from rlhf.scoring import candidate_logprobs, next_token_logprobs, token_budget_batches, token_logprobs
+from rlhf.sharding import gathered, own, processes
+from rlhf.shared_prompts import build_shared, can_share, last_states, sharing
 
 Fields = Mapping[str, str]
 SPARE = 8  # tokens kept for the label and for what encoding it anew may add
+SHARED_TOKENS = 128  # a shorter beginning is not worth the copies that attention makes of it
 MOST_ROWS = 32  # questions that are reasoned about together
 
 
@@ -64,6 +71,7 @@ class LocalReader:
         self.model, self.tokenizer = model, tokenizer
         self.batch_tokens, self.reasoning_tokens = batch_tokens, reasoning_tokens
         positions = getattr(model.config, "max_position_embeddings", None)
+        self.shares: bool | None = None  # found out when there are demonstrations, the same before every question
         self.max_tokens = min(filter(None, [max_tokens, positions]), default=0)
 
     def fits(self, template: Template, fields: Fields) -> bool:
@@ -101,7 +109,9 @@ class LocalReader:
             label_ids(self.tokenizer, prompt, after(thought, template.cue), template.labels)
             for prompt, thought in zip(prompts, thoughts, strict=True)
         ]
-        logprobs = label_logprobs(self.model, cut, self.batch_tokens, advance)
+        if template.examples and self.shares is None:
+            self.shares = can_share(self.model)
+        logprobs = label_logprobs(self.model, cut, self.batch_tokens, advance, bool(self.shares))
         return [Reading(*both) for both in zip(logprobs, thoughts, strict=True)]
 
     def _reason(self, template: Template, prompts: Sequence[list[int]]) -> list[str]:
@@ -153,11 +163,13 @@ def label_logprobs(
     cut: Sequence[tuple[list[int], list[list[int]]]],
     batch_tokens: int,
     advance: Callable[[int], None] | None = None,
+    share: bool = False,
 ) -> list[tuple[float, ...]]:
     """Log-probability of every label of every question; labels of one token each share one pass.
 
     Args:
         cut: context and label ids of each question, as from `label_ids`.
+        share: what all contexts begin with is seen once a batch, for models that `can_share` prompts.
     """
     found: list[tuple[float, ...]] = [()] * len(cut)
     groups: dict[tuple[int, ...], list[int]] = {}  # questions by their labels, where these are single tokens
@@ -165,7 +177,12 @@ def label_logprobs(
         if all(len(ids) == 1 for ids in labels):
             groups.setdefault(tuple(ids[0] for ids in labels), []).append(i)
     for candidates, places in groups.items():
-        rows = next_token_logprobs(model, [cut[i][0] for i in places], candidates, batch_tokens, advance)
+        contexts = [cut[i][0] for i in places]
+        begin = len(commonprefix(contexts)[:-1]) if share else 0
+        if begin >= SHARED_TOKENS and len(contexts) > 1:
+            rows = _after_prefix(model, contexts, begin, candidates, batch_tokens, advance)
+        else:
+            rows = next_token_logprobs(model, contexts, candidates, batch_tokens, advance)
         for i, row in zip(places, rows, strict=True):
             found[i] = tuple(row.tolist())
     longer = [i for i in range(len(cut)) if not found[i]]
@@ -175,4 +192,29 @@ def label_logprobs(
         found[i] = tuple(next(sums) for _ in cut[i][1])
         if advance:
             advance(1)
+    return found
+
+
+def _after_prefix(
+    model: PreTrainedModel,
+    contexts: Sequence[list[int]],
+    begin: int,
+    candidates: Sequence[int],
+    tokens: int,
+    advance: Callable[[int], None] | None,
+) -> list[Tensor]:
+    """As `next_token_logprobs`, of contexts whose first `begin` tokens are the same; the model is in eval mode."""
+    prefix, by_length = contexts[0][:begin], sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
+    rests = [contexts[i][begin:] for i in own(by_length)]
+    mine = [torch.empty(0)] * len(rests)
+    with torch.no_grad(), at_hand(model), sharing(model):
+        for batch in token_budget_batches([len(rest) for rest in rests], max(1, tokens - begin)):
+            last = last_states(model, build_shared([(prefix, rests[i]) for i in batch]).to(model.device))
+            for i, row in zip(batch, candidate_logprobs(model, last, candidates), strict=True):
+                mine[i] = row.cpu()
+            if advance:
+                advance(len(batch) * processes())
+    found = [torch.empty(0)] * len(contexts)
+    for i, row in zip(by_length, gathered(mine), strict=True):
+        found[i] = row
     return found

@@ -74,6 +74,36 @@ def test_labels_are_read_off_the_whole_softmax(
         assert max(expected) - min(expected) > 0.01  # the test could tell labels apart
 
 
+def test_demonstrations_that_all_questions_share_are_seen_once(
+    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (
+        THINK.replace("chain-of-thought", "few-shot").replace("A B", "1 2")
+        + """--- demonstrations
+{"prompt": "Is tea a drink?", "first": "Yes, and a good one.", "second": "no", "label": "1"}
+{"prompt": "Boil water.", "first": "I cannot.", "second": "Done in three minutes.", "label": "2"}
+"""
+    )
+    template = parse_template(text, "t", "t")
+    reader, counted, passes = LocalReader(model, tiny_tokenizer, 400), [], []
+    real = verbalizer.last_states
+    monkeypatch.setattr(verbalizer, "last_states", lambda m, b: passes.append(b.input_ids.numel()) or real(m, b))
+    monkeypatch.setattr(verbalizer, "SHARED_TOKENS", 30)
+    found = reader.read(template, QUESTIONS, counted.append)
+    assert reader.shares and sum(counted) == len(QUESTIONS) and len(passes) > 1
+    lengths = []
+    for question, reading in zip(QUESTIONS, found, strict=True):
+        prompt = encode_untrusted(tiny_tokenizer, template.messages(question))
+        context, labels = label_ids(tiny_tokenizer, prompt, template.cue, template.labels)
+        assert reading.logprobs == pytest.approx([loop(model, context, ids) for ids in labels], abs=2e-5)
+        lengths.append(len(context))
+    assert sum(passes) < sum(lengths)
+    # A question about a demonstration's prompt begins otherwise, and all are read as ever.
+    again = reader.read(template, [*QUESTIONS, QUESTIONS[0] | {"prompt": "Is tea a drink?"}])
+    for before, after in zip(found, again, strict=False):
+        assert after.logprobs == pytest.approx(before.logprobs, abs=2e-5)
+
+
 def test_labels_of_several_tokens_and_of_one(model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     text = "kind: pair\nform: zero-shot\nlabels: first other\n---\n{{ prompt }}{{ first }}{{ second }}"
     template = parse_template(text, "t", "t")
