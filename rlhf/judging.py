@@ -36,8 +36,8 @@ class BothOrders(NamedTuple):
 
 def normalised(logprobs: Sequence[float]) -> list[float]:
     """Log-probabilities of the labels given that one of them is said: they sum to 1."""
-    values = np.asarray(logprobs, dtype=np.float64)
-    return (values - np.logaddexp.reduce(values)).tolist()
+    total = np.logaddexp.reduce(logprobs)
+    return [float(logp - total) for logp in logprobs]
 
 
 def calibrated(logprobs: Sequence[float], content_free: Sequence[Sequence[float]]) -> list[float]:
@@ -47,8 +47,8 @@ def calibrated(logprobs: Sequence[float], content_free: Sequence[Sequence[float]
         logprobs: of each label.
         content_free: of each label, for inputs without content; p_cf is the mean of their probabilities.
     """
-    free = np.logaddexp.reduce([normalised(row) for row in content_free], axis=0) - math.log(len(content_free))
-    return normalised((np.asarray(normalised(logprobs)) - free).tolist())
+    free = np.logaddexp.reduce([normalised(row) for row in content_free], axis=0)  # of the sum: what follows divides
+    return normalised([logp - each for logp, each in zip(logprobs, free, strict=True)])
 
 
 def log_odds(logprobs: Sequence[float]) -> float:
@@ -91,12 +91,12 @@ def sigmoid(x: float) -> float:
 
 def log_loss(log_odds_of_right: Sequence[float]) -> float:
     """Mean of -log p over pairs, p the probability given to the side that people preferred; log 2 = 0.693 is chance."""
-    return float(np.logaddexp(0, -np.asarray(log_odds_of_right, dtype=np.float64)).mean())
+    return float(np.mean([np.logaddexp(0, -x) for x in log_odds_of_right]))
 
 
 def brier(log_odds_of_right: Sequence[float]) -> float:
     """Mean of (1 - p)^2 (Brier 1950); 0.25 is chance."""
-    return float(np.mean([(1 - sigmoid(x)) ** 2 for x in log_odds_of_right]))
+    return float(np.mean([sigmoid(-x) ** 2 for x in log_odds_of_right]))
 
 
 def calibration_error(reliability: Sequence[dict[str, float]]) -> float:

@@ -42,6 +42,7 @@ TARGETS = {
     "rlhf.objectives": ["test_objectives.py", "test_losses.py"],
     "rlhf.ranking": ["test_ranking.py"],
     "rlhf.experience": ["test_experience.py"],
+    "rlhf.judging": ["test_judging.py"],
 }
 LIMIT_S = 60  # a mutant that hangs counts as seen
 QUICK = 12
@@ -76,6 +77,13 @@ EQUIVALENT = {
     ): "a variance of 0 is caught by the where around it",
     ("ema_update", "parameters[name].detach()  ->  parameters[name]"): "the function runs without gradients",
     ("ranking_loss", "strict=True  ->  strict=False"): "the split has one part for every group by construction",
+    ("calibrated", "strict=True  ->  strict=False"): "both have an entry for each label",
+    ("sigmoid", "x >= 0  ->  x > 0"): "at 0 both branches are one half",
+    ("sigmoid", "x >= 0  ->  x >= 1"): "the two branches are one function; they differ in where they overflow",
+    (
+        "calibration_error",
+        "row['accuracy'] - row['confidence']  ->  row['confidence'] - row['accuracy']",
+    ): "taken as an absolute value",
 }
 
 

@@ -28,7 +28,21 @@ def rlhf(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProces
 
 def test_help_names_every_command_and_shows_examples() -> None:
     text = rlhf("--help").stdout
-    for command in ("run", "sft", "rank", "reward", "ppo", "evaluate", "profile", "report", "chat", "plan", "recipes"):
+    for command in (
+        "run",
+        "sft",
+        "rank",
+        "reward",
+        "ppo",
+        "evaluate",
+        "profile",
+        "report",
+        "chat",
+        "plan",
+        "recipes",
+        "judge-eval",
+        "judge-search",
+    ):
         assert f" {command} " in text
     assert "rlhf run demo" in text
     assert "--variant" in rlhf("ppo", "--help").stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import test_rank_stage
 from openai_double import Double, serving
+from test_distributed import arguments, run_ranks
 
 from rlhf.config import JudgeSection, Recipe
 from rlhf.errors import UserError
@@ -288,3 +290,49 @@ def test_the_section_has_a_range_for_every_number() -> None:
     for values in ({"tie_margin": 1.1}, {"shots": 0}, {"top_logprobs": 21}, {"timeout_s": 0}, {"reasoning_tokens": 0}):
         with pytest.raises(ValueError):
             JudgeSection(**values)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(1800)
+def test_two_processes_share_the_questions_and_rank_as_one(tmp_path: Path, tiny_dir: str) -> None:
+    """Demonstrations seen once a batch, reasoning, and policies under a template; whole models and partitioned ones."""
+    few = tmp_path / "few.txt"
+    example = {"prompt": "is it so? " * 40, "first": "yes", "second": "no", "label": "1"}
+    few.write_text(
+        "kind: pair\nform: few-shot\nlabels: 1 2\ncue: Better:\n---\n{{ prompt }} A {{ first }} B {{ second }}\n"
+        f"--- demonstrations\n{json.dumps(example)}\n"
+    )
+    judged = ["rank.prompts=6", "rank.labeler=judge", "judge.tie_margin=0", "judge.reasoning_tokens=4"]
+    work = {
+        "few": ("rank", [*judged, f"judge.template={few}", "judge.batch_tokens=1024"]),
+        "think": ("rank", [*judged, "judge.template=pair-chain-of-thought"]),
+        "prompted": (
+            "evaluate",
+            ["evaluate.prompted=[few-shot,chain-of-thought]", "evaluate.prompts=3", "evaluate.reasoning_tokens=4"],
+        ),
+    }
+    parted = ["launch.zero_stage=3", "launch.frozen=partitioned", "launch.gather=by_layer"]
+    ways = {"one": [], "whole": ["launch.processes=2"], "parted": ["launch.processes=2", *parted]}
+    jobs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    for way, launch in ways.items():
+        for name, (stage, more) in work.items():
+            shutil.copytree(tiny_dir, tmp_path / f"{way}-{name}" / "sft" / "model")
+            settings = arguments(tmp_path, f"{way}-{name}", "data.max_response_tokens=8", *more, *launch)
+            jobs[way].append({"module": f"stages.{stage}", "arguments": settings})
+    run_ranks(jobs["one"], tmp_path, processes=1)
+    run_ranks([*jobs["whole"], *jobs["parted"]], tmp_path)
+
+    def rows(path: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (tmp_path / path).read_text().splitlines()]
+
+    for way in ("whole", "parted"):
+        for name in ("few", "think"):
+            assert rows(f"{way}-{name}/rank/rankings.jsonl") == rows(f"one-{name}/rank/rankings.jsonl")
+            expected = {row["question"]: row for row in rows(f"one-{name}/rank/judge.jsonl")}
+            answers = rows(f"{way}-{name}/rank/judge.jsonl")
+            assert len(answers) == len(expected) > 6
+            for row in answers:
+                assert row["logprobs"] == pytest.approx(expected[row["question"]]["logprobs"], abs=1e-4)
+                assert row["reasoning"] == expected[row["question"]]["reasoning"]
+        theirs, ours = (rows(f"{each}-prompted/evaluate/samples.jsonl") for each in (way, "one"))
+        assert [row["responses"] for row in theirs] == [row["responses"] for row in ours]
