@@ -40,11 +40,17 @@ rlhf plan demo --gpu h100-80g --count 2   steps, memory, time; nothing loaded
 
 rlhf ppo demo --variant ppo          one stage alone
 
+rlhf label runs/demo                 the page on which people rank its outputs
+
 rlhf chat runs/demo                  SFT and aligned side by side
+
+rlhf agreement rankings.jsonl        how far its labelers agree
 
 rlhf export runs/demo                the aligned policy as a plain model folder
 
 rlhf peft demo                       what each parameter-efficient method would train and store
+
+rlhf compare peft                    full fine-tuning and every parameter-efficient method
 """,
 )
 
@@ -102,7 +108,8 @@ def sft(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = Fals
 def rank(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = False, accept: Accept = None) -> None:
     """Sample K outputs per prompt and rank them. Reads sft/model, data.prompts; writes rank/rankings.jsonl.
 
-    With rank.labeler=file nothing is sampled: it checks data.rankings and copies them.
+    With rank.labeler=file nothing is sampled: it checks data.rankings and copies them. With rank.labeler=human it
+    serves the labelling page and goes on when enough rankings are in.
     """
     _stage("rank", recipe, overrides, fresh, accept)
 
@@ -145,6 +152,25 @@ def evaluate(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh =
 
 
 @app.command()
+def compare(
+    name: Annotated[str, typer.Argument(metavar="COMPARISON", help="Name from `rlhf recipes`, or a YAML file.")],
+    overrides: Overrides = None,
+    way: Annotated[
+        list[str] | None, typer.Option("--way", metavar="WAY", help="Run this way alone; repeatable. Default: all.")
+    ] = None,
+    fresh: Fresh = False,
+) -> None:
+    """Run one recipe in several ways, such as full fine-tuning and LoRA, and set them side by side.
+
+    All ways are scored by one reward model and judged alike. Run it again to go on: finished ways are skipped. Writes
+    runs/NAME/comparison.html, and a run folder for each way beside it.
+    """
+    from launch.compare import compare as run_ways
+
+    raise typer.Exit(run_ways(name, overrides or [], way or [], fresh))
+
+
+@app.command()
 def status(run: RunArgument) -> None:
     """Show the stages of a run, how far each is, and what would run next."""
     from launch.status import show
@@ -172,12 +198,49 @@ def profile(
 
 @app.command()
 def report(run: RunArgument) -> None:
-    """Draw the report of a run again: RUN/report.html."""
+    """Draw the report of a run again: RUN/report.html; of a comparison, as far as it is, RUN/comparison.html."""
     from launch.pipeline import report as write
+    from rlhf.ways import FILE, read_comparison
 
     if not run.is_dir():
         raise UserError("there is no such run folder", str(run), "give one that `rlhf run` made, such as runs/demo")
-    write(run)
+    if (run / FILE).is_file():
+        from launch.compare import draw
+
+        here = run.resolve()  # wherever it was when it was written
+        draw(read_comparison(str(here / FILE), [f"run.dir={here.parent}", f"run.name={here.name}"]))
+    else:
+        write(run)
+
+
+@app.command()
+def label(
+    run: RunArgument,
+    labelers: Annotated[
+        str, typer.Option("--labelers", metavar="NAME,NAME", help="Who ranks; default: the recipe's label.labelers.")
+    ] = "",
+    host: Annotated[
+        str | None, typer.Option("--host", help="Address to serve on; default: label.host, this machine alone.")
+    ] = None,
+    port: Annotated[int | None, typer.Option("--port", min=0, max=65535, help="Default: label.port.")] = None,
+    revoke: Annotated[bool, typer.Option("--revoke", help="Make these labelers' earlier links useless.")] = False,
+    export: Annotated[
+        Path | None, typer.Option("--export", metavar="FILE", help="Write the rankings so far and end.")
+    ] = None,
+) -> None:
+    """Serve the page on which people rank the outputs of a run; one link for each labeler. Ctrl-C ends it.
+
+    Reads RUN/rank/outputs.jsonl, which `rlhf run RECIPE rank.labeler=human` samples, or which you put there: a JSON
+    object with prompt and responses on each line. Keeps what people say in RUN/labels.sqlite.
+    """
+    from launch.label import export as write
+    from launch.label import serve, settings
+
+    recipe = settings(run, labelers, host, port)
+    if export:
+        write(run, recipe, export)
+    else:
+        serve(run, recipe, revoke)
 
 
 @app.command()
@@ -334,16 +397,56 @@ def judge_search(
     search_template(files, template or [], chosen, numbers, trials, limit, out, answers)
 
 
+RankingFiles = Annotated[
+    list[str], typer.Argument(metavar="FILE...", help="Ranking files, as in data.rankings; embedded:NAME too.")
+]
+
+
+@app.command()
+def agreement(
+    files: RankingFiles,
+    parts: Annotated[int, typer.Option("--windows", min=1, help="Parts of the time table.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
+) -> None:
+    """Show how far labelers agree who ranked the same outputs: pairs, Kendall tau-b, Krippendorff alpha.
+
+    Also by labeler, and over time. Rankings say who ranked in `labeler` and when in `time`; those of a file that name
+    nobody count as one labeler's.
+    """
+    from launch.agreement_report import show
+
+    show(files, parts, seed, as_json)
+
+
+@app.command()
+def convert(
+    files: RankingFiles,
+    out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="New file to write.")],
+) -> None:
+    """Write ranking files of any layout that is read as one file of plain rankings, with labelers and times.
+
+    Reads Label Studio and Argilla exports and the published data sets that the README names.
+    """
+    from launch.agreement_report import convert as write
+
+    write(files, out)
+
+
 @app.command()
 def recipes() -> None:
-    """List the shipped recipes."""
+    """List the shipped recipes and comparisons."""
     from rlhf.recipe import RECIPES, recipe_names
+    from rlhf.ways import COMPARISONS, comparison_names
 
-    names = recipe_names()
-    width = max(len(name) for name in names)
-    for name, description in names.items():
-        typer.echo(f"{name:<{width}}  {description}")
-    typer.echo(f"\nTheir files, to copy and change: {RECIPES}")
+    for names, folder, ends in (
+        (recipe_names(), RECIPES, "\n\nComparisons, for `rlhf compare`:\n"),
+        (comparison_names(), COMPARISONS, ""),
+    ):
+        width = max(len(name) for name in names)
+        for name, description in names.items():
+            typer.echo(f"{name:<{width}}  {description}")
+        typer.echo(f"\nTheir files, to copy and change: {folder}{ends}")
 
 
 def main() -> None:

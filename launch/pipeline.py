@@ -105,7 +105,7 @@ def run(name_or_path: str, overrides: Sequence[str], redo: Redo = NOTHING) -> in
         code = start(stage, recipe, name_or_path, overrides, redo)
         if code:
             again = shlex.join(["rlhf", "run", name_or_path, *overrides])
-            how = _how_ended(code, world_size(recipe) > 1)
+            how = how_ended(code, world_size(recipe) > 1)
             console.print(f"stage {stage} {how}. To go on where it stopped: {again}", markup=False, soft_wrap=True)
             return code
     if leads and "evaluate" in recipe.run.stages:
@@ -113,7 +113,7 @@ def run(name_or_path: str, overrides: Sequence[str], redo: Redo = NOTHING) -> in
     return 0
 
 
-def _how_ended(code: int, launched: bool) -> str:
+def how_ended(code: int, launched: bool) -> str:
     """What became of a stage, in words."""
     if code in STOPPED:
         return "stopped"

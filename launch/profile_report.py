@@ -14,6 +14,7 @@ from rlhf.errors import UserError
 from rlhf.floors import PhaseCost, Row, furthest, mean_row, phase_costs
 from rlhf.progress import console, table
 from rlhf.recipe import load_recipe
+from rlhf.rundir import read_rows
 
 VARIANTS = ("ppo-ptx", "ppo")
 # Components of rlhf/memory.py that stay, or come with every update; what else there is comes and goes within a phase.
@@ -86,7 +87,7 @@ def profile(path: Path, variant: str = "") -> Profile:
         phase_costs(mean),
         mean,
         _memory(path, load_recipe(str(file)), stage, mean_row(rows)),
-        {name: rate for name in ("sft", "reward") if (rate := _rate(_rows(path / name / "metrics.jsonl")))},
+        {name: rate for name in ("sft", "reward") if (rate := _rate(read_rows(path / name / "metrics.jsonl")))},
     )
 
 
@@ -148,15 +149,8 @@ def _verdict(found: Profile) -> str:
     return text
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; one that is being written is left out."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-
-
 def _iterations(path: Path) -> list[dict[str, Any]]:
-    return [row for row in _rows(path) if row.get("perf/seconds_rollout") is not None]
+    return [row for row in read_rows(path) if row.get("perf/seconds_rollout") is not None]
 
 
 def _rate(rows: Sequence[Row]) -> float | None:

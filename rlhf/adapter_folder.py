@@ -108,7 +108,10 @@ def find_adapter(folder: str | Path) -> AdapterFolder | None:
             reward_mean=float(record["reward_mean"]),
             reward_std=float(record["reward_std"]),
         )
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _broken(path, f"{'.'.join(map(str, ('peft', *first['loc'])))}: {first['msg']}") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise _broken(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
 
 

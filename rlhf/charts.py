@@ -5,15 +5,19 @@ matplotlib draws with placeholder colours, which become CSS variables of the pag
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from io import StringIO
+from typing import NamedTuple
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+
+from rlhf.label_placement import Box, nearest, place
 
 Series = tuple[Sequence[float], Sequence[float]]  # x and y
 
@@ -25,8 +29,9 @@ COLOURS = {
     "#0a0002": "var(--ppo)",
     "#0a0003": "var(--ptx)",
     "#0a0004": "var(--other)",
+    "#0a0005": "var(--card)",
 }
-MUTED, RULE, SFT, PPO, PTX, OTHER = COLOURS
+MUTED, RULE, SFT, PPO, PTX, OTHER, CARD = COLOURS
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "rlhf",
@@ -120,8 +125,77 @@ def calibration_chart(rows: Sequence[Mapping[str, float]]) -> str:
         return _svg(figure)
 
 
-def _figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(4.3, 2.35), layout="constrained")
+class Named(NamedTuple):
+    """A point with a name and an interval of its y."""
+
+    name: str
+    x: float
+    y: float
+    low: float
+    high: float
+
+
+def named_points_chart(points: Sequence[Named], start: float, x_label: str, share: bool = False) -> str:
+    """Named points over a logarithmic x, each with the interval of its y.
+
+    Where the interval covers `start`, which a dashed line marks, the point is hollow.
+
+    Args:
+        share: y is a share, shown in percent.
+    """
+    with rc_context(STYLE):
+        figure, axes = _figure(3.9, 2.7)
+        axes.set_xscale("log")
+        axes.axhline(start, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+        for point in points:
+            hollow = point.low <= start <= point.high
+            axes.plot([point.x] * 2, [point.low, point.high], color=PTX, linewidth=1.3, alpha=0.6)
+            # A hollow marker is filled with the card's colour, or its own bar would run through it.
+            fill = CARD if hollow else PTX
+            axes.plot(point.x, point.y, "o", color=PTX, markersize=5.5, markerfacecolor=fill, markeredgewidth=1.3)
+        axes.set_xlim(min(point.x for point in points) / 3, max(point.x for point in points) * 3)
+        axes.margins(y=0.12)
+        axes.set_xlabel(x_label)
+        axes.xaxis.set_major_locator(LogLocator(numticks=7))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if share:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        _name_points(figure, axes, points, start)
+        return _svg(figure)
+
+
+def _name_points(figure: Figure, axes: Axes, points: Sequence[Named], line: float) -> None:
+    """Write each name where it covers nothing, with a line to its point when it is not beside it.
+
+    Args:
+        line: y of a line from left to right.
+    """
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the names are placed for the axes as they are now
+    texts = [axes.annotate(p.name, (p.x, p.y), (0, 0), textcoords="offset points", va="bottom") for p in points]
+    boxes = [text.get_window_extent() for text in texts]
+    pixels = [axes.transData.transform([(p.x, p.low), (p.x, p.y), (p.x, p.high)]).tolist() for p in points]
+    anchors = [(x, y) for _, (x, y), _ in pixels]
+    obstacles: list[Box] = [(x - 4, y - 4, x + 4, y + 4) for x, y in anchors]
+    obstacles += [(low[0] - 1.5, low[1], low[0] + 1.5, high[1]) for low, _, high in pixels]
+    left, bottom, right, top = axes.get_window_extent().extents.tolist()
+    level = axes.transData.transform((points[0].x, line))[1]
+    obstacles.append((left, level - 1.5, right, level + 1.5))
+    # A browser's line is a little higher than matplotlib's, and its font another one.
+    sizes = [(box.width, box.height + 3) for box in boxes]
+    placed = place(anchors, sizes, obstacles, (left, bottom, right, top))
+    for text, anchor, box in zip(texts, anchors, placed, strict=True):
+        text.set_position((box[0] - anchor[0], box[1] + 1.5 - anchor[1]))
+        end = nearest(box, anchor)
+        if math.dist(end, anchor) > 8:
+            (x0, y0), (x1, y1) = axes.transData.inverted().transform([anchor, end]).tolist()
+            axes.plot([x0, x1], [y0, y1], color=MUTED, linewidth=0.5, zorder=1, scalex=False, scaley=False)
+
+
+def _figure(width: float = 4.3, height: float = 2.35) -> tuple[Figure, Axes]:
+    # At 72 dots per inch a pixel of the renderer is a point, which is what SVG is written in.
+    figure = Figure(figsize=(width, height), dpi=72, layout="constrained")
     FigureCanvasSVG(figure)
     return figure, figure.add_subplot()
 

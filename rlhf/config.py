@@ -6,6 +6,7 @@ Figures called "paper" are from Ouyang et al. 2022 (arXiv 2203.02155), Appendix 
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -14,6 +15,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 PeftMethod = Literal["none", "lora", "dora", "prefix", "p_tuning", "p_tuning_v2", "prompt", "adapter", "ia3", "bitfit"]
 VIRTUAL_TOKENS = ("prefix", "p_tuning", "p_tuning_v2", "prompt")  # rows with tokens that are no words before them
 CACHED_TOKENS = ("prefix", "p_tuning_v2")  # of these, the methods whose tokens are keys and values of every layer
+LABELER = r"[\w.-]{1,40}"  # letters of any script
 NOT_MERGED = (*VIRTUAL_TOKENS, "adapter")  # what they add is no change of a weight that is there
 READ_BY = {
     "rank": ("lora", "dora"),
@@ -163,6 +165,37 @@ class JudgeSection(Section):
     top_logprobs: int = Field(20, ge=2, le=20, description="likeliest tokens that an endpoint is asked for")
     concurrency: int = Field(4, ge=1, le=256, description="questions to an endpoint under way at once")
     timeout_s: float = Field(60.0, gt=0, description="for an endpoint's answer")
+
+
+class LabelSection(Section):
+    """The page on which people rank: `rank.labeler=human`, and `rlhf label RUN`."""
+
+    labelers: list[str] = Field(["labeler"], min_length=1, description="who ranks; each gets a link of their own")
+    rankings: int = Field(0, ge=0, description="the run goes on when so many are in; 0: when all that are wanted are")
+    overlap: float = Field(0.1, ge=0, le=1, description="share of the prompts that more than one labeler ranks")
+    opinions: int = Field(2, ge=2, le=100, description="how many labelers rank each of those, where there are as many")
+    claim_minutes: float = Field(
+        60.0, gt=0, description="a prompt that was given out is kept for its labeler so long, then others may get it"
+    )
+    quality: Literal["required", "optional", "off"] = Field(
+        "optional", description="ask for the overall quality of each output, 1 to 7 (paper, Table 3)"
+    )
+    flags: bool = Field(True, description="offer the yes/no flags of each output (paper, Table 3)")
+    host: str = Field(
+        "127.0.0.1", min_length=1, description="address that the page is served on; another one opens it to the network"
+    )
+    port: int = Field(0, ge=0, le=65535, description="0: the run's last one, else any that is free")
+
+    @model_validator(mode="after")
+    def _names(self) -> LabelSection:
+        for name in self.labelers:
+            if not re.fullmatch(LABELER, name):
+                raise ValueError(
+                    f"{name!r} is no name for a labeler", "1 to 40 letters, digits or . _ - without blanks"
+                )
+            if self.labelers.count(name) > 1:
+                raise ValueError(f"the labeler {name} is listed twice", "name each of them once")
+        return self
 
 
 class RewardPeftSection(Section):
@@ -316,6 +349,7 @@ class Recipe(Section):
     sft: SftSection = SftSection()
     rank: RankSection = RankSection()
     judge: JudgeSection = JudgeSection()
+    label: LabelSection = LabelSection()
     reward: RewardSection = RewardSection()
     ppo: PpoSection = PpoSection()
     evaluate: EvaluateSection = EvaluateSection()

@@ -17,7 +17,7 @@ from rlhf.checkpoint import list_checkpoints
 from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.recipe import changed_keys, fields, load_recipe, recipe_to_yaml
-from rlhf.rundir import RunFolder, hash_path, write_atomic
+from rlhf.rundir import RunFolder, hash_path, size_of, write_atomic
 from rlhf.sources import local_path
 
 ABSENT = "absent"  # recorded for what a stage would have read, had it been there
@@ -43,7 +43,11 @@ _JUDGE = tuple(
 _PPO = Reads(("ppo", "reward.peft"), ("prompts", "pretraining"), ("sft/model", "reward/model"))
 READS = {
     "sft": Reads(("sft",), ("demonstrations", "pretraining")),
-    "rank": Reads(("rank", *_JUDGE), ("prompts", "rankings"), ("sft/model",)),
+    "rank": Reads(
+        ("rank", *_JUDGE, "label.rankings", "label.overlap", "label.opinions"),
+        ("prompts", "rankings"),
+        ("sft/model",),
+    ),
     "reward": Reads(("reward", "rank.labeler"), ("demonstrations", "rankings"), ("sft/model", "rank/rankings.jsonl")),
     "ppo-ptx": _PPO,
     "ppo": _PPO,
@@ -137,6 +141,25 @@ def changes(record: dict[str, Any], recipe: Recipe, stage: str, run: RunFolder, 
         if current not in (digest, ABSENT):
             found.append(key)
     return found + [key for key in now if key not in before and now[key] != ABSENT]
+
+
+def lost_outputs(run: RunFolder, stage: str, record: dict[str, Any]) -> list[str]:
+    """Names of what a finished stage had left and is gone, or of another size."""
+    folder = run.stage_dir(stage)
+    return [
+        key
+        for key, size in record.get("outputs", {}).items()
+        if not (folder / key).exists() or size_of(folder / key) != size
+    ]
+
+
+def unchanged(recipe: Recipe, run: RunFolder, stage: str) -> bool:
+    """Whether the stage program would skip itself: finished, with this recipe, these inputs, and its results there."""
+    record = run.read_stage(stage)
+    if record is None or record.get("state") != "done":
+        return False
+    now = declared_inputs(recipe, stage, run)
+    return not changes(record, recipe, stage, run, now) and not lost_outputs(run, stage, record)
 
 
 def may_change(stage: str, key: str, done: bool) -> bool:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rlhf.labelers import Labeler, Output
     from rlhf.records import Prompt
 
+ENOUGH_PROMPTS = 20  # below, a bootstrap interval is much too narrow
+
 
 class Interval(NamedTuple):
     """A mean or proportion and the ends of its interval."""
@@ -85,6 +87,18 @@ def win_rate(wins: Sequence[float], resamples: int = 2000, seed: int = 0) -> Int
         raise ValueError("a win rate needs at least one prompt")
     if np.ptp(values) == 0:
         return wilson_interval(float(values.sum()), len(values))
+    return mean_interval(values, resamples, seed)
+
+
+def mean_interval(values: Sequence[float], resamples: int = 2000, seed: int = 0) -> Interval:
+    """Mean of one value per prompt and its 95 % percentile bootstrap interval over prompts (Efron 1979).
+
+    Raises:
+        ValueError: without any value.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if not len(values):
+        raise ValueError("a mean needs at least one value")
     rng = np.random.default_rng(seed)
     means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
     low, high = np.percentile(means, [2.5, 97.5])

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.agreement import tally
 from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.models import load_reward_model, load_tokenizer
@@ -129,9 +130,9 @@ def make_labeler(
             "rankings from files are read, nothing is labelled", "rank.labeler", "name the files in data.rankings"
         )
     raise UserError(
-        f"the labeler {name!r} is not part of this version",
+        "people rank on the labelling page, which the rank stage serves",
         where="rank.labeler",
-        fix="rank elsewhere and give the files: rank.labeler=file 'data.rankings=[FILE]'; or rank.labeler=rubric",
+        fix="run the rank stage; or name files of rankings in data.rankings, with rank.labeler=file",
     )
 
 
@@ -158,12 +159,8 @@ def ranks_of(utilities: Sequence[float], tie_margin: float = 0.0) -> tuple[int, 
 
 def agreement(ranks_a: Sequence[int], ranks_b: Sequence[int]) -> tuple[int, int]:
     """(pairs ordered alike, pairs untied in both rankings) of one prompt's outputs."""
-    agreeing = comparable = 0
-    for (a1, b1), (a2, b2) in combinations(list(zip(ranks_a, ranks_b, strict=True)), 2):
-        if a1 != a2 and b1 != b2:
-            comparable += 1
-            agreeing += (a1 < a2) == (b1 < b2)
-    return agreeing, comparable
+    counts = tally(ranks_a, ranks_b)
+    return counts.alike, counts.alike + counts.opposed
 
 
 def expected_agreement(groups: Sequence[Sequence[float]], sigma: float, tie_margin: float = 0.0) -> float:

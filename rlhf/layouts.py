@@ -6,7 +6,7 @@ A layout is known by its keys (first line of each); 1 is the best rank and equal
     (arXiv 2204.05862)      the prompt is what both share, up to the last "Assistant:"; chosen 1, rejected 2
     OpenAI summarize-       info, summaries, choice
     from-feedback           "SUBREDDIT: r/.. TITLE: .. POST: .. TL;DR:", or "Article: .. TL;DR:" for news;
-    (arXiv 2009.01325)      summaries[].text, the one at index `choice` 1, the other 2
+    (arXiv 2009.01325)      summaries[].text, the one at index `choice` 1, the other 2; `worker` is the labeler
     WebGPT comparisons      question, answer_0, answer_1, score_0, score_1
     (arXiv 2112.09332)      question.full_text; the higher score first, equal scores tie
     UltraFeedback           instruction, completions
@@ -20,43 +20,24 @@ A layout is known by its keys (first line of each); 1 is the best rank and equal
     SHP                     history, human_ref_A, human_ref_B, labels
     (Ethayarajh 2022)       history; labels 1: A first, 0: B first
 
+Exports of labelling tools are found in the same way and read by rlhf/label_studio.py and rlhf/argilla.py.
+
 A field that is missing or of the wrong type is the user's error, as everywhere. Known blemishes of the releases (empty
 responses, equal texts ranked apart, too few responses, a dialogue that parts early) are dropped and counted by reason.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from rlhf.sources import Row, check_list, check_object, check_text, check_whole
+from rlhf import argilla, label_studio
+from rlhf.ranked import Counter, Layout, Ranked, column, has, number, objects, ranks_of_scores, text_or_empty
+from rlhf.sources import Row, check_object, check_text, check_whole
 
 MIN_K, MAX_K = 2, 16
 _MARKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-
-
-class Counter(Protocol):
-    """What counts dropped rows: `rlhf.records.Drops`."""
-
-    def add(self, reason: str, n: int = 1) -> None: ...
-
-
-class Ranked(NamedTuple):
-    """A ranking before it is checked: the prompt as the contract has it (text or messages), texts, ranks."""
-
-    prompt: str | list[dict[str, str]]
-    responses: list[str]
-    ranks: list[int]
-
-
-class Layout(NamedTuple):
-    """A published layout: its name, whether a row has it, and how the row is read."""
-
-    name: str
-    matches: Callable[[dict[str, Any]], bool]
-    read: Callable[[Row, Counter], Iterator[Ranked]]
 
 
 def split_transcript(text: str) -> list[tuple[str, str]] | None:
@@ -75,12 +56,6 @@ def split_transcript(text: str) -> list[tuple[str, str]] | None:
                 turns[-1][2] = marker.start()
             turns.append([marker[1], marker.end(), len(text)])
     return [(speaker, text[start:end].strip()) for speaker, start, end in turns] or None
-
-
-def ranks_of_scores(scores: Sequence[float]) -> list[int]:
-    """Ranks of scores, the highest 1, equal scores tied, no rank left out: [7, 9, 7, 1] gives [2, 1, 2, 3]."""
-    order = sorted(set(scores), reverse=True)
-    return [order.index(score) + 1 for score in scores]
 
 
 def find_layout(fields: dict[str, Any]) -> Layout | None:
@@ -154,36 +129,38 @@ def _summarize(row: Row, drops: Counter) -> Iterator[Ranked]:
         article = check_text(row, "info.article", info.get("article"))
         prompt = f"Article:\n{article}\n\nTL;DR:"
     # The texts begin with the blank that follows "TL;DR:".
-    texts = [text.strip() for text in _column(row, "summaries", "text")]
+    texts = [text.strip() for text in column(row, "summaries", "text")]
     choice = check_whole(row, "choice", row.need("choice"))
     if not 0 <= choice < len(texts):
         raise row.fail("choice", f"`choice` is {choice}, and there are {len(texts)} summaries", "count from 0")
-    yield Ranked(prompt, texts, [1 if i == choice else 2 for i in range(len(texts))])
+    labeler = check_text(row, "worker", row.fields["worker"]) if "worker" in row.fields else ""
+    yield Ranked(prompt, texts, [1 if i == choice else 2 for i in range(len(texts))], labeler)
 
 
 def _webgpt(row: Row, drops: Counter) -> Iterator[Ranked]:
     question = check_object(row, "question", row.need("question"))
     prompt = check_text(row, "question.full_text", question.get("full_text"))
-    answers = [_text(row, field, row.need(field)) for field in ("answer_0", "answer_1")]
-    scores = [_number(row, field, row.need(field)) for field in ("score_0", "score_1")]
+    answers = [text_or_empty(row, field, row.need(field)) for field in ("answer_0", "answer_1")]
+    scores = [number(row, field, row.need(field)) for field in ("score_0", "score_1")]
     yield Ranked(prompt, answers, ranks_of_scores(scores))
 
 
 def _ultrafeedback(row: Row, drops: Counter) -> Iterator[Ranked]:
     prompt = check_text(row, "instruction", row.need("instruction"))
-    completions = _objects(row, "completions")
+    completions = objects(row, "completions", row.need("completions"))
     fine = all(item.get("fine-grained_score") is not None for _, item in completions)
     score = "fine-grained_score" if fine else "overall_score"
-    scores = [_number(row, f"{place}.{score}", item.get(score)) for place, item in completions]
-    yield Ranked(prompt, _column(row, "completions", "response"), ranks_of_scores(scores))
+    scores = [number(row, f"{place}.{score}", item.get(score)) for place, item in completions]
+    yield Ranked(prompt, column(row, "completions", "response"), ranks_of_scores(scores))
 
 
 def _nectar(row: Row, drops: Counter) -> Iterator[Ranked]:
     prompt = check_text(row, "prompt", row.need("prompt"))
     turns = split_transcript(prompt)
-    answers = _column(row, "answers", "answer")
+    answers = column(row, "answers", "answer")
     # The released ranks are floats, 1.0 to 7.0; only their order and equality matter.
-    ranks = [_number(row, f"{place}.rank", item.get("rank")) for place, item in _objects(row, "answers")]
+    ranked = objects(row, "answers", row.need("answers"))
+    ranks = [number(row, f"{place}.rank", item.get("rank")) for place, item in ranked]
     dialogue = _messages(turns[:-1]) if turns and turns[-1] == ("Assistant", "") else prompt
     yield Ranked(dialogue, answers, ranks_of_scores([-rank for rank in ranks]))
 
@@ -193,14 +170,14 @@ def _oasst(row: Row, drops: Counter) -> Iterator[Ranked]:
     todo: list[tuple[str, dict[str, Any], list[dict[str, str]]]] = [("prompt", row.fields["prompt"], [])]
     while todo:
         place, node, above = todo.pop()
-        text, role = _text(row, f"{place}.text", node.get("text")), node.get("role")
+        text, role = text_or_empty(row, f"{place}.text", node.get("text")), node.get("role")
         if role not in ("prompter", "assistant"):
             raise row.fail(f"{place}.role", f"the role is {role!r}", "it is prompter or assistant")
         thread = [*above, {"role": "user" if role == "prompter" else "assistant", "content": text}]
-        replies = _objects(row, f"{place}.replies", node.get("replies") or [])
+        replies = objects(row, f"{place}.replies", node.get("replies") or [])
         ranked = [(where, r) for where, r in replies if r.get("rank") is not None and not r.get("deleted")]
         if role == "prompter" and ranked:
-            texts = [_text(row, f"{where}.text", r.get("text")) for where, r in ranked]
+            texts = [text_or_empty(row, f"{where}.text", r.get("text")) for where, r in ranked]
             ranks = [check_whole(row, f"{where}.rank", r["rank"]) for where, r in ranked]
             yield Ranked(thread, texts, [rank + 1 for rank in ranks])
         todo += [(where, reply, thread) for where, reply in reversed(replies)]
@@ -208,43 +185,21 @@ def _oasst(row: Row, drops: Counter) -> Iterator[Ranked]:
 
 def _shp(row: Row, drops: Counter) -> Iterator[Ranked]:
     prompt = check_text(row, "history", row.need("history"))
-    answers = [_text(row, field, row.need(field)) for field in ("human_ref_A", "human_ref_B")]
+    answers = [text_or_empty(row, field, row.need(field)) for field in ("human_ref_A", "human_ref_B")]
     label = check_whole(row, "labels", row.need("labels"))
     if label not in (0, 1):
         raise row.fail("labels", f"`labels` is {label}", "it is 1 when A is preferred and 0 when B is")
     yield Ranked(prompt, answers, [1, 2] if label == 1 else [2, 1])
 
 
-def _objects(row: Row, field: str, value: Any = None) -> list[tuple[str, dict[str, Any]]]:
-    items = check_list(row, field, row.need(field) if value is None else value)
-    return [(f"{field}[{i}]", check_object(row, f"{field}[{i}]", item)) for i, item in enumerate(items)]
-
-
-def _column(row: Row, field: str, name: str) -> list[str]:
-    return [_text(row, f"{place}.{name}", item.get(name)) for place, item in _objects(row, field)]
-
-
-def _text(row: Row, field: str, value: Any) -> str:
-    """Text that may be empty: releases have such responses, and they are dropped and counted."""
-    return "" if isinstance(value, str) and not value.strip() else check_text(row, field, value)
-
-
-def _number(row: Row, field: str, value: Any) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise row.fail(field, f"`{field}` is {value!r}, not a number", "write it as a number without quotes")
-    return float(value)
-
-
-def _has(*names: str) -> Callable[[dict[str, Any]], bool]:
-    return lambda fields: all(name in fields for name in names)
-
-
 LAYOUTS = (
-    Layout("Nectar", _has("prompt", "answers"), _nectar),
-    Layout("UltraFeedback", _has("instruction", "completions"), _ultrafeedback),
-    Layout("summarize-from-feedback", _has("info", "summaries"), _summarize),
-    Layout("WebGPT", _has("question", "answer_0", "answer_1"), _webgpt),
-    Layout("SHP", _has("history", "human_ref_A", "human_ref_B"), _shp),
+    *label_studio.LAYOUTS,
+    *argilla.LAYOUTS,
+    Layout("Nectar", has("prompt", "answers"), _nectar),
+    Layout("UltraFeedback", has("instruction", "completions"), _ultrafeedback),
+    Layout("summarize-from-feedback", has("info", "summaries"), _summarize),
+    Layout("WebGPT", has("question", "answer_0", "answer_1"), _webgpt),
+    Layout("SHP", has("history", "human_ref_A", "human_ref_B"), _shp),
     Layout("OpenAssistant", lambda fields: isinstance(fields.get("prompt"), dict), _oasst),
     Layout(
         "HH-RLHF",

@@ -30,9 +30,9 @@ from rlhf.merging import merge_into, merged_state_dict, why_not_mergeable
 from rlhf.placement import filled
 from rlhf.pretrained import fit_to_tokenizer, is_classifier, load_config, load_plain, scalar_head, set_dropout
 from rlhf.quiet import quiet_transformers
-from rlhf.resolve import resolve_model
+from rlhf.resolve import BUILT_IN, resolve_model
 from rlhf.tokenizer import load_tokenizer, same_tokenizer
-from rlhf.virtual_tokens import positions_taken
+from rlhf.virtual_tokens import attention_window, positions_taken
 
 __all__ = [
     "check_context",
@@ -98,8 +98,9 @@ def new_reward_model(
     (arXiv 2403.17031). `reward_mean` 0 and `reward_std` 1 go into the config.
 
     Args:
-        policy_dir: anything `resolve_model` takes; a reward model keeps its head. A policy that is an adapter is merged
-            into its base, or goes on as the reward model's own adapter, in the layers that are kept.
+        policy_dir: anything `resolve_model` takes; a reward model keeps its head and has no more layers than it had. A
+            policy that is an adapter is merged into its base, or goes on as the reward model's own adapter, in the
+            layers that are kept.
         model: the recipe's model section.
         keep_layers: keep only the first N transformer layers; 0 keeps all.
         peft: the method by which the reward model is trained; none, or None: all weights are.
@@ -111,7 +112,10 @@ def new_reward_model(
     peft = None if peft is None or not peft.on else peft
     if adapter := find_adapter(policy_dir):
         tokenizer = _tokenizer(adapter.folder, model)
-        reward = _new_scalar(adapter.base.name, model, keep_layers, head_init, tokenizer)
+        reward = _new_scalar(adapter.base.name, model, adapter.keep_layers, head_init, tokenizer)
+        if keep_layers:
+            cut_layers(reward, keep_layers)
+            reward.kept_layers = keep_layers
         adapter.check_base()
         if peft is None:
             _merge(adapter, reward)
@@ -266,7 +270,7 @@ def check_context(model: PreTrainedModel, tokens: int, field: str) -> None:
         tokens: of the longest row that `field` of the recipe allows.
 
     Raises:
-        UserError: when the model has no positions for it.
+        UserError: when the model has no positions for it, or layers whose window virtual tokens would fall out of.
     """
     limit, virtual = getattr(model.config, "max_position_embeddings", None), positions_taken(peft_of(model))
     if limit and tokens + virtual > limit:
@@ -275,6 +279,15 @@ def check_context(model: PreTrainedModel, tokens: int, field: str) -> None:
             f"rows may have {tokens} tokens{more}, and {model.config.model_type} has positions for {limit}",
             where=field,
             fix="lower it, or take a model with a longer context",
+        )
+    window = attention_window(model.config)
+    if virtual and 0 < window < tokens + virtual:
+        # How many of them a short row still sees would then depend on the padding between.
+        raise UserError(
+            f"rows may have {tokens} tokens and {virtual} virtual ones, and layers of {model.config.model_type} see "
+            f"{window} alone",
+            where=field,
+            fix="lower it, or take a method without virtual tokens, as lora",
         )
 
 
@@ -294,7 +307,7 @@ def _tokenizer(where: str | Path, model: ModelSection) -> PreTrainedTokenizerBas
 def _name(name: str | Path) -> str:
     """What a base is called in an adapter's record: that of a folder holds wherever a program is started."""
     folder = Path(name).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else str(name)
+    return str(folder.resolve()) if folder.is_dir() and str(name) not in BUILT_IN else str(name)
 
 
 def _not_a_policy(what: str, where: str) -> UserError:

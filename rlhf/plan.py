@@ -12,7 +12,7 @@ from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 
-from rlhf.config import NOT_MERGED, Recipe
+from rlhf.config import NOT_MERGED, LabelSection, Recipe
 from rlhf.errors import UserError
 from rlhf.judge_examples import check_judge
 from rlhf.judge_template import load_template
@@ -221,6 +221,8 @@ def plan_rows(recipe: Recipe, stages: Sequence[str] | None = None) -> list[tuple
         prompts, responses = (f"{r.prompts}", f" = {r.responses} responses") if r.prompts else ("all", "")
         rows.append(("rank", f"{prompts} prompts x {r.outputs_per_prompt} outputs{responses}"))
         rows.append(("rank", f"{r.pairs_per_prompt} pairs per prompt, labeler {recipe.rank.labeler}"))
+        if recipe.rank.labeler == "human":
+            rows.append(("rank", _people(recipe.label)))
     if "reward" in stages:
         w = plan_reward(recipe)
         split = f"{_count(w.processes, 'process')} x {w.batch_per_process}"
@@ -240,6 +242,13 @@ def _split(processes: int, micro_batches: int, size: int) -> str:
 
 def _count(n: float, word: str) -> str:
     return f"{n:g} {word}" if n == 1 else f"{n:g} {word}{'es' if word.endswith(('s', 'tch')) else 's'}"
+
+
+def _people(label: LabelSection) -> str:
+    until = _count(label.rankings, "ranking") if label.rankings else "all that are wanted"
+    several = min(label.opinions, len(label.labelers))
+    shared = f"{label.overlap:.0%} of the prompts by {several} of them, " if several > 1 else ""
+    return f"by {', '.join(label.labelers)}; {shared}goes on after {until}"
 
 
 def _ppo_rows(recipe: Recipe, variants: list[str]) -> list[tuple[str, str]]:
@@ -315,12 +324,6 @@ def _check_order(stages: list[str]) -> None:
 
 def _check_rank(recipe: Recipe) -> None:
     cfg = recipe.rank
-    if cfg.labeler == "human":
-        raise UserError(
-            "the labelling page is not part of this version",
-            "rank.labeler",
-            "rank elsewhere and give the files: rank.labeler=file 'data.rankings=[FILE]'; or rank.labeler=rubric",
-        )
     if cfg.labeler == "file":
         _need_data(recipe, "rankings", "rank.labeler is file")
         return

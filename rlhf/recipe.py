@@ -37,8 +37,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: unknown recipe, bad YAML, unknown field, value of the wrong type or out of range.
     """
-    path = _find(name_or_path)
-    values = _read_yaml(path)
+    path = find_file(name_or_path, RECIPES, "recipe")
+    values = read_yaml(path, "recipe", list(Recipe.model_fields))
     _check_keys(values, Recipe, "", str(path))
     for override in overrides:
         _apply(values, override)
@@ -51,11 +51,13 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def recipe_names() -> dict[str, str]:
     """Names of the shipped recipes with the first comment line of each."""
-    described = {}
-    for path in sorted(RECIPES.glob("*.yaml")):
-        first = path.read_text(encoding="utf-8").splitlines()[0]
-        described[path.stem] = first.lstrip("# ").rstrip()
-    return described
+    return described(RECIPES)
+
+
+def described(folder: Path) -> dict[str, str]:
+    """Names of the YAML files of a folder with the first comment line of each."""
+    firsts = {path.stem: path.read_text(encoding="utf-8").splitlines()[0] for path in sorted(folder.glob("*.yaml"))}
+    return {name: first.lstrip("# ").rstrip() for name, first in firsts.items()}
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
@@ -72,6 +74,14 @@ def changed_keys(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
     """(dotted field, old value, new value) of the fields that make `recipe_hash` differ."""
     before, after = _identity(old), _identity(new)
     return [(key, before[key], after[key]) for key in before if before[key] != after[key]]
+
+
+def field_value(recipe: Recipe, key: str) -> Any:
+    """What a field holds, by its dotted name."""
+    value: Any = recipe
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -109,24 +119,38 @@ def allowed(info: FieldInfo) -> str:
 # --- finding and reading ---------------------------------------------------------------------------------------------
 
 
-def _find(name_or_path: str) -> Path:
-    names = [path.stem for path in sorted(RECIPES.glob("*.yaml"))]
+def find_file(name_or_path: str, shipped: Path, kind: str) -> Path:
+    """The file that a name means in the folder `shipped`, or a path anywhere.
+
+    Raises:
+        UserError: when it is neither; `kind` is what is looked for, as in "recipe".
+    """
+    names = [path.stem for path in sorted(shipped.glob("*.yaml"))]
     if name_or_path in names:
-        return RECIPES / f"{name_or_path}.yaml"
+        return shipped / f"{name_or_path}.yaml"
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return path
     near = difflib.get_close_matches(name_or_path, names, n=1, cutoff=0.5)
     guess = f"did you mean {near[0]}? " if near else ""
-    fix = f"{guess}recipes: {', '.join(names)}; or the path of a YAML file"
-    raise UserError(f"there is no recipe {name_or_path!r}", "RECIPE", fix)
+    fix = f"{guess}{kind}s: {', '.join(names)}; or the path of a YAML file"
+    raise UserError(f"there is no {kind} {name_or_path!r}", kind.upper(), fix)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, kind: str, sections: Sequence[str]) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Args:
+        kind: what the file is, as in "recipe".
+        sections: what it may hold, told when it is no mapping.
+
+    Raises:
+        UserError: for a file that cannot be read, with the line where it is not YAML.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the recipe: {error}", str(path), "give a readable YAML file") from None
+        raise UserError(f"cannot read the {kind}: {error}", str(path), "give a readable YAML file") from None
     try:
         # OmegaConf's loader is a safe one that refuses duplicate keys and reads 1e-5 as a number.
         config = OmegaConf.create(text)
@@ -134,16 +158,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
         what = getattr(error, "problem", None) or "not readable"
-        raise UserError(f"the recipe is not valid YAML: {what}", where, "correct the line") from None
+        raise UserError(f"the {kind} is not valid YAML: {what}", where, "correct the line") from None
     except OmegaConfBaseException as error:
         raise UserError(
-            f"the recipe is not valid: {str(error).splitlines()[0]}", str(path), "correct the value"
+            f"the {kind} is not valid: {str(error).splitlines()[0]}", str(path), "correct the value"
         ) from None
     values = OmegaConf.to_container(config, resolve=False)
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError("a recipe is a mapping of sections", str(path), f"sections: {', '.join(Recipe.model_fields)}")
-    if set(values) == {text.strip()} and values[text.strip()] is None:  # OmegaConf reads a lone word as a key
-        raise UserError("a recipe is a mapping of sections", str(path), f"sections: {', '.join(Recipe.model_fields)}")
+    lone_word = values == {text.strip(): None}  # which OmegaConf reads as a key
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values) or lone_word:
+        raise UserError(f"a {kind} is a mapping of sections", str(path), f"sections: {', '.join(sections)}")
     return values
 
 
@@ -209,7 +232,8 @@ def _unknown(key: str, where: str) -> UserError:
     known = [name for name, _ in fields()]
     section, _, last = key.rpartition(".")
     siblings = _members(section)
-    near = difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)
+    is_section = not section or any(name.startswith(f"{section}.") for name in known)
+    near = difflib.get_close_matches(last, siblings, n=1, cutoff=0.6) if is_section else []
     if near:
         guess = [f"{section}.{near[0]}" if section else near[0]]
     else:
@@ -247,14 +271,7 @@ def _wrong_value(key: str, index: str, value: Any, where: str) -> UserError:
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, _ in fields():
-        value: Any = recipe
-        for part in key.split("."):
-            value = getattr(value, part)
-        if not key.startswith(NOT_IDENTITY):
-            flat[key] = value
-    return flat
+    return {key: field_value(recipe, key) for key, _ in fields() if not key.startswith(NOT_IDENTITY)}
 
 
 def _section(info: FieldInfo) -> type[BaseModel] | None:

@@ -4,7 +4,9 @@
     ranking         {"prompt", "responses": [K texts], "ranks": [K numbers]}: 1 is best, equal ranks are a tie
                     {"prompt", "responses", "ranking": "D>C>A=B"}: the letters stand for the responses in order
                     {"prompt", "chosen", "rejected"}: texts, or message lists that may carry the prompt themselves
-                    or a published layout (rlhf/layouts.py). K is 2 to 16. "finished": [K true or false] is optional
+                    or a published layout, or an export of Label Studio or Argilla (rlhf/layouts.py)
+                    K is 2 to 16. Optional: "finished": [K true or false], "labeler": who ranked, "time": when, in
+                    ISO 8601 or in seconds since 1970
     prompt          {"prompt"}
     text            {"text"}, or a .txt file, which is one document
     cloze           {"context", "choices": [..], "answer"}: the index of the right choice from 0; "label" is the same
@@ -21,14 +23,25 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.errors import UserError
 from rlhf.layouts import MAX_K, MIN_K, contradiction, find_layout, read_published, split_transcript
 from rlhf.rundir import write_atomic
-from rlhf.sources import Row, check_list, check_object, check_text, check_whole, kind, read_documents, read_rows
+from rlhf.sources import (
+    Row,
+    check_list,
+    check_object,
+    check_text,
+    check_time,
+    check_whole,
+    kind,
+    read_documents,
+    read_rows,
+)
 
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 
@@ -87,12 +100,15 @@ class Ranking:
     """K outputs for one prompt and their ranks, 1 the best, equal a tie.
 
     `finished` is False for an output that ended at the length limit, without EOS; when left out, all are finished.
+    `labeler` and `time` say who ranked, and when (UTC); training does not look at them.
     """
 
     prompt: Prompt
     responses: tuple[str, ...]
     ranks: tuple[int, ...]
     finished: tuple[bool, ...] = ()
+    labeler: str = ""
+    time: datetime | None = None
 
     def __post_init__(self) -> None:
         if not self.finished:
@@ -144,8 +160,10 @@ def read_rankings(paths: Sequence[str], drops: Drops) -> list[Ranking]:
     """Rankings of all `paths` in order; see the head of this file. Raises UserError for a bad line."""
     found: dict[tuple[Any, ...], Ranking] = {}
     for row in _rows(paths):
-        for item in _rankings(row, drops):
-            if found.setdefault((item.prompt.messages, item.responses, item.ranks, item.finished), item) is not item:
+        for item in rankings_of(row, drops):
+            # Two labelers who rank alike are no duplicate: that they agree is what their rankings say.
+            key = (item.prompt.messages, item.responses, item.ranks, item.finished, item.labeler, item.time)
+            if found.setdefault(key, item) is not item:
                 drops.add("exact duplicate of a ranking")
     return list(found.values())
 
@@ -182,11 +200,13 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def ranking_row(ranking: Ranking) -> dict[str, Any]:
     """The ranking as a row that `read_rankings` reads back equal."""
-    return _prompt_row(ranking.prompt) | {
+    row = _prompt_row(ranking.prompt) | {
         "responses": list(ranking.responses),
         "ranks": list(ranking.ranks),
         "finished": list(ranking.finished),
     }
+    row |= {"labeler": ranking.labeler} if ranking.labeler else {}
+    return row | ({"time": ranking.time.isoformat()} if ranking.time else {})
 
 
 def demonstration_row(demonstration: Demonstration) -> dict[str, Any]:
@@ -263,16 +283,18 @@ def _demonstration(row: Row) -> Demonstration:
     return Demonstration(_prompt(row, [m._asdict() for m in before]), response)
 
 
-def _rankings(row: Row, drops: Drops) -> Iterator[Ranking]:
+def rankings_of(row: Row, drops: Drops) -> Iterator[Ranking]:
+    """The rankings in a row: of most layouts one. Raises UserError for a bad row."""
     fields = row.fields
-    layout = None if {"ranks", "ranking"} & fields.keys() else find_layout(fields)
+    own = "ranks" in fields or isinstance(fields.get("ranking"), str)  # a tool may call its question `ranking`
+    layout = None if own else find_layout(fields)
     if layout:
-        for prompt, responses, ranks in read_published(layout, row, drops):
-            yield Ranking(_prompt(row, prompt), tuple(responses), tuple(ranks))
-    elif {"chosen", "rejected"} & fields.keys():
-        yield _pair(row)
-    else:
-        yield _ranking(row)
+        for prompt, responses, ranks, labeler, time in read_published(layout, row, drops):
+            yield Ranking(_prompt(row, prompt), tuple(responses), tuple(ranks), labeler=labeler, time=time)
+        return
+    ranking = _pair(row) if {"chosen", "rejected"} & fields.keys() else _ranking(row)
+    labeler = check_text(row, "labeler", fields["labeler"]) if "labeler" in fields else ""
+    yield replace(ranking, labeler=labeler, time=check_time(row, "time", fields["time"]) if "time" in fields else None)
 
 
 def _ranking(row: Row) -> Ranking:

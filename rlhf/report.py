@@ -7,12 +7,10 @@ evaluate/samples.jsonl. Model text is escaped by the template engine; only our o
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from rich import box
 from rich.console import Console
@@ -20,8 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf.charts import Series, calibration_chart, frontier_chart, line_chart
+from rlhf.comparison_page import membership
 from rlhf.errors import UserError
+from rlhf.evaluation import ENOUGH_PROMPTS
+from rlhf.page import number, percent, render
 from rlhf.recipe import load_recipe
+from rlhf.rundir import read_json, read_rows, write_atomic
 
 STAGES = ("sft", "rank", "reward", "ppo", "ppo-ptx", "evaluate")
 LABELS = {
@@ -32,7 +34,6 @@ LABELS = {
     "ppo-ptx-ema": "PPO-ptx (EMA)",
 }
 PROMPTED = {"base": "Base", "sft": "SFT"}  # policies that also answer under templates
-ENOUGH_PROMPTS = 20  # below, a bootstrap interval is much too narrow
 SAMPLES_SHOWN = 12  # the first held-out prompts: a fixed rule, so that nothing is picked
 
 # (metric, title, unit) by the stages that log it.
@@ -89,30 +90,21 @@ def read_run(run_dir: Path) -> RunData:
     """
     run_dir = Path(run_dir)
     recipe = run_dir / "recipe.yaml"
+    stages = {stage: run_dir / stage / "stage.json" for stage in STAGES}
+    points = {stage: run_dir / stage / "metrics.jsonl" for stage in STAGES}
     data = RunData(
         name=run_dir.resolve().name,
         path=run_dir,
         recipe=recipe.read_text() if recipe.exists() else "",
-        stages={s: _json(run_dir / s / "stage.json") for s in STAGES if (run_dir / s / "stage.json").exists()},
-        points={s: _jsonl(run_dir / s / "metrics.jsonl") for s in STAGES if (run_dir / s / "metrics.jsonl").exists()},
-        results=_json(run_dir / "evaluate" / "results.json"),
-        samples=_jsonl(run_dir / "evaluate" / "samples.jsonl"),
-        calibration=_json(run_dir / "reward" / "calibration.json") or [],
+        stages={stage: read_json(path) for stage, path in stages.items() if path.exists()},
+        points={stage: read_rows(path) for stage, path in points.items() if path.exists()},
+        results=read_json(run_dir / "evaluate" / "results.json"),
+        samples=read_rows(run_dir / "evaluate" / "samples.jsonl"),
+        calibration=read_json(run_dir / "reward" / "calibration.json") or [],
     )
     if not (data.recipe or data.stages or data.points):
         raise UserError("this is no run folder", where=str(run_dir), fix="name a folder that `rlhf run` has written")
     return data
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _jsonl(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    # A line without its newline is still being written, or was cut off when the run was killed.
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
 
 
 def write_report(run_dir: Path) -> Path:
@@ -123,21 +115,9 @@ def write_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     data = read_run(run_dir)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": number,
-        "percent": percent,
-        "signed": signed,
-        "duration": duration,
-        "label": label,
-    }
-    html = environment.get_template("report.html.j2").render(
+    html = render(
+        "report.html.j2",
+        {"label": label},
         run=data,
         verdict=verdict(data.results),
         judged=judged(data),
@@ -146,11 +126,10 @@ def write_report(run_dir: Path) -> Path:
         curves=curves(data),
         stages=stage_rows(data),
         samples=[row for row in data.samples if row["sample"] == 0][:SAMPLES_SHOWN],
+        comparison=membership(run_dir),
     )
     path = run_dir / "report.html"
-    staged = run_dir / "report.html.tmp"
-    staged.write_text(html, encoding="utf-8")
-    staged.replace(path)
+    write_atomic(path, html)
     return path
 
 
@@ -275,39 +254,6 @@ def label(name: str) -> str:
     if template and policy in PROMPTED:
         return f"{PROMPTED[policy]}, {template}"
     return LABELS.get(name, name)
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """A rounded number with a true minus sign; a dash for what is not known."""
-    if value is None:
-        return "–"
-    text = f"{value:.{digits}f}"
-    return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
-
-
-def signed(value: float | None, digits: int = 3) -> str:
-    """A change, with its sign; empty when not known."""
-    if value is None:
-        return ""
-    text = number(value, digits)
-    return text if text.startswith("−") or float(text) == 0 else f"+{text}"
-
-
-def percent(value: float | None) -> str:
-    """A share in whole percent, with a no-break space; a dash for what is not known."""
-    return "–" if value is None else f"{100 * value:.0f}\u00a0%"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as 42 s, 3 min 05 s or 2 h 10 min; a dash for what is not known."""
-    if seconds is None:
-        return "–"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def print_summary(run_dir: Path, console: Console | None = None) -> None:

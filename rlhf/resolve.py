@@ -7,6 +7,7 @@ from pathlib import Path
 from rlhf import embedded, tiny
 from rlhf.errors import UserError
 
+BUILT_IN = (embedded.NAME, tiny.NAME)  # whatever folders of these names there are
 ADAPTER_RECORD = "adapter.json"  # of a folder that holds an adapter alone (rlhf/adapter_folder.py)
 
 

@@ -229,6 +229,40 @@ def size_of(path: str | Path) -> int:
     return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file of a stage holds; None when it is not there.
+
+    Raises:
+        UserError: for a file that is no JSON.
+    """
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"not JSON: {error}", str(path), "redo the stage with --fresh") from None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file of a stage; [] when it is not there.
+
+    A last line without its newline is left out: it is being written, or was cut off when the run was killed.
+
+    Raises:
+        UserError: naming the line that is no JSON.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    # Not splitlines(): model text may hold U+2028 and its like, which JSON leaves as they are.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"not JSON: {error}", f"{path}, line {number}", "redo the stage with --fresh") from None
+    return rows
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that a kill or a full disk leaves the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,7 @@ def policies_share(recipe: Recipe, zero_stage: int) -> bool:
 
 def policy_twin(policy: PreTrainedModel) -> PreTrainedModel:
     """A policy with modules of its own around the very weights of another, which has no method on it yet."""
+    _check_plain(policy)
     return _twin(policy, {}).eval()
 
 
@@ -45,6 +46,7 @@ def scalar_twin(policy: PreTrainedModel, keep_layers: int, trust_remote_code: bo
 
     None for an architecture whose scalar model has another body than its language model, or weights besides.
     """
+    _check_plain(policy)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     # What it is built with is thrown away: on the meta device it takes no memory and no time.
@@ -69,10 +71,13 @@ def scalar_twin(policy: PreTrainedModel, keep_layers: int, trust_remote_code: bo
     return twin.eval()
 
 
+def _check_plain(policy: PreTrainedModel) -> None:
+    if peft_of(policy) is not None:
+        raise ValueError("the model has a method already, which would be shared with its twin")
+
+
 def _twin(model: nn.Module, memo: dict[int, Any]) -> Any:
     """A copy of the modules around the same weights; `memo`: further objects by id, and what stands for them."""
-    if any(peft_of(module) is not None for module in model.modules()):
-        raise ValueError("the model has a method already, which would be shared with its twin")
     # What the memo names is taken for copied already.
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared | memo)

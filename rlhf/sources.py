@@ -18,6 +18,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,24 @@ def check_whole(row: Row, field: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise row.fail(field, f"`{field}` is {kind(value)}, not a whole number", "write it as a number without quotes")
     return value
+
+
+def check_time(row: Row, field: str, value: Any) -> datetime:
+    """A point in time, in UTC: ISO 8601 (in UTC where it names no zone) or seconds since 1970.
+
+    Raises:
+        UserError: naming `field`.
+    """
+    what = f"`{field}` is {kind(value)}, not a time"
+    try:
+        if isinstance(value, str):
+            time = datetime.fromisoformat(value)
+            return time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return datetime.fromtimestamp(value, UTC)
+    except (ValueError, OverflowError, OSError):
+        what = f"`{field}` is {value!r}, which is no time"
+    raise row.fail(field, what, "write it as 2026-05-01T09:30:00Z, or as seconds since 1970")
 
 
 def kind(value: Any) -> str:
@@ -227,7 +246,7 @@ def _parse(text: str, place: str) -> Any:
 
 
 def _json_array(source: str, content: bytes) -> Iterator[tuple[str, Any]]:
-    """Items of an array with the line each starts on."""
+    """Items of an array with the line each starts on; and their number, for a whole export may be on one line."""
     try:
         text = content.decode("utf-8-sig")
         json.loads(text)
@@ -240,11 +259,12 @@ def _json_array(source: str, content: bytes) -> Iterator[tuple[str, Any]]:
         raise UserError(what, where=f"{source}, line {error.lineno}", fix=fix) from None
     # The whole is sound; a second pass, item by item, is for the line numbers.
     decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
-    line, position, seen = 1, text.index("[") + 1, 0
+    line, position, seen, number = 1, text.index("[") + 1, 0, 0
     while text[position := between.match(text, position).end()] != "]":
         line, seen = line + text.count("\n", seen, position), position
         value, position = decoder.raw_decode(text, position)
-        yield f"{source}, line {line}", value
+        number += 1
+        yield f"{source}, line {line}, item {number}", value
 
 
 def _tabular(source: str, name: str) -> Iterator[tuple[str, Any]]:

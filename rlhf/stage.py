@@ -35,7 +35,16 @@ from rich.console import Console
 
 from rlhf.allocator import keep_freed_memory
 from rlhf.config import Recipe
-from rlhf.dependencies import ABSENT, changes, check_recipe, declared_inputs, fingerprint, identity, is_started
+from rlhf.dependencies import (
+    ABSENT,
+    changes,
+    check_recipe,
+    declared_inputs,
+    fingerprint,
+    identity,
+    is_started,
+    lost_outputs,
+)
 from rlhf.errors import UserError
 from rlhf.plan import as_launched, check
 from rlhf.processes import Signals, StopNow, from_first, joined, launched, world_size
@@ -210,7 +219,7 @@ def _prepare(recipe: Recipe, run: RunFolder, name: str, fresh: bool, accept: Seq
     if before is not None and is_started(run, name):
         changed = changes(before, recipe, name, run, now)
         if before.get("state") == "done":
-            changed += [f"{key} (an output)" for key in _lost_outputs(run, name, before)]
+            changed += [f"{key} (an output)" for key in lost_outputs(run, name, before)]
             if not changed:
                 return None
         if changed:
@@ -238,15 +247,6 @@ def _prepare(recipe: Recipe, run: RunFolder, name: str, fresh: bool, accept: Seq
         record["accepted"] = before["accepted"]
     run.write_stage(name, record)
     return record
-
-
-def _lost_outputs(run: RunFolder, name: str, record: dict[str, Any]) -> list[str]:
-    folder = run.stage_dir(name)
-    return [
-        key
-        for key, size in record.get("outputs", {}).items()
-        if not (folder / key).exists() or size_of(folder / key) != size
-    ]
 
 
 def _run_work(

@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from rlhf.config import CACHED_TOKENS, VIRTUAL_TOKENS, PeftSection
+from rlhf.errors import UserError
 from rlhf.placement import full_shape
 
 
@@ -38,7 +39,7 @@ class VirtualTokens(nn.Module):
     def __init__(self, config: PretrainedConfig, embeddings: nn.Module, peft: PeftSection) -> None:
         super().__init__()
         self.count, self.cached = peft.virtual_tokens, peft.method in CACHED_TOKENS
-        self.heads, self.size = _heads(config)
+        self.heads, self.size = _heads(config) if self.cached else (0, 0)
         self.encoder = _encoder(config, embeddings, peft, self.heads * self.size)
         weight: Any = embeddings.weight
         self.encoder.to(device=weight.device, dtype=torch.float32)
@@ -55,7 +56,8 @@ def add_virtual_tokens(model: PreTrainedModel, peft: PeftSection) -> None:
 
     The body's `forward` takes what transformers' takes, and keeps a cache's positions of virtual tokens to itself.
     """
-    body: Any = getattr(model, model.base_model_prefix)
+    # OPT's language model calls the decoder inside its body, and so does the body: the tokens go before both.
+    body: Any = model.get_decoder()
     body.virtual_tokens = VirtualTokens(model.config, model.get_input_embeddings(), peft)
     body.forward = partial(_forward, body, body.forward)
 
@@ -63,6 +65,16 @@ def add_virtual_tokens(model: PreTrainedModel, peft: PeftSection) -> None:
 def positions_taken(peft: PeftSection | None) -> int:
     """Of the model's context, by virtual tokens."""
     return peft.virtual_tokens if peft is not None and peft.method in VIRTUAL_TOKENS else 0
+
+
+def attention_window(config: PretrainedConfig) -> int:
+    """How many tokens the narrowest layers attend to; 0 where all layers attend to all."""
+    if "local" in (getattr(config, "attention_layers", None) or []):  # GPT-Neo's name for them
+        return config.window_size
+    sliding = "sliding_attention" if getattr(config, "use_sliding_window", True) else "full_attention"
+    kinds = getattr(config, "layer_types", None) or [sliding]
+    names = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    return min((getattr(config, names[k], None) or 0 for k in kinds if k in names), default=0)
 
 
 def _forward(
@@ -125,7 +137,17 @@ def _filled(cache: Cache | None, config: PretrainedConfig, made: Tensor, rows: i
 
 
 def _heads(config: PretrainedConfig) -> tuple[int, int]:
-    """Key-value heads, and their size."""
+    """Key-value heads, and their size.
+
+    Raises:
+        UserError: when the config does not name their number (Falcon).
+    """
+    if getattr(config, "multi_query", False) and not hasattr(config, "num_key_value_heads"):
+        raise UserError(
+            f"how many heads hold keys and values is not known of {config.model_type}",
+            "model.peft.method",
+            "take p_tuning or prompt, whose tokens are embeddings",
+        )
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 

@@ -3,7 +3,8 @@
 prompts   those within the length limit, in the order of their hash; the first rank.prompts of them
 sample    K outputs each, in chunks that are kept as they come (rank/samples.jsonl): an interruption loses one chunk
 clean     empty outputs dropped, identical ones kept once; a prompt needs two outputs
-label     the simulated labeler's noise is set so that two labelers agree on rank.agreement of the pairs
+label     the simulated labeler's noise is set so that two labelers agree on rank.agreement of the pairs;
+          with rank.labeler=human the stage serves the labelling page and waits until enough rankings are in
 write     rank/rankings.jsonl for the reward stage, rank/summary.json for people and for evaluate
 
 With rank.labeler=file nothing is sampled: the files of data.rankings are checked and copied into rank/rankings.jsonl.
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,8 +28,10 @@ from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.judge import judge_files
 from rlhf.judge_labeler import JudgeLabeler, fitting
+from rlhf.label_wait import rankings_by_people
 from rlhf.labelers import Labeler, Output, agreement, expected_agreement, make_labeler, noise_for_agreement
 from rlhf.models import load_policy, load_tokenizer
+from rlhf.outputs import Outputs
 from rlhf.phases import phase
 from rlhf.progress import Progress, console, is_main_process
 from rlhf.progress import table as print_table
@@ -39,6 +41,7 @@ from rlhf.records import Drops, Prompt, Ranking, ranking_row, read_prompts, read
 from rlhf.rollout import row_seed, sample
 from rlhf.rubric import rubric_score
 from rlhf.rundir import write_atomic
+from rlhf.samples import Samples
 from rlhf.stage import StageContext, run_stage
 from rlhf.zero import frozen
 
@@ -60,6 +63,7 @@ class Ranked(NamedTuple):
     rankings: list[Ranking]
     lengths: list[list[int]]
     label_summary: dict[str, Any]
+    more: Sequence[dict[str, Any]] = ()  # further fields of each row: what people said, and the order that they saw
 
 
 def choose_prompts(ctx: StageContext, tokenizer: PreTrainedTokenizerBase, drops: Drops) -> list[Encoded[Prompt]]:
@@ -73,44 +77,6 @@ def choose_prompts(ctx: StageContext, tokenizer: PreTrainedTokenizerBase, drops:
     if len(chosen) < count:
         console.print(f"rank.prompts asks for {count} prompts, and there are {len(chosen)}")
     return chosen
-
-
-class Samples:
-    """rank/samples.jsonl: one row per prompt, appended chunk by chunk; rows of another policy or setting are left out.
-
-    Args:
-        fingerprint: of everything that the samples depend on besides the prompt.
-    """
-
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        self.path, self.fingerprint = path, fingerprint
-        self.rows: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            for line in filter(None, path.read_bytes().split(b"\n")):
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    console.print(f"{path.name}: a line was cut off by an interruption; its chunk is sampled again")
-                    continue
-                if row["fingerprint"] == fingerprint:
-                    self.rows[row["key"]] = row
-        if is_main_process():
-            write_jsonl(path, list(self.rows.values()))
-
-    def tokens(self, prompts: Sequence[Encoded[Prompt]]) -> int:
-        """Tokens sampled for these prompts."""
-        return sum(sum(self.rows[encoded.item.key]["lengths"]) for encoded in prompts)
-
-    def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Append rows and wait until they are on disk; the first process writes for all."""
-        whole = [row | {"fingerprint": self.fingerprint} for row in rows]
-        self.rows |= {row["key"]: row for row in whole}
-        if not is_main_process():
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in whole)
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def sample_outputs(
@@ -203,12 +169,6 @@ def clean(prompts: Sequence[Encoded[Prompt]], samples: Samples, drops: Drops) ->
 def label(ctx: StageContext, candidates: Sequence[Candidate], drops: Drops) -> Ranked:
     """Rank every prompt's outputs; the rubric is given its noise first and asked a second time as another labeler."""
     recipe, cfg = ctx.recipe, ctx.recipe.rank
-    if not candidates:
-        raise UserError(
-            "no prompt has two different outputs to rank",
-            where="rank",
-            fix="raise rank.temperature or rank.outputs_per_prompt, or look at the policy in rank/samples.jsonl",
-        )
     about: dict[str, Any] = {"noise_sigma": 0.0}
     if cfg.labeler == "rubric":
         groups = [rubric_scores(c.prompt, c.outputs) for c in candidates]
@@ -235,6 +195,18 @@ def label(ctx: StageContext, candidates: Sequence[Candidate], drops: Drops) -> R
     if isinstance(labeler, JudgeLabeler):
         about |= labeler.summary()
     return Ranked(rankings, [c.lengths for c in candidates], about)
+
+
+def label_by_people(ctx: StageContext, candidates: Sequence[Candidate]) -> Ranked | None:
+    """Rankings from the labelling page, one or more for a prompt; None when the stage is to stop."""
+    lengths = {Outputs(c.prompt, *map(tuple, zip(*c.outputs, strict=True))): c.lengths for c in candidates}
+    found = rankings_by_people(ctx, list(lengths))
+    if found is None:
+        return None
+    labelled, about = found
+    rankings = [item.outputs.ranked(item.ranks) for item in labelled]
+    more = [{"labeler": item.labeler} | item.about for item in labelled]
+    return Ranked(rankings, [lengths[item.outputs] for item in labelled], {"noise_sigma": 0.0} | about, more)
 
 
 def rubric_scores(prompt: Prompt, outputs: Sequence[Output]) -> list[float]:
@@ -277,12 +249,19 @@ def summarise(ranked: Ranked) -> dict[str, Any]:
         "pairs": ordered,
         "tie_fraction": tied / (tied + ordered),
         "finished_fraction": sum(sum(r.finished) for r in rankings) / outputs,
-        "correlation_rank_position": centred_correlation(ranks, [range(len(r)) for r in ranks]),
+        "correlation_rank_position": centred_correlation(ranks, shown_at(ranked)),
     }
     if ranked.lengths:
         summary["response_length"] = sum(map(sum, ranked.lengths)) / outputs
         summary["correlation_rank_length"] = centred_correlation(ranks, ranked.lengths)
     return summary | ranked.label_summary
+
+
+def shown_at(ranked: Ranked) -> list[Sequence[int]]:
+    """Where each output stood on the labeler's page: in the order of the file, but for people, who have their own."""
+    if not ranked.more:
+        return [range(len(r.ranks)) for r in ranked.rankings]
+    return [np.argsort(more["shown"]).tolist() for more in ranked.more]
 
 
 def centred_correlation(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float | None:
@@ -300,7 +279,8 @@ def write(ctx: StageContext, ranked: Ranked, drops: Drops, step: int) -> dict[st
     ]
     summary = {"labeler": ctx.recipe.rank.labeler} | summarise(ranked) | {"drops": dict(drops.table())}
     rows = [
-        ranking_row(r) | {"use_case": r.prompt.use_case, "rubric": s} for r, s in zip(rankings, scores, strict=True)
+        ranking_row(r) | {"use_case": r.prompt.use_case, "rubric": s} | more
+        for r, s, more in zip(rankings, scores, ranked.more or [{}] * len(rankings), strict=True)
     ]
     if is_main_process():
         write_jsonl(ctx.dir / "rankings.jsonl", rows)
@@ -360,10 +340,21 @@ def work(ctx: StageContext) -> dict[str, Any]:
         del policy
         if ctx.recipe.rank.labeler == "reward_model" and Path(ctx.recipe.rank.reward_model).exists():
             ctx.use(Path(ctx.recipe.rank.reward_model))
+        candidates = clean(prompts, samples, drops)
+        if not candidates:
+            raise UserError(
+                "no prompt has two different outputs to rank",
+                where="rank",
+                fix="raise rank.temperature or rank.outputs_per_prompt, or look at the policy in rank/samples.jsonl",
+            )
+        people = ctx.recipe.rank.labeler == "human"
         if ctx.recipe.rank.labeler == "judge":
             for path in judge_files(ctx.recipe.judge):
                 ctx.use(path)
-        ranked = label(ctx, clean(prompts, samples, drops), drops)
+        found = label_by_people(ctx, candidates) if people else label(ctx, candidates, drops)
+        if found is None:
+            return {}
+        ranked = found
         tokens = samples.tokens(prompts)
     for reason, n in drops.table():
         console.print(f"dropped {n}: {reason}", markup=False)

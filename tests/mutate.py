@@ -43,6 +43,7 @@ TARGETS = {
     "rlhf.ranking": ["test_ranking.py"],
     "rlhf.experience": ["test_experience.py"],
     "rlhf.judging": ["test_judging.py"],
+    "rlhf.agreement": ["test_agreement.py"],
 }
 LIMIT_S = 60  # a mutant that hangs counts as seen
 QUICK = 12
@@ -76,6 +77,15 @@ EQUIVALENT = {
         "variance.clamp(min=1e-12)  ->  variance",
     ): "a variance of 0 is caught by the where around it",
     ("ema_update", "parameters[name].detach()  ->  parameters[name]"): "the function runs without gradients",
+    ("tally", "a1 < b1  ->  a1 <= b1"): "ties are counted before",
+    ("tally", "a2 < b2  ->  a2 <= b2"): "ties are counted before",
+    ("ratio", "a - value * b  ->  value * b - a"): "squared",
+    ("alpha_ordinal", "for unit in units if len(unit) > 1  ->  for unit in units"): "a value alone is in no pair",
+    ("alpha_ordinal", "len(unit) > 1  ->  len(unit) >= 1"): "a value alone is in no pair",
+    ("alpha_ordinal", "coincidences.sum(0)  ->  coincidences.sum(1)"): "symmetric",
+    ("alpha_ordinal", "totals.cumsum() - totals / 2  ->  totals / 2 - totals.cumsum()"): "distances are squared",
+    ("alpha_ordinal", "middle[:, None] - middle[None, :]  ->  middle[None, :] - middle[:, None]"): "squared",
+    ("alpha_ordinal", "expected > 0  ->  expected >= 0"): "0 / 0 is nan as well",
     ("ranking_loss", "strict=True  ->  strict=False"): "the split has one part for every group by construction",
     ("calibrated", "strict=True  ->  strict=False"): "both have an entry for each label",
     ("sigmoid", "x >= 0  ->  x > 0"): "at 0 both branches are one half",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -35,13 +36,20 @@ def test_help_names_every_command_and_shows_examples() -> None:
         "reward",
         "ppo",
         "evaluate",
+        "compare",
+        "status",
         "profile",
         "report",
         "chat",
         "plan",
-        "recipes",
         "judge-eval",
         "judge-search",
+        "export",
+        "peft",
+        "agreement",
+        "convert",
+        "label",
+        "recipes",
     ):
         assert f" {command} " in text
     assert "rlhf run demo" in text
@@ -53,6 +61,37 @@ def test_recipes_lists_names_with_descriptions(tmp_path: Path) -> None:
     assert done.returncode == 0
     for name in ("demo", "tiny", "instructgpt-1.3b", "tldr-pythia-1b"):
         assert f"\n{name} " in f"\n{done.stdout}"
+    assert done.stdout.count("\npeft ") == 2  # a recipe and a comparison
+
+
+def test_agreement_of_the_embedded_passes() -> None:
+    """The figures that data/README.md gives for the two passes."""
+    done = rlhf("agreement", "embedded:rankings", "embedded:rankings_second")
+    assert done.returncode == 0, done.stderr
+    assert "48 of 156 sets of outputs" in done.stdout
+    assert "92.9%" in done.stdout and "411 pairs" in done.stdout
+    found = json.loads(rlhf("agreement", "embedded:rankings", "embedded:rankings_second", "--json").stdout)
+    assert found["outputs_shared"] == 48 and found["pairwise"]["untied"]["counted"] == 411
+
+
+def test_convert_writes_plain_rankings_once(tmp_path: Path) -> None:
+    one = {"prompt": "q", "chosen": "x", "rejected": "y", "labeler": "ann"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(one) + "\n")
+    (tmp_path / "b.json").write_text(json.dumps([one, one | {"labeler": "bob", "time": 0}]))
+    done = rlhf("convert", "a.jsonl", "b.json", "out.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "left out 1: exact duplicate of a ranking" in done.stdout
+    assert "out.jsonl: 2 rankings of 1 prompts, 2 labelers" in done.stdout
+    row = {"prompt": "q", "responses": ["x", "y"], "ranks": [1, 2], "finished": [True, True]}
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [
+        row | {"labeler": "ann"},
+        row | {"labeler": "bob", "time": "1970-01-01T00:00:00+00:00"},
+    ]
+    before = (tmp_path / "a.jsonl").read_bytes()
+    for files, words in ((["b.json", "a.jsonl"], "not overwritten"), (["a.jsonl", "b.json"], "ends in .jsonl")):
+        done = rlhf("convert", *files, cwd=tmp_path)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "a.jsonl").read_bytes() == before
 
 
 def test_plan_prints_derived_numbers_and_writes_nothing(tmp_path: Path) -> None:
@@ -67,12 +106,18 @@ def test_plan_prints_derived_numbers_and_writes_nothing(tmp_path: Path) -> None:
     [
         (["run", "demos"], "did you mean demo?"),
         (["run", "tiny", "ppo.lrr=1"], "did you mean ppo.lr?"),
-        (["run", "tiny", "rank.labeler=human"], "labelling page"),
+        (["run", "tiny", "rank.labeler=human", "label.labelers=[anna,anna]"], "anna is listed twice"),
+        (["label", "nowhere"], "no outputs to rank"),
         (["plan", "tiny", "ppo.episodes=100"], "does not divide"),
         (["ppo", "tiny", "sft.lr=fast"], "sft.lr is 'fast'"),
         (["report", "nowhere"], "no such run folder"),
         (["chat", "nowhere"], "recipe.yaml"),
         (["profile", "nowhere"], "recipe.yaml"),
+        (["compare", "pefft"], "did you mean peft?"),
+        (["compare", "peft", "--way", "lorra"], "there is no way 'lorra'"),
+        (["compare", "peft", "sft.lr=1"], "what the ways differ in"),
+        (["agreement", "nowhere.jsonl"], "no such data file"),
+        (["agreement", "embedded:rankings"], "nothing was ranked twice"),
     ],
 )
 def test_mistakes_exit_with_2_and_no_traceback(tmp_path: Path, arguments: list[str], words: str) -> None:

@@ -33,6 +33,26 @@ def test_a_layer_holds_what_was_appended_while_it_grows_and_rows_leave():
             keys, values = keys[places], values[places]
 
 
+def test_rows_are_taken_several_times_or_not_at_all():
+    """Rows that were one tensor seen several times, as virtual tokens are, become rows of their own."""
+    generator = torch.Generator().manual_seed(0)
+    layer = RoomyLayer()
+    one = torch.randn(2, 1, 2, 4, 3, generator=generator).expand(-1, 3, -1, -1, -1)
+    layer.update(one[0], one[1])
+    keys, values = one[0].clone(), one[1].clone()
+    for tokens, picked in ((5, [2, 0, 2, 2]), (1, None), (1, [3, 1]), (GROWTH, [0, 1, 1]), (1, None)):
+        new = torch.randn(2, len(keys), 2, tokens, 3, generator=generator)
+        got = layer.update(new[0], new[1])
+        keys, values = torch.cat([keys, new[0]], 2), torch.cat([values, new[1]], 2)
+        assert torch.equal(got[0], keys) and torch.equal(got[1], values)
+        if picked is not None:
+            layer.batch_select_indices(torch.tensor(picked))
+            keys, values = keys[picked], values[picked]
+            assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+    layer.keep_rows(2, [(0, 2)])
+    assert torch.equal(layer.keys, keys[[2, 1]]) and torch.equal(layer.values, values[[2, 1]])
+
+
 def test_a_model_with_a_sliding_window_is_sampled_as_generate_does():
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

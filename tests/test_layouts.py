@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.layouts import ranks_of_scores, split_transcript
+from rlhf.layouts import split_transcript
+from rlhf.ranked import ending, named, ranks_of_scores
 from rlhf.records import Drops, Message, Prompt, Ranking, read_rankings
 
 
@@ -171,8 +172,8 @@ def test_summarize_from_feedback(tmp_path: Path) -> None:
     texts = ("Flatmate wastes water.", "Flatmate lets the tap run and I pay for it.")
     assert read(tmp_path, SUMMARY, NEWS) == (
         [
-            Ranking(user(post), texts, (2, 1)),
-            Ranking(user("Article:\nThe bridge is shut.\n\nTL;DR:"), texts, (1, 2)),
+            Ranking(user(post), texts, (2, 1), labeler="w1"),
+            Ranking(user("Article:\nThe bridge is shut.\n\nTL;DR:"), texts, (1, 2), labeler="w1"),
         ],
         [],
     )
@@ -233,6 +234,7 @@ MISTAKES = [
     ({"chosen": "hello", "rejected": "bye"}, "chosen", "there is no `prompt`, and `chosen` is no dialogue"),
     ({k: v for k, v in HH.items() if k != "rejected"}, "rejected", "the field `rejected` is missing"),
     (SUMMARY | {"choice": 2}, "choice", "`choice` is 2, and there are 2 summaries"),
+    (SUMMARY | {"worker": 5}, "worker", "`worker` is a number, not a string"),
     (SUMMARY | {"choice": None}, "choice", "the field `choice` is missing"),
     (SUMMARY | {"info": {"post": "x", "title": "y"}}, "info.subreddit", "`info.subreddit` is null, not a string"),
     (SUMMARY | {"summaries": [{"text": 1}]}, "summaries[0].text", "is a number, not a string"),
@@ -279,6 +281,29 @@ def test_own_ranks_go_before_published_keys(tmp_path: Path) -> None:
 def test_scores_to_ranks() -> None:
     assert ranks_of_scores([7, 9, 7, 1]) == [2, 1, 2, 3]
     assert ranks_of_scores([]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("answer12", "12"),
+        ("Response B ", "b"),
+        ("b", "b"),
+        ("text_left", "left"),
+        ("prompt", ""),
+        ("id-x", "x"),
+        ("", ""),
+    ],
+)
+def test_endings_of_names(name: str, end: str) -> None:
+    assert ending(name) == end
+
+
+def test_options_stand_for_the_field_of_their_name_before_that_of_their_ending() -> None:
+    names = ["reply 1", "answer1", "answer2"]
+    assert named("Answer-1", names) == "answer1"
+    assert named("x2", names) == "answer2"
+    assert named("x1", names) is None and named("x3", names) is None and named("x", ["y", "z"]) is None
 
 
 def test_split_transcript() -> None:

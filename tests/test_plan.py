@@ -110,7 +110,6 @@ def test_exact_div_never_suggests_zero() -> None:
         (["run.stages=[reward,sft]"], "run.stages=[sft,reward]"),
         (["run.stages=[evaluate,ppo-ptx]"], "run.stages=[ppo-ptx,evaluate]"),
         (["run.stages=[sft,sft]"], "listed twice"),
-        (["rank.labeler=human"], "not part of this version"),
         (["rank.labeler=file"], "data.rankings is empty"),
         (["rank.labeler=reward_model"], "rank.reward_model"),
         (["ppo.ptx_coef=0"], "ppo-ptx needs ppo.ptx_coef above 0"),
@@ -129,7 +128,7 @@ def test_rules_between_fields(overrides: list[str], words: str) -> None:
 
 
 def test_rules_bind_only_the_stages_that_run() -> None:
-    check(recipe("rank.labeler=human", "ppo.episodes=100"), ["sft", "evaluate"])
+    check(recipe("rank.labeler=file", "ppo.episodes=100"), ["sft", "evaluate"])
     check(recipe("ppo.ptx_coef=0", "data.pretraining=[]"), ["ppo"])
     check(recipe("run.stages=[ppo,ppo-ptx]"))  # either order of the variants
 
@@ -173,7 +172,7 @@ def test_a_node_rank_is_a_place_in_the_hostfile(tmp_path: Path) -> None:
         check(recipe("launch.node_rank=0"), ["sft"])
 
 
-@pytest.mark.parametrize("name", ["demo", "tiny", "instructgpt-1.3b", "tldr-pythia-1b"])
+@pytest.mark.parametrize("name", ["demo", "tiny", "peft", "instructgpt-1.3b", "tldr-pythia-1b"])
 def test_shipped_recipes_are_whole(name: str) -> None:
     r = load_recipe(name)
     check(r)

@@ -53,7 +53,7 @@ def test_shipped_recipes_load_and_describe_themselves(name: str) -> None:
 
 
 def test_recipe_names_are_the_files() -> None:
-    assert set(recipe_names()) == {"demo", "tiny", "instructgpt-1.3b", "tldr-pythia-1b"}
+    assert set(recipe_names()) == {"demo", "tiny", "peft", "instructgpt-1.3b", "tldr-pythia-1b"}
     assert RECIPES.is_dir()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,38 @@ def test_rankings(tmp_path: Path) -> None:
         Ranking(user("q"), ("same", "same"), (1, 1)),
     ]
     assert drops.table() == [("exact duplicate of a ranking", 1)]
+
+
+def test_labelers_and_times_are_kept(tmp_path: Path) -> None:
+    noon = datetime(2026, 5, 1, 12, 0, 0, 250000, UTC)
+    pair = {"prompt": "q", "chosen": "x", "rejected": "y"}
+    rows: list[dict[str, Any]] = [
+        pair | {"labeler": "ann", "time": "2026-05-01T12:00:00.25Z"},
+        pair | {"labeler": "bob", "time": noon.timestamp()},
+        {
+            "prompt": "q",
+            "responses": ["x", "y"],
+            "ranking": "A>B",
+            "labeler": "cem",
+            "time": "2026-05-01T14:00:00.25+02:00",
+        },
+        {"prompt": "q", "responses": ["x", "y"], "ranks": [1, 2], "labeler": "dia", "time": "2026-05-01 12:00:00.250"},
+        {"prompt": "q", "responses": ["x", "y"], "ranks": [1, 2], "labeler": "dia", "time": "2026-05-01T12:00:00.25Z"},
+        pair,
+        pair | {"labeler": "ann"},
+    ]
+    drops = Drops()
+    rankings = read_rankings([lines(tmp_path / "r.jsonl", *rows)], drops)
+    # Labelers who say the same are no duplicates of each other; the fifth row is one of the fourth.
+    assert [(r.labeler, r.time) for r in rankings] == [
+        ("ann", noon), ("bob", noon), ("cem", noon), ("dia", noon), ("", None), ("ann", None),
+    ]  # fmt: skip
+    assert {(r.responses, r.ranks) for r in rankings} == {(("x", "y"), (1, 2))}
+    assert drops.table() == [("exact duplicate of a ranking", 1)]
+    write_jsonl(tmp_path / "again.jsonl", [ranking_row(r) for r in rankings])
+    assert read_rankings([str(tmp_path / "again.jsonl")], Drops()) == rankings
+    first = json.loads((tmp_path / "again.jsonl").read_text().splitlines()[0])
+    assert (first["labeler"], first["time"]) == ("ann", "2026-05-01T12:00:00.250000+00:00")
 
 
 def test_sixteen_outputs_are_the_most(tmp_path: Path) -> None:
@@ -297,6 +330,12 @@ MISTAKES = [
         "ranks",
         ["responses 0 and 2", "same text with ranks 1 and 3"],
     ),
+    (read_rankings, GOOD | {"labeler": 3}, "labeler", ["`labeler` is a number, not a string"]),
+    (read_rankings, GOOD | {"labeler": ""}, "labeler", ["`labeler` is empty"]),
+    (read_rankings, GOOD | {"time": "noon"}, "time", ["`time` is 'noon', which is no time", "2026-05-01T09:30:00Z"]),
+    (read_rankings, GOOD | {"time": 1777636800000}, "time", ["1777636800000, which is no time", "seconds since 1970"]),
+    (read_rankings, GOOD | {"time": True}, "time", ["is true or false, not a time"]),
+    (read_rankings, GOOD | {"time": [1]}, "time", ["is a list, not a time"]),
     (read_rankings, GOOD | {"ranking": "A>B>C"}, "ranking", ["both `ranks` and `ranking`"]),
     (read_rankings, without(GOOD, "ranks", ranking="A>B>E"), "ranking", ["'E' stands for none of the 3", "A B C"]),
     (read_rankings, without(GOOD, "ranks", ranking="A>B>"), "ranking", ["'' stands for none"]),

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from rlhf.charts import calibration_chart, line_chart, smooth
 from rlhf.errors import UserError
-from rlhf.report import duration, number, policy_rows, print_summary, read_run, signed, verdict, write_report
+from rlhf.page import duration, number, signed
+from rlhf.report import policy_rows, print_summary, read_run, verdict, write_report
 
 EVIL = '<script>alert("x")</script> & {{ 7 * 7 }}'
 

@@ -86,7 +86,7 @@ def speak(model: nn.Module) -> None:
     """Some methods start at no change: move every trained weight."""
     with torch.no_grad():
         for parameter in trainable(model).values():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
 CASES = {
@@ -148,7 +148,11 @@ def apart(monkeypatch: pytest.MonkeyPatch, given: Given, **more: str) -> Ppo:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_base_weight_is_held_twice_or_changed_by_training(given: Given, dtype: str, capsys) -> None:
+def test_no_base_weight_is_held_twice_or_changed_by_training(
+    given: Given, dtype: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    if dtype == "bfloat16":  # of random weights as loud as these a score has one digit left
+        monkeypatch.setattr("rlhf.probes.TOLERANCE", 0.5)
     ppo = given.build(model__dtype=dtype, ppo__ratio_tolerance="0.2")
     assert "for policy, reference, value and reward model" in capsys.readouterr().out
     networks = (ppo.networks.policy, ppo.reference, ppo.networks.value, ppo.reward_model)
@@ -291,6 +295,8 @@ def test_a_plain_sft_model_is_the_base_and_the_reference(llama_given: Given, cap
     speak(ppo.networks.policy)
     torch.testing.assert_close(torch.cat(token_logprobs(ppo.reference, PAIRS)), plain, rtol=0, atol=1e-6)
     llama_given.fields[:] = METHODS["prompt"]
+    shutil.rmtree(llama_given.reward)
+    shutil.copytree(llama_given.base, llama_given.reward)
     with pytest.raises(UserError, match="new virtual tokens"):
         llama_given.build()
 

@@ -124,7 +124,7 @@ def test_bytes_that_are_not_utf8_are_located(tmp_path: Path) -> None:
 def test_items_of_an_array_are_located(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[\n {"prompt": "a"},\n {"prompt":\n  "b"}, {"prompt": ""}]')
-    assert f"where: {path}, line 4, field `prompt`" in text_of(read_prompts, str(path))
+    assert f"where: {path}, line 4, item 3, field `prompt`" in text_of(read_prompts, str(path))
     path.write_text('[\n {"prompt": "a"},\n {"prompt" "b"}]')
     message = text_of(read_prompts, str(path))
     assert "the file is not JSON: Expecting ':' delimiter" in message and f"where: {path}, line 3\n" in message

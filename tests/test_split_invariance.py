@@ -294,7 +294,7 @@ def test_ppo_step_is_the_token_loop(ppo: Ppo) -> None:
             ratio = (logprobs[t] - old).exp()
             plain, bounded = -advantage * ratio, -advantage * min(max(ratio.item(), 1 - CLIP), 1 + CLIP)
             # The bounded branch is flat beyond its bounds and the same as the plain one within.
-            if bounded > plain.item() + 1e-7:
+            if abs(ratio.item() - 1) > CLIP and bounded > plain.item():
                 clipped, policy_sum = clipped + 1, policy_sum + bounded
             else:
                 policy_sum = policy_sum + plain
@@ -302,7 +302,8 @@ def test_ppo_step_is_the_token_loop(ppo: Ppo) -> None:
             # The value of the state before token t: read at the token before it.
             v, v_old, target = values[len(prompt) + t - 1], experience.values[i, t], experience.returns[i, t]
             near = float(v_old) + min(max(v.item() - float(v_old), -VALUE_CLIP), VALUE_CLIP)
-            if (near - float(target)) ** 2 > float((v.detach() - target) ** 2) + 1e-7:
+            beyond = abs(v.item() - float(v_old)) > VALUE_CLIP  # within, the two differ by rounding
+            if beyond and (near - float(target)) ** 2 > float((v.detach() - target) ** 2):
                 value_sum = value_sum + 0.5 * (near - float(target)) ** 2
             else:
                 value_sum = value_sum + 0.5 * (v - target) ** 2

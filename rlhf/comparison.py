@@ -1,0 +1,297 @@
+"""The numbers of a comparison: one row for each way, from the files that its stages wrote.
+
+Nothing is computed with a model here. Held-out scores of two policies are compared prompt by prompt (all ways answer
+the same held-out prompts and are scored by one reward model), and the rubric judges the texts in samples.jsonl where a
+way is set against the reference's SFT policy, as evaluate judges policies of one run.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from rlhf.config import Recipe
+from rlhf.errors import UserError
+from rlhf.evaluation import ENOUGH_PROMPTS, Interval, compare, mean_interval, prompt_means, win_rate
+from rlhf.rundir import RunFolder, is_alive, read_json, read_owner, read_rows
+from rlhf.ways import Comparison
+
+ADAPTER = "adapter.safetensors"  # in model/: the trained weights alone
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way; None for what its stages have not written (yet)."""
+
+    way: str
+    method: str  # model.peft.method
+    lr: tuple[float, float]  # of SFT and of PPO
+    state: str  # done, failed, stopped, running, interrupted, unfinished (so far no stage of it failed) or not run
+    reason: str = ""  # why it is not done
+    trained: int | None = None  # weights that are trained
+    share: float | None = None  # of all weights, with what the method adds
+    sft_bytes: int | None = None  # of the weights that the stage has left, in files
+    ppo_bytes: int | None = None
+    sft_loss_before: float | None = None  # on held-out demonstrations, nats per token
+    sft_loss: float | None = None
+    train_score: float | None = None  # the last PPO iteration's mean
+    score: float | None = None  # held-out mean after PPO
+    score_sft: float | None = None  # and before: of the way's own SFT policy
+    gain: Interval | None = None  # the difference of the two
+    gain_reference: Interval | None = None  # to the reference's SFT policy
+    versus_reference: Interval | None = None  # to the reference's policy after PPO; None for the reference itself
+    kl: float | None = None  # to its own SFT policy on held-out prompts, nats per response
+    win_rate: Interval | None = None  # over its own SFT policy
+    win_rate_reference: Interval | None = None  # over the reference's
+    prompts: int = 0  # held out
+    sft_seconds: float | None = None
+    ppo_seconds: float | None = None
+    peak_gb: float | None = None  # in PPO
+
+    @property
+    def finding(self) -> str:
+        """What PPO did to the held-out score, no more than the interval allows to say."""
+        return finding(self.gain, 0.0, self.prompts, ("learned", "learned nothing", "got worse"))
+
+    @property
+    def preference(self) -> str:
+        """The same of the win rate over the way's own SFT policy."""
+        return finding(self.win_rate, 0.5, self.prompts, ("preferred", "no clear difference", "SFT preferred"))
+
+    @property
+    def standing(self) -> str:
+        """And of its score beside that of the reference after PPO."""
+        return finding(self.versus_reference, 0.0, self.prompts, ("above", "no clear difference", "below"))
+
+
+def finding(interval: Interval | None, start: float, prompts: int, words: tuple[str, str, str]) -> str:
+    """Words for an interval above `start`, over it, and below it; empty without one."""
+    if interval is None:
+        return ""
+    if prompts < ENOUGH_PROMPTS:
+        return "too few prompts to tell"
+    return words[0] if interval.low > start else words[2] if interval.high < start else words[1]
+
+
+def rows(comparison: Comparison, reasons: Mapping[str, str] | None = None) -> list[Row]:
+    """One row for each way, in the file's order.
+
+    Args:
+        reasons: why ways have failed, where no stage could write that down.
+
+    Raises:
+        UserError: for a file of a run that cannot be read.
+    """
+    folder, variant, found = comparison.folder, comparison.variant, []
+    reference = RunFolder(folder / comparison.reference)
+    base = {policy: _answers(reference, policy) for policy in ("sft", variant)}
+    whole = max(_weights(folder / way / "sft" / "model", plain=True)[0] for way in comparison.ways)
+    for way in comparison.ways:
+        run, recipe = RunFolder(folder / way), comparison.load(way)
+        state, reason = _state(run, recipe)
+        if reasons and way in reasons:
+            state, reason = "failed", reasons[way]
+        method, lr = recipe.model.peft.method, (recipe.sft.lr, recipe.ppo.lr)
+        numbers = _training(run, variant, method, whole) | _evaluation(run, recipe, variant, reference, base)
+        found.append(Row(way, method, lr, state, reason, **numbers))
+    return found
+
+
+def why_failed(stage: str, record: dict[str, Any] | None) -> str:
+    """A line from stage.json that says why the stage failed; empty when it does not."""
+    if not record or record.get("state") != "failed":
+        return ""
+    line = str(record.get("error") or "no reason given").split("\n")[0]
+    return f"{stage}: {line.removeprefix('UserError: ')}"
+
+
+def as_dicts(found: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows for a program to read; intervals as {"mean", "low", "high"}."""
+
+    def plain(value: Any) -> Any:
+        return value._asdict() if isinstance(value, Interval) else value
+
+    return [
+        {key: plain(getattr(row, key)) for key in asdict(row)}
+        | {"finding": row.finding, "preference": row.preference, "standing": row.standing}
+        for row in found
+    ]
+
+
+# --- what the stages wrote -------------------------------------------------------------------------------------------
+
+
+def _state(run: RunFolder, recipe: Recipe) -> tuple[str, str]:
+    """Where a way stands, and for one that has failed the stage's reason."""
+    states = {}
+    for stage in recipe.run.stages:
+        record = run.read_stage(stage)
+        states[stage] = str(record.get("state")) if record else "not run"
+        if states[stage] == "failed":
+            return "failed", why_failed(stage, record)
+    if all(state == "done" for state in states.values()):
+        return "done", ""
+    for stage, state in states.items():
+        if state == "running":
+            return ("running", "") if _in_use(run) else ("interrupted", f"{stage} was broken off")
+        if state == "stopped":
+            return "stopped", f"{stage} was stopped"
+    return ("not run", "") if set(states.values()) == {"not run"} else ("unfinished", "")
+
+
+def _in_use(run: RunFolder) -> bool:
+    """Whether a live process writes the run."""
+    try:
+        owner = read_owner((run.path / "lock").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    return owner is not None and is_alive(owner)
+
+
+def _training(run: RunFolder, variant: str, method: str, whole: int) -> dict[str, Any]:
+    """What SFT and PPO say of themselves.
+
+    Args:
+        whole: weights of the base, 0 where no way trains all of them.
+    """
+    records = {stage: run.read_stage(stage) or {} for stage in ("sft", variant)}
+    sft, ppo = (record.get("metrics") or {} for record in records.values())
+    sft_count, sft_bytes = _weights(run.model_dir("sft"))
+    ppo_count, ppo_bytes = _weights(run.model_dir(variant))
+    trained = ppo_count or sft_count
+    added = 0 if method in ("none", "bitfit") else trained  # which train weights of the base
+    logged = (row.get("memory/peak_gb") for row in read_rows(run.stage_dir(variant) / "metrics.jsonl"))
+    return {
+        "trained": trained or None,
+        "share": trained / (whole + added) if trained and whole else None,
+        "sft_bytes": sft_bytes or None,
+        "ppo_bytes": ppo_bytes or None,
+        "sft_loss_before": sft.get("sft/validation_loss_before"),
+        "sft_loss": sft.get("sft/validation_loss"),
+        "train_score": ppo.get("ppo/reward_score"),
+        "sft_seconds": records["sft"].get("seconds"),
+        "ppo_seconds": records[variant].get("seconds"),
+        "peak_gb": max((peak for peak in logged if peak is not None), default=None),
+    }
+
+
+def _weights(folder: Path, plain: bool = False) -> tuple[int, int]:
+    """How many weights a stage has left in its model folder, and their bytes on disk; only headers are read.
+
+    Args:
+        plain: 0 for a folder that holds an adapter alone.
+    """
+    adapter = folder / ADAPTER
+    if adapter.exists() and plain:
+        return 0, 0
+    files = [adapter] if adapter.exists() else sorted(folder.glob("model*.safetensors"))  # it may be in several
+    count = 0
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 (no mapping)
+        except SafetensorError as error:
+            raise UserError(f"the weights cannot be read: {error}", str(file), "redo the stage with --fresh") from None
+        for shape in shapes:
+            size = 1
+            for length in shape:
+                size *= length
+            count += size
+    return count, sum(file.stat().st_size for file in files)
+
+
+# --- what evaluate found ---------------------------------------------------------------------------------------------
+
+Answer = dict[str, Any]  # text, finished and score of one policy's response
+Answers = dict[str, list[Answer]]  # by prompt, in the order of the samples
+
+
+def _evaluation(
+    run: RunFolder, recipe: Recipe, variant: str, reference: RunFolder, base: dict[str, Answers]
+) -> dict[str, Any]:
+    """Numbers of evaluate/results.json, and comparisons between the rows of samples.jsonl.
+
+    Args:
+        base: answers of the reference's policies, empty where it has none.
+    """
+    path, results = run.stage_dir("evaluate") / "results.json", _results(run)
+    if variant not in results.get("policies", {}):
+        return {}
+    try:
+        ours, sft = results["policies"][variant], results["policies"]["sft"]
+        over_sft = next(each for each in results["comparisons"] if each["a"] == variant and each["b"] == "sft")
+        found = {
+            "score": ours["reward_score"],
+            "score_sft": sft["reward_score"],
+            "kl": ours["kl"],
+            "win_rate": Interval(over_sft["win_rate"], over_sft["low"], over_sft["high"]),
+            "prompts": results["prompts"],
+        }
+    except (KeyError, StopIteration, TypeError) as error:
+        raise UserError(
+            f"there is no comparison of {variant} with sft in it ({type(error).__name__}: {error})",
+            str(path),
+            f"run evaluate again: rlhf evaluate {run.path / 'recipe.yaml'} --fresh",
+        ) from None
+    mine, own = _answers(run, variant), _answers(run, "sft")
+    found["gain"] = _difference(mine, own, recipe)
+    if run.path == reference.path:
+        return found | {"gain_reference": found["gain"], "win_rate_reference": found["win_rate"]}
+    if base["sft"]:
+        found["gain_reference"] = _difference(mine, base["sft"], recipe)
+        found["versus_reference"] = _difference(mine, base[variant], recipe)
+        found["win_rate_reference"] = _judge(recipe, reference, run.path.name, mine, base["sft"])
+    return found
+
+
+def _results(run: RunFolder) -> dict[str, Any]:
+    """evaluate/results.json; {} where evaluate is not done."""
+    return (read_json(run.stage_dir("evaluate") / "results.json") or {}) if run.is_done("evaluate") else {}
+
+
+def _answers(run: RunFolder, policy: str) -> Answers:
+    """One policy's rows of samples.jsonl; {} where evaluate has not seen it."""
+    if policy not in _results(run).get("policies", {}):
+        return {}
+    path, found = run.stage_dir("evaluate") / "samples.jsonl", defaultdict(list)
+    for number, row in enumerate(read_rows(path), 1):
+        try:
+            answer = {"text": row["responses"][policy], "finished": row["finished"][policy]}
+            found[row["prompt"]].append(answer | {"score": row["scores"].get(policy)})
+        except (KeyError, TypeError, AttributeError) as error:
+            what = f"no response of {policy} ({type(error).__name__}: {error})"
+            raise UserError(what, f"{path}, line {number}", "run evaluate again with --fresh") from None
+    return found
+
+
+def _difference(mine: Answers, theirs: Answers, recipe: Recipe) -> Interval | None:
+    """Mean difference of two policies' scores, prompt by prompt, with its interval over prompts."""
+    if mine.keys() != theirs.keys():
+        return None
+    scores = [[[answer["score"] for answer in side[prompt]] for side in (mine, theirs)] for prompt in mine]
+    if not scores or any(None in side for both in scores for side in both):
+        return None
+    differences = [fmean(ours) - fmean(others) for ours, others in scores]
+    return mean_interval(differences, recipe.evaluate.bootstrap, recipe.run.seed)
+
+
+def _judge(recipe: Recipe, reference: RunFolder, way: str, mine: Answers, base: Answers) -> Interval | None:
+    """Win rate over the reference's SFT policy under the rubric, as noisy as it was for evaluate; else None."""
+    same = mine.keys() == base.keys() and all(len(mine[prompt]) == len(base[prompt]) for prompt in mine)
+    if recipe.evaluate.labeler != "rubric" or not same:
+        return None
+    from rlhf.labelers import Output, make_judge  # imports torch
+    from rlhf.records import Message, Prompt
+    from rlhf.rollout import row_seed
+
+    prompts = [Prompt((Message("user", text),)) for text in mine]  # of which the rubric sees the text alone
+    sides = [[[Output(a["text"], a["finished"]) for a in side[text]] for text in mine] for side in (mine, base)]
+    seed = row_seed(recipe.run.seed, "compare", "reference", way)
+    wins = compare(make_judge(recipe, reference), prompts, *sides, seed, judgements=recipe.evaluate.judgements)
+    return win_rate(prompt_means(wins), recipe.evaluate.bootstrap, seed)

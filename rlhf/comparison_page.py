@@ -1,0 +1,202 @@
+"""The page of a comparison: one HTML file with a table and a plot of all ways, the same as JSON, and a terminal table.
+
+Everything comes from `rlhf.comparison.rows`. A run that belongs to a comparison shows its table in its own report
+(`membership`, for rlhf/report.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from rlhf.charts import Named, named_points_chart
+from rlhf.comparison import Row, as_dicts
+from rlhf.page import count, number, percent, render, share, signed
+from rlhf.progress import console, table
+from rlhf.progress import duration as clock
+from rlhf.recipe import recipe_to_yaml
+from rlhf.rundir import read_json, write_atomic
+from rlhf.ways import FILE, Comparison
+
+PAGE, DATA = "comparison.html", "comparison.json"
+METHODS = {
+    "none": "all weights",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "prefix": "prefix tuning",
+    "p_tuning": "p-tuning",
+    "p_tuning_v2": "p-tuning v2",
+    "prompt": "prompt tuning",
+    "adapter": "bottleneck adapter",
+    "ia3": "(IA)³",
+    "bitfit": "BitFit",
+}
+
+
+def write_page(comparison: Comparison, rows: Sequence[Row]) -> Path:
+    """Write comparison.html and comparison.json into the comparison's folder; returns the path of the former."""
+    folder, reference = comparison.folder, comparison.reference
+    base = comparison.load(reference)
+    data = {"name": folder.name, "reference": reference, "variant": comparison.variant, "ways": as_dicts(rows)}
+    write_atomic(folder / DATA, json.dumps(data, indent=1) + "\n")
+    html = render(
+        "comparison.html.j2",
+        {},
+        name=folder.name,
+        reference=reference,
+        verdict=verdict(rows, reference),
+        basis=basis(comparison, rows),
+        notes=NOTES,
+        rows=[_shown(comparison, row) for row in rows],
+        charts=charts(rows, reference),
+        definition=(folder / FILE).read_text(encoding="utf-8"),
+        recipe=recipe_to_yaml(base),
+    )
+    write_atomic(folder / PAGE, html)
+    return folder / PAGE
+
+
+NOTES = (
+    "Small print: the share of the policy’s weights and the files that SFT and PPO leave; validation loss in nats per "
+    "token; the score of the way’s own SFT policy and of the last PPO iteration’s own samples; 95 % bootstrap "
+    "intervals over the prompts, of differences prompt by prompt. “Learned nothing”: the gain’s interval covers 0. "
+    "KL in nats per response. Time is SFT and PPO, memory the highest in PPO. One seed: another one would move every "
+    "row, and each method’s learning rate is a choice of its own."
+)
+
+
+def verdict(rows: Sequence[Row], reference: str) -> str:
+    """What the comparison found, no more than the intervals allow to say."""
+    judged = [row for row in rows if row.gain is not None and row.score is not None]
+    if not judged:
+        return "No way has been evaluated yet."
+    best = max(judged, key=lambda row: row.score)
+    text = f"Highest held-out score: {best.way}, {number(best.score)}"
+    text += f" with {share(best.share)} of the weights trained" if best.share else ""
+    if best.versus_reference is not None:
+        words = {"above": f"above {reference}", "below": f"below {reference}"}
+        words["no clear difference"] = f"no clear difference from {reference}"
+        interval = best.versus_reference
+        text += f": {words.get(best.standing, best.standing)} ({signed(interval.mean, 2)}, {_range(interval)})"
+    groups = [
+        [row.way for row in judged if row.finding == word] for word in ("learned", "got worse", "learned nothing")
+    ]
+    groups.append([row.way for row in rows if row.state == "failed"])
+    for names, said in zip(
+        groups, ("PPO raised the score of", "It lowered that of", "Learned nothing:", "Failed:"), strict=True
+    ):
+        text += f". {said} {', '.join(names)}" if names else ""
+    return text + "."
+
+
+def basis(comparison: Comparison, rows: Sequence[Row]) -> str:
+    """How the ways are made comparable."""
+    recipe = comparison.load(comparison.reference)
+    prompts = max((row.prompts for row in rows), default=0)
+    text = (
+        f"The same data, steps and samples in every way, {recipe.ppo.episodes} episodes of PPO. {comparison.reference} "
+        "ranked the outputs of its own SFT policy and trained one reward model on them, which scores every way (and "
+        "has seen nothing of the other ways’ outputs); every way’s value model is trained whole. "
+    )
+    labeler = recipe.evaluate.labeler.replace("_", " ")
+    return text + (f"Judged by the {labeler} labeler on {prompts} held-out prompts." if prompts else "")
+
+
+def charts(rows: Sequence[Row], reference: str) -> list[dict[str, Any]]:
+    """Trained weights against reward and against win rate, of the ways that have both."""
+    found = []
+    for title, unit, key, start in (
+        ("Reward", f"held-out score, difference to SFT of {reference}", "gain_reference", 0.0),
+        ("Win rate", f"over SFT of {reference}", "win_rate_reference", 0.5),
+    ):
+        there = [(row, interval) for row in rows if row.trained and (interval := getattr(row, key)) is not None]
+        points = [Named(row.way, row.trained, *interval) for row, interval in there]
+        if points:
+            svg = named_points_chart(points, start, "trained weights", share=start == 0.5)
+            found.append({"title": title, "unit": unit, "svg": Markup(svg)})
+    return found
+
+
+def membership(run_dir: Path) -> dict[str, Any] | None:
+    """What a run's report shows of the comparison that it belongs to: name, reference and rows; None without one."""
+    run_dir = run_dir.resolve()
+    data = read_json(run_dir.parent / DATA)
+    return data if data and any(row["way"] == run_dir.name for row in data["ways"]) else None
+
+
+def print_rows(comparison: Comparison, rows: Sequence[Row]) -> None:
+    """The table for the terminal, and the reason of each way that is not done."""
+    cells = []
+    for row in rows:
+        cells.append(
+            [
+                row.way,
+                count(row.trained),
+                number(row.sft_loss, 3),
+                number(row.score),
+                f"{signed(row.gain.mean, 2)} [{number(row.gain.low)}, {number(row.gain.high)}]"
+                if row.gain
+                else row.state,
+                _percents(row.win_rate),
+                _percents(row.win_rate_reference),
+                number(row.kl, 1),
+                "–" if (seconds := _seconds(row)) is None else clock(seconds),
+            ]
+        )
+    columns = ["way", "trained", "SFT loss", "score", "gain over own SFT", "wins over it"]
+    columns += [f"over {comparison.reference}'s SFT", "KL", "time"]
+    table(f"Comparison {comparison.folder.name}", columns, cells)
+    for row in rows:
+        if row.state != "done":
+            why = f": {row.reason}" if row.reason else ""
+            console.print(f"{row.way}: {row.state}{why}", markup=False, soft_wrap=True)
+        elif row.finding != "learned":
+            shown = f" that {row.prompts} prompts can show" if row.finding == "learned nothing" else ""
+            console.print(f"{row.way}: {row.finding}{shown}", markup=False)
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _shown(comparison: Comparison, row: Row) -> dict[str, Any]:
+    """A row with what only the page shows."""
+    sizes = dict.fromkeys(_bytes(size) for size in (row.sft_bytes, row.ppo_bytes) if size)
+    return asdict(row) | {
+        "gain": row.gain,
+        "versus_reference": row.versus_reference,
+        "win_rate": row.win_rate,
+        "win_rate_reference": row.win_rate_reference,
+        "finding": row.finding,
+        "preference": row.preference,
+        "standing": row.standing,
+        "method_name": METHODS[row.method] if METHODS[row.method] != row.way else "",
+        "stored": " and ".join(sizes) or "–",
+        "seconds": _seconds(row),
+        "report": f"{row.way}/report.html" if row.score is not None else "",
+        "fields": ", ".join(f"{key}={value}" for key, value in comparison.ways[row.way].items()),
+    }
+
+
+def _seconds(row: Row) -> float | None:
+    known = [seconds for seconds in (row.sft_seconds, row.ppo_seconds) if seconds is not None]
+    return sum(known) if known else None
+
+
+def _bytes(size: float) -> str:
+    units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
+    return next(f"{size / unit:.3g}\u00a0{name}" for unit, name in units if size >= unit)
+
+
+def _range(interval: Any) -> str:
+    return f"{number(interval.low)} to {number(interval.high)}"
+
+
+def _percents(interval: Any) -> str:
+    if interval is None:
+        return "–"
+    return f"{percent(interval.mean)} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"

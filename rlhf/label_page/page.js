@@ -1,0 +1,451 @@
+// The page: asks the server for a prompt, keeps the draft, sends the submission until it is acknowledged.
+//
+// The draft of a prompt lies in this browser's storage and not on the server, so that it also outlives a server that is
+// down; so does a submission until the server has said that it is stored. Prompt and outputs are set as text nodes.
+
+import { element, makeBoard } from "./board.js";
+import { letter, put, ranks, spoken, words } from "./order.js";
+
+const $ = (id) => document.getElementById(id);
+const token = location.hash.slice(1); // never sent by the browser itself, and kept there: a bookmark is a session
+const POLL = 15000; // milliseconds between looks at how far the others are
+const SPEAKERS = { system: "System", user: "Person", assistant: "Assistant" };
+
+let form; // what the server asks for: flags, quality, reasons
+let task = null;
+let answer = null; // {place, quality, flags, seconds} of the task
+let history = []; // answers before the last changes
+let board = null;
+let cards = [];
+let last = null; // id of the submission that may be taken back
+let sending = false;
+let since = performance.now(); // from when the seconds on this task have not been counted yet
+
+// --- the server ------------------------------------------------------------------------------------------------------
+
+class Refusal extends Error {}
+
+async function ask(path, body) {
+  const headers = { Authorization: `Bearer ${token}` };
+  const options = body ? { method: "POST", body: JSON.stringify(body) } : {};
+  if (body) headers["Content-Type"] = "application/json";
+  const response = await fetch(`api/${path}`, { ...options, headers });
+  if (response.ok) return response.json();
+  const told = await response.json().catch(() => ({}));
+  const detail = typeof told.detail === "string" ? told.detail : `the server answered ${response.status}`;
+  if (response.status >= 500) throw new Error(detail);
+  throw Object.assign(new Refusal(detail), { status: response.status });
+}
+
+// Ask until there is an answer. What is sent carries an id, so sending it again changes nothing.
+async function insist(path, body) {
+  for (let wait = 1; ; wait = Math.min(10, wait * 2)) {
+    try {
+      const found = await ask(path, body);
+      alert("");
+      return found;
+    } catch (error) {
+      if (error instanceof Refusal) throw error;
+      const kept = body ? "Not stored yet: your answer is kept in this browser. " : "";
+      alert(`${kept}The server does not answer; trying again.`);
+      await new Promise((done) => setTimeout(done, wait * 1000));
+    }
+  }
+}
+
+function newId() {
+  // crypto.randomUUID is not there on a page that came without encryption from another machine.
+  const hex = [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+  return hex.replace(/^(.{8})(.{4})(.{4})(.{4})/, "$1-$2-$3-$4-");
+}
+
+// --- what is kept in the browser -------------------------------------------------------------------------------------
+
+const draftName = () => `draft ${form.labeler} ${task.key}`;
+const outboxName = () => `outbox ${form.labeler}`;
+
+function keep(name, value) {
+  try {
+    if (value === null) localStorage.removeItem(name);
+    else localStorage.setItem(name, JSON.stringify(value));
+  } catch {
+    alert("This browser keeps no drafts: closing the tab loses the order of this prompt.");
+  }
+}
+
+function kept(name) {
+  try {
+    return JSON.parse(localStorage.getItem(name));
+  } catch {
+    return null; // no storage here: `keep` says so
+  }
+}
+
+// --- messages --------------------------------------------------------------------------------------------------------
+
+function alert(text) {
+  if ($("alert").textContent !== text) $("alert").textContent = text;
+}
+
+function say(text) {
+  $("live").textContent = "";
+  requestAnimationFrame(() => ($("live").textContent = text));
+}
+
+function minutes(seconds) {
+  if (seconds < 90) return "about a minute";
+  return seconds < 5400 ? `about ${Math.round(seconds / 60)} min` : `about ${(seconds / 3600).toFixed(1)} h`;
+}
+
+function showProgress(progress) {
+  last = progress.last;
+  $("progress").max = Math.max(1, progress.wanted);
+  $("progress").value = progress.rankings;
+  const parts = [`${progress.mine} by you`, `${progress.rankings} of ${progress.wanted} in all`];
+  if (progress.seconds_each > 0) {
+    const rate = 60 / progress.seconds_each;
+    parts.push(rate >= 1 ? `${rate.toFixed(1)} a minute` : `${(60 * rate).toFixed(0)} an hour`);
+    if (!progress.complete) parts.push(`${minutes(progress.seconds_left)} left`);
+  }
+  $("pace").textContent = parts.join(" · ");
+  for (const id of ["back", "end-back"]) $(id).hidden = last === null;
+}
+
+// --- one prompt ------------------------------------------------------------------------------------------------------
+
+function showTask(next) {
+  task = next;
+  history = [];
+  const k = task.outputs.length;
+  const before = task.answer;
+  answer = kept(draftName()) ?? {
+    place: before?.ranks ?? Array(k).fill(null), // ranks are rows, for a start
+    quality: before?.quality ?? Array(k).fill(null),
+    flags: before?.flags ?? Array.from({ length: k }, () => []),
+    seconds: 0,
+  };
+  since = performance.now();
+  $("messages").replaceChildren(
+    ...task.messages.map((message) => {
+      const words = element("p", { class: "text", dir: "auto" }, message.content);
+      if (task.messages.length === 1 && message.role === "user") return words;
+      return element("div", { class: `turn ${message.role}` }, element("p", { class: "label" }, SPEAKERS[message.role]), words);
+    }),
+  );
+  board = makeBoard($("rows"), $("tray"), task.outputs.map((output) => output.text), (place, i) => {
+    change({ place });
+    say(spoken(place, i));
+  });
+  cards = task.outputs.map((output, i) => makeCard(output, i));
+  $("outputs").replaceChildren(...cards.map((card) => card.root));
+  $("end").hidden = true;
+  $("work").hidden = false;
+  render();
+  $("prompt").focus();
+  window.scrollTo(0, 0);
+}
+
+// A row of radio buttons that looks like one control.
+function choices(legend, name, values, describe, chosen) {
+  const inputs = values.map((value) => {
+    const input = element("input", { type: "radio", name, value: String(value), "aria-label": describe(value) });
+    input.addEventListener("change", () => chosen(value));
+    return input;
+  });
+  const marks = inputs.map((input, v) =>
+    element("label", { class: "mark" }, input, element("span", { "aria-hidden": "true" }, String(values[v]))),
+  );
+  const root = element("fieldset", { class: "choices" }, element("legend", {}, legend), ...marks);
+  return { root, show: (value) => inputs.forEach((input, v) => (input.checked = values[v] === value)) };
+}
+
+function makeCard(output, i) {
+  const k = task.outputs.length;
+  const name = letter(i);
+  const rows = Array.from({ length: k }, (_, r) => r + 1);
+  const grip = element("span", { class: "grip", "aria-hidden": "true", title: "Drag it onto the board" }, name);
+  board.drag(grip, i);
+  const cut = output.finished ? "" : element("span", { class: "hint" }, "cut off at the length limit");
+  const rank = choices("Rank", `rank-${i}`, rows, (r) => `Rank ${r}`, (r) => setRank(i, r));
+  const head = element("div", { class: "head" }, grip, element("h3", {}, `Output ${name}`), cut);
+  const text = element("p", { class: "text", dir: "auto" }, output.text);
+  const root = element("article", { class: "card", tabindex: "0", "aria-label": `Output ${name}` }, head, text, rank.root);
+  const parts = [(value) => rank.show(value.place[i])];
+  if (form.quality !== "off") {
+    const scale = Array.from({ length: form.highest }, (_, q) => q + 1);
+    const legend = `Quality, 1 bad to ${form.highest} excellent${form.quality === "required" ? "" : " (optional)"}`;
+    const words = (q) => `Quality ${q} of ${form.highest}`;
+    const quality = choices(legend, `quality-${i}`, scale, words, (q) => setQuality(i, q));
+    root.append(quality.root);
+    parts.push((value) => quality.show(value.quality[i]));
+  }
+  const flags = Object.entries(form.flags);
+  if (flags.length) {
+    const summary = element("summary");
+    const boxes = flags.map(([flag, label]) => {
+      const box = element("input", { type: "checkbox", value: flag });
+      box.addEventListener("change", () => setFlag(i, flag, box.checked));
+      return { flag, box, line: element("label", {}, box, element("span", {}, label)) };
+    });
+    const group = element("div", { class: "flags", role: "group", "aria-label": `Flags of output ${name}` });
+    group.append(...boxes.map(({ line }) => line));
+    root.append(element("details", {}, summary, group));
+    parts.push((value) => {
+      for (const { flag, box } of boxes) box.checked = value.flags[i].includes(flag);
+      summary.textContent = value.flags[i].length ? `Flags: ${value.flags[i].length} set` : "Flags";
+    });
+  }
+  root.addEventListener("keydown", (event) => cardKey(event, i));
+  return { root, show: (value) => parts.forEach((part) => part(value)) };
+}
+
+function render() {
+  board.show(answer.place);
+  cards.forEach((card, i) => {
+    card.show(answer);
+    card.root.classList.toggle("ranked", answer.place[i] !== null);
+  });
+  const missing = answer.place.filter((row) => row === null).length;
+  const rest = missing === 0 ? "" : missing === answer.place.length ? "Nothing ranked yet" : `${missing} to rank`;
+  $("summary").replaceChildren(words(answer.place), element("span", { class: "hint" }, rest));
+  $("undo").disabled = history.length === 0;
+}
+
+// --- changes ---------------------------------------------------------------------------------------------------------
+
+function change(parts) {
+  history.push({ ...answer });
+  answer = { ...answer, ...parts };
+  saveDraft();
+  render();
+}
+
+function setRank(i, row) {
+  if (answer.place[i] === row) return;
+  change({ place: put(answer.place, i, row) });
+  say(spoken(answer.place, i));
+}
+
+function setQuality(i, value) {
+  if (answer.quality[i] !== value) change({ quality: answer.quality.map((old, j) => (j === i ? value : old)) });
+}
+
+function setFlag(i, flag, on) {
+  const set = answer.flags[i].filter((other) => other !== flag);
+  change({ flags: answer.flags.map((old, j) => (j === i ? (on ? [...set, flag] : set) : old)) });
+}
+
+function undo() {
+  if (!history.length) return;
+  answer = { ...history.pop(), seconds: answer.seconds };
+  saveDraft();
+  render();
+  say(`Undone. ${words(answer.place) || "Nothing is ranked."}`);
+}
+
+function count() {
+  const now = performance.now();
+  if (answer) answer.seconds += (now - since) / 1000;
+  since = now;
+}
+
+function saveDraft() {
+  if (!document.hidden) count();
+  keep(draftName(), answer);
+}
+
+// --- keys ------------------------------------------------------------------------------------------------------------
+
+function cardKey(event, i) {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const digit = Number(/^(?:Digit|Numpad)([1-9])$/.exec(event.code)?.[1] ?? event.key);
+  if (event.shiftKey) {
+    if (form.quality === "off" || !(digit >= 1 && digit <= form.highest)) return;
+    setQuality(i, digit);
+    say(`Output ${letter(i)}: quality ${digit}.`);
+  } else if (digit >= 1 && digit <= task.outputs.length) setRank(i, digit);
+  else if (event.key === "j" || event.key === "k") focusCard(i + (event.key === "j" ? 1 : -1));
+  else if (event.key === "f") openFlags(i);
+  else if (event.key === "Backspace" || event.key === "Delete") setRank(i, null);
+  else return;
+  event.preventDefault();
+}
+
+function focusCard(i) {
+  if (i < 0) $("prompt").focus();
+  else cards[Math.min(i, cards.length - 1)].root.focus();
+}
+
+function openFlags(i) {
+  const details = cards[i].root.querySelector("details");
+  if (!details) return;
+  details.open = true;
+  details.querySelector("input").focus();
+}
+
+document.addEventListener("keydown", (event) => {
+  if (!(event.ctrlKey || event.metaKey) || $("work").hidden || $("skip-dialog").open) return;
+  if (event.key === "Enter") submit();
+  else if (event.key.toLowerCase() === "z" && !event.shiftKey) undo();
+  else return;
+  event.preventDefault();
+});
+
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "j") focusCard(0);
+});
+
+// --- sending ---------------------------------------------------------------------------------------------------------
+
+function submit() {
+  const unranked = answer.place.indexOf(null);
+  const unrated = form.quality === "required" ? answer.quality.indexOf(null) : -1;
+  if (unranked >= 0 || unrated >= 0) {
+    const i = unranked >= 0 ? unranked : unrated;
+    alert(`Output ${letter(i)} has no ${unranked >= 0 ? "rank" : "quality"} yet.`);
+    cards[i].root.focus();
+    return;
+  }
+  const given = { kind: "ranking", ranks: ranks(answer.place) };
+  if (answer.quality.some((value) => value !== null)) given.quality = answer.quality;
+  if (Object.keys(form.flags).length) given.flags = answer.flags;
+  send(given);
+}
+
+// Store it in the browser, then on the server, then go on.
+async function send(given) {
+  if (sending) return;
+  saveDraft();
+  const submission = { id: newId(), task: task.key, seconds: Math.round(answer.seconds * 10) / 10, ...given };
+  keep(outboxName(), submission);
+  await deliver(submission);
+}
+
+async function deliver(submission) {
+  busy(true);
+  try {
+    const progress = await insist("submit", submission);
+    keep(outboxName(), null);
+    keep(`draft ${form.labeler} ${submission.task}`, null);
+    say(submission.kind === "skip" ? "Skipped." : "Stored.");
+    if (progress.complete) showEnd(progress);
+    else await following();
+  } catch (error) {
+    if (!(error instanceof Refusal)) throw error;
+    if (error.status !== 401) keep(outboxName(), null); // with a new link it may still be stored
+    if (error.status === 409) await following();
+    alert(`Not stored: ${error.message}.`);
+  } finally {
+    busy(false);
+  }
+}
+
+function busy(on) {
+  sending = on;
+  for (const id of ["submit", "skip", "back", "end-back"]) $(id).disabled = on;
+  $("submit").textContent = on ? "Storing…" : "Submit";
+}
+
+async function following() {
+  const found = await insist("next");
+  showProgress(found.progress);
+  if (found.task && !found.progress.complete) showTask(found.task);
+  else showEnd(found.progress);
+}
+
+async function takeBack() {
+  if (sending || last === null) return;
+  busy(true);
+  try {
+    if (task && answer && !$("work").hidden) saveDraft();
+    const found = await insist("take-back", { id: last });
+    showProgress(found.progress);
+    showTask(found.task);
+    say("Taken back. It counts again once you submit it.");
+  } catch (error) {
+    if (!(error instanceof Refusal)) throw error;
+    alert(error.message);
+  } finally {
+    busy(false);
+  }
+}
+
+function showEnd(progress) {
+  showProgress(progress);
+  task = null;
+  answer = null;
+  $("work").hidden = true;
+  $("end").hidden = false;
+  $("end-title").textContent = progress.complete ? "All rankings are in" : "Nothing for you right now";
+  $("end-text").textContent = progress.complete
+    ? "Thank you. You can close this page; the run goes on by itself."
+    : "Other labelers have the prompts that are left. This page looks again every few seconds.";
+  $("end-title").focus();
+}
+
+async function look() {
+  if (document.hidden || sending) return;
+  if (task === null) {
+    const found = await ask("next");
+    showProgress(found.progress);
+    if (found.task && !found.progress.complete) showTask(found.task);
+    else if (found.progress.complete) showEnd(found.progress);
+  } else showProgress(await ask("progress"));
+}
+
+// --- skipping --------------------------------------------------------------------------------------------------------
+
+function setUpSkip() {
+  $("note").maxLength = form.note;
+  $("reasons").replaceChildren(
+    ...Object.entries(form.skips).map(([reason, label], i) => {
+      const input = element("input", { type: "radio", name: "reason", value: reason, required: true });
+      input.checked = i === 0;
+      return element("label", {}, input, element("span", {}, label));
+    }),
+  );
+  $("skip").addEventListener("click", () => $("skip-dialog").showModal());
+  $("skip-no").addEventListener("click", () => $("skip-dialog").close());
+  $("skip-dialog").querySelector("form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    $("skip-dialog").close();
+    const reason = $("reasons").querySelector("input:checked").value;
+    send({ kind: "skip", reason, note: $("note").value.trim() });
+    $("note").value = "";
+  });
+}
+
+// --- start -----------------------------------------------------------------------------------------------------------
+
+async function start() {
+  if (!token) {
+    alert("Open the link that you were given: this address alone does not say who you are.");
+    return;
+  }
+  try {
+    form = await insist("form");
+    $("who").textContent = `${form.title} · ${form.labeler}`;
+    $("network").hidden = !form.network;
+    setUpSkip();
+    const waiting = kept(outboxName());
+    if (waiting) await deliver(waiting); // of a page that was closed before the server had answered
+    else await following();
+  } catch (error) {
+    if (!(error instanceof Refusal)) throw error;
+    alert(`${error.message}.`);
+    return;
+  }
+  setInterval(() => look().catch(() => {}), POLL); // the next look may be luckier; what must arrive goes by `insist`
+}
+
+document.addEventListener("visibilitychange", () => {
+  if (answer && document.hidden) {
+    count();
+    keep(draftName(), answer);
+  } else since = performance.now();
+});
+window.addEventListener("hashchange", () => location.reload());
+for (const [id, action] of [["submit", submit], ["undo", undo], ["back", takeBack], ["end-back", takeBack]]) {
+  $(id).addEventListener("click", action);
+}
+start();

@@ -1,0 +1,70 @@
+"""Where the names of points go on a chart so that none covers another name, a point or a line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+Box = tuple[float, float, float, float]  # left, bottom, right, top
+Point = tuple[float, float]
+
+GAP = 4.0  # between a point and the nearest edge of its label, at least
+RINGS = 14  # how many distances are tried
+STEP = 5.0  # from one distance to the next
+
+
+def place(anchors: Sequence[Point], sizes: Sequence[Point], obstacles: Sequence[Box], bounds: Box) -> list[Box]:
+    """One box for each anchor: the nearest free place, right of the point if that is free.
+
+    Labels are placed in the order given; where nothing is free within reach, the place that covers least is taken.
+
+    Args:
+        anchors: points that the labels belong to.
+        sizes: width and height of each label, in the anchors' unit.
+        obstacles: what may not be covered.
+        bounds: where labels may be.
+    """
+    placed: list[Box] = []
+    for anchor, size in zip(anchors, sizes, strict=True):
+        taken = [*obstacles, *placed]
+        within = [box for box in _candidates(anchor, size) if _inside(box, bounds)]
+        costs = ((sum(overlap(box, other) for other in taken), i) for i, box in enumerate(within))
+        best: tuple[float, int] | None = None
+        for cost, i in costs:
+            if best is None or cost < best[0]:
+                best = (cost, i)
+            if cost == 0:
+                break
+        placed.append(within[best[1]] if best else next(_candidates(anchor, size)))
+    return placed
+
+
+def overlap(a: Box, b: Box) -> float:
+    """Area that two boxes share."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return max(0.0, width) * max(0.0, height)
+
+
+def nearest(box: Box, point: Point) -> Point:
+    """The point of a box that is nearest to a point: where a line to it ends."""
+    return min(max(point[0], box[0]), box[2]), min(max(point[1], box[1]), box[3])
+
+
+def _candidates(anchor: Point, size: Point) -> Iterator[Box]:
+    """Boxes around a point, near ones first; of one distance right, left, above, below, then between."""
+    (x, y), (width, height) = anchor, size
+    for ring in range(RINGS):
+        distance = GAP + ring * STEP
+        for degrees in (0, 180, 90, 270, 45, 315, 135, 225, 20, 340, 160, 200):
+            across, up = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+            centre = (x + across * (distance + width / 2), y + up * (distance + height / 2))
+            yield (
+                centre[0] - width / 2,
+                centre[1] - height / 2,
+                centre[0] + width / 2,
+                centre[1] + height / 2,
+            )
+
+
+def _inside(box: Box, bounds: Box) -> bool:
+    return box[0] >= bounds[0] and box[1] >= bounds[1] and box[2] <= bounds[2] and box[3] <= bounds[3]

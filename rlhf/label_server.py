@@ -1,0 +1,242 @@
+"""The labelling page's server: the page's files, and what the page asks of rlhf/label_store.py.
+
+Every request for data carries the labeler's token in a header, which no other site's page can send: the token is the
+part of the link after #, so that browsers send it nowhere by themselves. A request for another host than this one is
+refused, for a foreign name may be made to resolve to this machine (DNS rebinding). The page may load nothing but its
+own three files, and no script that stands in its markup would run.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import uvicorn
+from fastapi import Depends, FastAPI, Header, HTTPException, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rlhf.errors import UserError
+from rlhf.label_form import FLAGS, MAX_NOTE, QUALITY, SKIPS, Submission
+from rlhf.label_store import Conflict, LabelStore, Refused, Task
+
+PAGE = Path(__file__).parent / "label_page"
+FILES = {
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/board.js": ("board.js", "text/javascript"),
+    "/order.js": ("order.js", "text/javascript"),
+}
+MAX_BODY = 64 * 1024  # bytes of a request
+GRACE = 2  # seconds that open requests get when the server ends
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self';"
+    " img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+}
+
+
+class Which(BaseModel):
+    """A submission, by its id."""
+
+    id: str
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine alone."""
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host.strip("[]")).is_loopback)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def who(request: Request, authorization: Annotated[str, Header()] = "") -> str:
+    """The labeler whose token the request carries."""
+    labeler = request.app.state.store.labeler(authorization.removeprefix("Bearer "))
+    if labeler is None:
+        raise HTTPException(401, "this link is not valid: ask for a new one")
+    return labeler
+
+
+Labeler = Annotated[str, Depends(who)]
+
+
+def make_app(store: LabelStore, title: str, host: str = "127.0.0.1") -> FastAPI:
+    """The application.
+
+    Args:
+        title: of the run, shown to labelers.
+        host: what it is served on.
+    """
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # those pages load scripts from elsewhere
+    app.state.store = store
+    app.add_middleware(Guard, host=host)
+
+    def page(request: Request) -> Response:
+        name, kind = FILES[request.url.path]
+        return Response((PAGE / name).read_bytes(), media_type=kind)
+
+    for path in FILES:
+        app.add_api_route(path, page, methods=["GET"], include_in_schema=False)
+
+    # Functions without async run in threads: a commit that waits for the disk keeps nobody else waiting.
+    @app.get("/api/form")
+    def form(labeler: Labeler) -> dict[str, Any]:
+        label = store.label
+        return {
+            "title": title,
+            "labeler": labeler,
+            "flags": FLAGS if label.flags else {},
+            "quality": label.quality,
+            "highest": QUALITY,
+            "skips": SKIPS,
+            "note": MAX_NOTE,
+            "network": not is_loopback(host),
+        }
+
+    @app.get("/api/next")
+    def following(labeler: Labeler) -> dict[str, Any]:
+        return {"task": _shown(store.next_task(labeler)), "progress": store.progress(labeler)}
+
+    @app.get("/api/progress")
+    def progress(labeler: Labeler) -> dict[str, Any]:
+        return store.progress(labeler)
+
+    @app.post("/api/submit")
+    def submit(given: Submission, labeler: Labeler) -> dict[str, Any]:
+        store.submit(labeler, given)
+        return store.progress(labeler)
+
+    @app.post("/api/take-back")
+    def take_back(which: Which, labeler: Labeler) -> dict[str, Any]:
+        return {"task": _shown(store.take_back(labeler, which.id)), "progress": store.progress(labeler)}
+
+    for kind, status in ((Conflict, 409), (Refused, 422), (sqlite3.Error, 503)):
+        app.add_exception_handler(kind, _tell(status))
+    return app
+
+
+def _shown(task: Task | None) -> dict[str, Any] | None:
+    return task and task._asdict()
+
+
+def _tell(status: int) -> Any:
+    async def handler(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, status)
+
+    return handler
+
+
+class Guard:
+    """Refuses requests for other hosts and large ones, and adds HEADERS to every answer."""
+
+    def __init__(self, app: ASGIApp, host: str) -> None:
+        self.app = app
+        self.names = {"localhost", "127.0.0.1", "[::1]", host.lower()}
+        self.network = not is_loopback(host)
+        if self.network:
+            self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or pass on, one request."""
+        if scope["type"] != "http":  # no WebSocket is served
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] += [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+            await send(message)
+
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        if refusal := self._refusal(scope["method"], headers):
+            status, detail = refusal
+            await JSONResponse({"detail": detail}, status)(scope, receive, send_with_headers)
+        else:
+            await self.app(scope, receive, send_with_headers)
+
+    def _refusal(self, method: str, headers: dict[str, str]) -> tuple[int, str] | None:
+        name = headers.get("host", "").lower()
+        name = name.rpartition("]")[0] + "]" if name.startswith("[") else name.partition(":")[0]
+        # On a network this machine has many addresses. A page of another site cannot have one as its own host.
+        if name not in self.names and not (self.network and _is_address(name)):
+            return 403, f"this page is not served for the host {name!r}"
+        if method == "POST":
+            length = headers.get("content-length", "")
+            if not length.isdigit():
+                return 411, "the request does not say how long it is"
+            if int(length) > MAX_BODY:
+                return 413, "the request is too long"
+        return None
+
+
+@contextmanager
+def serving(store: LabelStore, title: str, host: str, port: int = 0) -> Iterator[str]:
+    """Serve the page in a thread while the block lasts; gives the address that links begin with.
+
+    Args:
+        port: 0 takes the one of the last time, so that open pages find the server again, or else a free one.
+
+    Raises:
+        UserError: when the address or port cannot be had.
+    """
+    sock = _listen(host, port, int(store.setting("port") or 0))
+    port = sock.getsockname()[1]
+    store.keep_setting("port", str(port))
+    config = uvicorn.Config(
+        make_app(store, title, host), log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://{_name(host)}:{port}/"
+    finally:
+        server.should_exit = True
+        thread.join()
+        sock.close()
+
+
+def _listen(host: str, port: int, last: int) -> socket.socket:
+    """A listening socket on the port, or, where none is given, on the last one or a free one."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise UserError(f"{host} is no address of this machine: {error}", "label.host", "give one") from None
+    for attempt in (port,) if port else (last, 0):
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        # A server that was killed a moment ago leaves its port waiting; a live one still refuses it.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((address[0], attempt))
+            sock.listen(128)
+        except OSError as error:
+            sock.close()
+            refused = error
+            continue
+        return sock
+    fix = "give another port (0: a free one), and an address of this machine"
+    raise UserError(f"the page cannot be served: {refused}", f"{host}, port {port}", fix)
+
+
+def _name(host: str) -> str:
+    """What links call the host."""
+    if _is_address(host) and ipaddress.ip_address(host).is_unspecified:
+        return socket.gethostname()
+    return f"[{host}]" if ":" in host else host

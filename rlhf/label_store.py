@@ -1,0 +1,386 @@
+"""What people rank and what they have said: RUN/labels.sqlite, beside the stages so that redoing one keeps it.
+
+A submission is on disk before it is acknowledged (rlhf/label_tables.py), and its id, which the page makes,
+stores it once however often it is sent. A labeler has one standing submission for a task. Answers are kept in the
+order of the outputs in the file, whatever the order they were shown in. Several processes may have the file open.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import secrets
+import sqlite3
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf.config import LabelSection
+from rlhf.label_form import Submission, complaint
+from rlhf.label_tables import GIVEN, open_labels
+from rlhf.outputs import Outputs
+from rlhf.records import Message, Prompt, ranking_row
+
+RECENT = 20  # submissions that a labeler's pace is taken from
+
+
+class Refused(Exception):
+    """A submission that makes no sense: the page would not have made it."""
+
+
+class Conflict(Exception):
+    """A submission that came too late: another stands, or was made since."""
+
+
+class Task(NamedTuple):
+    """A prompt as one labeler sees it; `answer` is what they had said before they took it back, if they did."""
+
+    key: str
+    messages: list[dict[str, str]]
+    outputs: list[dict[str, Any]]  # {"text", "finished"} in the order shown
+    answer: dict[str, Any] | None
+
+
+class Labelled(NamedTuple):
+    """One ranking that stands; lists are in the order of the outputs in the file."""
+
+    outputs: Outputs
+    ranks: tuple[int, ...]
+    labeler: str
+    about: dict[str, Any]  # id, quality, flags, shown, seconds, time
+
+
+class Counts(NamedTuple):
+    """Where the ranking stands, over all labelers."""
+
+    rankings: int  # that are in
+    wanted: int  # those included; what everybody has skipped is not among them
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run can go on."""
+        return self.rankings >= self.wanted
+
+
+class LabelStore:
+    """The file, open; every method is one transaction and may be called from any thread.
+
+    Args:
+        seed: of the orders in which outputs are shown, and of which prompts are shared.
+
+    Raises:
+        UserError: when the file is damaged or of another version.
+    """
+
+    def __init__(self, path: Path, label: LabelSection, seed: int) -> None:
+        self.path, self.label, self.seed = Path(path), label, seed
+        self._lock = threading.RLock()
+        self._db = open_labels(self.path)
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._db.close()
+
+    @contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that is on disk when the block has ended."""
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _read(self, query: str, *values: Any, **named: Any) -> list[sqlite3.Row]:
+        with self._lock:
+            return self._db.execute(query, named or values).fetchall()
+
+    # --- what is to be ranked, and by whom ----------------------------------------------------------------------------
+
+    def set_tasks(self, outputs: Sequence[Outputs]) -> None:
+        """Make these the prompts to rank, in this order; rankings of others stay in the file and count no more."""
+        keys = [task_key(each) for each in outputs]
+        shared = shared_tasks(keys, self.label.overlap, self.seed)
+        rows = [
+            (
+                key,
+                place,
+                key in shared,
+                json.dumps([message._asdict() for message in each.prompt.messages]),
+                each.prompt.use_case,
+                json.dumps(each.responses),
+                json.dumps(each.finished),
+            )
+            for place, (key, each) in enumerate(zip(keys, outputs, strict=True))
+        ]
+        with self._write() as db:
+            db.execute("UPDATE tasks SET current = 0")
+            db.executemany(
+                "INSERT INTO tasks (key, place, shared, current, messages, use_case, responses, finished)"
+                " VALUES (?, ?, ?, 1, ?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET"
+                " place = excluded.place, shared = excluded.shared, current = 1, use_case = excluded.use_case",
+                rows,
+            )
+
+    def invite(self, names: Sequence[str]) -> None:
+        """Make these the labelers that the run waits for. Others may go on ranking with the links that they have."""
+        with self._write() as db:
+            db.execute("UPDATE labelers SET invited = 0")
+            db.executemany(
+                "INSERT INTO labelers VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET invited = 1",
+                [(name,) for name in names],
+            )
+
+    def new_token(self, labeler: str) -> str:
+        """A secret that says who somebody is, beside those that the labeler has; only its hash is kept."""
+        token = secrets.token_urlsafe(24)
+        with self._write() as db:
+            db.execute("INSERT INTO tokens VALUES (?, ?)", (_hash(token), labeler))
+        return token
+
+    def revoke(self, names: Sequence[str]) -> None:
+        """Make all earlier links of these labelers useless."""
+        with self._write() as db:
+            db.executemany("DELETE FROM tokens WHERE labeler = ?", [(name,) for name in names])
+
+    def labeler(self, token: str) -> str | None:
+        """Whose token this is; None for nobody's."""
+        found = self._read("SELECT labeler FROM tokens WHERE hash = ?", _hash(token))
+        return found[0]["labeler"] if found else None
+
+    def setting(self, name: str) -> str | None:
+        """A value that outlives the server."""
+        found = self._read("SELECT value FROM settings WHERE name = ?", name)
+        return found[0]["value"] if found else None
+
+    def keep_setting(self, name: str, value: str) -> None:
+        """Set such a value."""
+        with self._write() as db:
+            db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, value))
+
+    # --- a labeler's turn ---------------------------------------------------------------------------------------------
+
+    def next_task(self, labeler: str) -> Task | None:
+        """What the labeler is to rank now: the task that they hold, else the first that still wants somebody.
+
+        None when there is none for them: all is ranked, or others hold what is left.
+        """
+        with self._write() as db:
+            held = db.execute(
+                GIVEN + "SELECT task FROM claims JOIN need ON key = task WHERE labeler = :me AND rankings < wanted"
+                " AND NOT EXISTS (SELECT 1 FROM submissions s"
+                " WHERE s.task = claims.task AND s.labeler = :me AND withdrawn IS NULL)"
+                " ORDER BY since DESC LIMIT 1",
+                {"me": labeler, "opinions": self.label.opinions},
+            ).fetchone()
+            key = held["task"] if held else self._first_free(labeler)
+            if key is None:
+                return None
+            shown = json.dumps(self._draw_order(key, labeler))
+            db.execute(
+                "INSERT INTO claims VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET since = excluded.since",
+                (key, labeler, shown, time.time()),
+            )
+            return self._task(key, labeler)
+
+    def _first_free(self, labeler: str) -> str | None:
+        """The first task that wants more rankings than it has and than others are about to give."""
+        found = self._read(
+            GIVEN + ", held AS ("
+            " SELECT task, count(*) AS hands FROM claims c WHERE labeler <> :me AND since > :live AND NOT EXISTS"
+            " (SELECT 1 FROM submissions s WHERE s.task = c.task AND s.labeler = c.labeler AND withdrawn IS NULL)"
+            " GROUP BY task)"
+            " SELECT key FROM need LEFT JOIN held ON task = key WHERE rankings + coalesce(hands, 0) < wanted"
+            " AND NOT EXISTS (SELECT 1 FROM submissions WHERE task = key AND labeler = :me AND withdrawn IS NULL)"
+            " ORDER BY place LIMIT 1",
+            me=labeler,
+            live=time.time() - 60 * self.label.claim_minutes,
+            opinions=self.label.opinions,
+        )
+        return found[0]["key"] if found else None
+
+    def _draw_order(self, key: str, labeler: str) -> list[int]:
+        """The order in which the labeler sees the outputs, as their places in the file."""
+        count = len(json.loads(self._read("SELECT responses FROM tasks WHERE key = ?", key)[0]["responses"]))
+        order = list(range(count))
+        random.Random(f"{self.seed} {labeler} {key}").shuffle(order)
+        return order
+
+    def _task(self, key: str, labeler: str) -> Task:
+        row = self._read("SELECT * FROM tasks JOIN claims ON task = key WHERE key = ? AND labeler = ?", key, labeler)[0]
+        responses, finished, shown = (json.loads(row[name]) for name in ("responses", "finished", "shown"))
+        outputs = [{"text": responses[i], "finished": finished[i]} for i in shown]
+        before = self._read(
+            "SELECT kind, answer FROM submissions WHERE task = ? AND labeler = ? ORDER BY number DESC LIMIT 1",
+            key,
+            labeler,
+        )
+        answer = None
+        if before and before[0]["kind"] == "ranking":
+            kept = json.loads(before[0]["answer"])
+            answer = {name: [values[i] for i in shown] for name, values in kept.items() if values}
+        return Task(key, json.loads(row["messages"]), outputs, answer)
+
+    def submit(self, labeler: str, given: Submission) -> None:
+        """Store a submission; it is on disk when this returns. One that is stored already, under its id, is well.
+
+        Raises:
+            Refused: for one that makes no sense, or about a task that was not given to this labeler.
+            Conflict: when the labeler's ranking of the task stands already, or the id was another's or taken back.
+        """
+        with self._write() as db:
+            claim = db.execute("SELECT shown FROM claims WHERE task = ? AND labeler = ?", (given.task, labeler))
+            if (row := claim.fetchone()) is None:
+                raise Refused("this prompt was not given to you")
+            shown = json.loads(row["shown"])
+            if wrong := complaint(given, len(shown), self.label):
+                raise Refused(wrong)
+            fields = (given.task, labeler, given.kind, _answer(given, shown))
+            old = db.execute("SELECT task, labeler, kind, answer, withdrawn FROM submissions WHERE id = ?", (given.id,))
+            if (row := old.fetchone()) is not None:
+                if tuple(row) == (*fields, None):
+                    return
+                raise Conflict("this was submitted before, and taken back or changed since")
+            stands = "SELECT 1 FROM submissions WHERE task = ? AND labeler = ? AND withdrawn IS NULL"
+            if db.execute(stands, (given.task, labeler)).fetchone():
+                raise Conflict("you have submitted this prompt already, in another window")
+            db.execute(
+                "INSERT INTO submissions (id, task, labeler, kind, answer, seconds, at) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (given.id, *fields, given.seconds, time.time()),
+            )
+
+    def last(self, labeler: str) -> str | None:
+        """The id of the labeler's newest submission, which they may take back; None once they have."""
+        found = self._newest(labeler)
+        return found["id"] if found and found["withdrawn"] is None else None
+
+    def _newest(self, labeler: str) -> sqlite3.Row | None:
+        query = "SELECT id, task, withdrawn FROM submissions WHERE labeler = ? ORDER BY number DESC LIMIT 1"
+        return next(iter(self._read(query, labeler)), None)
+
+    def take_back(self, labeler: str, submission: str) -> Task:
+        """Withdraw the labeler's newest submission and give them its task again; a second time changes nothing.
+
+        Raises:
+            Conflict: when it is not their newest.
+        """
+        with self._write() as db:
+            newest = self._newest(labeler)
+            if newest is None or newest["id"] != submission:
+                raise Conflict("this is not your last submission any more")
+            now = time.time()
+            db.execute("UPDATE submissions SET withdrawn = coalesce(withdrawn, ?) WHERE id = ?", (now, submission))
+            db.execute("UPDATE claims SET since = ? WHERE task = ? AND labeler = ?", (now, newest["task"], labeler))
+            return self._task(newest["task"], labeler)
+
+    # --- where it stands ----------------------------------------------------------------------------------------------
+
+    def counts(self) -> Counts:
+        """Rankings that are in and those that are wanted: `label.rankings`, or all that the labelers can still give."""
+        row = self._read(
+            GIVEN + "SELECT coalesce(sum(rankings), 0) AS rankings,"
+            " coalesce(sum(max(0, min(wanted - rankings, free))), 0) AS missing FROM need",
+            opinions=self.label.opinions,
+        )[0]
+        possible = row["rankings"] + row["missing"]
+        return Counts(row["rankings"], min(self.label.rankings, possible) if self.label.rankings else possible)
+
+    def progress(self, labeler: str) -> dict[str, Any]:
+        """What the labeler's page shows: their own count and pace, and how long it will take those who are at it."""
+        counts = self.counts()
+        mine = self._read(
+            "SELECT kind, seconds FROM submissions JOIN tasks ON key = task"
+            " WHERE labeler = ? AND withdrawn IS NULL AND current ORDER BY number DESC",
+            labeler,
+        )
+        pace = statistics.median([row["seconds"] for row in mine[:RECENT]]) if mine else None
+        since = time.time() - 600
+        busy = self._read("SELECT count(DISTINCT labeler) AS n FROM submissions WHERE at > ?", since)[0]["n"]
+        return {
+            "labeler": labeler,
+            "mine": sum(row["kind"] == "ranking" for row in mine),
+            "rankings": counts.rankings,
+            "wanted": counts.wanted,
+            "complete": counts.complete,
+            "seconds_each": pace,
+            "seconds_left": pace and pace * (counts.wanted - counts.rankings) / max(1, busy),
+            "last": self.last(labeler),
+        }
+
+    def rankings(self) -> list[Labelled]:
+        """All standing rankings of the current tasks, by task and then in the order in which they came."""
+        rows = self._read(
+            "SELECT * FROM submissions s JOIN tasks t ON t.key = s.task JOIN claims c USING (task, labeler)"
+            " WHERE kind = 'ranking' AND withdrawn IS NULL AND current ORDER BY place, number"
+        )
+        return [_labelled(row) for row in rows]
+
+    def skips(self) -> dict[str, int]:
+        """How often current tasks were skipped, by reason."""
+        rows = self._read(
+            "SELECT json_extract(answer, '$.reason') AS reason, count(*) AS n FROM submissions JOIN tasks ON key = task"
+            " WHERE kind = 'skip' AND withdrawn IS NULL AND current GROUP BY reason ORDER BY n DESC"
+        )
+        return {row["reason"]: row["n"] for row in rows}
+
+    def set_aside(self) -> int:
+        """How many standing rankings are of outputs that are not current any more."""
+        query = "SELECT count(*) AS n FROM submissions JOIN tasks ON key = task WHERE kind = 'ranking'"
+        return self._read(f"{query} AND withdrawn IS NULL AND NOT current")[0]["n"]
+
+
+def labelled_row(item: Labelled) -> dict[str, Any]:
+    """The ranking as a row of rankings.jsonl: the contract of rlhf/records.py, with who gave it and what they added."""
+    return ranking_row(item.outputs.ranked(item.ranks)) | {"labeler": item.labeler} | item.about
+
+
+def _labelled(row: sqlite3.Row) -> Labelled:
+    prompt = Prompt(tuple(Message(**message) for message in json.loads(row["messages"])), row["use_case"])
+    outputs = Outputs(prompt, tuple(json.loads(row["responses"])), tuple(json.loads(row["finished"])))
+    answer = json.loads(row["answer"])
+    about = {name: answer[name] for name in ("quality", "flags") if answer[name]}
+    about |= {
+        "shown": json.loads(row["shown"]),
+        "seconds": row["seconds"],
+        "time": datetime.fromtimestamp(row["at"], UTC).isoformat(timespec="seconds"),
+        "id": row["id"],
+    }
+    return Labelled(outputs, tuple(answer["ranks"]), row["labeler"], about)
+
+
+def task_key(outputs: Outputs) -> str:
+    """SHA-256 (hex) of a prompt with its outputs."""
+    parts = [outputs.prompt.messages, outputs.responses, outputs.finished]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def shared_tasks(keys: Sequence[str], share: float, seed: int) -> set[str]:
+    """The tasks that more than one labeler ranks: a share of them, rounded, by the order of a seeded hash."""
+    ordered = sorted(keys, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())
+    return set(ordered[: int(share * len(keys) + 0.5)])
+
+
+def _hash(token: str) -> str:
+    # Tokens are 192 random bits: a plain hash cannot be searched through.
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _answer(given: Submission, shown: Sequence[int]) -> str:
+    """What was said, as JSON, in the order of the outputs in the file."""
+    if given.kind == "skip":
+        return json.dumps({"reason": given.reason, "note": given.note})
+    place = {output: i for i, output in enumerate(shown)}
+    lists = {"ranks": given.ranks, "quality": given.quality, "flags": given.flags}
+    return json.dumps(
+        {name: [values[place[i]] for i in range(len(shown))] if values else [] for name, values in lists.items()}
+    )

@@ -1,0 +1,126 @@
+"""Serve the labelling page and wait for people: for `rank.labeler=human` in the rank stage, and for `rlhf label RUN`.
+
+    runs/<name>/rank/outputs.jsonl    what is to be ranked        rlhf/outputs.py
+    runs/<name>/labels.sqlite         what people have said       rlhf/label_store.py
+
+The rank stage and `rlhf label` may serve the page at the same time, each at an address of its own: the file is one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import combinations
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from rlhf.config import LabelSection
+from rlhf.label_store import Counts, Labelled, LabelStore, task_key
+from rlhf.outputs import Outputs, outputs_row
+from rlhf.phases import phase, progressed
+from rlhf.progress import Progress, console, is_main_process
+from rlhf.records import write_jsonl
+
+if TYPE_CHECKING:
+    from rlhf.stage import StageContext
+
+LABELS = "labels.sqlite"
+OUTPUTS = "rank/outputs.jsonl"
+LOOK = 0.5  # seconds between looks at the file
+
+
+@contextmanager
+def opened(run: Path, label: LabelSection, seed: int, outputs: Sequence[Outputs]) -> Iterator[LabelStore]:
+    """The labels of a run, with these outputs to rank by `label.labelers`."""
+    store = LabelStore(run / LABELS, label, seed)
+    try:
+        store.set_tasks(outputs)
+        store.invite(label.labelers)
+        if aside := store.set_aside():
+            console.print(f"{aside} rankings of other outputs stay in {run / LABELS} and are not used", soft_wrap=True)
+        yield store
+    finally:
+        store.close()
+
+
+@contextmanager
+def page(store: LabelStore, title: str) -> Iterator[None]:
+    """Serve the page while the block lasts, and print a link for each of `label.labelers`."""
+    from rlhf.label_server import is_loopback, serving  # FastAPI: where nobody ranks, it is not imported
+
+    label = store.label
+    with serving(store, title, label.host, label.port) as address:
+        console.print("The labelling page, a link for each labeler (earlier links stay good):", soft_wrap=True)
+        for name in label.labelers:
+            console.print(f"  {name}  {address}#{store.new_token(name)}", markup=False, soft_wrap=True)
+        if not is_loopback(label.host):
+            console.print("It is open to the network, without encryption: a link is all that it takes to rank.")
+        yield
+
+
+def wait(look: Callable[[], Counts], stopped: Callable[[], bool]) -> bool:
+    """Show how many rankings are in until all that are wanted are (True), or `stopped()` says so (False)."""
+    counts = look()
+    with Progress("rank: people", total=counts.wanted, unit="rankings", initial=counts.rankings) as progress:
+        while not counts.complete:
+            if stopped():
+                return False
+            time.sleep(LOOK)
+            counts = look()
+            progressed()  # nobody's hanging: the watch over a distributed run need not end it
+            progress.total = counts.wanted  # what everybody skips is wanted no more
+            if counts.rankings != progress.done:
+                progress.advance(counts.rankings - progress.done)
+    return True
+
+
+def rankings_by_people(ctx: StageContext, outputs: Sequence[Outputs]) -> tuple[list[Labelled], dict[str, Any]] | None:
+    """Have the outputs ranked on the page; the rankings, and what rank/summary.json says of them.
+
+    None when the stage was told to stop before enough were in. The first of several processes serves the page, and the
+    others come to the same answer.
+    """
+    from rlhf.processes import from_first
+
+    recipe, first = ctx.recipe, is_main_process()
+    phase("labelling")
+    with ExitStack() as stack:
+        store: Any = None
+        if first:
+            write_jsonl(ctx.run.path / OUTPUTS, [outputs_row(each) for each in outputs])
+            store = stack.enter_context(opened(ctx.run.path, recipe.label, recipe.run.seed, outputs))
+
+        def look() -> Counts:
+            return from_first(lambda: store.counts())
+
+        while not look().complete:
+            with page(store, recipe.run.name) if first else nullcontext():
+                if not wait(look, lambda: ctx.stop_requested):
+                    return None
+            # The page is closed, and nobody can take a ranking back any more: unless somebody just did, that is all.
+        return from_first(lambda: (store.rankings(), summary(store)))
+
+
+def summary(store: LabelStore) -> dict[str, Any]:
+    """Who ranked how much, how often prompts were skipped and why, and how far labelers agree on what they share.
+
+    Agreement is over the pairs of outputs that two labelers have both left untied.
+    """
+    from rlhf.labelers import agreement  # imports torch, which `rlhf label` does without
+
+    labelled = store.rankings()
+    by_task: dict[str, list[Labelled]] = {}
+    for item in labelled:
+        by_task.setdefault(task_key(item.outputs), []).append(item)
+    counts = [agreement(a.ranks, b.ranks) for items in by_task.values() for a, b in combinations(items, 2)]
+    agreeing, pairs = sum(n for n, _ in counts), sum(n for _, n in counts)
+    return {
+        "labelers": dict(Counter(item.labeler for item in labelled)),
+        "skips": store.skips(),
+        "seconds_per_ranking": median(item.about["seconds"] for item in labelled) if labelled else None,
+        "agreement": agreeing / pairs if pairs else None,
+        "agreement_pairs": pairs,
+    }

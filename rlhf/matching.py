@@ -1,0 +1,53 @@
+"""Rankings of the same outputs by different labelers, brought together: the same prompt and the same responses, in
+whatever order each labeler saw them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rlhf.agreement import Shared
+from rlhf.records import Ranking
+
+
+@dataclass
+class Matched:
+    """`shared` has two labelers or more each; the counts are of all that was given."""
+
+    shared: list[Shared]
+    outputs: int  # sets of outputs that were ranked, by however many
+    rankings: Counter[str]  # by labeler, repeats left out
+    repeats: int  # rankings that a later one by the same labeler took the place of
+
+
+def match(named: Iterable[tuple[str, Ranking]]) -> Matched:
+    """Match (labeler, ranking) by prompt and responses.
+
+    When a labeler ranked the same outputs more than once the last ranking counts: by time where both have one, else in
+    the order given.
+    """
+    found: dict[tuple[str, tuple[str, ...]], dict[str, Ranking]] = {}
+    repeats = 0
+    for name, ranking in named:
+        by_labeler = found.setdefault((ranking.prompt.key, tuple(sorted(ranking.responses))), {})
+        before = by_labeler.get(name)
+        repeats += before is not None
+        if before is None or not (before.time and ranking.time and ranking.time < before.time):
+            by_labeler[name] = ranking
+    shared = [
+        Shared(
+            key,
+            {name: _in_order(ranking) for name, ranking in by_labeler.items()},
+            {name: ranking.time for name, ranking in by_labeler.items() if ranking.time},
+        )
+        for (key, _), by_labeler in found.items()
+        if len(by_labeler) > 1
+    ]
+    rankings = Counter(name for by_labeler in found.values() for name in by_labeler)
+    return Matched(shared, len(found), rankings, repeats)
+
+
+def _in_order(ranking: Ranking) -> list[int]:
+    """Ranks in the alphabetical order of the responses; the order of equal responses is no matter, they tie."""
+    return [rank for _, rank in sorted(zip(ranking.responses, ranking.ranks, strict=True))]

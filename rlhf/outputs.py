@@ -1,0 +1,58 @@
+"""Outputs that wait to be ranked: {"prompt", "responses"}, and perhaps "finished", as in a ranking without its ranks.
+
+The rank stage writes them to rank/outputs.jsonl for the people who rank; a file made elsewhere serves as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.layouts import contradiction
+from rlhf.records import Drops, Prompt, Ranking, ranking_row, rankings_of
+from rlhf.sources import Row, read_rows
+
+FIELDS = ("prompt", "use_case", "responses", "finished")  # others are ignored, ranks too
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """K different outputs for one prompt; `finished` as in Ranking."""
+
+    prompt: Prompt
+    responses: tuple[str, ...]
+    finished: tuple[bool, ...]
+
+    def ranked(self, ranks: Sequence[int]) -> Ranking:
+        """The ranking that gives these ranks."""
+        return Ranking(self.prompt, self.responses, tuple(ranks), self.finished)
+
+
+def read_outputs(paths: Sequence[str], drops: Drops) -> list[Outputs]:
+    """Outputs of all `paths` in order. Raises UserError for a bad line."""
+    found: dict[Any, Outputs] = {}
+    for path in paths:
+        for row in read_rows(path):
+            item = _outputs(row, drops)
+            if found.setdefault((item.prompt.messages, item.responses, item.finished), item) is not item:
+                drops.add("exact duplicate of outputs")
+    return list(found.values())
+
+
+def outputs_row(outputs: Outputs) -> dict[str, Any]:
+    """The outputs as a row that `read_outputs` reads back equal."""
+    row = ranking_row(outputs.ranked([1] * len(outputs.responses)))
+    return {name: row[name] for name in FIELDS if name in row}
+
+
+def _outputs(row: Row, drops: Drops) -> Outputs:
+    responses = row.need("responses")
+    fields = {name: row.fields[name] for name in FIELDS if name in row.fields}
+    # Read as a ranking in which all are tied, so that both are checked alike.
+    tied = [1] * len(responses) if isinstance(responses, list) else []
+    (item,) = rankings_of(Row(fields | {"ranks": tied}, row.place), drops)
+    if pair := contradiction(item.responses, range(len(item.responses))):  # equal texts can have but one rank
+        what = f"responses {pair[0]} and {pair[1]} (from 0) are the same text"
+        raise row.fail("responses", what, "keep one of them: nobody can tell them apart")
+    return Outputs(item.prompt, item.responses, item.finished)

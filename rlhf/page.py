@@ -1,0 +1,81 @@
+"""What the HTML pages share: one style, the templates' environment, and how numbers are written.
+
+A page is one file without outside assets. Text of models and users is escaped by the template engine; only our own
+charts are inserted as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+
+def render(template: str, filters: Mapping[str, Callable[..., Any]], /, **values: Any) -> str:
+    """A page from a template in rlhf/templates.
+
+    Args:
+        filters: of this page, besides the functions below, which all pages have.
+        values: what the template names; one that is missing is an error.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "percent": percent, "signed": signed, "duration": duration}
+    environment.filters |= {"count": count, "share": share}
+    environment.filters |= filters
+    return environment.get_template(template).render(**values)
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A rounded number with a true minus sign; a dash for what is not known."""
+    if value is None:
+        return "–"
+    text = f"{value:.{digits}f}"
+    return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """A change, with its sign; empty when not known."""
+    if value is None:
+        return ""
+    text = number(value, digits)
+    return text if text.startswith("−") or float(text) == 0 else f"+{text}"
+
+
+def percent(value: float | None) -> str:
+    """A share in whole percent, with a no-break space; a dash for what is not known."""
+    return "–" if value is None else f"{100 * value:.0f}\u00a0%"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as 42 s, 3 min 05 s or 2 h 10 min; a dash for what is not known."""
+    if seconds is None:
+        return "–"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def count(value: float | None) -> str:
+    """A number of weights: 9.2 k, 4.88 M; a dash for what is not known."""
+    if value is None:
+        return "–"
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}\u00a0{unit}"
+    return f"{value:.0f}"
+
+
+def share(value: float | None) -> str:
+    """A share of weights in percent, two digits where it is small."""
+    return "–" if value is None else f"{100 * value:.2g}\u00a0%" if value < 0.995 else "100\u00a0%"

@@ -1,0 +1,228 @@
+"""Comparison files: one recipe, run in several ways that differ in a few fields.
+
+    recipe: peft                    name of the recipe that all ways share, or its file (seen from this one)
+    reference: full                 the way that ranks outputs and trains the reward model, for all of them
+    common: {run.seed: 2}           fields of every way; may be left out
+    ways:
+      full: {sft.lr: 1.0e-5}
+      lora: {model.peft.method: lora, sft.lr: 5.0e-4}
+
+Fields are written as on the command line. The reference is an ordinary run of all stages of the recipe. The others run
+what a policy is made and judged by, SFT, PPO and evaluate, with the reference's rankings and its reward model: their
+scores are of one model and can be compared. So the reward model is a whole one (reward.peft.method=none), and every
+way's value model, which starts from it, is trained whole too: the ways differ in the policy alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf.config import Recipe
+from rlhf.errors import UserError
+from rlhf.recipe import RECIPES, described, field_value, fields, find_file, load_recipe, read_yaml
+from rlhf.rundir import write_atomic
+
+COMPARISONS = RECIPES.parent / "comparisons"
+FILE = "comparison.yaml"  # in the comparison's folder: the file as it was resolved
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # of a way, hence of a run folder
+SECTIONS = ("recipe", "reference", "common", "ways")
+SHARED_STAGES = ("rank", "reward")  # done by the reference for all ways
+# What is placed by the comparison, or has to be the same for the ways' numbers to be comparable.
+NOT_A_WAYS = ("run.dir", "run.name", "run.stages", "rank.", "reward.", "evaluate.", "data.prompts_heldout")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison file with the command line's overrides, every field checked."""
+
+    recipe: str  # name or path
+    reference: str
+    common: dict[str, Any]  # dotted field: value
+    ways: dict[str, dict[str, Any]]
+
+    @property
+    def base(self) -> Recipe:
+        """The recipe with what is common to all ways."""
+        return load_recipe(self.recipe, _as_overrides(self.common))
+
+    @property
+    def folder(self) -> Path:
+        """runs/<name>, which holds the run folders of the ways."""
+        run = self.base.run
+        return Path(run.dir) / run.name
+
+    @property
+    def variant(self) -> str:
+        """The PPO stage whose policies are compared."""
+        return "ppo-ptx" if "ppo-ptx" in self.base.run.stages else "ppo"
+
+    def overrides(self, way: str) -> list[str]:
+        """What the command line of a way's stages says after the name of the recipe."""
+        base, folder = self.base, self.folder
+        placed: dict[str, Any] = {"run.dir": str(folder), "run.name": way}
+        if way != self.reference:
+            placed["run.stages"] = [stage for stage in base.run.stages if stage not in SHARED_STAGES]
+            if base.reward.model == "sft":  # the reference's SFT model, that is
+                placed["reward.model"] = str(folder / self.reference / "sft" / "model")
+        return _as_overrides(self.common | self.ways[way] | placed)
+
+    def load(self, way: str) -> Recipe:
+        """The whole recipe of a way."""
+        return load_recipe(self.recipe, self.overrides(way))
+
+
+def comparison_names() -> dict[str, str]:
+    """Names of the shipped comparisons with the first comment line of each."""
+    return described(COMPARISONS)
+
+
+def read_comparison(name_or_path: str, overrides: Sequence[str] = ()) -> Comparison:
+    """Read a comparison file and check every way.
+
+    Args:
+        name_or_path: a name listed by `comparison_names`, or the path of a YAML file.
+        overrides: `section.field=value` strings for every way.
+
+    Raises:
+        UserError: with file, line and field, for anything that cannot be run.
+    """
+    path = find_file(name_or_path, COMPARISONS, "comparison")
+    values, lines = read_yaml(path, "comparison", SECTIONS), _Lines(path)
+    for key in values:
+        if key not in SECTIONS:
+            raise UserError(f"unknown section {key}", lines.of(key), f"known here: {', '.join(SECTIONS)}")
+    for key in ("recipe", "reference"):
+        if not isinstance(values.get(key), str):
+            raise UserError(f"{key} is {values.get(key)!r}", lines.of(key), f"give the name of a {key}")
+    common = _mapping(values.get("common", {}), lines, "common")
+    ways = {
+        way: _mapping(given, lines, "ways", way) for way, given in _mapping(values.get("ways"), lines, "ways").items()
+    }
+    if values["reference"] not in ways:
+        fix = f"take one of {', '.join(ways)}"
+        raise UserError(f"the reference {values['reference']} is no way of this comparison", lines.of("reference"), fix)
+    recipe = values["recipe"]
+    if (path.parent / recipe).is_file():
+        recipe = str((path.parent / recipe).resolve())
+    try:
+        find_file(recipe, RECIPES, "recipe")
+    except UserError as error:
+        raise UserError(error.what, lines.of("recipe"), error.fix) from None
+    _load(recipe, _as_overrides(common), lines, "common", common)
+    _check_overrides(overrides, ways, path)
+    base = load_recipe(recipe, [*_as_overrides(common), *overrides])
+    resolved = {key: field_value(base, key) for key in [*common, *(text.partition("=")[0] for text in overrides)]}
+    comparison = Comparison(recipe, values["reference"], resolved, ways)
+    for stages in (("sft",), ("reward",), ("ppo-ptx", "ppo"), ("evaluate",)):
+        if not set(stages) & set(base.run.stages):
+            raise UserError(f"run.stages lacks {stages[0]}", lines.of("recipe"), "a comparison needs it")
+    for way in ways:
+        _check_way(comparison, way, lines)
+    return comparison
+
+
+def write_comparison(comparison: Comparison) -> Path:
+    """Write the comparison as it is run into its folder, so that it can be read again from there."""
+    held = {
+        "recipe": comparison.recipe,
+        "reference": comparison.reference,
+        "common": comparison.common,
+        "ways": comparison.ways,
+    }
+    path = comparison.folder / FILE
+    write_atomic(path, yaml.safe_dump(held, sort_keys=False, width=120))
+    return path
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+class _Lines:
+    """Where the keys of a YAML file stand."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        self._lines = dict(self._walk(root, ()))
+
+    def _walk(self, node: yaml.Node | None, at: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                inner = (*at, str(key.value))
+                yield inner, key.start_mark.line + 1
+                yield from self._walk(value, inner)
+
+    def of(self, *keys: str) -> str:
+        """`FILE, line N, a.b`; without the line for what is not there."""
+        line = f", line {self._lines[keys]}" if keys in self._lines else ""
+        return f"{self.path}{line}, {': '.join(keys)}"
+
+
+def _mapping(value: Any, lines: _Lines, *at: str) -> dict[str, Any]:
+    """The value of a section; a way without any field of its own may be left empty."""
+    if value is None and len(at) == 2:
+        return {}
+    if not isinstance(value, Mapping) or (not value and at == ("ways",)):
+        held = "is missing or empty" if value in (None, {}) else f"is {value!r}"
+        raise UserError(f"{at[-1]} {held}", lines.of(*at), "write `name: {section.field: value}` on the lines below it")
+    return {str(key): inner for key, inner in value.items()}
+
+
+def _check_overrides(overrides: Sequence[str], ways: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Refuse to set, for all ways, what they differ in."""
+    for text in overrides:
+        key = text.partition("=")[0].strip()
+        setting = [way for way, given in ways.items() if key in given]
+        if setting:
+            raise UserError(
+                f"{key} is what the ways differ in: {', '.join(setting)}",
+                "the command line",
+                f"change it in a copy of {path}",
+            )
+
+
+def _check_way(comparison: Comparison, way: str, lines: _Lines) -> None:
+    """Raise UserError for a way that cannot be a run of this comparison."""
+    given = comparison.ways[way]
+    if not NAME.fullmatch(way):
+        fix = "name it in letters, digits, dots, dashes and underscores"
+        raise UserError(f"the way {way!r} cannot be the name of a folder", lines.of("ways", way), fix)
+    for key in given:
+        if key.startswith(NOT_A_WAYS):
+            fix = "set it under common, or in the recipe" if not key.startswith("run.") else "leave it out"
+            raise UserError(f"{key} is the same for all ways, or follows from them", lines.of("ways", way, key), fix)
+    recipe = _load(comparison.recipe, comparison.overrides(way), lines, "ways", way, given)
+    if recipe.reward.peft.method != "none":
+        raise UserError(
+            f"reward.peft.method is {recipe.reward.peft.method}: all ways share one reward model, trained whole",
+            lines.of("ways", way),
+            "set reward.peft.method=none in the recipe or under common",
+        )
+
+
+def _load(recipe: str, overrides: Sequence[str], lines: _Lines, *at: Any) -> Recipe:
+    """`load_recipe`, its complaint about a field that this file sets told with file and line.
+
+    Args:
+        at: the keys of the mapping the fields are in, and that mapping.
+    """
+    *keys, given = at
+    try:
+        return load_recipe(recipe, overrides)
+    except UserError as error:
+        told = [key for key in given if key in error.what.replace(",", " ").split() or error.what.startswith(key)]
+        where = lines.of(*keys, told[0]) if told else f"{lines.of(*keys)}: {error.where}"
+        raise UserError(error.what, where, error.fix) from None
+
+
+def _as_overrides(values: Mapping[str, Any]) -> list[str]:
+    """`section.field=value` strings, which `load_recipe` reads back to these values."""
+    texts = {key for key, info in fields() if info.annotation is str}
+    return [f"{key}={value if key in texts else json.dumps(value)}" for key, value in values.items()]

@@ -1,0 +1,47 @@
+"""An installed Chromium for the tests of the labelling page, driven by Playwright, and axe-core in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+SERIOUS = ("serious", "critical")
+
+
+def chromium() -> str | None:
+    """The browser's program: CHROMIUM in the environment, or what is installed."""
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+
+
+@contextmanager
+def started() -> Iterator[Any]:
+    """A browser; the test is skipped where there is none."""
+    program = chromium()
+    if program is None:
+        pytest.skip(f"no Chromium: none of {', '.join(NAMES)} is installed, and CHROMIUM names none")
+    from playwright.sync_api import sync_playwright
+
+    # Chromium's sandbox does not start as root.
+    options = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=options)
+        yield browser
+        browser.close()
+
+
+def violations(page: Any) -> list[str]:
+    """What axe-core finds on the page as it is now that is serious or worse, in words."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page).response["violations"]
+    return [
+        f"{each['id']}: {each['help']}: {[node['html'][:200] for node in each['nodes']]}"
+        for each in found
+        if each["impact"] in SERIOUS
+    ]

@@ -1,0 +1,121 @@
+"""Hand-made runs of a comparison of three ways, with numbers that can be worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import test_report
+from safetensors.numpy import save_file
+
+from rlhf.comparison import Row
+from rlhf.recipe import recipe_to_yaml
+from rlhf.ways import Comparison, read_comparison, write_comparison
+
+FILE = """\
+recipe: tiny
+reference: full
+common:
+  run.name: three
+  run.stages: [sft, rank, reward, ppo-ptx, evaluate]
+  reward.peft.method: none
+  sft.packing: false
+  tracking.wandb: disabled
+ways:
+  full: {}
+  lora: {model.peft.method: lora, sft.lr: 5.0e-3}
+  prompt: {model.peft.method: prompt, ppo.lr: 0.01}
+"""
+PROMPTS = 20
+# Held-out scores by prompt (all samples alike unless they are two): of SFT and of PPO.
+SCORES: dict[str, Callable[[int], tuple[Any, Any]]] = {
+    "full": lambda i: (0.5, 1.5 if i % 2 else -0.5),  # differences +1 and -1: mean 0
+    "lora": lambda i: (0.25, [0.5, 1.0]),  # two samples, mean 0.75: + 0.5 in each prompt
+    "prompt": lambda i: (1.0, 0.75),
+}
+GOOD, BAD = "Rain falls because warm air rises, cools and lets its water go.", "the the the the the and"
+TEXTS = {"full": (BAD, BAD), "lora": (BAD, GOOD), "prompt": (GOOD, BAD)}  # of SFT and PPO
+SHAPES = {"full": {"a": (10, 10), "b": (50,)}, "lora": {"a": (3, 4), "b": (2,)}, "prompt": {"a": (4, 1)}}
+
+
+def leave(folder: Path, stage: str, way: str) -> dict[str, float]:
+    """Write into a stage's folder what the comparison reads, and return its metrics."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if stage in ("sft", "ppo-ptx"):
+        (folder / "model").mkdir(exist_ok=True)
+        name = "model.safetensors" if way == "full" else "adapter.safetensors"
+        save_file({key: np.zeros(shape, np.float32) for key, shape in SHAPES[way].items()}, folder / "model" / name)
+    if stage == "sft":
+        return {"sft/validation_loss_before": 3.5, "sft/validation_loss": 3.25}
+    if stage == "rank":
+        (folder / "rankings.jsonl").write_text("{}\n")
+    if stage == "reward":
+        (folder / "model").mkdir(exist_ok=True)
+        (folder / "model" / "weights").write_text("the reference's")
+    if stage == "ppo-ptx":
+        peaks = [{"step": 16, "memory/peak_gb": 2.5}, {"step": 32, "memory/peak_gb": 2.25}, {"step": 32}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in peaks))
+        return {"ppo/reward_score": 0.125, "ppo/kl": 1.0}
+    if stage == "evaluate":
+        found = results(way)
+        if not (folder.parent / "ppo-ptx").exists():  # SFT alone, so far
+            found["policies"].pop("ppo-ptx")
+            found["comparisons"] = []
+        (folder / "results.json").write_text(json.dumps(found))
+        (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples(way)))
+    return {}
+
+
+def results(way: str) -> dict[str, Any]:
+    low = {"full": 0.4, "lora": 0.6, "prompt": 0.1}[way]
+    found = test_report.results(low, low + 0.2)
+    found["comparisons"][0]["win_rate"] = low + 0.1
+    found["policies"] = {
+        "sft": test_report.policy(3.4, 0.5, 0.25, 0.0),
+        "ppo-ptx": test_report.policy(3.4, 0.5, 0.75, 1.5),
+    }
+    return found
+
+
+def samples(way: str) -> list[dict[str, Any]]:
+    found = []
+    for i in range(PROMPTS):
+        scores = [each if isinstance(each, list) else [each, each] for each in SCORES[way](i)]
+        for sample in range(2):
+            found.append(
+                {
+                    "prompt": f"Why does rain fall in town {i}?",
+                    "sample": sample,
+                    "responses": dict(zip(("sft", "ppo-ptx"), TEXTS[way], strict=True)),
+                    "finished": {"sft": True, "ppo-ptx": True},
+                    "scores": {"sft": scores[0][sample], "ppo-ptx": scores[1][sample]},
+                    "lengths": {"sft": 9, "ppo-ptx": 9},
+                    "kl": {"sft": 0.0, "ppo-ptx": 1.5},
+                    "use_case": "",
+                    "wins_over_sft": {"ppo-ptx": 0.5},
+                }
+            )
+    return found
+
+
+def hand_made(folder: Path) -> Comparison:
+    """Three finished ways, in run folders below `folder`/three."""
+    (folder / "three.yaml").write_text(FILE)
+    found = read_comparison(str(folder / "three.yaml"), [f"run.dir={folder}"])
+    for way in found.ways:
+        recipe = found.load(way)
+        for stage in recipe.run.stages:
+            where = found.folder / way / stage
+            metrics = leave(where, stage, way)
+            record = {"state": "done", "metrics": metrics, "seconds": {"sft": 60.0, "ppo-ptx": 90.0}.get(stage, 5.0)}
+            (where / "stage.json").write_text(json.dumps(record))
+        (found.folder / way / "recipe.yaml").write_text(recipe_to_yaml(recipe))
+    write_comparison(found)
+    return found
+
+
+def by_way(found: list[Row]) -> dict[str, Row]:
+    return {row.way: row for row in found}

@@ -1,0 +1,207 @@
+"""A base model, a parameter-efficient method and the stages that ran on them; for tests/test_peft_stages.py."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_resume import rows
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from rlhf import tiny
+from rlhf.adapters import trainable
+from rlhf.experience import Experience
+from rlhf.order import stream
+from rlhf.ppo_state import Ppo
+from rlhf.recipe import load_recipe
+from rlhf.scoring import build_batch, response_logprobs
+from stages import ppo, reward, sft
+
+SETTINGS = {  # of each method: its rate in SFT, the other stages take a part of it; and how small it is here
+    "lora": (1e-2, {"rank": 4, "alpha": 8}),
+    "dora": (1e-2, {"rank": 4, "alpha": 8}),
+    "prefix": (1e-2, {"virtual_tokens": 5, "hidden": 32}),
+    "p_tuning": (1e-2, {"virtual_tokens": 5, "hidden": 32}),
+    "p_tuning_v2": (0.2, {"virtual_tokens": 5}),
+    "prompt": (0.2, {"virtual_tokens": 5}),
+    "adapter": (1e-2, {"bottleneck": 8}),
+    "ia3": (0.1, {}),
+    "bitfit": (2e-2, {}),
+}
+LLAMA, GPT2 = "llama", "gpt2"
+CELLS = [(base, method) for base in (LLAMA, GPT2) for method in SETTINGS if (base, method) != (LLAMA, "bitfit")]
+STAGES = ("sft", "reward", "ppo", "ppo-ptx")
+VARIANTS = ("ppo", "ppo-ptx")
+TOKENS = 5  # virtual ones
+
+SMALL = ["tiny", "tracking.wandb=disabled", "run.device=cpu", "run.name=run", "data.validation_fraction=0.25"]
+SMALL += ["data.max_prompt_tokens=48", "data.max_response_tokens=16", "sft.packing=false", "reward.max_tokens=96"]
+# The checkpoint in the middle and the one at the end are the two that are kept.
+SMALL += ["sft.epochs=3", "sft.batch_size=3", "sft.micro_batch_size=3", "sft.save_every=5"]
+SMALL += ["reward.epochs=3", "reward.batch_size=6", "reward.save_every=3"]
+SMALL += ["ppo.episodes=32", "ppo.batch_size=8", "ppo.minibatch_size=4", "ppo.micro_batch_size=4", "ppo.save_every=2"]
+SMALL += ["ppo.ptx_examples_per_episode=1", "ppo.ratio_tolerance=1e-4"]
+
+QUESTIONS = ["Why?", "Go on.", "Name a town.", "Is it cold?", "What is a river?", "Count to three, please."]
+QUESTIONS += ["What is a bridge for?", "Who wrote this?", "How do I boil an egg?", "Say yes.", "What do they think?"]
+QUESTIONS += ["Write a short story about a lighthouse keeper who finds a letter.", "What would you like to know?"]
+QUESTIONS += ["Give me five ideas for a birthday present for my sister, who likes gardening."]
+ANSWERS = ["Thank you, that was helpful!", "You are welcome. I think it is the old town."]
+RANKED = ["Thank you, that was helpful!", "Thank you. The wind carries sand.", "The wind carries sand to the sea."]
+
+
+@dataclass
+class Stage:
+    """What one stage of a cell began with and has left; the models are those that it trained."""
+
+    folder: Path
+    models: dict[str, PreTrainedModel] = field(default_factory=dict)
+    start: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of each model, what is trained of it
+    ppo: Ppo | None = None
+    first: Experience | None = None  # before any step of PPO
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return load_file(self.folder / "model" / "adapter.safetensors")
+
+    def column(self, name: str) -> list[float]:
+        """A metric over the steps of the stage."""
+        return [row[name] for row in rows(self.folder / "metrics.jsonl") if name in row]
+
+    def headline(self, name: str) -> float:
+        return json.loads((self.folder / "stage.json").read_text())["metrics"][name]
+
+
+class Cell:
+    """A base and a method, and its stages, each of which runs when it is asked for first."""
+
+    def __init__(self, kind: str, method: str, base: Path, data: list[str], runs: Path) -> None:
+        rate, settings = SETTINGS[method]
+        self.kind, self.method, self.base, self.runs = kind, method, base, runs
+        self.arguments = [*SMALL, *data, f"model.name={base}", f"model.peft.method={method}", f"sft.lr={rate}"]
+        self.arguments += [f"model.peft.{name}={value}" for name, value in settings.items()]
+        self.arguments += [f"reward.lr={rate / 2}", f"ppo.lr={rate / 8}", f"ppo.value_lr={rate / 8}"]
+        if kind == LLAMA:
+            self.arguments.append("reward.keep_layers=2")
+        self.section = load_recipe(self.arguments[0], self.arguments[1:]).model
+        self.plain = load_file(base / "model.safetensors")
+        self._done: dict[str, Stage] = {}
+
+    def stage(self, name: str) -> Stage:
+        """Run a stage, after those that it needs."""
+        if name not in self._done:
+            for needed in STAGES[: min(STAGES.index(name), 2)]:
+                self.stage(needed)
+            self._done[name] = stage = Stage(self.runs / "run" / name)
+            with pytest.MonkeyPatch.context() as patch:
+                watch(patch, stage, program_of(name))
+                assert self.main(name, self.runs) == 0
+        return self._done[name]
+
+    def main(self, name: str, runs: Path) -> int:
+        """The stage's program on the run in a folder of runs."""
+        variant = ["--variant", name] if name in VARIANTS else []
+        return program_of(name).main([*self.arguments, f"run.dir={runs}", *variant])
+
+    def is_own(self, name: str) -> bool:
+        """Whether a weight is the method's by its name: the base has none of it, or it is what bitfit trains."""
+        return plain(name) not in self.plain or (self.method == "bitfit" and name.endswith(".bias"))
+
+
+def program_of(stage: str) -> ModuleType:
+    return {"sft": sft, "reward": reward}.get(stage, ppo)
+
+
+def watch(patch: pytest.MonkeyPatch, stage: Stage, program: ModuleType) -> None:
+    """Note what the program is about to train, and what PPO scores first; it does what it does."""
+    loop = "train_sft" if program is sft else "train"
+    train, score = getattr(program, loop), getattr(program, "score", None)
+
+    def noted(what: Any, *rest: Any) -> Any:
+        if program is sft:
+            stage.models = {"policy": what}
+        elif program is reward:
+            stage.models = {"reward": what.module.model}
+        else:
+            stage.ppo = what
+            stage.models = {"policy": what.networks.policy, "value": what.networks.value}
+        for name, model in stage.models.items():
+            stage.start[name] = {key: weight.detach().clone() for key, weight in trainable(model).items()}
+        return train(what, *rest)
+
+    def scored(*given: Any) -> Experience:
+        experience = score(*given)
+        stage.first = stage.first or experience
+        return experience
+
+    patch.setattr(program, loop, noted)
+    if program is ppo:
+        patch.setattr(program, "score", scored)
+
+
+def plain(name: str) -> str:
+    """What a weight is called in the base: both peft and the bottleneck put a module around another."""
+    return name.replace("base_layer.", "")
+
+
+def write_data(folder: Path) -> list[str]:
+    """Data files of a few lines, as arguments. Prompts are of all lengths."""
+
+    def write(name: str, lines: list[dict[str, Any]]) -> str:
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return f"data.{name}=[{folder / name}.jsonl]"
+
+    turned = [(q, 1 if i % 2 else -1) for i, q in enumerate(QUESTIONS)]
+    return [
+        write("demonstrations", [{"prompt": q, "response": ANSWERS[i % 2]} for i, q in enumerate(QUESTIONS)]),
+        write("rankings", [{"prompt": q, "responses": RANKED[::way], "ranks": [1, 2, 3][::way]} for q, way in turned]),
+        write("prompts", [{"prompt": q} for q in QUESTIONS]),
+        write("pretraining", [{"text": text} for text in documents()]),
+    ]
+
+
+def documents() -> list[str]:
+    return [" ".join(text.split()) for text in tiny.TEXT.split("\n\n")]
+
+
+def make_bases(folder: Path) -> dict[str, Path]:
+    """Folders of the two base models: grouped queries and rotary positions; biases and learned positions."""
+    tokenizer = tiny.train_tokenizer()
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    size = {"vocab_size": tiny.VOCABULARY, "initializer_range": 0.08, **ids}
+    llama = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6}
+    llama |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": True}
+    gpt2 = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    gpt2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    folders = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        for kind, model in (
+            (LLAMA, LlamaForCausalLM(LlamaConfig(**size, **llama))),
+            (GPT2, GPT2LMHeadModel(GPT2Config(**size, **gpt2))),
+        ):
+            read(model, tokenizer)
+            folders[kind] = folder / kind
+            model.save_pretrained(folders[kind])
+            tokenizer.save_pretrained(folders[kind])
+    return folders
+
+
+def read(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Some steps on the sentences that the tokenizer knows: attention counts then, and some rows end before others."""
+    sentences = [f"{part.strip()}." for text in documents() for part in text.split(".") if part.strip()]
+    pairs = [([tokenizer.eos_token_id], [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]) for text in sentences]
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for step in range(80):
+        some = [pairs[i] for i in stream(len(pairs), 1, "sentences", 12 * step, 12)]
+        batch = build_batch(some, tokenizer.pad_token_id)
+        optimizer.zero_grad()
+        (-response_logprobs(model, batch, 1.0)[0].mean()).backward()
+        optimizer.step()

@@ -1,0 +1,301 @@
+"""The labelling page's server over real HTTP: who may ask what, and that killing it loses and doubles nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from rlhf.config import LabelSection
+from rlhf.errors import UserError
+from rlhf.label_server import FILES, MAX_BODY, Guard, is_loopback, serving
+from rlhf.label_store import LabelStore, task_key
+from rlhf.outputs import Outputs, outputs_row
+from rlhf.records import Drops, Prompt, read_rankings, write_jsonl
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = "<script>window.hacked = true</script>"
+
+
+def outputs(n: int, k: int = 3) -> list[Outputs]:
+    return [
+        Outputs(Prompt.from_text(f"prompt {i}"), tuple(f"{SCRIPT} {j} of {i}" for j in range(k)), (True,) * k)
+        for i in range(n)
+    ]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[LabelStore]:
+    """Three prompts for Anna and Ben."""
+    store = LabelStore(tmp_path / "labels.sqlite", LabelSection(labelers=["anna", "ben"], overlap=0), 1)
+    store.set_tasks(outputs(3))
+    store.invite(["anna", "ben"])
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def address(store: LabelStore) -> Iterator[str]:
+    with serving(store, "demo", "127.0.0.1") as address:
+        yield address
+
+
+def client(address: str, token: str) -> httpx.Client:
+    return httpx.Client(base_url=address, headers={"Authorization": f"Bearer {token}"}, timeout=30, trust_env=False)
+
+
+def submission(task: dict[str, Any], ranks: list[int] | None = None) -> dict[str, Any]:
+    ranks = ranks or list(range(1, len(task["outputs"]) + 1))
+    return {"id": str(uuid.uuid4()), "task": task["key"], "kind": "ranking", "ranks": ranks}
+
+
+# --- who may ask what ------------------------------------------------------------------------------------------------
+
+
+def test_a_turn_over_http(store: LabelStore, address: str) -> None:
+    with client(address, store.new_token("anna")) as anna:
+        form = anna.get("api/form").json()
+        assert (form["title"], form["labeler"], form["network"]) == ("demo", "anna", False)
+        first = anna.get("api/next").json()
+        assert first["progress"]["rankings"] == 0 and first["progress"]["wanted"] == 3
+        given = submission(first["task"])
+        stored = anna.post("api/submit", json=given)
+        assert stored.status_code == 200 and stored.json()["rankings"] == 1 and stored.json()["last"] == given["id"]
+        assert anna.post("api/submit", json=given).json()["rankings"] == 1  # again
+        conflict = anna.post("api/submit", json=submission(first["task"]))
+        assert conflict.status_code == 409 and "another window" in conflict.json()["detail"]
+        back = anna.post("api/take-back", json={"id": given["id"]}).json()
+        assert back["task"]["key"] == first["task"]["key"] and back["task"]["answer"]["ranks"] == given["ranks"]
+        assert anna.get("api/progress").json()["rankings"] == 0
+
+
+@pytest.mark.parametrize("path", ["api/form", "api/next", "api/progress"])
+def test_nothing_is_told_without_a_token(store: LabelStore, address: str, path: str) -> None:
+    store.new_token("anna")
+    for headers in ({}, {"Authorization": "Bearer"}, {"Authorization": "Bearer guess"}, {"Cookie": "token=guess"}):
+        answer = httpx.get(address + path, headers=headers, trust_env=False)
+        assert answer.status_code == 401 and SCRIPT not in answer.text
+
+
+def test_nothing_is_written_without_a_token(store: LabelStore, address: str) -> None:
+    with client(address, store.new_token("anna")) as anna:
+        given = submission(anna.get("api/next").json()["task"])
+    with client(address, "guess") as nobody:
+        assert nobody.post("api/submit", json=given).status_code == 401
+        assert nobody.post("api/take-back", json={"id": given["id"]}).status_code == 401
+    # As a form of another site would send it: without the header, and not as JSON.
+    form = httpx.post(address + "api/submit", data={"id": given["id"]}, trust_env=False)
+    assert form.status_code in (401, 422) and store.rankings() == []
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "10.0.0.7"])
+def test_other_hosts_are_refused(store: LabelStore, address: str, host: str) -> None:
+    headers = {"Host": host, "Authorization": f"Bearer {store.new_token('anna')}"}
+    for path in ("", "api/next"):
+        answer = httpx.get(address + path, headers=headers, trust_env=False)
+        assert answer.status_code == 403 and "<html" not in answer.text
+
+
+def test_names_of_this_machine_are_served(store: LabelStore, address: str) -> None:
+    port = address.rstrip("/").rpartition(":")[2]
+    for host in (f"localhost:{port}", f"127.0.0.1:{port}", "localhost:9999", "[::1]:9999"):  # as through a tunnel
+        assert httpx.get(address, headers={"Host": host}, trust_env=False).status_code == 200
+
+
+def test_on_a_network_addresses_and_this_machines_name_are_hosts() -> None:
+    guard = Guard(lambda *_: None, "0.0.0.0")
+    name = socket.gethostname().lower()
+    for host, well in [
+        ("192.168.1.7:8000", True),
+        ("[fe80::1]:8000", True),
+        (f"{name}:1", True),
+        ("evil.example", False),
+    ]:
+        assert (guard._refusal("GET", {"host": host}) is None) is well, host
+    assert Guard(lambda *_: None, "127.0.0.1")._refusal("GET", {"host": "192.168.1.7"}) is not None
+
+
+def test_the_page_may_load_nothing_from_elsewhere(address: str) -> None:
+    for path, (_, kind) in FILES.items():
+        answer = httpx.get(address + path.lstrip("/"), trust_env=False)
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith(kind)
+        policy = dict(part.strip().split(" ", 1) for part in answer.headers["content-security-policy"].split(";"))
+        assert policy["default-src"] == "'none'" and policy["script-src"] == policy["style-src"] == "'self'"
+        assert policy["frame-ancestors"] == "'none'" and answer.headers["x-content-type-options"] == "nosniff"
+        assert not re.search(r"(src|href)=\"(?!data:,)(https?:|//)", answer.text) and "innerHTML" not in answer.text
+    page = httpx.get(address, trust_env=False).text
+    assert not re.search(r"<script(?![^>]*src=)|<style|\son\w+=|\sstyle=", page)
+    for path in ("docs", "openapi.json", "page.html", "../labels.sqlite", "label_store.py"):
+        assert httpx.get(address + path, trust_env=False).status_code == 404
+
+
+def test_large_and_bad_requests_are_refused(store: LabelStore, address: str) -> None:
+    with client(address, store.new_token("anna")) as anna:
+        task = anna.get("api/next").json()["task"]
+        assert anna.post("api/submit", content=b" " * (MAX_BODY + 1)).status_code == 413
+        assert anna.post("api/submit", content=iter([b"{}"])).status_code == 411  # in chunks: of any length
+        for bad in (
+            {"ranks": [1, 2]},
+            {"ranks": [1, 2, "x"]},
+            {"id": "short"},
+            {"task": "0" * 64},
+            {"seconds": -1},
+            {"seconds": 1e9},
+            {"surprise": 1},
+        ):
+            answer = anna.post("api/submit", json=submission(task) | bad)
+            assert answer.status_code == 422, bad
+    assert store.rankings() == []
+
+
+def test_a_disk_that_is_full_is_no_acknowledgement(store: LabelStore, address: str) -> None:
+    store.set_tasks(outputs(30))
+    with client(address, store.new_token("anna")) as anna:
+        tasks = [store.next_task("anna")]
+        store._read(f"PRAGMA max_page_count = {store._read('PRAGMA page_count')[0][0]}")
+        stored = 0
+        while True:
+            given = {"id": str(uuid.uuid4()), "task": tasks[-1].key, "kind": "skip", "reason": "other"}
+            answer = anna.post("api/submit", json=given | {"note": "x" * 1000})
+            if answer.status_code != 200:  # the page that was open had room for a few
+                break
+            stored += 1
+            tasks.append(store.next_task("anna"))
+        assert answer.status_code == 503 and "full" in answer.json()["detail"]
+        assert sum(store.skips().values()) == stored
+        store._read("PRAGMA max_page_count = 1000000")
+        assert anna.post("api/submit", json=given).status_code == 200
+
+
+def test_addresses() -> None:
+    assert [is_loopback(h) for h in ("127.0.0.1", "localhost", "::1", "127.9.9.9")] == [True] * 4
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.2", "example.org", "localhost.evil.example")))
+
+
+def test_the_port_is_kept_and_a_taken_one_is_told(store: LabelStore) -> None:
+    with serving(store, "demo", "127.0.0.1") as first:
+        port = int(first.rstrip("/").rpartition(":")[2])
+        with pytest.raises(UserError, match="cannot be served"), serving(store, "demo", "127.0.0.1", port):
+            pass
+    with serving(store, "demo", "127.0.0.1") as again:
+        assert again == first  # open pages find it
+        with serving(store, "demo", "127.0.0.1") as other:
+            assert other != first
+    with pytest.raises(UserError, match="no address"), serving(store, "demo", "no.such.host.invalid"):
+        pass
+
+
+# --- killing it ------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """`rlhf label` as a program, on a port of its own."""
+
+    def __init__(self, run: Path, names: list[str]) -> None:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            self.port = sock.getsockname()[1]
+        self.command = [sys.executable, "-m", "launch.cli", "label", str(run)]
+        self.options = ["--labelers", ",".join(names), "--port", str(self.port)]
+        self.log, self.process = run / "server.txt", None
+
+    def start(self) -> str:
+        """Start it and wait until it serves; what it has printed."""
+        env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(self.command + self.options, stdout=log, stderr=log, env=env)
+        deadline = time.monotonic() + 60
+        while "rank: people" not in self.log.read_text():
+            assert time.monotonic() < deadline and self.process.poll() is None, self.log.read_text()
+            time.sleep(0.05)
+        return self.log.read_text()
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+def labour(address: str, token: str, seed: int, acknowledged: dict[str, dict[str, Any]]) -> None:
+    """Rank until there is nothing left, as the page does: the same submission is sent until it is acknowledged."""
+    rng = random.Random(seed)
+
+    def ask(call: Any) -> httpx.Response:
+        while True:
+            try:
+                answer = call()
+            except httpx.TransportError:
+                time.sleep(0.05)
+                continue
+            if answer.status_code < 500:
+                return answer
+
+    with client(address, token) as http:
+        while (task := ask(lambda: http.get("api/next")).json()["task"]) is not None:
+            given = submission(task, rng.choice([[1, 2, 3], [2, 1, 1], [1, 1, 1], [3, 2, 1], [1, 2, 2]]))
+            for _ in range(rng.choice([1, 1, 1, 2])):  # an answer that got lost is asked for again
+                answer = ask(lambda sent=given: http.post("api/submit", json=sent))
+                assert answer.status_code == 200, answer.text
+            acknowledged[given["id"]] = given | {"shown": [output["text"] for output in task["outputs"]]}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_ten_times_under_eight_labelers_every_acknowledged_ranking_is_exported_once(tmp_path: Path) -> None:
+    """2,000 rankings: 250 prompts, each ranked by all eight."""
+    run, names = tmp_path / "run", [f"labeler{i}" for i in range(8)]
+    items = outputs(250)
+    (run / "rank").mkdir(parents=True)
+    write_jsonl(run / "rank" / "outputs.jsonl", [outputs_row(item) for item in items])
+    (run / "recipe.yaml").write_text("label: {overlap: 1.0, opinions: 8}\n")
+    server = Server(run, names)
+    printed = server.start()
+    tokens = dict(re.findall(r"^  (\w+)  http://127\.0\.0\.1:\d+/#(\S+)$", printed, flags=re.MULTILINE))
+    assert sorted(tokens) == names
+    acknowledged: list[dict[str, dict[str, Any]]] = [{} for _ in names]
+    threads = [
+        threading.Thread(target=labour, args=(f"http://127.0.0.1:{server.port}/", tokens[name], i, acknowledged[i]))
+        for i, name in enumerate(names)
+    ]
+    for thread in threads:
+        thread.start()
+    kills = 0
+    while any(thread.is_alive() for thread in threads):
+        time.sleep(0.05)
+        if kills < 10 and sum(map(len, acknowledged)) >= 180 * (kills + 1):
+            server.kill()  # in the middle of whatever eight requests are doing
+            kills += 1
+            server.start()
+    assert kills == 10
+    server.kill()
+
+    file = tmp_path / "export.jsonl"
+    done = subprocess.run(
+        [*server.command, "--export", str(file)], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False
+    )
+    assert done.returncode == 0
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    expected = {key: (names[i], given) for i, part in enumerate(acknowledged) for key, given in part.items()}
+    assert len(expected) == 2000 and sorted(row["id"] for row in rows) == sorted(expected)
+    places = {task_key(item): item for item in items}
+    for row in rows:
+        name, given = expected[row["id"]]
+        assert row["labeler"] == name and tuple(row["responses"]) == places[given["task"]].responses
+        by_text = dict(zip(given["shown"], given["ranks"], strict=True))
+        assert row["ranks"] == [by_text[text] for text in row["responses"]]
+    assert len({(row["prompt"], row["labeler"]) for row in rows}) == 2000
+    drops = Drops()
+    assert len(read_rankings([str(file)], drops)) + drops.total == 2000

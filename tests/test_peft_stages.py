@@ -1,0 +1,388 @@
+"""Every parameter-efficient method in every stage, on a Llama-like and a GPT-2-like model that have read a little.
+
+A cell is a base and a method (tests/peft_cells.py). Its stages run once, as a user runs them, and the tests look at
+what they have left: what was trained and that it learned, the base, the folder, the checkpoint on the way, and where
+PPO began.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft_cells import (
+    ANSWERS,
+    CELLS,
+    GPT2,
+    LLAMA,
+    QUESTIONS,
+    RANKED,
+    SMALL,
+    STAGES,
+    TOKENS,
+    VARIANTS,
+    Cell,
+    documents,
+    make_bases,
+    plain,
+    write_data,
+)
+from safetensors.torch import load_file, save_file
+from test_resume import assert_same
+from torch import Tensor, nn
+from torch.nn.functional import linear, relu
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from rlhf import rollout
+from rlhf.adapters import trainable
+from rlhf.config import CACHED_TOKENS, NOT_MERGED, VIRTUAL_TOKENS
+from rlhf.decoding import ModelDecoding
+from rlhf.errors import UserError
+from rlhf.experience import pad_rows
+from rlhf.models import load_policy, load_reward_model, load_tokenizer
+from rlhf.objectives import masked_mean
+from rlhf.ppo_state import build
+from rlhf.prompting import encode_prompt, encode_response, stop_ids
+from rlhf.recipe import load_recipe
+from rlhf.records import Prompt
+from rlhf.scoring import Pair, build_batch, response_logprobs, scores, token_logprobs, token_values
+from stages import ppo, sft
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return make_bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture(scope="module")
+def cells(bases: dict[str, Path], data: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Cell]:
+    """All cells, none of which has run yet, by name."""
+    made = {f"{kind}-{method}": (kind, method, tmp_path_factory.mktemp("runs")) for kind, method in CELLS}
+    return {name: Cell(kind, method, bases[kind], data, runs) for name, (kind, method, runs) in made.items()}
+
+
+@pytest.fixture(params=["-".join(cell) for cell in CELLS])
+def cell(request: pytest.FixtureRequest, cells: dict[str, Cell]) -> Cell:
+    return cells[request.param]
+
+
+@pytest.fixture(params=["-".join(cell) for cell in CELLS if cell[1] in VIRTUAL_TOKENS])
+def virtual(request: pytest.FixtureRequest, cells: dict[str, Cell]) -> Cell:
+    """Those whose method puts tokens before every row."""
+    return cells[request.param]
+
+
+@pytest.fixture(scope="module")
+def pairs(bases: dict[str, Path]) -> list[Pair]:
+    """Prompts and responses of all lengths, as ids."""
+    tokenizer = load_tokenizer(str(bases[LLAMA]))
+    texts = zip(QUESTIONS[:6], [*RANKED, *ANSWERS, "Yes."], strict=True)
+    return [(encode_prompt(tokenizer, Prompt.from_text(q)), encode_response(tokenizer, answer)) for q, answer in texts]
+
+
+def mean_nll(policy: nn.Module, texts: Sequence[Sequence[int]]) -> float:
+    return -float(torch.cat(token_logprobs(policy, [(row[:1], row[1:]) for row in texts])).mean())
+
+
+def gap(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """The largest difference of two lists of rows."""
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+
+# --- what is trained, and that it learns ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_method_is_trained_and_the_base_is_not(cell: Cell, name: str) -> None:
+    stage = cell.stage(name)
+    assert stage.models.keys() == {"sft": {"policy"}, "reward": {"reward"}}.get(name, {"policy", "value"})
+    for which, model in stage.models.items():
+        named = dict(model.named_parameters())
+        own = {key for key in named if cell.is_own(key)}
+        assert own == stage.start[which].keys()
+        still = [key for key in own if torch.equal(named[key], stage.start[which][key])]
+        assert not still, f"{which}: not trained"
+        of_base = {plain(key): weight for key, weight in named.items() if key not in own}
+        changed = [key for key, weight in of_base.items() if not torch.equal(weight, cell.plain[key])]
+        assert not changed, which
+        cut = "model.layers.2." if which in ("reward", "value") else "none"  # Llama's, by reward.keep_layers
+        assert of_base.keys() == {key for key in cell.plain if not cell.is_own(key) and not key.startswith(cut)}
+
+
+def test_each_stage_starts_where_the_one_before_ended(cell: Cell) -> None:
+    policy, judge = cell.stage("sft").weights, cell.stage("reward").weights
+    start = cell.stage("reward").start["reward"]
+    assert not start["score.weight"].any()
+    if cell.method in CACHED_TOKENS:  # of fewer layers
+        assert torch.equal(tokens_by_hand(cell, start), tokens_by_hand(cell, policy)[:, : 2 * 2])
+    else:
+        others = start.keys() - {"score.weight"}
+        assert others == {key for key in policy if cell.kind == GPT2 or not key.startswith("model.layers.2.")}
+        assert all(torch.equal(start[key], policy[key]) for key in others)
+    for variant in VARIANTS:
+        for which, weights in (("policy", policy), ("value", judge)):
+            start = cell.stage(variant).start[which]
+            assert start.keys() == weights.keys() and all(torch.equal(start[key], weights[key]) for key in weights)
+
+
+def test_sft_learns(cell: Cell) -> None:
+    stage = cell.stage("sft")
+    assert stage.headline("sft/validation_loss") < stage.headline("sft/validation_loss_before") - 0.1
+
+
+def test_the_reward_model_learns(cell: Cell) -> None:
+    losses = cell.stage("reward").column("reward/loss")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[-1] < 0.95 * losses[0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ppo_learns(cell: Cell, variant: str) -> None:
+    """On the episodes of the first iteration: values come nearer to the returns, and what was better than expected is
+    likelier; ptx brings back what SFT took of the text."""
+    stage = cell.stage(variant)
+    first, policy, value = stage.first, stage.models["policy"], stage.models["value"]
+    assert first is not None and stage.ppo is not None
+    width = first.mask.shape[1]
+    error = first.returns - pad_rows(token_values(value, first.pairs), width)
+    assert masked_mean(error**2, first.mask) < 0.97 * masked_mean((first.returns - first.values) ** 2, first.mask)
+    kl = stage.column("ppo/kl_k3")
+    assert abs(kl[0]) < 1e-6 and kl[-1] > 1e-3
+    if variant == "ppo":
+        log_ratio = pad_rows(token_logprobs(policy, first.pairs), width) - first.logprobs
+        assert masked_mean(first.advantages * log_ratio, first.mask) > 0
+        assert not stage.column("ppo/ptx_loss")
+    else:
+        assert mean_nll(policy, stage.ppo.ptx_rows) < mean_nll(stage.ppo.reference, stage.ppo.ptx_rows)
+        assert len(stage.column("ppo/ptx_loss")) == 4
+
+
+# --- what a stage leaves ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_folder_holds_the_adapter_alone(cell: Cell, name: str) -> None:
+    stage = cell.stage(name)
+    which = "reward" if name == "reward" else "policy"
+    for folder in ["model"] + ["ema"] * (name in VARIANTS):
+        files = {file.name for file in (stage.folder / folder).iterdir()}
+        assert {"adapter.safetensors", "adapter.json", "tokenizer.json"} <= files
+        assert not {file for file in files if file == "config.json" or file.endswith((".safetensors", ".bin"))} - {
+            "adapter.safetensors"
+        }
+        weights = load_file(stage.folder / folder / "adapter.safetensors")
+        named = dict(stage.models[which].named_parameters())
+        assert weights.keys() == {key for key in named if cell.is_own(key)}
+        same = [torch.equal(weights[key], named[key]) for key in weights]
+        assert all(same) if folder == "model" else not any(same)
+    record = json.loads((stage.folder / "model" / "adapter.json").read_text())
+    assert record["base"]["name"] == str(cell.base) and record["peft"]["method"] == cell.method
+    assert record["scalar"] == (name == "reward")
+    assert record["keep_layers"] == (2 if name == "reward" and cell.kind == LLAMA else 0)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_it_reloads_to_the_same_outputs(cell: Cell, name: str, pairs: list[Pair]) -> None:
+    stage = cell.stage(name)
+    folder = stage.folder / "model"
+    if name == "reward":
+        ours, theirs = stage.models["reward"], load_reward_model(folder, cell.section)
+        assert gap([scores(ours, pairs)], [scores(theirs, pairs)]) < 1e-5
+        assert float(scores(ours, pairs).std()) > 0.1
+    else:
+        policy = load_policy(folder, cell.section)
+        assert gap(token_logprobs(stage.models["policy"], pairs), token_logprobs(policy, pairs)) < 1e-5
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_it_resumes_exactly(cell: Cell, name: str, tmp_path: Path) -> None:
+    """Killed behind the checkpoint on the way: nothing of what came later is there."""
+    whole = cell.stage(name).folder
+    shutil.copytree(whole.parent, tmp_path / "run", ignore=shutil.ignore_patterns(*set(VARIANTS) - {name}))
+    folder = tmp_path / "run" / name
+    for path in folder.glob("*/adapter.safetensors"):
+        shutil.rmtree(path.parent)
+    _, end = sorted((folder / "checkpoints").iterdir())
+    shutil.rmtree(end)
+    record = json.loads((folder / "stage.json").read_text()) | {"state": "running", "metrics": {}}
+    (folder / "stage.json").write_text(json.dumps(record))
+    assert cell.main(name, tmp_path) == 0
+    assert_same(whole, folder)
+
+
+# --- where PPO begins -------------------------------------------------------------------------------------------------
+
+
+def test_ppo_starts_at_the_reference(
+    cell: Cell, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KL is 0 and the ratio 1 before any step, by every engine; those that are not merged cannot go to vLLM, and the
+    run says that another engine takes them."""
+    cell.stage("reward")
+    folders = [cell.runs / "run" / name / "model" for name in ("sft", "reward")]
+    engines = ["native", "generate"] + ["vllm"] * (cell.method in NOT_MERGED)
+    recipes = [load_recipe(cell.arguments[0], [*cell.arguments[1:], f"ppo.rollout={engine}"]) for engine in engines]
+    begun = build(recipes[-1], False, *folders)
+    sft_policy = load_policy(folders[0], cell.section)
+    monkeypatch.setattr(rollout, "_told", set())
+    found = {}
+    for recipe in recipes:
+        now = replace(begun, recipe=recipe)
+        episodes = ppo.rollout(now)
+        assert len(set(episodes.prompt_lengths.tolist())) > 3 and len(set(episodes.lengths.tolist())) > 1
+        experience = ppo.score(now, episodes)
+        reference = pad_rows(token_logprobs(sft_policy, experience.pairs), experience.mask.shape[1])
+        assert gap([experience.ref_logprobs], [reference]) < 1e-5
+        assert gap([experience.logprobs], [experience.ref_logprobs]) < 2e-5
+        assert float(experience.kl_per_response().abs().max()) < 1e-4
+        metrics = ppo.ppo_step(now, experience, range(8))
+        assert metrics["ratio_error"] < 2e-5 and metrics["ppo/clip_fraction"] == 0
+        found[recipe.ppo.rollout] = experience.pairs
+    assert found.get("vllm", found["native"]) == found["native"] != found["generate"]
+    assert ("sampling with the native engine" in capsys.readouterr().err) == (cell.method in NOT_MERGED)
+
+
+def test_both_engines_take_the_likeliest_tokens(cell: Cell) -> None:
+    """Prompts of different lengths, and rows that end before others."""
+    cell.stage("sft")
+    folder = cell.runs / "run" / "sft" / "model"
+    policy, tokenizer = load_policy(folder, cell.section), load_tokenizer(str(folder))
+    texts = [" ".join(text.split()[: 2 + 3 * i]) for i, text in enumerate(documents()[:8])]
+    prompts = [list(tokenizer(text)["input_ids"]) for text in texts]
+    options = {"max_new_tokens": 24, "temperature": 0.0, "seeds": [0] * len(prompts)}
+    options["stop_ids"] = stop_ids(tokenizer, policy)
+    ours, theirs = (rollout.sample(policy, tokenizer, prompts, **options, engine=e) for e in ("native", "generate"))
+    assert ours.pairs() == theirs.pairs() and len({tuple(answer) for _, answer in ours.pairs()}) > 5
+    assert gap([ours.logprobs], [theirs.logprobs]) < 1e-4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_four_networks_have_one_base(cell: Cell, variant: str) -> None:
+    stage = cell.stage(variant)
+    assert stage.ppo is not None
+    networks = [*stage.models.values(), stage.ppo.reference, stage.ppo.reward_model]
+    base: dict[str, set[int]] = {}
+    own: list[int] = []
+    for model in networks:
+        for key, weight in model.named_parameters():
+            if cell.is_own(key):
+                own.append(weight.data_ptr())
+            else:
+                base.setdefault(plain(key), set()).add(weight.data_ptr())
+    assert len(base) == len([key for key in cell.plain if not cell.is_own(key)])
+    assert all(len(places) == 1 for places in base.values())
+    assert len(set(own)) == len(own) == 2 * sum(map(len, stage.start.values()))
+    # The reference and the reward model stay what SFT and the reward stage have left.
+    for model, name in ((stage.ppo.reference, "sft"), (stage.ppo.reward_model, "reward")):
+        named, stored = dict(model.named_parameters()), cell.stage(name).weights
+        assert all(torch.equal(named[key], stored[key]) for key in stored)
+        assert not trainable(model)
+
+
+# --- virtual tokens ---------------------------------------------------------------------------------------------------
+
+
+def tokens_by_hand(cell: Cell, weights: dict[str, Tensor]) -> Tensor:
+    """What the stored weights make: embeddings [V, H], or keys and values of every layer in turn [V, 2 layers, C]."""
+    w = {key.partition("encoder.")[2]: weight for key, weight in weights.items()}
+    made = w["embedding.weight"]
+    if cell.method == "prefix":
+        hidden = torch.tanh(linear(made, w["transform.0.weight"], w["transform.0.bias"]))
+        made = linear(hidden, w["transform.2.weight"], w["transform.2.bias"])
+    if cell.method == "p_tuning":
+        for i in (0, 2, 4):
+            made = linear(relu(made) if i else made, w[f"mlp_head.{i}.weight"], w[f"mlp_head.{i}.bias"])
+    channels = 16 if cell.kind == LLAMA else 48  # heads that hold keys, times their size of 8 or 12
+    return made.view(TOKENS, -1, channels) if cell.method in CACHED_TOKENS else made
+
+
+def logprobs_by_hand(cell: Cell, base: PreTrainedModel, made: Tensor, pair: Pair) -> Tensor:
+    """Of one row, without padding, by the plain model: words stand behind the virtual tokens, from position V on."""
+    ids = torch.tensor([[*pair[0], *pair[1]]])
+    if cell.method in CACHED_TOKENS:
+        cache, heads = DynamicCache(config=base.config), 2 if cell.kind == LLAMA else 4
+        parts = made.unflatten(-1, (heads, -1)).transpose(0, 2)[None]  # [1, heads, 2 layers, V, D]
+        for layer in range(base.config.num_hidden_layers):
+            cache.update(parts[:, :, 2 * layer], parts[:, :, 2 * layer + 1], layer)
+        positions = torch.arange(TOKENS, TOKENS + ids.shape[1])[None]
+        logits = base(ids, position_ids=positions, past_key_values=cache).logits
+    else:
+        words = base.get_input_embeddings()(ids)
+        logits = base(inputs_embeds=torch.cat([made[None], words], 1)).logits[:, TOKENS:]
+    logp = logits[0].log_softmax(-1)
+    return torch.stack([logp[len(pair[0]) - 1 + t, token] for t, token in enumerate(pair[1])])
+
+
+@torch.no_grad()
+def test_virtual_tokens_stand_before_every_row(virtual: Cell, pairs: list[Pair]) -> None:
+    """Padded on the right, on the left, and token by token with a cache: each row is what it is by itself."""
+    policy = load_policy(virtual.stage("sft").folder / "model", virtual.section)
+    base = AutoModelForCausalLM.from_pretrained(virtual.base)
+    made = tokens_by_hand(virtual, virtual.stage("sft").weights)
+    expected = [logprobs_by_hand(virtual, base, made, pair) for pair in pairs]
+    without = token_logprobs(base, pairs)
+    assert min(float((a - b).abs().max()) for a, b in zip(expected, without, strict=True)) > 0.1
+    assert gap(token_logprobs(policy, pairs), expected) < 1e-4
+    left = build_batch(pairs, 0, "left")
+    assert gap([response_logprobs(policy, left, 1.0)[0]], [torch.cat(expected)]) < 1e-4
+    prompts, answers = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
+    decoding = ModelDecoding(policy)
+    logits = decoding.begin([list(prompt) for prompt in prompts], torch.arange(len(prompts)), 0)
+    for t in range(min(map(len, answers))):
+        tokens = torch.tensor([answer[t] for answer in answers])
+        found = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+        assert gap([found], [torch.stack([row[t] for row in expected])]) < 1e-4
+        logits = decoding.step(tokens)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_bitfit_is_refused_without_biases(
+    bases: dict[str, Path], data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = [f"model.name={bases[LLAMA]}", "model.peft.method=bitfit", f"run.dir={tmp_path}"]
+    assert sft.main([*SMALL, *data, *model]) == 2
+    told = capsys.readouterr().err
+    assert "bitfit trains bias vectors, and LlamaForCausalLM has none" in told
+    assert "model.peft.method=bitfit" in told and "ia3" in told
+    assert all(name in told for name in ("GPT-2", "GPT-NeoX", "OPT", "BLOOM"))
+    assert not (tmp_path / "run" / "sft" / "model").exists()
+
+
+def test_another_base_and_another_set_of_weights_are_refused(cells: dict[str, Cell], tmp_path: Path) -> None:
+    cell = cells["gpt2-lora"]
+    cell.stage("reward")
+    loads = {"sft": load_policy, "reward": load_reward_model}
+    other = shutil.copytree(cell.base, tmp_path / "base")
+    save_file(
+        cell.plain | {"transformer.ln_f.bias": cell.plain["transformer.ln_f.bias"] + 1e-3}, other / "model.safetensors"
+    )
+    for name, load in loads.items():
+        folder = shutil.copytree(cell.runs / "run" / name / "model", tmp_path / name / "model")
+        load(folder, cell.section)
+        (folder / "adapter.json").write_text((folder / "adapter.json").read_text().replace(str(cell.base), str(other)))
+        with pytest.raises(UserError, match="the adapter was trained on .* with hash"):
+            load(folder, cell.section)
+    recipe = load_recipe(cell.arguments[0], cell.arguments[1:])
+    with pytest.raises(UserError, match="the adapter was trained on .* with hash"):
+        build(recipe, False, tmp_path / "sft" / "model", cell.runs / "run" / "reward" / "model")
+    for name, load in loads.items():
+        folder = shutil.copytree(cell.runs / "run" / name / "model", tmp_path / "less" / name)
+        weights = load_file(folder / "adapter.safetensors")
+        gone = sorted(weights)[0]
+        save_file({key: weight for key, weight in weights.items() if key != gone}, folder / "adapter.safetensors")
+        with pytest.raises(UserError, match=f"do not hold the same weights: {re.escape(gone)}"):
+            load(folder, cell.section)
