@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from rlhf.config import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,6 +33,8 @@ rlhf run demo --from reward          its reward model and what follows, again
 rlhf status runs/demo                how far it is
 
 rlhf profile runs/demo               where the time of PPO went
+
+rlhf judge-eval my_rankings.jsonl         a language model as judge, on ranked data
 
 rlhf plan demo --gpu h100-80g --count 2   steps, memory, time; nothing loaded
 
@@ -316,6 +321,80 @@ def peft(
     from rlhf.recipe import load_recipe
 
     show(load_recipe(recipe, overrides or []), gpu)
+
+
+Templates = Annotated[
+    list[str] | None,
+    typer.Option("--template", metavar="NAME", help="A shipped template or a file; repeatable. Default: all shipped."),
+]
+JudgeModel = Annotated[str, typer.Option("--model", help="Local folder, Hub name, or the endpoint's name for it.")]
+Endpoint = Annotated[str, typer.Option("--endpoint", metavar="URL", help="OpenAI-compatible API; key: OPENAI_API_KEY.")]
+Limit = Annotated[int, typer.Option("--limit", min=0, help="So many prompts, chosen by hash; 0: all.")]
+Answers = Annotated[
+    Path | None, typer.Option("--answers", metavar="FILE", help="Keep answers there, and take them from there.")
+]
+BaseRecipe = Annotated[str, typer.Option("--recipe", help="Whose sections model and judge are taken.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Such as judge.max_tokens=1024; repeatable.")
+]
+RankedFiles = Annotated[list[str], typer.Argument(metavar="FILE...", help="Rankings, such as my_rankings.jsonl.")]
+
+
+def _judging_recipe(recipe: str, model: str, endpoint: str, settings: list[str] | None) -> Recipe:
+    from rlhf.recipe import load_recipe
+
+    given = [f"judge.model={model}"] * bool(model) + [f"judge.endpoint={endpoint}"] * bool(endpoint)
+    return load_recipe(recipe, given + (settings or []))
+
+
+@app.command("judge-eval")
+def judge_eval(
+    files: RankedFiles,
+    template: Templates = None,
+    model: JudgeModel = "",
+    endpoint: Endpoint = "",
+    limit: Limit = 0,
+    out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Everything as JSON.")] = None,
+    answers: Answers = None,
+    recipe: BaseRecipe = "demo",
+    settings: Settings = None,
+) -> None:
+    """Compare templates for a language model as judge on ranked data: accuracy, calibration, position bias, speed.
+
+    Every pair that people ordered is asked about in both orders, by every template; the model is the recipe's own
+    unless one is named.
+    """
+    chosen = _judging_recipe(recipe, model, endpoint, settings)
+    from launch.judge_report import compare_templates  # after what may be wrong: seconds to import
+
+    compare_templates(files, template or [], chosen, limit, out, answers)
+
+
+@app.command("judge-search")
+def judge_search(
+    files: RankedFiles,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The chosen template, for judge.template.")],
+    template: Templates = None,
+    shots: Annotated[
+        list[int] | None, typer.Option("--shots", min=1, help="Demonstrations to draw; repeatable. Default: 2 and 4.")
+    ] = None,
+    trials: Annotated[int, typer.Option("--trials", min=0, help="Draws of each number; 0 draws none.")] = 2,
+    model: JudgeModel = "",
+    endpoint: Endpoint = "",
+    limit: Limit = 0,
+    answers: Answers = None,
+    recipe: BaseRecipe = "demo",
+    settings: Settings = None,
+) -> None:
+    """Choose the template and the demonstrations with which a judge agrees best with ranked data.
+
+    Candidates are scored on one part of the prompts and the chosen one again on another; run.seed (--set run.seed=2)
+    draws the parts and the demonstrations. Writes the template, and beside it what was measured, as JSON.
+    """
+    chosen, numbers = _judging_recipe(recipe, model, endpoint, settings), (shots or [2, 4]) if trials else []
+    from launch.judge_report import search_template  # seconds to import
+
+    search_template(files, template or [], chosen, numbers, trials, limit, out, answers)
 
 
 RankingFiles = Annotated[

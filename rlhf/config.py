@@ -131,7 +131,7 @@ class SftSection(Section):
 class RankSection(Section):
     """Sample K outputs per prompt from the SFT policy and have them ranked (paper sections 3.4 and 3.5)."""
 
-    labeler: Literal["rubric", "reward_model", "file", "human"] = "rubric"
+    labeler: Literal["rubric", "reward_model", "judge", "file", "human"] = "rubric"
     prompts: int = Field(0, ge=0, description="how many prompts to rank; 0 means all")
     outputs_per_prompt: int = Field(4, ge=2, le=16, description="K (paper: 4 to 9)")
     temperature: float = Field(1.0, gt=0)
@@ -139,6 +139,32 @@ class RankSection(Section):
     agreement: float = Field(0.73, gt=0.5, le=1, description="pair agreement of two simulated labelers (paper: 0.726)")
     tie_margin: float = Field(0.05, ge=0, description="outputs whose noisy scores differ by no more than this tie")
     reward_model: str = Field("", description="folder of the reward model for labeler=reward_model")
+
+
+class JudgeSection(Section):
+    """A language model as labeler: rank.labeler=judge, evaluate.labeler=judge, `rlhf judge-eval`."""
+
+    model: str = Field("", description="local folder or Hub name, or the endpoint's name for it; empty: model.name")
+    endpoint: str = Field(
+        "", description="OpenAI-compatible API, as http://host:8000/v1, its key in OPENAI_API_KEY; empty: a local model"
+    )
+    template: str = Field(
+        "pair-zero-shot", min_length=1, description="a name in rlhf/templates/judge, or the path of a file"
+    )
+    demonstrations: str = Field("", description="rankings in place of a few-shot template's own demonstrations")
+    shots: int = Field(4, ge=1, le=64, description="how many of judge.demonstrations, from the first")
+    tie_margin: float = Field(
+        0.02, ge=0, le=1, description="outputs tie whose win probabilities, or shares of the points, differ by no more"
+    )
+    calibrate: bool = Field(False, description="contextual calibration (Zhao et al. 2021); not with reasoning")
+    reasoning_tokens: int = Field(96, ge=1, le=8192, description="most that a chain-of-thought template lets it write")
+    max_tokens: int = Field(
+        2048, ge=0, description="longest question to a local judge; what is longer is dropped, counted; 0: its context"
+    )
+    batch_tokens: int = Field(4096, ge=16, description="tokens of a local judge's pass")
+    top_logprobs: int = Field(20, ge=2, le=20, description="likeliest tokens that an endpoint is asked for")
+    concurrency: int = Field(4, ge=1, le=256, description="questions to an endpoint under way at once")
+    timeout_s: float = Field(60.0, gt=0, description="for an endpoint's answer")
 
 
 class LabelSection(Section):
@@ -253,9 +279,16 @@ class PpoSection(Section):
 class EvaluateSection(Section):
     """Win rates, KL, length, diversity and the alignment tax on held-out prompts (paper section 4)."""
 
-    labeler: Literal["rubric", "reward_model"] = Field(
+    labeler: Literal["rubric", "reward_model", "judge"] = Field(
         "rubric", description="who judges; reward_model is rank.reward_model where set, else the one trained here"
     )
+    prompted: list[str] = Field(
+        [], description="baselines under a template: names in rlhf/templates/generate, or paths (paper: GPT-3 prompted)"
+    )
+    prompted_policies: list[Literal["base", "sft"]] = Field(
+        ["base"], min_length=1, description="which policies they are; base: what SFT started from"
+    )
+    reasoning_tokens: int = Field(64, ge=1, le=8192, description="most that a chain-of-thought template lets it write")
     prompts: int = Field(0, ge=0, description="how many held-out prompts; 0 means all")
     samples_per_prompt: int = Field(1, ge=1, le=64)
     judgements: int = Field(1, ge=1, le=100, description="labelers asked about each pair, in both orders; averaged")
@@ -315,6 +348,7 @@ class Recipe(Section):
     data: DataSection = DataSection()
     sft: SftSection = SftSection()
     rank: RankSection = RankSection()
+    judge: JudgeSection = JudgeSection()
     label: LabelSection = LabelSection()
     reward: RewardSection = RewardSection()
     ppo: PpoSection = PpoSection()

@@ -33,17 +33,26 @@ class Reads:
     upstream: tuple[str, ...] = ()
 
 
+_JUDGE = tuple(
+    f"judge.{name}"
+    for name in (
+        *("model", "endpoint", "template", "demonstrations", "shots", "tie_margin", "calibrate"),
+        *("reasoning_tokens", "max_tokens", "top_logprobs"),
+    )
+)
 _PPO = Reads(("ppo", "reward.peft"), ("prompts", "pretraining"), ("sft/model", "reward/model"))
 READS = {
     "sft": Reads(("sft",), ("demonstrations", "pretraining")),
     "rank": Reads(
-        ("rank", "label.rankings", "label.overlap", "label.opinions"), ("prompts", "rankings"), ("sft/model",)
+        ("rank", *_JUDGE, "label.rankings", "label.overlap", "label.opinions"),
+        ("prompts", "rankings"),
+        ("sft/model",),
     ),
     "reward": Reads(("reward", "rank.labeler"), ("demonstrations", "rankings"), ("sft/model", "rank/rankings.jsonl")),
     "ppo-ptx": _PPO,
     "ppo": _PPO,
     "evaluate": Reads(
-        ("evaluate", "rank", "ppo.ptx_tokens", "ppo.score_tokens", "ppo.rollout", "ppo.rollout_batch_size"),
+        ("evaluate", "rank", *_JUDGE, "ppo.ptx_tokens", "ppo.score_tokens", "ppo.rollout", "ppo.rollout_batch_size"),
         ("prompts_heldout", "pretraining_heldout", "cloze", "prompts", "demonstrations", "rankings", "pretraining"),
         (
             "sft/model",

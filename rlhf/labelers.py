@@ -1,8 +1,9 @@
 """Labelers: who says which of several outputs to one prompt is better. Every labeler sees texts, never token ids.
 
 `rubric` is the simulated labeler (rlhf/rubric.py) with noise like a person's; `reward_model` ranks by a trained reward
-model. `make_labeler` is the one place that knows their names. A file of rankings needs no labeler: the rank stage
-copies it. Deliberately not done: one noise level for each labeler or prompt, and labelers that err together.
+model, `judge` by the answers of a language model (rlhf/judge_labeler.py). `make_labeler` is the one place that knows
+their names. A file of rankings needs no labeler: the rank stage copies it. Deliberately not done: one noise level for
+each labeler or prompt, and labelers that err together.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import math
 from collections.abc import Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -77,7 +79,7 @@ class RubricLabeler:
 
     def prefers(self, prompt: Prompt, a: Output, b: Output, order_seed: int) -> float:
         """See `Labeler.prefers`."""
-        return _preference(self.rank(prompt, (a, b), order_seed))
+        return preference(self.rank(prompt, (a, b), order_seed))
 
 
 class RewardModelLabeler:
@@ -97,16 +99,19 @@ class RewardModelLabeler:
 
     def prefers(self, prompt: Prompt, a: Output, b: Output, order_seed: int = 0) -> float:
         """See `Labeler.prefers`."""
-        return _preference(self.rank(prompt, (a, b), order_seed))
+        return preference(self.rank(prompt, (a, b), order_seed))
 
 
-def make_labeler(name: str, recipe: Recipe, run: RunFolder, noise_sigma: float | None = None) -> Labeler:
+def make_labeler(
+    name: str, recipe: Recipe, run: RunFolder, noise_sigma: float | None = None, log: Path | None = None
+) -> Labeler:
     """The labeler that a recipe names.
 
     Args:
         name: `rank.labeler` or `evaluate.labeler`.
         run: where the rank stage left its noise, and the reward stage its model.
         noise_sigma: the rubric's noise; None takes that of the rank stage (rank/summary.json), 0 when there is none.
+        log: where a judge's answers are kept, and looked for.
 
     Raises:
         UserError: for a labeler that ranks nothing here (`file`, `human`), or a reward model that is not there.
@@ -115,6 +120,11 @@ def make_labeler(name: str, recipe: Recipe, run: RunFolder, noise_sigma: float |
         return RubricLabeler(stored_noise(run) if noise_sigma is None else noise_sigma, recipe.rank.tie_margin)
     if name == "reward_model":
         return _reward_model_labeler(recipe, run)
+    if name == "judge":
+        from rlhf.judge import load_judge
+        from rlhf.judge_labeler import JudgeLabeler
+
+        return JudgeLabeler(load_judge(recipe, log), recipe.judge.tie_margin)
     if name == "file":
         raise UserError(
             "rankings from files are read, nothing is labelled", "rank.labeler", "name the files in data.rankings"
@@ -128,7 +138,7 @@ def make_labeler(name: str, recipe: Recipe, run: RunFolder, noise_sigma: float |
 
 def make_judge(recipe: Recipe, run: RunFolder) -> Labeler:
     """The evaluate stage's labeler, as noisy as the one that ranked the training data."""
-    return make_labeler(recipe.evaluate.labeler, recipe, run)
+    return make_labeler(recipe.evaluate.labeler, recipe, run, log=run.stage_dir("evaluate") / "judge.jsonl")
 
 
 def stored_noise(run: RunFolder) -> float:
@@ -214,7 +224,8 @@ def _standard_normal(seed: int, key: str, index: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=row_seed(seed, "label", key, index))).standard_normal())
 
 
-def _preference(ranks: tuple[int, ...]) -> float:
+def preference(ranks: tuple[int, ...]) -> float:
+    """1 when the first of two outputs ranks better, 0 when the second does, 0.5 for a tie."""
     return 0.5 if ranks[0] == ranks[1] else float(ranks[0] < ranks[1])
 
 

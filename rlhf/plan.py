@@ -14,6 +14,8 @@ from pathlib import Path
 
 from rlhf.config import NOT_MERGED, LabelSection, Recipe
 from rlhf.errors import UserError
+from rlhf.judge_examples import check_judge
+from rlhf.judge_template import load_template
 
 ORDER = {"sft": 0, "rank": 1, "reward": 2, "ppo-ptx": 3, "ppo": 3, "evaluate": 4}  # what needs what
 
@@ -199,6 +201,10 @@ def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
         _check_vllm(recipe)
     if "evaluate" in stages:
         _need_data(recipe, "prompts_heldout", "evaluate samples from it")
+        if recipe.evaluate.labeler == "judge":
+            check_judge(recipe.judge)
+        for name in recipe.evaluate.prompted:
+            load_template(name, "answer")
 
 
 def plan_rows(recipe: Recipe, stages: Sequence[str] | None = None) -> list[tuple[str, str]]:
@@ -322,6 +328,8 @@ def _check_rank(recipe: Recipe) -> None:
         _need_data(recipe, "rankings", "rank.labeler is file")
         return
     _need_data(recipe, "prompts", "rank samples from it")
+    if cfg.labeler == "judge":
+        check_judge(recipe.judge)
     if cfg.labeler == "reward_model" and not cfg.reward_model:
         raise UserError(
             "rank.labeler is reward_model, and no model is given", "rank.reward_model", "give a folder or a Hub name"

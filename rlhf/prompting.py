@@ -6,14 +6,16 @@ by EOS when it is finished. Both are encoded apart and joined as ids, so that a 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.records import Demonstration, Drops, Prompt, Ranking
+from rlhf.records import Demonstration, Drops, Message, Prompt, Ranking
 
+PRIVATE_USE = 0xF0000  # code points without a meaning of their own, to stand for something while a text is encoded
 Item = TypeVar("Item", Prompt, Demonstration, Ranking)
 
 
@@ -30,6 +32,28 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     """Ids of the prompt in the chat template, ending where the assistant's answer begins."""
     messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+
+def encode_untrusted(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Ids of a dialogue up to where the assistant speaks, whose messages hold texts of models and strangers.
+
+    Names of special tokens in the messages are spelled out, so that no text can end a turn or begin one.
+    """
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    names = [name for name in special if any(name in message.content for message in messages)]
+    marks = {chr(PRIVATE_USE + i): name for i, name in enumerate(names)}
+    rows = [{"role": message.role, "content": message.content} for message in messages]
+    if not marks:
+        return list(tokenizer.apply_chat_template(rows, add_generation_prompt=True, return_dict=False))
+    for row in rows:
+        for mark, name in marks.items():
+            row["content"] = row["content"].replace(mark, " ").replace(name, mark)
+    text = tokenizer.apply_chat_template(rows, add_generation_prompt=True, tokenize=False)
+    ids: list[int] = []
+    for part in filter(None, re.split(f"([{''.join(marks)}])", text)):
+        spelled = part in marks
+        ids += tokenizer(marks.get(part, part), add_special_tokens=False, split_special_tokens=spelled)["input_ids"]
+    return ids
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, text: str, finished: bool = True) -> list[int]:

@@ -33,6 +33,7 @@ LABELS = {
     "ppo-ema": "PPO (EMA)",
     "ppo-ptx-ema": "PPO-ptx (EMA)",
 }
+PROMPTED = {"base": "Base", "sft": "SFT"}  # policies that also answer under templates
 SAMPLES_SHOWN = 12  # the first held-out prompts: a fixed rule, so that nothing is picked
 
 # (metric, title, unit) by the stages that log it.
@@ -140,7 +141,7 @@ def policy_rows(results: dict[str, Any] | None) -> list[dict[str, Any]]:
     base = results["policies"]["sft"]
     rows = []
     for name, numbers in results["policies"].items():
-        row = {"name": name, "versus": over_sft.get(name), **numbers}
+        row = {"name": name, "versus": over_sft.get(name), "prompted": "", **numbers}
         for key in ("reward_score", "pretraining_loss", "pretraining_tokens", "cloze_accuracy", "cloze_low",
                     "cloze_high", "cloze_accuracy_sum", "cloze_n"):  # fmt: skip
             row.setdefault(key, None)
@@ -182,7 +183,8 @@ def judged(data: RunData) -> str:
         return ""
     judgements = data.results["judgements"]
     times = "once" if judgements == 1 else f"{judgements} times"
-    text = f"Judged by the {data.results['labeler'].replace('_', ' ')} labeler, {times} in both orders. "
+    labeler = data.results["labeler"].replace("_", " ").replace("judge", "language model")
+    text = f"Judged by the {labeler} labeler, {times} in both orders. "
     if data.results["labeler"] == "reward_model":
         return text + "PPO may have been trained on this very model's score: a win here is not independent of it. "
     ranked = load_recipe(str(data.path / "recipe.yaml"), []).rank.labeler if data.recipe else ""
@@ -248,6 +250,9 @@ def stage_rows(data: RunData) -> list[dict[str, Any]]:
 
 def label(name: str) -> str:
     """How a policy or stage is called on the page."""
+    policy, _, template = name.partition("-")
+    if template and policy in PROMPTED:
+        return f"{PROMPTED[policy]}, {template}"
     return LABELS.get(name, name)
 
 

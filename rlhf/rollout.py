@@ -155,7 +155,7 @@ def sample(
         answers = sample_vllm(
             policy, tokenizer, prompts, seeds=seeds, stop_ids=stop_ids, launch=where, advance=advance, **how
         )
-        return _assemble(prompts, answers, int(tokenizer.pad_token_id), set(stop_ids))
+        return assemble(prompts, answers, int(tokenizer.pad_token_id), set(stop_ids))
     decode = {"native": _native(where), "generate": _decode_generate}[engine]
     rows: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
     # Prompts of like length share a batch, so that little is spent on padding.
@@ -187,7 +187,7 @@ def sample(
         policy.train(training)
     for i, row in zip(order, gathered(mine), strict=True):
         rows[i] = row
-    return _assemble(prompts, rows, int(tokenizer.pad_token_id), set(stop_ids))
+    return assemble(prompts, rows, int(tokenizer.pad_token_id), set(stop_ids))
 
 
 def engine_for(policy: PreTrainedModel, engine: Engine) -> Engine:
@@ -287,9 +287,10 @@ def _decode_generate(
     return [(response, lp.tolist()) for response, lp in zip(responses, logprobs, strict=True)]
 
 
-def _assemble(
+def assemble(
     prompts: Sequence[Sequence[int]], rows: list[tuple[list[int], list[float]]], pad_id: int, stops: set[int]
 ) -> Rollout:
+    """A rollout of prompts and the (token ids, log-probabilities) that answer them; `stops` end a finished one."""
     prompt_ids, _ = pad(prompts, pad_id, left=True)
     width = max(len(ids) for ids, _ in rows)
     return Rollout(

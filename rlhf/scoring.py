@@ -242,6 +242,32 @@ def token_logprobs(
     return _over_batches(policy, pairs, tokens, forward, advance)
 
 
+def candidate_logprobs(policy: nn.Module, hidden: Tensor, candidates: Sequence[int]) -> Tensor:
+    """Log-probabilities [B, C] of the candidates [C] as the token after each of the hidden states [B, H]."""
+    targets = torch.tensor(candidates, device=hidden.device).repeat(len(hidden))
+    repeated = hidden.repeat_interleave(len(candidates), 0)
+    logprobs, _ = head_logprobs(policy.get_output_embeddings(), repeated, targets, 1.0)
+    return logprobs.view(len(hidden), len(candidates))
+
+
+def next_token_logprobs(
+    policy: nn.Module,
+    contexts: Sequence[Sequence[int]],
+    candidates: Sequence[int],
+    tokens: int = 2048,
+    advance: Callable[[int], None] | None = None,
+) -> list[Tensor]:
+    """Log-probabilities [C] of each of the candidates as the token after a context, for every context, on the CPU.
+
+    All of them are read off one pass over the context.
+    """
+
+    def forward(batch: SequenceBatch) -> list[Tensor]:
+        return list(candidate_logprobs(policy, hidden_states(policy, batch)[batch.rows, batch.before], candidates))
+
+    return _over_batches(policy, [(context, candidates[:1]) for context in contexts], tokens, forward, advance)
+
+
 def token_values(
     value_model: nn.Module, pairs: Sequence[Pair], tokens: int = 2048, advance: Callable[[int], None] | None = None
 ) -> list[Tensor]:

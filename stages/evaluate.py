@@ -1,6 +1,6 @@
 """Evaluation of every policy of a run on held-out prompts (paper section 4): `python stages/evaluate.py RECIPE`.
 
-    sample      every policy answers the same prompts with the same seeds
+    sample      every policy answers the same prompts with the same seeds, some also under a template (rlhf/prompted.py)
     tax         loss on held-out pretraining text and accuracy on cloze questions, of every policy
     kl          to the SFT policy, the reference of PPO, on each policy's own samples
     score       by the reward model, when the run has one
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
-from rlhf.errors import UserError
 from rlhf.evaluation import (
     Interval,
     compare,
@@ -35,42 +34,25 @@ from rlhf.evaluation import (
     prompt_means,
     win_rate,
 )
+from rlhf.heldout import Questions, read_questions
+from rlhf.judge import check_room, judge_files
+from rlhf.judge_template import Template, find_template, load_template
 from rlhf.labelers import Labeler, Output, make_judge
 from rlhf.models import load_policy, load_reward_model, load_tokenizer
 from rlhf.objectives import kl_k1, kl_k3
 from rlhf.phases import phase
 from rlhf.probes import check_probes
 from rlhf.progress import Progress, console, is_main_process
-from rlhf.prompting import fit_prompts, stop_ids
-from rlhf.records import (
-    Cloze,
-    Drops,
-    Prompt,
-    read_cloze,
-    read_demonstrations,
-    read_prompts,
-    read_rankings,
-    read_texts,
-    write_jsonl,
-)
+from rlhf.prompted import answer_prompted
+from rlhf.prompting import stop_ids
+from rlhf.records import Drops, write_jsonl
 from rlhf.rescoring import rescore
 from rlhf.rollout import Rollout, row_seed, sample
 from rlhf.rundir import RunFolder, write_atomic
 from rlhf.scoring import scores, token_logprobs
 from rlhf.stage import StageContext, run_stage
-from rlhf.tax import blocks, cloze_accuracy, pretraining_loss
+from rlhf.tax import cloze_accuracy, pretraining_loss
 from rlhf.zero import frozen
-
-
-@dataclass
-class Questions:
-    """What every policy is asked."""
-
-    prompts: list[Prompt]
-    ids: list[list[int]]  # encoded prompts, each repeated samples_per_prompt times in a row
-    seeds: list[int]  # one for each row of ids, the same for every policy
-    text_rows: list[list[int]]  # held-out pretraining text
-    cloze: list[Cloze]
 
 
 @dataclass
@@ -80,7 +62,8 @@ class Answers:
     rollout: Rollout
     texts: list[str]
     tax: dict[str, Any]
-    kl: list[float] = field(default_factory=list)  # k1 summed over each response, nats
+    prompted: str = ""  # the template that it answered under
+    kl: list[float] = field(default_factory=list)  # k1 summed over each response, nats; empty under a template
     kl_k3: list[float] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)  # empty without a reward model
 
@@ -113,52 +96,13 @@ def find_policies(run: RunFolder, ema: bool) -> dict[str, Path]:
     return found
 
 
-def unseen_prompts(recipe: Recipe, drops: Drops) -> list[Prompt]:
-    """The held-out prompts less those that a training stage has seen, counted."""
-    data, apart = recipe.data, Drops()  # drops of the training files are the other stages' to count
-    seen = {row.key for row in read_prompts(data.prompts, apart)} if data.prompts else set()
-    seen |= {row.prompt.key for row in read_demonstrations(data.demonstrations, apart)}
-    seen |= {row.prompt.key for row in read_rankings(data.rankings, apart)} if data.rankings else set()
-    prompts = read_prompts(data.prompts_heldout, drops)
-    kept = [prompt for prompt in prompts if prompt.key not in seen]
-    if len(kept) < len(prompts):
-        drops.add("held-out prompt that is also in the training data", len(prompts) - len(kept))
-    return kept
-
-
-def unseen_texts(recipe: Recipe, drops: Drops) -> list[str]:
-    """The held-out texts less those that are trained on, counted."""
-    data = recipe.data
-    seen = set(read_texts(data.pretraining, Drops())) if data.pretraining else set()
-    texts = read_texts(data.pretraining_heldout, drops) if data.pretraining_heldout else []
-    kept = [text for text in texts if text not in seen]
-    if len(kept) < len(texts):
-        drops.add("held-out text that is also in the training data", len(texts) - len(kept))
-    return kept
-
-
-def read_questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, drops: Drops) -> Questions:
-    """The held-out prompts, text and questions; what was trained on and too long prompts are dropped and counted."""
-    cfg, data = recipe.evaluate, recipe.data
-    fitting = fit_prompts(unseen_prompts(recipe, drops), tokenizer, data.max_prompt_tokens, drops)
-    fitting = fitting[: cfg.prompts or None]
-    if not fitting:
-        raise UserError(
-            "there is no held-out prompt to evaluate on",
-            where="data.prompts_heldout",
-            fix="name a file with prompts that the other stages do not use, or raise data.max_prompt_tokens",
-        )
-    cloze = read_cloze(data.cloze) if data.cloze else []
-    texts = unseen_texts(recipe, drops)
-    rows = [(encoded, s) for encoded in fitting for s in range(cfg.samples_per_prompt)]
-    return Questions(
-        prompts=[encoded.item for encoded in fitting],
-        ids=[encoded.prompt for encoded, _ in rows],
-        seeds=[row_seed(recipe.run.seed, "evaluate", encoded.item.key, s) for encoded, s in rows],
-        # Rows as long as those of the ptx loss, so that this loss and ppo/ptx_loss are on one scale.
-        text_rows=blocks(texts, tokenizer, recipe.ppo.ptx_tokens),
-        cloze=cloze[: cfg.cloze_questions or None],
-    )
+def templates_in_use(ctx: StageContext) -> list[Template]:
+    """The templates that policies answer under; their files are inputs, and so are the judge's."""
+    recipe, names = ctx.recipe, list(dict.fromkeys(ctx.recipe.evaluate.prompted))
+    judged = judge_files(recipe.judge) if recipe.evaluate.labeler == "judge" else []
+    for path in [*(find_template(name, "answer") for name in names), *judged]:
+        ctx.use(path)
+    return [load_template(name, "answer") for name in names]
 
 
 def ask(recipe: Recipe, name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: Questions) -> Answers:
@@ -201,10 +145,26 @@ def ask(recipe: Recipe, name: str, policy: nn.Module, tokenizer: PreTrainedToken
     return Answers(rollout, rollout.texts(tokenizer), tax)
 
 
+def ask_prompted(
+    recipe: Recipe,
+    name: str,
+    policy: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Questions,
+    template: Template,
+) -> Answers:
+    """Sample the policy's responses under a template; it has no tax and no KL of its own."""
+    phase("rollout")
+    prompts = [prompt for prompt in asked.prompts for _ in range(recipe.evaluate.samples_per_prompt)]
+    with Progress(f"{name}: sampling", total=len(prompts) * (1 + template.reasons), unit="texts") as progress:
+        found = answer_prompted(recipe, policy, tokenizer, template, prompts, asked.ids, asked.seeds, progress.advance)
+    return Answers(found.rollout, found.texts, {}, prompted=template.name)
+
+
 def add_kl(recipe: Recipe, reference: nn.Module, answers: dict[str, Answers]) -> None:
     """KL to the reference of every response: its tokens' k1 and k3 estimates, summed. SFT is the reference: 0."""
     answers["sft"].kl = answers["sft"].kl_k3 = [0.0] * len(answers["sft"].rollout)
-    others = [answer for name, answer in answers.items() if name != "sft"]
+    others = [answer for name, answer in answers.items() if name != "sft" and not answer.prompted]
     with Progress("KL to sft", total=sum(len(a.rollout) for a in others), unit="responses") as progress:
         for answer in others:
             pairs = answer.rollout.pairs()
@@ -261,9 +221,10 @@ def summarise(answer: Answers) -> dict[str, Any]:
     """One policy's numbers; lengths in tokens including EOS, KL in nats per response."""
     return {
         "responses": len(answer.texts),
+        "prompted": answer.prompted,
         "reward_score": fmean(answer.scores) if answer.scores else None,
-        "kl": fmean(answer.kl),
-        "kl_k3": fmean(answer.kl_k3),
+        "kl": fmean(answer.kl) if answer.kl else None,
+        "kl_k3": fmean(answer.kl_k3) if answer.kl_k3 else None,
         "response_length": length_statistics(answer.rollout.lengths.tolist()),
         "finished_fraction": float(answer.rollout.finished.float().mean()),
         "distinct_1": distinct_n(answer.texts, 1),
@@ -303,7 +264,7 @@ def sample_rows(
                 "finished": {name: bool(a.rollout.finished[i]) for name, a in answers.items()},
                 "lengths": {name: int(a.rollout.lengths[i]) for name, a in answers.items()},
                 "scores": {name: a.scores[i] for name, a in answers.items() if a.scores},
-                "kl": {name: a.kl[i] for name, a in answers.items()},
+                "kl": {name: a.kl[i] if a.kl else None for name, a in answers.items()},
                 "wins_over_sft": {name: wins[i] for name, wins in over_sft.items()},
             }
         )
@@ -334,26 +295,33 @@ def work(ctx: StageContext) -> dict[str, Any]:
     for folder in folders.values():
         ctx.use(folder)
     tokenizer = load_tokenizer(str(folders["sft"]), recipe.model.prompt_format)
+    templates = templates_in_use(ctx)
+    if cfg.labeler == "judge":
+        check_room(recipe)
     asked = read_questions(recipe, tokenizer, drops)
     for reason, n in drops.table():
         console.print(f"dropped {n}: {reason}")
 
     def load(name: str) -> nn.Module:
-        return frozen(
-            recipe, ctx.device, lambda: load_policy(folders[name], recipe.model, tokenizer=tokenizer, merged=True)
-        )
+        where = folders.get(name, recipe.model.name)  # the base, for what answers under a template
+        return frozen(recipe, ctx.device, lambda: load_policy(where, recipe.model, tokenizer=tokenizer, merged=True))
 
     answers: dict[str, Answers] = {}
+    under = {name: templates for name in dict.fromkeys(cfg.prompted_policies) if templates}
     # SFT comes last: while it is in memory it is also the reference of all the others.
-    for name in [*(n for n in folders if n != "sft"), "sft"]:
+    for name in [*(n for n in folders if n != "sft"), *(n for n in under if n == "base"), "sft"]:
         if ctx.stop_requested:
             return {}
         policy = load(name)
-        answers[name] = ask(recipe, name, policy, tokenizer, asked)
+        if name in folders:
+            answers[name] = ask(recipe, name, policy, tokenizer, asked)
         if name == "sft":
             add_kl(recipe, policy, answers)
+        for template in under.get(name, []):
+            called = f"{name}-{template.name}"
+            answers[called] = ask_prompted(recipe, called, policy, tokenizer, asked, template)
         del policy  # before the next one is loaded
-    answers = {name: answers[name] for name in folders}
+    answers = {name: answers[name] for name in [*folders, *(n for n in answers if n not in folders)]}
 
     reward_dir = ctx.run.model_dir("reward")
     if reward_dir.is_dir():

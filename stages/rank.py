@@ -26,6 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
 from rlhf.errors import UserError
+from rlhf.judge import judge_files
+from rlhf.judge_labeler import JudgeLabeler, fitting
 from rlhf.label_wait import rankings_by_people
 from rlhf.labelers import Labeler, Output, agreement, expected_agreement, make_labeler, noise_for_agreement
 from rlhf.models import load_policy, load_tokenizer
@@ -164,7 +166,7 @@ def clean(prompts: Sequence[Encoded[Prompt]], samples: Samples, drops: Drops) ->
     return candidates
 
 
-def label(ctx: StageContext, candidates: Sequence[Candidate]) -> Ranked:
+def label(ctx: StageContext, candidates: Sequence[Candidate], drops: Drops) -> Ranked:
     """Rank every prompt's outputs; the rubric is given its noise first and asked a second time as another labeler."""
     recipe, cfg = ctx.recipe, ctx.recipe.rank
     about: dict[str, Any] = {"noise_sigma": 0.0}
@@ -177,7 +179,9 @@ def label(ctx: StageContext, candidates: Sequence[Candidate]) -> Ranked:
             "target_agreement": cfg.agreement,
             "expected_agreement": _none_for_nan(expected_agreement(groups, sigma, cfg.tie_margin)),
         }
-    labeler = make_labeler(cfg.labeler, recipe, ctx.run, about["noise_sigma"])
+    labeler = make_labeler(cfg.labeler, recipe, ctx.run, about["noise_sigma"], ctx.dir / "judge.jsonl")
+    if isinstance(labeler, JudgeLabeler):
+        candidates = fitting(labeler, candidates, drops)
     rankings = []
     phase("scoring")
     with Progress("rank: labelling", total=len(candidates), unit="prompts") as progress:
@@ -188,6 +192,8 @@ def label(ctx: StageContext, candidates: Sequence[Candidate]) -> Ranked:
             progress.advance(1)
     if cfg.labeler == "rubric":
         about |= second_opinion(labeler, candidates, rankings, recipe)
+    if isinstance(labeler, JudgeLabeler):
+        about |= labeler.summary()
     return Ranked(rankings, [c.lengths for c in candidates], about)
 
 
@@ -342,7 +348,10 @@ def work(ctx: StageContext) -> dict[str, Any]:
                 fix="raise rank.temperature or rank.outputs_per_prompt, or look at the policy in rank/samples.jsonl",
             )
         people = ctx.recipe.rank.labeler == "human"
-        found = label_by_people(ctx, candidates) if people else label(ctx, candidates)
+        if ctx.recipe.rank.labeler == "judge":
+            for path in judge_files(ctx.recipe.judge):
+                ctx.use(path)
+        found = label_by_people(ctx, candidates) if people else label(ctx, candidates, drops)
         if found is None:
             return {}
         ranked = found

@@ -42,6 +42,7 @@ TARGETS = {
     "rlhf.objectives": ["test_objectives.py", "test_losses.py"],
     "rlhf.ranking": ["test_ranking.py"],
     "rlhf.experience": ["test_experience.py"],
+    "rlhf.judging": ["test_judging.py"],
     "rlhf.agreement": ["test_agreement.py"],
 }
 LIMIT_S = 60  # a mutant that hangs counts as seen
@@ -86,6 +87,13 @@ EQUIVALENT = {
     ("alpha_ordinal", "middle[:, None] - middle[None, :]  ->  middle[None, :] - middle[:, None]"): "squared",
     ("alpha_ordinal", "expected > 0  ->  expected >= 0"): "0 / 0 is nan as well",
     ("ranking_loss", "strict=True  ->  strict=False"): "the split has one part for every group by construction",
+    ("calibrated", "strict=True  ->  strict=False"): "both have an entry for each label",
+    ("sigmoid", "x >= 0  ->  x > 0"): "at 0 both branches are one half",
+    ("sigmoid", "x >= 0  ->  x >= 1"): "the two branches are one function; they differ in where they overflow",
+    (
+        "calibration_error",
+        "row['accuracy'] - row['confidence']  ->  row['confidence'] - row['accuracy']",
+    ): "taken as an absolute value",
 }
 
 

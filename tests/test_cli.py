@@ -42,6 +42,8 @@ def test_help_names_every_command_and_shows_examples() -> None:
         "report",
         "chat",
         "plan",
+        "judge-eval",
+        "judge-search",
         "export",
         "peft",
         "agreement",

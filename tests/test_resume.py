@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from rlhf.heldout import unseen_prompts, unseen_texts
 from rlhf.recipe import load_recipe
 from rlhf.records import Drops
 from rlhf.stage import StageContext
-from stages import evaluate, ppo, rank, reward, sft
+from stages import ppo, rank, reward, sft
 
 SMALL = ["tiny", "tracking.wandb=disabled", "run.device=cpu", "rank.prompts=16", "rank.outputs_per_prompt=3"]
 SMALL += ["data.max_response_tokens=24", "data.validation_fraction=0.3", "ppo.save_every=0", "ppo.episodes=48"]
@@ -135,8 +136,8 @@ def test_held_out_means_held_out(tmp_path: Path) -> None:
         ],
     )
     drops = Drops()
-    assert [prompt.text for prompt in evaluate.unseen_prompts(recipe, drops)] == ["Name a sea."]
-    assert evaluate.unseen_texts(recipe, drops) == ["Bread is a food."]
+    assert [prompt.text for prompt in unseen_prompts(recipe, drops)] == ["Name a sea."]
+    assert unseen_texts(recipe, drops) == ["Bread is a food."]
     assert dict(drops.table()) == {
         "held-out prompt that is also in the training data": 3,
         "held-out text that is also in the training data": 1,

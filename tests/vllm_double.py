@@ -6,15 +6,14 @@ a version that is "default" until one is given. `fault` makes it misbehave for t
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from http_double import listening
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rlhf.rollout import sample
@@ -93,28 +92,6 @@ def serving(folder: Path, fault: str = "") -> Iterator[Double]:
     """A server on a free port of this machine, on the model of `folder`."""
     double = Double(folder, fault=fault)
 
-    class Handler(BaseHTTPRequestHandler):
-        def respond(self) -> None:
-            text = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            status, answer = double.answer(self.path, json.loads(text or b"{}"))
-            data = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        do_GET = do_POST = respond
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    double.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with listening(lambda path, body, headers: double.answer(path, body)) as url:
+        double.url = url
         yield double
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

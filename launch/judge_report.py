@@ -1,0 +1,182 @@
+"""`rlhf judge-eval` and `rlhf judge-search`: judges measured on ranked files, as tables and as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.allocator import keep_freed_memory
+from rlhf.config import Recipe
+from rlhf.errors import UserError
+from rlhf.judge import Judge, check_judge, make_reader
+from rlhf.judge_eval import Graded, fitting_all, graded, measure, questions, templates_of
+from rlhf.judge_search import candidates, comments, cut, search
+from rlhf.judge_template import Template, template_names, write_template
+from rlhf.progress import Progress, console, table, warn
+from rlhf.quiet import quiet_libraries
+from rlhf.records import Drops, read_rankings
+from rlhf.rundir import write_atomic
+from rlhf.stage import pick_device
+
+
+def compare_templates(
+    files: Sequence[str], names: Sequence[str], recipe: Recipe, limit: int, out: Path | None, answers: Path | None
+) -> None:
+    """Measure every template on the same pairs, and print a table.
+
+    Args:
+        files: rankings.
+        names: templates; none: all that are shipped.
+        limit: prompts, 0 for all.
+        out: JSON, written again after every template.
+        answers: log of answers, so that the same command goes on where it stopped.
+    """
+    drops, check = Drops(), recipe.judge.model_copy(update={"demonstrations": ""})
+    templates = templates_of(recipe.judge, names or template_names("judge"))
+    check_judge(check)
+    rankings = read_rankings(files, drops)
+    judges = _judges(recipe, templates, answers)
+    items = fitting_all(graded(rankings, drops), judges, limit, drops)
+    _tell(drops)
+    rows: list[dict[str, Any]] = []
+    for judge in judges:
+        rows.append(_measured(judge, items, recipe.run.seed))
+        if out:
+            write_atomic(out, json.dumps(_about(recipe, files, drops) | {"templates": rows}, indent=1) + "\n")
+    _show(f"{_model(recipe)} on {rows[0]['pairs']} pairs of {rows[0]['prompts']} prompts", rows)
+    if len(rows) == 1:
+        _show_reliability(rows[0])
+
+
+def search_template(
+    files: Sequence[str],
+    names: Sequence[str],
+    recipe: Recipe,
+    shots: Sequence[int],
+    trials: int,
+    limit: int,
+    out: Path,
+    answers: Path | None,
+) -> None:
+    """Search for the best template, print the candidates, and write the chosen one and OUT.json beside it.
+
+    Args:
+        shots: numbers of demonstrations to draw; none draws none.
+        trials: draws of each number.
+        out: file of the chosen template.
+    """
+    drops, seed = Drops(), recipe.run.seed
+    templates = templates_of(recipe.judge, names or template_names("judge"))
+    check_judge(recipe.judge.model_copy(update={"demonstrations": ""}))
+    parts = cut(read_rankings(files, drops), seed)
+    for name, part in zip(parts._fields, parts, strict=True):
+        if not part and (name != "pool" or shots):
+            raise UserError(f"the part `{name}` of the rankings is empty", ", ".join(files), "give more rankings")
+    found = candidates(templates, parts.pool, shots, trials, seed)
+    judges = _judges(recipe, found, answers)
+    console.print(
+        f"{len(judges)} candidates; {len(parts.pool)} rankings to draw demonstrations from, {len(parts.score)} to "
+        f"choose by, {len(parts.confirm)} to confirm on"
+    )
+    rows: list[dict[str, Any]] = []
+    path = out.with_suffix(".json")
+
+    def watch(judge: Judge, items: Sequence[Graded], part: str) -> dict[str, Any]:
+        row = _measured(judge, items, seed, part)
+        rows.append({"part": part} | row)
+        write_atomic(path, json.dumps(_about(recipe, files, drops) | {"so_far": rows}, indent=1) + "\n")
+        return row
+
+    result = search(judges, parts, drops, limit, seed, watch)
+    _tell(drops)
+    write_template(result.template, out, comments(result.report, files))
+    write_atomic(path, json.dumps(_about(recipe, files, drops) | result.report, indent=1) + "\n")
+    _show(f"{_model(recipe)}, by candidate", result.report["candidates"])
+    confirmed = [result.report["confirmation"], result.report["first_candidate_confirmation"]]
+    _show("On other prompts: the chosen one, and the first candidate", confirmed)
+    if result.warning:
+        warn(result.warning)
+    console.print(f"chosen: {result.report['chosen']}; use it with judge.template={out}", markup=False, soft_wrap=True)
+
+
+def _judges(recipe: Recipe, templates: Sequence[Template], answers: Path | None) -> list[Judge]:
+    """One for each template; all ask one model."""
+    quiet_libraries()
+    if pick_device(recipe).type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+        keep_freed_memory()
+    for template in templates:
+        if recipe.judge.calibrate and template.reasons:
+            raise UserError(f"{template.name} reasons", "judge.calibrate", "leave it out, or do not calibrate")
+    reader, identity = make_reader(recipe)
+    if answers:
+        answers.parent.mkdir(parents=True, exist_ok=True)
+    return [Judge(template, reader, answers, identity, recipe.judge.calibrate) for template in templates]
+
+
+def _measured(judge: Judge, items: Sequence[Graded], seed: int, part: str = "") -> dict[str, Any]:
+    name = f"{judge.template.name}{f' ({part})' if part else ''}"
+    with Progress(name, total=len(questions(judge, items)), unit="questions") as progress:
+        return measure(judge, items, seed, progress.advance)
+
+
+def _about(recipe: Recipe, files: Sequence[str], drops: Drops) -> dict[str, Any]:
+    return {
+        "files": list(files),
+        "judge": recipe.judge.model_dump(),
+        "model": _model(recipe),
+        "seed": recipe.run.seed,
+        "drops": dict(drops.table()),
+    }
+
+
+def _model(recipe: Recipe) -> str:
+    return recipe.judge.model or recipe.model.name
+
+
+def _tell(drops: Drops) -> None:
+    for reason, n in drops.table():
+        console.print(f"dropped {n}: {reason}", markup=False)
+
+
+def _show(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    def interval(row: dict[str, Any], name: str, scale: float = 100, digits: int = 1) -> str:
+        mean, low, high = (f"{scale * row[name + end]:.{digits}f}" for end in ("", "_low", "_high"))
+        return f"{mean} [{low}, {high}]"
+
+    bias = [row["position"] for row in rows]
+    table(
+        title,
+        ["template", "right, %", "flips, %", "shift to first", "questions/s"],
+        [
+            [
+                row["template"],
+                interval(row, "accuracy"),
+                interval(position, "flips", digits=0) if position else "-",
+                interval(position, "shift", 1, 2) if position else "-",
+                row["questions_per_s"],
+            ]
+            for row, position in zip(rows, bias, strict=True)
+        ],
+    )
+    table(
+        "calibration (chance: 0.693 and 0.25), and the probability of all labels together",
+        ["template", "log loss", "Brier", "calibration error", "on labels"],
+        [
+            [row["template"], *(round(row[key], 4) for key in ("log_loss", "brier", "calibration_error", "label_mass"))]
+            for row in rows
+        ],
+    )
+    for row in (row for row in rows if row["answers_with_bounds"]):
+        warn(
+            f"{row['template']}: in {row['answers_with_bounds']} of {row['answers']} answers a label was not among the "
+            f"likeliest tokens, and a bound stands for it; in {row['answers_without_label']} none was, which is a tie"
+        )
+
+
+def _show_reliability(row: dict[str, Any]) -> None:
+    rows = [[bin["confidence"], bin["accuracy"], bin["n"]] for bin in row["reliability"]]
+    table(f"Reliability of {row['template']}", ["confidence", "right", "pairs"], rows)

@@ -1,0 +1,258 @@
+"""A language model that is asked by a template, and whose answers are read off label words.
+
+Pairs are asked in both orders. The log-odds of the two answers, each turned toward the same output, are averaged: what
+the order adds to both cancels, and is reported as position bias (rlhf/judge_labeler.py).
+
+Answers are kept: no question is asked twice, and with a log also not after an interruption.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Protocol
+
+from rlhf.config import JudgeSection, Recipe
+from rlhf.errors import UserError
+from rlhf.judge_examples import check_judge, judge_template
+from rlhf.judge_template import Template, find_template, template_text
+from rlhf.judging import BothOrders, calibrated, log_odds, normalised, win_log_odds
+from rlhf.models import load_policy, load_tokenizer
+from rlhf.progress import console, is_main_process
+from rlhf.records import write_jsonl
+from rlhf.rundir import hash_path
+from rlhf.verbalizer import Fields, LocalReader, Reading, question_tokens
+
+CONTENT_FREE = ("N/A", "[MASK]", "")  # Zhao et al. 2021, section 5
+KEPT_TOGETHER = 256  # questions asked before their answers go to the log
+Triple = tuple[str, str, str]  # a prompt and two outputs
+
+
+class Reader(Protocol):
+    """Whoever answers the questions of a template: rlhf/verbalizer.py, rlhf/judge_endpoint.py."""
+
+    def fits(self, template: Template, fields: Fields) -> bool:
+        """Whether the question is short enough."""
+        ...
+
+    def read(
+        self, template: Template, questions: Sequence[Fields], advance: Callable[[int], None] | None = None
+    ) -> list[Reading]:
+        """The labels' log-probabilities for every question."""
+        ...
+
+
+class Judge:
+    """A template, who answers it, and all that was answered.
+
+    Args:
+        log: file of answers, one a line, that is read first and appended to; None keeps them in memory alone.
+        identity: of the model, for the log: answers of another model, template or setting are not taken over.
+        calibrate: contextual calibration, from three questions without content.
+    """
+
+    def __init__(
+        self,
+        template: Template,
+        reader: Reader,
+        log: Path | None = None,
+        identity: str = "",
+        calibrate: bool = False,
+    ) -> None:
+        self.template, self.reader, self.log = template, reader, log
+        self.identity = sha256(f"{identity}\n{template_text(template)}".encode()).hexdigest()
+        self.answers = _read_log(log, self.identity)
+        self.asked = 0
+        self.content_free: list[Sequence[float]] = []
+        if calibrate:
+            blank = [dict.fromkeys(_fields(template, ("", "", "")), text) for text in CONTENT_FREE]
+            self.content_free = [reading.logprobs for reading in self.readings(blank)]
+
+    def asking(self, triples: Sequence[Triple]) -> list[Fields]:
+        """The two questions about each pair: in both orders, or one about each output."""
+        return [_fields(self.template, t) for prompt, a, b in triples for t in ((prompt, a, b), (prompt, b, a))]
+
+    def readings(self, questions: Sequence[Fields], advance: Callable[[int], None] | None = None) -> list[Reading]:
+        """The answer to every question, asked where it is not known yet."""
+        keys = [question_key(question) for question in questions]
+        new = {key: question for key, question in zip(keys, questions, strict=True) if key not in self.answers}
+        for keys_new in batched(new, KEPT_TOGETHER if self.log else len(new) or 1):
+            asked = [new[key] for key in keys_new]
+            found = dict(zip(keys_new, self.reader.read(self.template, asked, advance), strict=True))
+            self.asked += len(asked)
+            self.answers |= found
+            if self.log and is_main_process():
+                _append(self.log, self.identity, found)
+        return [self.answers[key] for key in keys]
+
+    def labels(self, questions: Sequence[Fields], advance: Callable[[int], None] | None = None) -> list[list[float]]:
+        """Log-probabilities of the labels for every question, calibrated where asked for; they sum to 1."""
+        read = self.readings(questions, advance)
+        if self.content_free:
+            return [calibrated(reading.logprobs, self.content_free) for reading in read]
+        return [normalised(reading.logprobs) for reading in read]
+
+    def both_orders(self, triples: Sequence[Triple], advance: Callable[[int], None] | None = None) -> list[BothOrders]:
+        """Each pair asked in both orders, by a template of pairs."""
+        odds = [log_odds(labels) for labels in self.labels(self.asking(triples), advance)]
+        return [BothOrders(*two) for two in zip(odds[::2], odds[1::2], strict=True)]
+
+    def points(
+        self, answers: Sequence[tuple[str, str]], advance: Callable[[int], None] | None = None
+    ) -> list[list[float]]:
+        """Log-probabilities of the points of each (prompt, output), by a template of points."""
+        return self.labels([_fields(self.template, (prompt, text, "")) for prompt, text in answers], advance)
+
+    def preferences(self, triples: Sequence[Triple], advance: Callable[[int], None] | None = None) -> list[float]:
+        """Log-odds that the first output of each triple is better than the second."""
+        if self.template.kind == "pair":
+            return [both.preference for both in self.both_orders(triples, advance)]
+        points = self.labels(self.asking(triples), advance)
+        return [win_log_odds(a, b) for a, b in zip(points[::2], points[1::2], strict=True)]
+
+    def fits(self, prompt: str, texts: Sequence[str]) -> bool:
+        """Whether all questions about these outputs are short enough."""
+        if self.template.kind == "pair":
+            triples = [(prompt, a, b) for i, a in enumerate(texts) for b in texts[:i]]
+        else:
+            triples = [(prompt, text, "") for text in texts]
+        return all(self.reader.fits(self.template, _fields(self.template, triple)) for triple in triples)
+
+
+def doubts(readings: Sequence[Reading], labels: int) -> dict[str, Any]:
+    """How sure answers are: mean probability of the labels together, and how many have labels known by a bound."""
+    return {
+        "answers": len(readings),
+        "label_mass": fmean(reading.mass for reading in readings) if readings else None,
+        "answers_with_bounds": sum(reading.bounded > 0 for reading in readings),
+        "answers_without_label": sum(reading.bounded == labels for reading in readings),
+    }
+
+
+def question_key(question: Fields) -> str:
+    """What a question is known by."""
+    return json.dumps(question, sort_keys=True)
+
+
+def load_judge(recipe: Recipe, log: Path | None = None) -> Judge:
+    """The judge of a recipe's section `judge`, its model loaded or its endpoint known.
+
+    Raises:
+        UserError: for a mistake in the section, or a model that cannot be loaded.
+    """
+    check_judge(recipe.judge)
+    reader, identity = make_reader(recipe)
+    return Judge(judge_template(recipe.judge), reader, log, identity, recipe.judge.calibrate)
+
+
+def make_reader(recipe: Recipe) -> tuple[Reader, str]:
+    """Who answers, and what tells its answers from those of others."""
+    cfg = recipe.judge
+    settings = f"reasoning {cfg.reasoning_tokens}"
+    if cfg.endpoint:
+        from rlhf.judge_endpoint import EndpointReader
+
+        endpoint = EndpointReader(
+            cfg.endpoint, cfg.model, cfg.reasoning_tokens, cfg.top_logprobs, cfg.concurrency, cfg.timeout_s
+        )
+        return endpoint, f"{cfg.endpoint} {cfg.model} top {cfg.top_logprobs} {settings}"
+    return _local_reader(recipe), f"{_content(judge_model(recipe))} {recipe.model.dtype} {settings}"
+
+
+def judge_model(recipe: Recipe) -> str:
+    """Name or folder of the local judge: its own, else the model that the recipe starts from."""
+    return recipe.judge.model or recipe.model.name
+
+
+def judge_files(cfg: JudgeSection) -> list[Path]:
+    """Files and folders that the labels depend on."""
+    named = (cfg.demonstrations, "" if cfg.endpoint else cfg.model)
+    own = [Path(name).expanduser() for name in named if name]
+    return [find_template(cfg.template, "judge"), *(path for path in own if path.exists())]
+
+
+def check_room(recipe: Recipe) -> None:
+    """Hold the longest question that the recipe's limits allow to judge.max_tokens, before anything is sampled.
+
+    Raises:
+        UserError: when a prompt and responses of the longest kind would be over it.
+    """
+    cfg, data = recipe.judge, recipe.data
+    if cfg.endpoint or not cfg.max_tokens:
+        return
+    template = judge_template(cfg)
+    tokenizer = load_tokenizer(judge_model(recipe), recipe.model.prompt_format, recipe.model.trust_remote_code)
+    empty = question_tokens(tokenizer, template, _fields(template, ("", "", "")), cfg.reasoning_tokens)
+    outputs = 2 if template.kind == "pair" else 1
+    longest = empty + data.max_prompt_tokens + outputs * data.max_response_tokens
+    if longest > cfg.max_tokens:
+        raise UserError(
+            f"questions to the judge may have {longest} tokens: {empty} of template {template.name}, "
+            f"{data.max_prompt_tokens} of the prompt and {outputs} x {data.max_response_tokens} of responses",
+            "judge.max_tokens",
+            f"raise it to {longest}, or take a shorter template",
+        )
+
+
+def _local_reader(recipe: Recipe) -> LocalReader:
+    from rlhf.stage import pick_device
+    from rlhf.zero import frozen
+
+    cfg, model, where = recipe.judge, recipe.model, judge_model(recipe)
+    tokenizer = load_tokenizer(where, model.prompt_format, model.trust_remote_code)
+    policy = frozen(recipe, pick_device(recipe), lambda: load_policy(where, model, tokenizer=tokenizer, merged=True))
+    return LocalReader(policy, tokenizer, cfg.batch_tokens, cfg.reasoning_tokens, cfg.max_tokens)
+
+
+def _content(name: str) -> str:
+    """A folder's hash: another model may come to lie there; the name of anything else."""
+    path = Path(name).expanduser()
+    return hash_path(path) if path.is_dir() else name
+
+
+def _fields(template: Template, triple: Triple) -> dict[str, str]:
+    prompt, a, b = triple
+    if template.kind == "pair":
+        return {"prompt": prompt, "first": a, "second": b}
+    return {"prompt": prompt, "response": a}
+
+
+def batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Lists of `size` items, the last one shorter."""
+    rest = iter(items)
+    while part := list(islice(rest, size)):
+        yield part
+
+
+def _read_log(path: Path | None, identity: str) -> dict[str, Reading]:
+    """Answers of this judge that the log holds; the file is left with whole lines alone."""
+    found: dict[str, Reading] = {}
+    if path is None or not path.exists():
+        return found
+    rows = []
+    for line in filter(None, path.read_bytes().split(b"\n")):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            console.print(f"{path.name}: a line was cut off by an interruption; its question is asked again")
+            continue
+        rows.append(row)
+        if row["judge"] == identity:
+            found[row["question"]] = Reading(tuple(row["logprobs"]), row["reasoning"], row["bounded"])
+    if is_main_process():
+        write_jsonl(path, rows)
+    return found
+
+
+def _append(path: Path, identity: str, answers: dict[str, Reading]) -> None:
+    """Add answers to the log and wait until they are on disk."""
+    rows = [{"judge": identity, "question": key, **reading._asdict()} for key, reading in answers.items()]
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,165 @@
+"""The same questions to an OpenAI-compatible endpoint: labels are read off the likeliest first tokens of the answer.
+
+An endpoint tells the log-probabilities of a few tokens (`top_logprobs`). A label that is not among them has at most the
+probability of the last one told, and at most what those told leave of 1: the smaller of the two is taken for it, a
+bound, and counted. Where neither label of a pair is told, both get the bound: nobody wins, and it is counted too.
+
+A chat cannot be made to go on within an answer. So the cue ends the user's turn; after reasoning, which the endpoint
+writes first, it is a turn of its own. The key is the environment's OPENAI_API_KEY and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from rlhf.errors import UserError
+from rlhf.judge_template import Template
+from rlhf.sharding import gathered, own, processes
+from rlhf.verbalizer import Fields, Reading
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+KEY = "OPENAI_API_KEY"
+LEAST = 1e-9  # probabilities below it are given as this one: endpoints round, and write -9999 for nothing
+RETRIES = 4  # of the client, with growing pauses, for answers such as 429 and 503
+
+
+class EndpointReader:
+    """Asks an endpoint; see the head of this file.
+
+    Args:
+        url: such as http://localhost:8000/v1.
+        model: the name that the endpoint knows it by.
+        reasoning_tokens: most that are written before the cue.
+        top_logprobs: how many of the likeliest tokens to ask for; OpenAI allows 20.
+        concurrency: questions under way at once.
+        timeout_s: for each of them.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        reasoning_tokens: int = 96,
+        top_logprobs: int = 20,
+        concurrency: int = 4,
+        timeout_s: float = 60.0,
+    ) -> None:
+        from openai import OpenAI  # a second to import
+
+        self.url, self.model, self.concurrency = url, model, concurrency
+        self.reasoning_tokens, self.top_logprobs = reasoning_tokens, top_logprobs
+        key = os.environ.get(KEY) or "none"  # servers of one's own want none, and the client wants some
+        self.client: OpenAI = OpenAI(base_url=url, api_key=key, timeout=timeout_s, max_retries=RETRIES)
+
+    def fits(self, template: Template, fields: Fields) -> bool:
+        """The endpoint alone can tell: what is too long for it, it refuses."""
+        return True
+
+    def read(
+        self, template: Template, questions: Sequence[Fields], advance: Callable[[int], None] | None = None
+    ) -> list[Reading]:
+        """The labels' log-probabilities for every question.
+
+        Raises:
+            UserError: when the endpoint cannot be reached, refuses, or gives no log-probabilities.
+        """
+
+        mine = []
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            asked = [pool.submit(self._ask, template, fields) for fields in own(questions)]
+            try:
+                for future in asked:
+                    mine.append(future.result())
+                    if advance:
+                        advance(processes())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return gathered(mine)
+
+    def _ask(self, template: Template, fields: Fields) -> Reading:
+        messages, reasoning = chat(template, fields), ""
+        if template.reasons:
+            said = self._complete(messages, self.reasoning_tokens, {}).message.content or ""
+            reasoning = said.split(template.cue)[0].strip()
+            messages += [_turn("assistant", reasoning or "..."), _turn("user", template.cue)]
+        choice = self._complete(messages, 1, {"logprobs": True, "top_logprobs": self.top_logprobs})
+        told = choice.logprobs.content if choice.logprobs else None
+        if not told or not told[0].top_logprobs:
+            raise UserError(
+                "the endpoint gave no log-probabilities of its answer",
+                f"judge.endpoint {self.url}, model {self.model}",
+                "take a model that gives them (models that reason on their own do not)",
+            )
+        logprobs, bounded = read_labels({t.token: t.logprob for t in told[0].top_logprobs}, template.labels)
+        return Reading(logprobs, reasoning, bounded)
+
+    def _complete(self, messages: list[Any], tokens: int, more: dict[str, Any]) -> Any:
+        """The first choice of an answer of at most so many tokens."""
+        from openai import OpenAIError
+
+        try:
+            answer = self.client.chat.completions.create(
+                model=self.model, messages=messages, max_tokens=tokens, temperature=0, **more
+            )
+        except OpenAIError as error:
+            raise _refused(error, self.url, self.model) from error
+        if not answer.choices:
+            raise UserError("the endpoint's answer has no choices", f"judge.endpoint {self.url}", "look at its log")
+        return answer.choices[0]
+
+
+def chat(template: Template, fields: Fields) -> list[dict[str, str]]:
+    """The turns of a question, which the label alone is to answer, or the reasoning where the template has any."""
+    asks = "" if template.reasons else template.cue
+    turns = []
+    for example in template.shown(fields):
+        turns.append(_turn("user", _asking(template.question(example.fields), asks)))
+        if template.reasons:
+            turns += [_turn("assistant", example.reason), _turn("user", template.cue)]
+        turns.append(_turn("assistant", example.answer))
+    return [*turns, _turn("user", _asking(template.question(fields), asks))]
+
+
+def read_labels(told: Mapping[str, float], labels: Sequence[str]) -> tuple[tuple[float, ...], int]:
+    """Log-probability of each label, and of how many it is only a bound.
+
+    Args:
+        told: log-probabilities of the likeliest tokens; those that are a label but for white space count for it.
+    """
+    shares = {label: [math.exp(logp) for token, logp in told.items() if token.strip() == label] for label in labels}
+    rest = 1 - sum(math.exp(logp) for logp in told.values())
+    bound = max(LEAST, min(rest, math.exp(min(told.values()))))
+    found = tuple(math.log(max(LEAST, sum(share) if share else bound)) for share in shares.values())
+    return found, sum(1 for share in shares.values() if not share)
+
+
+def _turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _asking(question: str, cue: str) -> str:
+    return f"{question}\n\n{cue}" if cue else question
+
+
+def _refused(error: Exception, url: str, model: str) -> UserError:
+    """What went wrong, and what to do about it."""
+    import openai
+
+    where, what = f"judge.endpoint {url}, model {model}", str(error).splitlines()[0]
+    if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+        return UserError(f"the endpoint refuses the key: {what}", where, f"export {KEY} with a key that it takes")
+    if isinstance(error, openai.APITimeoutError):
+        return UserError("the endpoint did not answer in time", where, "raise judge.timeout_s, or ask less at once")
+    if isinstance(error, openai.APIConnectionError):
+        return UserError(f"the endpoint cannot be reached: {what}", where, "start it, or correct the URL")
+    if isinstance(error, openai.NotFoundError):
+        fix = "correct judge.model, or the URL, which mostly ends in /v1"
+        return UserError(f"the endpoint knows no such model or path: {what}", where, fix)
+    return UserError(f"the endpoint does not answer: {what}", where, "see what it says; then run the same again")

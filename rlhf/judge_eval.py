@@ -1,0 +1,148 @@
+"""How often a judge agrees with people: templates measured on ranked data, all on the same pairs.
+
+The pairs are those that people ordered; ties are left out. A pair counts as right when the judge's probability for the
+output that people preferred is above one half, and half when it is one half. A judge of points gives a pair the
+probability that one output's points are above the other's. Confidence is compared with accuracy in bins of equal size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rlhf.config import JudgeSection
+from rlhf.errors import UserError
+from rlhf.judge import Judge, Triple, doubts, question_key
+from rlhf.judge_examples import judge_template
+from rlhf.judge_labeler import clustered, position_bias
+from rlhf.judge_template import Template, load_template
+from rlhf.judging import brier, calibration_error, log_loss
+from rlhf.ranking import calibration, ordered_pairs
+from rlhf.records import Drops, Ranking
+from rlhf.verbalizer import Fields
+
+
+@dataclass
+class Graded:
+    """A prompt, its outputs, and the pairs of them that people ordered, the better one first."""
+
+    prompt: str
+    texts: list[str]
+    pairs: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def triples(self) -> list[Triple]:
+        """As a judge is asked about them."""
+        return [(self.prompt, better, worse) for better, worse in self.pairs]
+
+
+def graded(rankings: Sequence[Ranking], drops: Drops) -> list[Graded]:
+    """One for each prompt, in the order of the prompts' hashes, which says nothing about them or their file.
+
+    Several rankings of one prompt become one: intervals are over prompts.
+    """
+    found: dict[str, Graded] = {}
+    for ranking in sorted(rankings, key=lambda r: r.prompt.key):
+        pairs = [(ranking.responses[i], ranking.responses[j]) for i, j in ordered_pairs(ranking.ranks)]
+        if not pairs:
+            drops.add("ranking without an ordered pair")
+            continue
+        item = found.setdefault(ranking.prompt.key, Graded(ranking.prompt.text, []))
+        item.texts += ranking.responses
+        item.pairs += pairs
+    return list(found.values())
+
+
+def fitting_all(items: Sequence[Graded], judges: Sequence[Judge], limit: int, drops: Drops) -> list[Graded]:
+    """The first `limit` items (0: all) whose questions are short enough for every judge; those left out are counted.
+
+    Raises:
+        UserError: when there is none.
+    """
+    kept: list[Graded] = []
+    for item in items:
+        if limit and len(kept) == limit:
+            break
+        too_long = next((judge for judge in judges if not judge.fits(item.prompt, item.texts)), None)
+        if too_long is None:
+            kept.append(item)
+        else:
+            drops.add(f"prompt with a question over judge.max_tokens by template {too_long.template.name}")
+    if not kept:
+        raise UserError(
+            "there is no pair that people ordered and that every template has room for",
+            "the files of rankings",
+            "give others, or raise judge.max_tokens",
+        )
+    return kept
+
+
+def measure(
+    judge: Judge, items: Sequence[Graded], seed: int = 0, advance: Callable[[int], None] | None = None
+) -> dict[str, Any]:
+    """A judge's accuracy, calibration, position bias and speed on these pairs.
+
+    Args:
+        seed: of the bootstrap; 95 % intervals over prompts.
+        advance: called with the number of questions answered.
+    """
+    triples = [triple for item in items for triple in item.triples]
+    begin, before = time.perf_counter(), judge.asked
+    odds = judge.preferences(triples, advance)
+    seconds, asked = time.perf_counter() - begin, judge.asked - before
+    right = _grouped([0.5 * (1 + float(np.sign(x))) for x in odds], items)
+    accuracy, reliability = clustered(right, seed), calibration(odds)
+    found = {
+        "template": judge.template.name,
+        "kind": judge.template.kind,
+        "form": judge.template.form,
+        "prompts": len(items),
+        "pairs": len(triples),
+        "accuracy": accuracy.mean,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
+        "log_loss": log_loss(odds),
+        "brier": brier(odds),
+        "calibration_error": calibration_error(reliability),
+        "reliability": reliability,
+        "position": None,
+        "questions": asked,
+        "seconds": seconds,
+        "questions_per_s": asked / seconds if asked else None,
+    }
+    if judge.template.kind == "pair":
+        found["position"] = position_bias(_grouped(judge.both_orders(triples), items), seed)
+    readings = judge.readings(questions(judge, items))
+    return found | doubts(readings, len(judge.template.labels))
+
+
+def questions(judge: Judge, items: Sequence[Graded]) -> list[Fields]:
+    """The questions that `measure` comes to, each once."""
+    asked = judge.asking([triple for item in items for triple in item.triples])
+    return list({question_key(question): question for question in asked}.values())
+
+
+def templates_of(cfg: JudgeSection, names: Sequence[str]) -> list[Template]:
+    """The templates of these names; a few-shot one with the section's demonstrations where it names any.
+
+    Raises:
+        UserError: for a mistake in one, or a name that comes twice.
+    """
+    found: list[Template] = []
+    for name in names:
+        few_shot = load_template(name).form == "few-shot"
+        own = {"template": name, "demonstrations": cfg.demonstrations if few_shot else ""}
+        found.append(judge_template(cfg.model_copy(update=own)))
+        if [template.name for template in found].count(found[-1].name) > 1:
+            raise UserError(f"two templates are called {found[-1].name}", name, "give one of them another `name:`")
+    return found
+
+
+def _grouped(values: Sequence[Any], items: Sequence[Graded]) -> list[list[Any]]:
+    """Values of all pairs as one list for each prompt."""
+    rest = iter(values)
+    return [[next(rest) for _ in item.pairs] for item in items]

@@ -1,0 +1,146 @@
+"""The best of many templates for a judge: bodies and drawn demonstrations, chosen on one part of ranked data.
+
+The prompts are cut into three by their hash. From the first part demonstrations are drawn; on the second every
+candidate is scored, and the best one chosen; on the third the chosen one is scored again, since the best of many looks
+better than it is on the data that chose it. Where that score lies outside the first one's interval, it says so.
+
+A candidate is a template as it is, or its text with demonstrations drawn from the first part.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rlhf.errors import UserError
+from rlhf.judge import Judge
+from rlhf.judge_eval import Graded, fitting_all, graded, measure
+from rlhf.judge_examples import examples_from, usable
+from rlhf.judge_template import Template, with_examples
+from rlhf.records import Drops, Ranking
+from rlhf.rollout import row_seed
+from rlhf.splits import split_by_prompt
+
+CONFIRM = 1 / 3  # of all prompts
+POOL = 1 / 4  # of the others
+EXAMPLE_WORDS = 120  # a longer demonstration leaves no room for the question
+
+
+class Parts(NamedTuple):
+    """Rankings by part; no prompt is in two of them."""
+
+    pool: list[Ranking]
+    score: list[Ranking]
+    confirm: list[Ranking]
+
+
+def cut(rankings: Sequence[Ranking], seed: int) -> Parts:
+    """The three parts, by hash of the prompt and seed."""
+    rest, confirm = split_by_prompt(rankings, CONFIRM, seed)
+    score, pool = split_by_prompt(rest, POOL, seed + 1)
+    return Parts(pool, score, confirm)
+
+
+def candidates(
+    templates: Sequence[Template], pool: Sequence[Ranking], shots: Sequence[int], trials: int, seed: int
+) -> list[Template]:
+    """Every template as it is, and with `trials` draws of each number of demonstrations; none for those that reason.
+
+    Raises:
+        UserError: when the pool has fewer rankings that can serve as demonstrations.
+    """
+    short = [ranking for ranking in usable(pool) if _words(ranking) <= EXAMPLE_WORDS]
+    if shots and len(short) < max(shots):
+        raise UserError(
+            f"{max(shots)} demonstrations are to be drawn, and the pool has {len(short)} (of {len(pool)} rankings: "
+            f"without those where all outputs tie or with more than {EXAMPLE_WORDS} words)",
+            "--shots",
+            "draw fewer, or give more rankings",
+        )
+    found = []
+    for template in templates:
+        found.append(template)
+        if template.reasons:  # a ranking gives no reasons
+            continue
+        for n in shots:
+            for trial in range(trials):
+                drawn = random.Random(row_seed(seed, "demonstrations", template.name, n, trial)).sample(short, n)
+                name = f"{template.name}-{n}-shots-{trial + 1}"
+                found.append(with_examples(template, examples_from(drawn, template), name))
+    return found
+
+
+class Found(NamedTuple):
+    """What the search came to."""
+
+    template: Template
+    report: dict[str, Any]
+    warning: str  # empty where the two scores agree
+
+
+def search(
+    judges: Sequence[Judge],
+    parts: Parts,
+    drops: Drops,
+    limit: int = 0,
+    seed: int = 0,
+    watch: Callable[[Judge, Sequence[Graded], str], dict[str, Any]] | None = None,
+) -> Found:
+    """Score every judge (one for each candidate), choose the most accurate, and score it again on other prompts.
+
+    Of equally accurate ones it is the one with the lower log loss, then the earlier one.
+
+    Args:
+        limit: prompts of each of the two parts that are scored; 0: all.
+        watch: measures in place of `measure`, for progress: (judge, items, "score" or "confirm").
+    """
+    how = watch or (lambda judge, items, part: measure(judge, items, seed))
+    scored, confirming = (fitting_all(graded(part, drops), judges, limit, drops) for part in parts[1:])
+    scores = [how(judge, scored, "score") for judge in judges]
+    best = max(range(len(judges)), key=lambda i: (scores[i]["accuracy"], -scores[i]["log_loss"], -i))
+    again = how(judges[best], confirming, "confirm")
+    first = again if best == 0 else how(judges[0], confirming, "confirm")
+    report = {
+        "chosen": judges[best].template.name,
+        "score": scores[best],
+        "confirmation": again,
+        "first_candidate_confirmation": first,
+        "candidates": scores,
+        "prompts": {name: len(part) for name, part in zip(Parts._fields, parts, strict=True)},
+        "drops": dict(drops.table()),
+    }
+    return Found(judges[best].template, report, _disagreement(scores[best], again))
+
+
+def comments(report: dict[str, Any], files: Sequence[str]) -> list[str]:
+    """Lines for the head of the chosen template's file: where it comes from and what it was worth."""
+
+    def line(what: str, row: dict[str, Any]) -> str:
+        share, low, high = (f"{100 * row[f'accuracy{end}']:.1f}" for end in ("", "_low", "_high"))
+        return f"{what}: {share} % [{low}, {high}] of {row['pairs']} pairs of {row['prompts']} prompts"
+
+    return [
+        f"Chosen by rlhf judge-search out of {len(report['candidates'])} candidates on"
+        f" {', '.join(Path(file).name for file in files)}.",
+        line("accuracy where it was chosen", report["score"]),
+        line("accuracy on other prompts", report["confirmation"]),
+    ]
+
+
+def _disagreement(score: dict[str, Any], again: dict[str, Any]) -> str:
+    if score["accuracy_low"] <= again["accuracy"] <= score["accuracy_high"]:
+        return ""
+    lower = again["accuracy"] < score["accuracy_low"]
+    why = "the choice fits the prompts it was made on" if lower else "the prompts of the two parts differ"
+    return (
+        f"on other prompts the chosen template is right in {100 * again['accuracy']:.1f} % of pairs, outside the "
+        f"interval [{100 * score['accuracy_low']:.1f}, {100 * score['accuracy_high']:.1f}] it was chosen with: {why}"
+    )
+
+
+def _words(ranking: Ranking) -> int:
+    """Of the prompt and its two longest responses."""
+    longest = sorted(len(text.split()) for text in ranking.responses)[-2:]
+    return len(ranking.prompt.text.split()) + sum(longest)

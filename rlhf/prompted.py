@@ -1,0 +1,118 @@
+"""Policies that answer under a template: the paper's baseline "GPT-3 (prompted)" (section 3.5), and chain-of-thought.
+
+A template of kind `answer` (rlhf/judge_template.py) puts worked examples before the dialogue as turns of their own and
+its text around the last request. With chain-of-thought the policy writes its reasoning first, and then, after the cue,
+its answer; that alone is its response. Both are sampled at the evaluation's temperature, so the answer is a draw given
+a draw of the reasoning. `stop` ends a response where a model without an end of turn would go on with the next one.
+
+The response is judged as one to the plain request. Its length is its own; its KL to SFT is not defined, for it was
+sampled under another prompt, with chain-of-thought even under one that the policy wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.config import Recipe
+from rlhf.judge_template import Template, after
+from rlhf.models import check_context
+from rlhf.prompting import encode_prompt, encode_response, stop_ids
+from rlhf.records import Message, Prompt
+from rlhf.rollout import Rollout, assemble, row_seed, sample
+
+
+class Prompted(NamedTuple):
+    """Responses as a rollout of the plain prompts (log-probabilities 0: they are not those under the plain prompt)."""
+
+    rollout: Rollout
+    texts: list[str]
+    reasoning: list[str]  # empty texts without chain-of-thought
+
+
+def dialogue(template: Template, prompt: Prompt) -> Prompt:
+    """The prompt under the template: a system message, the examples, earlier turns, the last request in its text."""
+    *before, last = prompt.messages
+    system = before[:1] if before and before[0].role == "system" else []
+    *examples, request = template.messages({"prompt": last.content})
+    return Prompt((*system, *examples, *before[len(system) :], Message("user", request.content)))
+
+
+def answer_prompted(
+    recipe: Recipe,
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    prompts: Sequence[Prompt],
+    plain: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    advance: Callable[[int], None] | None = None,
+) -> Prompted:
+    """One response to each prompt under the template.
+
+    Args:
+        plain: ids of the prompts as they are, for which the rollout is made out.
+        seeds: one for each row, as for a policy without a template.
+        advance: called with the number of texts finished: one a row, and one more where the template reasons.
+
+    Raises:
+        UserError: when the model has no positions for template, prompt and response.
+    """
+    cfg, limit = recipe.evaluate, recipe.data.max_response_tokens
+    rows = [encode_prompt(tokenizer, dialogue(template, prompt)) for prompt in prompts]
+    cue = encode_response(tokenizer, after("x", template.cue), finished=False) if template.reasons else []
+    longest = max(map(len, rows)) + limit + (cfg.reasoning_tokens + len(cue) if template.reasons else 0)
+    check_context(policy, longest, "evaluate.prompted")
+    stops = stop_ids(tokenizer, policy)
+
+    def draw(rows: Sequence[list[int]], tokens: int, seeds: Sequence[int]) -> Rollout:
+        return sample(
+            policy,
+            tokenizer,
+            rows,
+            max_new_tokens=tokens,
+            temperature=cfg.temperature,
+            seeds=seeds,
+            stop_ids=stops,
+            engine=recipe.ppo.rollout,
+            batch_size=recipe.ppo.rollout_batch_size,
+            launch=recipe.launch,
+            advance=advance,
+        )
+
+    thoughts = [""] * len(rows)
+    if template.reasons:
+        drawn = draw(rows, cfg.reasoning_tokens, [row_seed(seed, "reasoning") for seed in seeds])
+        thoughts = [_until(text, template.cue, template.stop) for text in drawn.texts(tokenizer)]
+        said = [encode_response(tokenizer, after(thought, template.cue), finished=False) for thought in thoughts]
+        rows = [[*row, *ids] for row, ids in zip(rows, said, strict=True)]
+    drawn = draw(rows, limit, seeds)
+    responses = [
+        response_ids(tokenizer, template, drawn.response(i), text, bool(drawn.finished[i]))
+        for i, text in enumerate(drawn.texts(tokenizer))
+    ]
+    rollout = assemble(plain, [(ids, [0.0] * len(ids)) for ids in responses], int(tokenizer.pad_token_id), set(stops))
+    return Prompted(rollout, rollout.texts(tokenizer), thoughts)
+
+
+def response_ids(
+    tokenizer: PreTrainedTokenizerBase, template: Template, ids: list[int], text: str, finished: bool
+) -> list[int]:
+    """The response alone: up to where the template has it stop, without the blank that follows a cue.
+
+    What was sampled stays as it is where nothing is taken off it, or where nothing else would be left.
+    """
+    cut = bool(template.stop) and template.stop in text
+    words = _until(text, template.stop) if cut else text.lstrip() if template.reasons else text
+    if words == text or not (words or cut):
+        return ids
+    return encode_response(tokenizer, words, finished or cut)
+
+
+def _until(text: str, *ends: str) -> str:
+    """The text before the first of these, without white space around it."""
+    for end in filter(None, ends):
+        text = text.split(end)[0]
+    return text.strip()

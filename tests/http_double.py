@@ -1,0 +1,47 @@
+"""A real HTTP server on a free port that answers JSON with JSON, for doubles of other people's servers."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Answer = Callable[[str, dict[str, Any], dict[str, str]], tuple[int, Any]]
+
+
+@contextmanager
+def listening(answer: Answer) -> Iterator[str]:
+    """The server's URL; `answer(path, body, headers)` gives status and JSON, on a thread for each request."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def respond(self) -> None:
+            text = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            status, found = answer(
+                self.path, json.loads(text or b"{}"), {k.lower(): v for k, v in self.headers.items()}
+            )
+            data = json.dumps(found).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            with suppress(BrokenPipeError):  # a client that has lost patience
+                self.wfile.write(data)
+
+        do_GET = do_POST = respond
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = False  # closing waits for the requests that are under way
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

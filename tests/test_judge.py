@@ -1,0 +1,338 @@
+"""The judge as labeler: both orders, position bias, rankings by hand, kept answers, the rank stage."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_rank_stage
+from openai_double import Double, serving
+from test_distributed import arguments, run_ranks
+
+from rlhf.config import JudgeSection, Recipe
+from rlhf.errors import UserError
+from rlhf.judge import Judge, check_room, load_judge
+from rlhf.judge_labeler import JudgeLabeler, clustered, position_bias
+from rlhf.judge_template import Template, load_template
+from rlhf.judging import BothOrders
+from rlhf.labelers import Output, make_judge, make_labeler
+from rlhf.models import load_policy, load_tokenizer
+from rlhf.prompting import encode_prompt
+from rlhf.records import Drops, Prompt, read_rankings
+from rlhf.rundir import RunFolder
+from rlhf.scoring import token_logprobs
+from rlhf.verbalizer import Fields, Reading
+
+PROMPT = Prompt.from_text("why is the sky blue")
+
+
+class Rigged:
+    """Answers by a rule, with log-odds `odds(fields)` for the first label, or the given label log-probabilities."""
+
+    def __init__(self, rule: Callable[[Fields], float | Sequence[float]], longest: int = 10**6) -> None:
+        self.rule, self.longest = rule, longest
+        self.asked: list[dict[str, str]] = []
+
+    def fits(self, template: Template, fields: Fields) -> bool:
+        return sum(map(len, fields.values())) <= self.longest
+
+    def read(
+        self, template: Template, questions: Sequence[Fields], advance: Callable[[int], None] | None = None
+    ) -> list[Reading]:
+        self.asked += [dict(q) for q in questions]
+        found = [self.rule(q) for q in questions]
+        # A third of the probability goes to labels: what they share does not matter.
+        return [Reading(tuple(f) if isinstance(f, Sequence) else (f / 2 - 9, -f / 2 - 9)) for f in found]
+
+
+def by_length(bias: float = 0.0) -> Callable[[Fields], float]:
+    """Log-odds by the difference of lengths, and `bias` for whatever stands first."""
+    return lambda q: len(q["first"]) - len(q["second"]) + bias
+
+
+def outputs(*texts: str) -> list[Output]:
+    return [Output(text, True) for text in texts]
+
+
+def pair_judge(rule: Callable[[Fields], float], **how: Any) -> Judge:
+    return Judge(load_template("pair-zero-shot"), Rigged(rule), **how)
+
+
+def test_both_orders_are_asked_and_the_bias_cancels() -> None:
+    judge = pair_judge(by_length(bias=5.0))
+    triples = [(PROMPT.text, "aaa", "b"), (PROMPT.text, "cc", "dddd")]
+    assert judge.both_orders(triples) == [
+        (pytest.approx(7.0), pytest.approx(3.0)),
+        (pytest.approx(3.0), pytest.approx(7.0)),
+    ]
+    assert judge.preferences(triples) == pytest.approx([2.0, -2.0])
+    assert [(q["first"], q["second"]) for q in judge.reader.asked] == [
+        ("aaa", "b"), ("b", "aaa"), ("cc", "dddd"), ("dddd", "cc"),
+    ]  # fmt: skip
+    assert judge.asked == 4  # and not again by `preferences`
+
+
+def test_the_bias_is_what_it_was_rigged_to_be() -> None:
+    def labels_of(bias: float) -> dict[str, Any]:
+        labeler = JudgeLabeler(pair_judge(by_length(bias)))
+        for n in range(1, 6):
+            labeler.rank(Prompt.from_text(f"prompt {n}"), outputs("x" * n, "y" * 2 * n, "z" * 4 * n))
+        return labeler.summary()
+
+    fair, first, second = labels_of(0.0), labels_of(2.5), labels_of(-2.5)
+    # Differences are n, 2n, 3n for n of 1 to 5: below 2.5 are 1 and 2 of n = 1, and 2 of n = 2. 3 of 15 pairs.
+    assert (fair["position_flips"], first["position_flips"], second["position_flips"]) == (0, 0.2, 0.2)
+    assert (first["position_first"], first["position_second"]) == (0.2, 0)
+    assert (second["position_first"], second["position_second"]) == (0, 0.2)
+    assert [x["position_shift"] for x in (fair, first, second)] == pytest.approx([0, 2.5, -2.5])
+    assert fair["position_pairs"] == 15 and fair["judge_answers"] == 30
+    assert fair["judge_template"] == "pair-zero-shot"
+    assert first["position_flips_low"] < 0.2 < first["position_flips_high"]
+
+
+def test_intervals_are_over_prompts() -> None:
+    even = position_bias([[BothOrders(1, -1)] * 3] * 4)
+    # No flip in 12 pairs: Wilson's upper end z^2 / (n + z^2) = 3.8415 / 15.8415.
+    assert (even["flips"], even["flips_low"]) == (0, 0)
+    assert even["flips_high"] == pytest.approx(0.2425, abs=1e-4)
+    # Two prompts of 1 and 3 pairs: the means of resamples are 0, 3/4 and 1 with probability 1/4, 1/2, 1/4.
+    assert clustered([[0.0], [1.0, 1.0, 1.0]]) == (0.75, 0, 1)
+
+
+def test_k_outputs_are_ranked_by_their_mean_win_probability() -> None:
+    p = {("a", "b"): 0.9, ("a", "c"): 0.6, ("a", "d"): 0.3, ("b", "c"): 0.2, ("b", "d"): 0.2, ("c", "d"): 0.5}
+
+    def rule(q: Fields) -> float:
+        a, b = q["first"], q["second"]
+        share = p.get((a, b)) or 1 - p[(b, a)]
+        return math.log(share / (1 - share)) + 0.4  # and a bias that must not show
+
+    four = outputs("a", "b", "c", "d")
+    labeler = JudgeLabeler(pair_judge(rule))
+    # By hand in test_judging.py: 0.6, 0.167, 0.567, 0.667.
+    assert labeler.utilities(PROMPT, four) == pytest.approx([0.6, 0.5 / 3, 1.7 / 3, 2 / 3])
+    assert labeler.rank(PROMPT, four) == labeler.rank(PROMPT, four, seed=7) == (2, 4, 3, 1)
+    assert JudgeLabeler(labeler.judge, tie_margin=0.07).rank(PROMPT, four) == (1, 3, 2, 1)
+    assert labeler.judge.asked == 12
+    assert (labeler.prefers(PROMPT, four[0], four[1]), labeler.prefers(PROMPT, four[1], four[0])) == (1.0, 0.0)
+    # 0.6 against 0.4 is a difference of 0.2.
+    assert JudgeLabeler(labeler.judge, tie_margin=0.21).prefers(PROMPT, four[0], four[2]) == 0.5
+    assert labeler.judge.asked == 12
+
+
+def test_equal_texts_tie_and_are_not_asked_about() -> None:
+    labeler = JudgeLabeler(pair_judge(by_length(bias=1.0)))
+    assert labeler.rank(PROMPT, outputs("same", "longer one", "same")) == (2, 1, 2)
+    assert labeler.judge.asked == 2
+    assert labeler.prefers(PROMPT, *outputs("same", "same")) == 0.5
+    assert labeler.judge.asked == 2
+
+
+def test_points_rank_by_their_expectation() -> None:
+    points = {
+        "a": [math.log(x) for x in (0.2, 0.3, 0.5)],  # 2.3
+        "b": [math.log(x) for x in (0.1, 0.6, 0.3)],  # 2.2
+        "c": [math.log(x) for x in (0.9, 0.05, 0.05)],  # 1.15
+    }
+    template = load_template("points-zero-shot")
+    judge = Judge(
+        Template("t", "points", "zero-shot", ("1", "2", "3"), "", template.body),
+        Rigged(lambda q: points[q["response"]]),
+    )
+    labeler = JudgeLabeler(judge, 0.04)
+    assert labeler.utilities(PROMPT, outputs("a", "b", "c")) == pytest.approx([0.65, 0.6, 0.075])
+    assert labeler.rank(PROMPT, outputs("a", "b", "c")) == (1, 2, 3)
+    assert JudgeLabeler(judge, 0.06).rank(PROMPT, outputs("a", "b", "c")) == (1, 1, 2)
+    assert judge.asked == 3
+    # 0.5 x 0.7 + 0.3 x 0.1 = 0.38 above, 0.35 equal.
+    assert judge.preferences([(PROMPT.text, "a", "b")]) == [pytest.approx(math.log(0.555 / 0.445))]
+    assert "position_shift" not in labeler.summary()
+
+
+def test_calibration_takes_off_what_is_said_without_content() -> None:
+    judge = pair_judge(lambda q: 3.0 if q["first"] == q["second"] else 3.0 + len(q["first"]) - len(q["second"]))
+    odds = judge.both_orders([(PROMPT.text, "aaa", "b")])[0]
+    judge.reader.asked.clear()
+    fair = Judge(judge.template, judge.reader, calibrate=True)
+    assert [q["prompt"] for q in judge.reader.asked] == ["N/A", "[MASK]", ""]
+    assert odds == (pytest.approx(5.0), pytest.approx(1.0))
+    assert fair.both_orders([(PROMPT.text, "aaa", "b")])[0] == (pytest.approx(2.0), pytest.approx(-2.0))
+
+
+def test_answers_are_kept_and_taken_over_by_the_same_judge_alone(tmp_path: Path) -> None:
+    log = tmp_path / "judge.jsonl"
+    three = outputs("a", "bb", "cccc")
+    first = pair_judge(by_length(), log=log, identity="model 1")
+    ranks = JudgeLabeler(first).rank(PROMPT, three)
+    assert len(log.read_text().splitlines()) == first.asked == 6
+    with log.open("a") as file:
+        file.write('{"judge": "cut off')
+    again = pair_judge(by_length(), log=log, identity="model 1")
+    assert JudgeLabeler(again).rank(PROMPT, three) == ranks and again.asked == 0
+    assert JudgeLabeler(again).rank(PROMPT, outputs("a", "dd"))
+    assert again.asked == 2
+    assert [json.loads(line)["bounded"] for line in log.read_text().splitlines()] == [0] * 8
+    for other in (
+        pair_judge(by_length(), log=log, identity="model 2"),
+        Judge(load_template("pair-brief"), again.reader),
+    ):
+        JudgeLabeler(other).rank(PROMPT, three)
+        assert other.asked == 6
+
+
+# --- on the tiny model -----------------------------------------------------------------------------------------------
+
+
+def recipe(**judge: Any) -> Recipe:
+    values = {"model": {"name": "tiny"}, "run": {"device": "cpu"}, "rank": {"labeler": "judge"}}
+    return Recipe.model_validate(values | {"judge": judge})
+
+
+def test_make_labeler_reads_the_section(tmp_path: Path, tiny_dir: str) -> None:
+    labeler = make_labeler("judge", recipe(template="pair-brief", tie_margin=0.3), RunFolder(tmp_path))
+    assert isinstance(labeler, JudgeLabeler)
+    assert (labeler.tie_margin, labeler.judge.template.name) == (0.3, "pair-brief")
+    # The preference against a forward pass for each label and order.
+    model, tokenizer = load_policy(tiny_dir, recipe().model), load_tokenizer(tiny_dir)
+    odds = []
+    for a, b in (("Blue light scatters.", "no"), ("no", "Blue light scatters.")):
+        text = f"Request: {PROMPT.text}\n\nA: {a}\n\nB: {b}\n\nWhich reply is more helpful?"
+        ids = encode_prompt(tokenizer, Prompt.from_text(text))
+        said = [tokenizer(f"Better: {x}", add_special_tokens=False)["input_ids"] for x in "AB"]
+        lp = [float(row.sum()) for row in token_logprobs(model, [(ids, s) for s in said])]
+        odds.append(lp[0] - lp[1])
+    found = labeler.judge.both_orders([(PROMPT.text, "Blue light scatters.", "no")])[0]
+    assert found == pytest.approx(tuple(odds), abs=1e-4)
+
+
+def test_evaluate_may_be_judged_as_well(tmp_path: Path) -> None:
+    chosen = recipe(template="points-zero-shot").model_copy(
+        update={"evaluate": Recipe().evaluate.model_copy(update={"labeler": "judge"})}
+    )
+    labeler = make_judge(chosen, RunFolder(tmp_path))
+    (tmp_path / "evaluate").mkdir()
+    assert labeler.prefers(PROMPT, *outputs("one", "two"), 0) in (0.0, 0.5, 1.0)
+    assert len((tmp_path / "evaluate" / "judge.jsonl").read_text().splitlines()) == 2
+    check_room(chosen)
+    with pytest.raises(UserError, match="judge.max_tokens"):
+        check_room(recipe(template="pair-few-shot", max_tokens=300))
+
+
+def test_the_rank_stage_with_a_judge(tmp_path: Path, tiny_dir: str) -> None:
+    extra = ["rank.labeler=judge", "judge.template=pair-brief", "judge.tie_margin=0", "judge.max_tokens=300"]
+    assert test_rank_stage.start(tmp_path, tiny_dir, *extra) == 0
+    text, summary, _ = test_rank_stage.outcome(tmp_path)
+    stage = tmp_path / "runs" / "t" / "rank"
+    rankings = read_rankings([str(stage / "rankings.jsonl")], Drops())
+    judge = load_judge(recipe(template="pair-brief"))
+    for ranking in rankings:
+        texts = [Output(text, True) for text in ranking.responses]
+        assert JudgeLabeler(judge).rank(ranking.prompt, texts) == ranking.ranks
+    assert summary["labeler"] == "judge" and summary["judge_template"] == "pair-brief"
+    pairs = sum(len(r.responses) * (len(r.responses) - 1) // 2 for r in rankings)
+    assert summary["position_pairs"] == pairs and summary["judge_answers"] == 2 * pairs
+    assert 0 <= summary["position_flips"] <= 1 and 0 < summary["judge_label_mass"] < 1
+    metrics = json.loads((stage / "stage.json").read_text())["metrics"]
+    assert metrics["rank/position_shift"] == summary["position_shift"]
+    assert len((stage / "judge.jsonl").read_text().splitlines()) == 2 * pairs
+
+
+def test_questions_over_the_limit_are_dropped_and_counted(tmp_path: Path, tiny_dir: str) -> None:
+    # The question without prompt and outputs has 55 tokens on the tiny vocabulary, two outputs some 20.
+    prompts = ["a?", "Say what the weather was like when you last went out to the sea. " * 4]
+    extra = [
+        "rank.labeler=judge",
+        "judge.template=pair-brief",
+        "judge.max_tokens=110",
+        "data.max_prompt_tokens=200",
+    ]
+    before, test_rank_stage.PROMPTS = test_rank_stage.PROMPTS, prompts
+    try:
+        assert test_rank_stage.start(tmp_path, tiny_dir, *extra) == 0
+    finally:
+        test_rank_stage.PROMPTS = before
+    text, summary, _ = test_rank_stage.outcome(tmp_path)
+    assert summary["drops"]["question to the judge over judge.max_tokens"] == 1
+    assert [json.loads(line)["prompt"] for line in text.splitlines()] == ["a?"]
+
+
+def test_the_rank_stage_asks_an_endpoint_and_nothing_twice(tmp_path: Path, tiny_dir: str, capfd) -> None:
+    model, tokenizer = load_policy(tiny_dir, recipe().model), load_tokenizer(tiny_dir)
+    stage = tmp_path / "runs" / "t" / "rank"
+    with serving(Double(model, tokenizer, {"A": 25.0, "B": 25.0}, patience=14)) as double:
+        extra = ["rank.labeler=judge", f"judge.endpoint={double.url}", "judge.model=some", "judge.concurrency=2"]
+        # Five prompts of three outputs are 30 questions; the third prompt's fail.
+        assert test_rank_stage.start(tmp_path, tiny_dir, *extra) == 2
+        assert "export OPENAI_API_KEY" in capfd.readouterr().err
+        assert len((stage / "judge.jsonl").read_text().splitlines()) == 12
+        double.patience = 10**9
+        asked = len(double.bodies)
+        assert test_rank_stage.start(tmp_path, tiny_dir, *extra) == 0
+        assert len(double.bodies) - asked == 18
+    _, summary, _ = test_rank_stage.outcome(tmp_path)
+    assert summary["judge_answers"] == 30 and summary["judge_answers_with_bounds"] == 0
+
+
+def test_the_stage_refuses_a_bad_template_before_it_samples(tmp_path: Path, tiny_dir: str, capfd) -> None:
+    bad = tmp_path / "bad.txt"
+    bad.write_text("kind: pair\nform: zero-shot\nlabels: A B\n---\n{{ prompt }} {{ first }}\n")
+    assert test_rank_stage.start(tmp_path, tiny_dir, "rank.labeler=judge", f"judge.template={bad}") == 2
+    assert f"{bad}, line 5" in capfd.readouterr().err
+    assert not (tmp_path / "runs" / "t" / "rank" / "samples.jsonl").exists()
+
+
+def test_the_section_has_a_range_for_every_number() -> None:
+    for values in ({"tie_margin": 1.1}, {"shots": 0}, {"top_logprobs": 21}, {"timeout_s": 0}, {"reasoning_tokens": 0}):
+        with pytest.raises(ValueError):
+            JudgeSection(**values)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(1800)
+def test_two_processes_share_the_questions_and_rank_as_one(tmp_path: Path, tiny_dir: str) -> None:
+    """Demonstrations seen once a batch, reasoning, and policies under a template; whole models and partitioned ones."""
+    few = tmp_path / "few.txt"
+    example = {"prompt": "is it so? " * 40, "first": "yes", "second": "no", "label": "1"}
+    few.write_text(
+        "kind: pair\nform: few-shot\nlabels: 1 2\ncue: Better:\n---\n{{ prompt }} A {{ first }} B {{ second }}\n"
+        f"--- demonstrations\n{json.dumps(example)}\n"
+    )
+    judged = ["rank.prompts=6", "rank.labeler=judge", "judge.tie_margin=0", "judge.reasoning_tokens=4"]
+    work = {
+        "few": ("rank", [*judged, f"judge.template={few}", "judge.batch_tokens=1024"]),
+        "think": ("rank", [*judged, "judge.template=pair-chain-of-thought"]),
+        "prompted": (
+            "evaluate",
+            ["evaluate.prompted=[few-shot,chain-of-thought]", "evaluate.prompts=3", "evaluate.reasoning_tokens=4"],
+        ),
+    }
+    parted = ["launch.zero_stage=3", "launch.frozen=partitioned", "launch.gather=by_layer"]
+    ways = {"one": [], "whole": ["launch.processes=2"], "parted": ["launch.processes=2", *parted]}
+    jobs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    for way, launch in ways.items():
+        for name, (stage, more) in work.items():
+            shutil.copytree(tiny_dir, tmp_path / f"{way}-{name}" / "sft" / "model")
+            settings = arguments(tmp_path, f"{way}-{name}", "data.max_response_tokens=8", *more, *launch)
+            jobs[way].append({"module": f"stages.{stage}", "arguments": settings})
+    run_ranks(jobs["one"], tmp_path, processes=1)
+    run_ranks([*jobs["whole"], *jobs["parted"]], tmp_path)
+
+    def rows(path: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (tmp_path / path).read_text().splitlines()]
+
+    for way in ("whole", "parted"):
+        for name in ("few", "think"):
+            assert rows(f"{way}-{name}/rank/rankings.jsonl") == rows(f"one-{name}/rank/rankings.jsonl")
+            expected = {row["question"]: row for row in rows(f"one-{name}/rank/judge.jsonl")}
+            answers = rows(f"{way}-{name}/rank/judge.jsonl")
+            assert len(answers) == len(expected) > 6
+            for row in answers:
+                assert row["logprobs"] == pytest.approx(expected[row["question"]]["logprobs"], abs=1e-4)
+                assert row["reasoning"] == expected[row["question"]]["reasoning"]
+        theirs, ours = (rows(f"{each}-prompted/evaluate/samples.jsonl") for each in (way, "one"))
+        assert [row["responses"] for row in theirs] == [row["responses"] for row in ours]

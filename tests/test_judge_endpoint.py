@@ -1,0 +1,148 @@
+"""An OpenAI-compatible endpoint: the real client over real HTTP, against a double that runs the tiny model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from openai_double import Double, serving
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf import judge_endpoint
+from rlhf.errors import UserError
+from rlhf.judge_endpoint import KEY, EndpointReader, chat, read_labels
+from rlhf.judge_template import load_template
+
+QUESTIONS = [{"prompt": f"Name {n} rivers.", "first": "The Elbe.", "second": "Rivers are water."} for n in range(6)]
+
+
+@pytest.fixture(autouse=True)
+def no_key_and_no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY, raising=False)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
+
+
+@pytest.fixture
+def model(tiny_policy: PreTrainedModel) -> PreTrainedModel:
+    torch.manual_seed(0)
+    tiny_policy.lm_head.weight = torch.nn.Parameter(torch.randn_like(tiny_policy.lm_head.weight) * 0.5)
+    return tiny_policy
+
+
+@contextmanager
+def endpoint(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fault: str = "", **more: float
+) -> Iterator[tuple[Double, EndpointReader]]:
+    with serving(Double(model, tokenizer, more, fault)) as double:
+        yield double, EndpointReader(double.url, "some-model", reasoning_tokens=5, timeout_s=1.0 if fault else 30.0)
+
+
+def test_labels_are_what_the_model_gives_them(
+    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY, "a-secret")
+    template = load_template("pair-few-shot")
+    # Both spellings of a label count for it: with and without a blank before it.
+    with endpoint(model, tiny_tokenizer, **{"A": 22.0, "ĠA": 18.0, "B": 20.0}) as (double, reader):
+        counted: list[int] = []
+        found = reader.read(template, QUESTIONS, counted.append)
+    assert sum(counted) == len(QUESTIONS) == len(double.bodies)
+    assert set(double.keys) == {"Bearer a-secret"}
+    ids = {name: tiny_tokenizer.convert_tokens_to_ids(name) for name in ("A", "ĠA", "B")}
+    for question, reading in zip(QUESTIONS, found, strict=True):
+        logp = double.distribution(chat(template, question), [])
+        p = {name: math.exp(float(logp[i])) for name, i in ids.items()}
+        assert reading.logprobs == pytest.approx((math.log(p["A"] + p["ĠA"]), math.log(p["B"])), abs=1e-6)
+        assert reading.bounded == 0
+    body = double.bodies[0]
+    assert (body["model"], body["max_tokens"], body["logprobs"], body["top_logprobs"]) == ("some-model", 1, True, 20)
+    assert [m["role"] for m in body["messages"]] == ["user", "assistant"] * 4 + ["user"]
+    assert body["messages"][1]["content"] == "A"
+    assert body["messages"][-1]["content"].endswith("Which answer is better, A or B?\n\nThe better answer is")
+
+
+def test_reasoning_comes_first_and_the_cue_is_a_turn(
+    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    template = load_template("pair-chain-of-thought")
+    with endpoint(model, tiny_tokenizer, A=25.0, B=25.0) as (double, reader):
+        reading = reader.read(template, QUESTIONS[:1])[0]
+    first, second = double.bodies
+    assert first["max_tokens"] == 5 and "logprobs" not in first
+    assert second["messages"][:-2] == first["messages"]
+    assert [m["role"] for m in second["messages"][-2:]] == ["assistant", "user"]
+    assert second["messages"][-1]["content"] == "The better answer is"
+    assert reading.reasoning and reading.reasoning == second["messages"][-2]["content"]
+    assert [m["content"] for m in first["messages"][1:4]] == [
+        template.examples[0].reason,
+        "The better answer is",
+        template.examples[0].answer,
+    ]
+
+
+def test_a_label_that_is_not_told_has_a_bound_and_is_counted() -> None:
+    # 0.5 + 0.2 + 0.1 leave 0.2; what is not told has at most 0.1, the least that was.
+    told = {" A": math.log(0.5), "The": math.log(0.2), "a": math.log(0.1)}
+    assert read_labels(told, ("A", "B")) == (pytest.approx((math.log(0.5), math.log(0.1))), 1)
+    # 0.7 + 0.28 leave 0.02, less than the least.
+    told = {"A": math.log(0.7), "x": math.log(0.28)}
+    assert read_labels(told, ("A", "B")) == (pytest.approx((math.log(0.7), math.log(0.02))), 1)
+    # Neither is told: even, and both are counted.
+    (a, b), bounded = read_labels({"x": math.log(0.9)}, ("A", "B"))
+    assert (a, bounded) == (b, 2)
+    # Rounded to more than 1, and OpenAI's number for nothing.
+    assert read_labels({"A": 0.0, "B": -9999.0}, ("A", "B"))[0] == pytest.approx((0.0, math.log(1e-9)))
+    assert read_labels({"A": 0.0, "x": -1.0}, ("A", "B")) == (pytest.approx((0.0, math.log(1e-9))), 1)
+
+
+def test_labels_missing_over_http(model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    with endpoint(model, tiny_tokenizer, A=30.0, B=-30.0) as (double, reader):
+        reading = reader.read(load_template("pair-zero-shot"), QUESTIONS[:1])[0]
+    assert reading.bounded == 1 and reading.logprobs[0] == pytest.approx(0, abs=1e-3)
+    logp = double.distribution(chat(load_template("pair-zero-shot"), QUESTIONS[0]), [])
+    b = float(logp[tiny_tokenizer.convert_tokens_to_ids("B")])
+    assert b < reading.logprobs[1] <= max(math.log(1e-9), float(logp.topk(20).values[-1])) + 1e-9
+
+
+def test_a_busy_endpoint_is_asked_again(model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    with endpoint(model, tiny_tokenizer, "busy", A=25.0, B=25.0) as (double, reader):
+        assert len(reader.read(load_template("pair-zero-shot"), QUESTIONS)) == len(QUESTIONS)
+    assert len(double.bodies) == len(QUESTIONS) + 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("key", "export OPENAI_API_KEY"),
+        ("model", "knows no such model"),
+        ("bare", "no log-probabilities"),
+        ("empty", "no choices"),
+        ("long", "maximum context length"),
+        ("slow", "did not answer in time"),
+    ],
+)
+def test_what_an_endpoint_may_do_wrong_is_told(
+    model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+    fault: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(judge_endpoint, "RETRIES", 0)
+    monkeypatch.setenv(KEY, "a-secret")
+    with (
+        endpoint(model, tiny_tokenizer, fault, A=9.0) as (double, reader),
+        pytest.raises(UserError, match=words) as caught,
+    ):
+        reader.read(load_template("pair-zero-shot"), QUESTIONS[:2])
+    assert double.url in str(caught.value) and "a-secret" not in str(caught.value)
+
+
+def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_endpoint, "RETRIES", 0)
+    with pytest.raises(UserError, match="cannot be reached"):
+        EndpointReader("http://127.0.0.1:9/v1", "m").read(load_template("pair-zero-shot"), QUESTIONS[:1])
