@@ -110,7 +110,8 @@ def test_two_rounds_are_one_for_every_k(model: nn.Module, k: int, ties: str) -> 
     parted, found, found_counts = stepped(engine, groups, 21, ties)  # one output of the longest
     assert not groups[0].fits(21) or k == 2
     assert found == pytest.approx(loss, rel=1e-6) and found_counts == counts
-    assert float((parted - gradient).norm()) < 1e-6 * max(1.0, float(gradient.norm()))
+    # float32 sums in another order: up to 1.0009e-6 of the norm was seen, on one kind of CPU.
+    assert float((parted - gradient).norm()) < 3e-6 * max(1.0, float(gradient.norm()))
 
 
 def test_one_prompt_over_the_budget_does_not_disturb_the_others(model: nn.Module) -> None:
