@@ -8,7 +8,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.agreement import (
@@ -83,6 +83,7 @@ two_rankings = st.integers(2, 9).flatmap(
 )
 
 
+@settings(deadline=None)
 @given(two_rankings, st.randoms())
 def test_any_two_rankings(ranks: tuple[list[int], list[int]], random) -> None:
     """Against the signs of all differences, counted as matrices; and what must not matter does not."""
@@ -240,6 +241,7 @@ def alpha_by_definition(units: list[list[float]]) -> float:
     return 1 - within / across if across else math.nan
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(1, 5), max_size=4), max_size=8))
 def test_alpha_of_any_data(units: list[list[int]]) -> None:
     value = alpha_ordinal(units)

@@ -13,8 +13,10 @@ from launch import agreement_report
 from rlhf.agreement import CONVENTIONS, Shared, comparisons, pairwise
 from rlhf.config import Recipe
 from rlhf.errors import UserError
+from rlhf.label_store import Labelled, labelled_row
 from rlhf.labelers import Output, RubricLabeler, noise_for_agreement
 from rlhf.matching import match
+from rlhf.outputs import Outputs
 from rlhf.records import Drops, Prompt, Ranking, ranking_row, read_rankings, write_jsonl
 from rlhf.rubric import rubric_score
 
@@ -94,6 +96,17 @@ def test_report_of_a_file_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[
     text = capsys.readouterr().out
     assert "2 of 3 sets of outputs" in text and "66.7%" in text and "72.6 +- 1.5 %" in text
     assert "Over time" in text and "cem" in text
+
+
+def test_what_the_labelling_page_writes_is_read(tmp_path: Path) -> None:
+    outputs = Outputs(Prompt.from_text("p"), ("x", "y"), (True, False))
+    about = {"quality": [7, 2], "shown": [1, 0], "seconds": 4.5, "time": NOON.isoformat(timespec="seconds"), "id": "1"}
+    rows = [labelled_row(Labelled(outputs, ranks, who, about)) for ranks, who in (((1, 2), "ann"), ((1, 1), "bob"))]
+    write_jsonl(tmp_path / "rankings.jsonl", rows)
+    found = match((r.labeler, r) for r in read_rankings([str(tmp_path / "rankings.jsonl")], Drops()))
+    assert found.shared == [
+        Shared(outputs.prompt.key, {"ann": [1, 2], "bob": [1, 1]}, {"ann": NOON, "bob": NOON}),
+    ]
 
 
 def test_files_without_labelers_are_a_labeler_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
