@@ -17,7 +17,7 @@ from browser import started, violations
 from rlhf.config import LabelSection
 from rlhf.label_form import Submission
 from rlhf.label_server import serving
-from rlhf.label_store import LabelStore
+from rlhf.label_store import LabelStore, task_key
 from rlhf.outputs import Outputs
 from rlhf.records import Prompt
 
@@ -391,9 +391,16 @@ def test_a_ranking_that_meets_a_dead_server_is_stored_once_it_is_back(browser: A
         page.goto(url)
         page.wait_for_function("() => document.getElementById('progress').value === 2")
         assert len(store.rankings()) == 2
-        # An acknowledgement that was lost: the same submission is sent again after a reload.
-        kept = page.evaluate("() => Object.keys(localStorage)")
-        assert not any(name.startswith("outbox") for name in kept)
+        assert not [name for name in page.evaluate("() => Object.keys(localStorage)") if name.startswith("outbox")]
+        # An acknowledgement that was lost: the same submission is sent again, and the page goes on.
+        sent = store.rankings()[-1]
+        again = {"id": sent.about["id"], "task": task_key(sent.outputs), "kind": "ranking"}
+        again |= {"ranks": [1] * len(sent.ranks), "flags": [[]] * len(sent.ranks)}
+        page.evaluate("kept => localStorage.setItem(`outbox anna ${kept.id}`, JSON.stringify(kept))", again)
+        page.reload()
+        page.wait_for_selector(".card")
+        assert len(store.rankings()) == 2 and page.inner_text("#alert") == ""
+        assert not [name for name in page.evaluate("() => Object.keys(localStorage)") if name.startswith("outbox")]
 
 
 def test_a_link_that_is_no_good_is_told(browser: Any, site: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 from browser import started
+from test_label_store import rank_one
 
 from rlhf.config import LabelSection
 from rlhf.label_store import LabelStore
@@ -151,8 +153,6 @@ def test_enough_is_what_the_recipe_says_and_what_is_there_is_not_asked_for_again
     run.start()
     run.links()
     store = LabelStore(run.dir / "labels.sqlite", LabelSection(), 1)
-    from test_label_store import rank_one
-
     for _ in range(2):
         rank_one(store, "anna")
     time.sleep(2)
@@ -166,3 +166,23 @@ def test_enough_is_what_the_recipe_says_and_what_is_there_is_not_asked_for_again
     assert run.process.wait(timeout=400) == 0, run.log.read_text()[-3000:]
     assert "http://" not in run.log.read_text()
     assert len((run.dir / "rank" / "rankings.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.distributed
+def test_two_processes_wait_for_people_longer_than_for_each_other(tmp_path: Path, tiny_dir: str) -> None:
+    """The first process serves; the watch, which ends a stage whose processes hang, lets people take their time."""
+    run = Run(tmp_path, "launch.processes=2", "launch.timeout_s=15", "label.rankings=2")
+    shutil.copytree(tiny_dir, run.dir / "sft" / "model")
+    run.arguments = ["rank", *run.arguments[1:]]
+    run.start()
+    run.links()
+    assert (run.dir / "rank" / "outputs.jsonl").exists()
+    store = LabelStore(run.dir / "labels.sqlite", LabelSection(), 1)
+    time.sleep(25)
+    assert run.process.poll() is None, run.log.read_text()[-3000:]
+    rank_one(store, "anna")
+    rank_one(store, "ben")
+    store.close()
+    assert run.process.wait(timeout=300) == 0, run.log.read_text()[-3000:]
+    rows = [json.loads(line) for line in (run.dir / "rank" / "rankings.jsonl").read_text().splitlines()]
+    assert sorted(row["labeler"] for row in rows) == ["anna", "ben"]

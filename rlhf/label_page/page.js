@@ -18,6 +18,7 @@ let history = []; // answers before the last changes
 let board = null;
 let cards = [];
 let last = null; // id of the submission that may be taken back
+let complete = false; // what the end screen says
 let sending = false;
 let since = performance.now(); // from when the seconds on this task have not been counted yet
 
@@ -62,7 +63,7 @@ function newId() {
 // --- what is kept in the browser -------------------------------------------------------------------------------------
 
 const draftName = () => `draft ${form.labeler} ${task.key}`;
-const outboxName = () => `outbox ${form.labeler}`;
+const outbox = (id = "") => `outbox ${form.labeler} ${id}`;
 
 function keep(name, value) {
   try {
@@ -78,6 +79,14 @@ function kept(name) {
     return JSON.parse(localStorage.getItem(name));
   } catch {
     return null; // no storage here: `keep` says so
+  }
+}
+
+function stored() {
+  try {
+    return Object.keys(localStorage);
+  } catch {
+    return [];
   }
 }
 
@@ -307,7 +316,7 @@ function submit() {
     return;
   }
   const given = { kind: "ranking", ranks: ranks(answer.place) };
-  if (answer.quality.some((value) => value !== null)) given.quality = answer.quality;
+  if (form.quality !== "off" && answer.quality.some((value) => value !== null)) given.quality = answer.quality;
   if (Object.keys(form.flags).length) given.flags = answer.flags;
   send(given);
 }
@@ -317,23 +326,29 @@ async function send(given) {
   if (sending) return;
   saveDraft();
   const submission = { id: newId(), task: task.key, seconds: Math.round(answer.seconds * 10) / 10, ...given };
-  keep(outboxName(), submission);
-  await deliver(submission);
+  keep(outbox(submission.id), submission);
+  try {
+    await deliver(submission);
+  } catch (error) {
+    if (!(error instanceof Refusal)) throw error;
+    alert(`Not stored yet: ${error.message}.`);
+  }
 }
 
 async function deliver(submission) {
   busy(true);
   try {
     const progress = await insist("submit", submission);
-    keep(outboxName(), null);
+    keep(outbox(submission.id), null);
     keep(`draft ${form.labeler} ${submission.task}`, null);
     say(submission.kind === "skip" ? "Skipped." : "Stored.");
     if (progress.complete) showEnd(progress);
     else await following();
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
-    if (error.status !== 401) keep(outboxName(), null); // with a new link it may still be stored
-    if (error.status === 409) await following();
+    if (error.status === 401) throw error; // with a new link it may still be stored
+    keep(outbox(submission.id), null);
+    if (error.status === 409 || task === null) await following();
     alert(`Not stored: ${error.message}.`);
   } finally {
     busy(false);
@@ -374,6 +389,7 @@ function showEnd(progress) {
   showProgress(progress);
   task = null;
   answer = null;
+  complete = progress.complete;
   $("work").hidden = true;
   $("end").hidden = false;
   $("end-title").textContent = progress.complete ? "All rankings are in" : "Nothing for you right now";
@@ -389,7 +405,7 @@ async function look() {
     const found = await ask("next");
     showProgress(found.progress);
     if (found.task && !found.progress.complete) showTask(found.task);
-    else if (found.progress.complete) showEnd(found.progress);
+    else if (found.progress.complete !== complete) showEnd(found.progress);
   } else showProgress(await ask("progress"));
 }
 
@@ -427,9 +443,12 @@ async function start() {
     $("who").textContent = `${form.title} · ${form.labeler}`;
     $("network").hidden = !form.network;
     setUpSkip();
-    const waiting = kept(outboxName());
-    if (waiting) await deliver(waiting); // of a page that was closed before the server had answered
-    else await following();
+    // Of pages that were closed before the server had answered.
+    for (const name of stored().filter((name) => name.startsWith(outbox()))) {
+      const submission = kept(name);
+      if (submission) await deliver(submission); // else another window has
+    }
+    if (task === null && $("end").hidden) await following();
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
     alert(`${error.message}.`);
