@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from torch import Tensor
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]  # the first test waits for all runs
 
@@ -87,15 +88,15 @@ SETTINGS += [
     # PPO's four networks on one base, which ZeRO-3 does not do
     *(Setting("ppo", zero, like="lora", more=("launch.frozen=cpu",)) for zero in (0, 2, 3)),
     # other places for what is trained: keys and values before the rows, maps behind the MLPs
-    *(Setting(stage, 2, like="prefix", tolerance=1e-4) for stage in TRAINED),
-    *(Setting(stage, 3, like="adapter", tolerance=1e-4) for stage in TRAINED),
+    *(Setting(stage, zero, like=like) for like in ("prefix", "adapter") for zero in (2, 3) for stage in TRAINED),
     # a bfloat16 holds three digits, and adapters are of that type under ZeRO-3 alone
     *(Setting("ppo", zero, like="bf16", more=("model.dtype=bfloat16",), tolerance=5e-3) for zero in (2, 3)),
     *(
         Setting(stage, 3, like="lora-bf16", more=("model.dtype=bfloat16",), tolerance=2e-2)
         for stage in ("sft", "reward")
     ),
-    Setting("ppo", 3, like="lora-bf16", more=("launch.frozen=partitioned",), tolerance=2e-2),
+    # (not PPO with adapters: rounded to that type, SFT's would give other rollouts from the first token on)
+    Setting("ppo", 3, like="bf16", more=("launch.frozen=partitioned",), tolerance=5e-3),
 ]
 SPOILED = [Setting("reward", zero) for zero in (0, 1, 2, 3)]  # a loss of one process is infinite, once
 RESUMED = [
@@ -225,8 +226,15 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def weights_in(model: Path) -> dict[str, Tensor]:
+    """All of a model folder's weights; of a method's, what was trained."""
+    files = list(model.glob("*.safetensors"))
+    assert len(files) == 1, files
+    return load_file(files[0])
+
+
 def same_weights(ours: Path, theirs: Path, tolerance: float) -> None:
-    weights, expected = (load_file(path / "model.safetensors") for path in (ours, theirs))
+    weights, expected = weights_in(ours), weights_in(theirs)
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
         # By norm: where a gradient is all but zero, Adam makes a step of the whole rate from its rounding.
@@ -263,7 +271,7 @@ def test_training_gives_the_numbers_of_one_process(runs: tuple[Path, dict[str, N
                 compared += 1
     assert compared >= (20 if exact else 2)  # ten optimiser steps or five iterations of PPO
     if setting.stage == "ppo":  # nothing in the average is left as it was: a tied head is no weight of its own
-        kept = [load_file(where / setting.name / part / model / "model.safetensors").keys() for model in MODELS]
+        kept = [weights_in(where / setting.name / part / model).keys() for model in MODELS]
         assert kept[0] == kept[1]
     for model in MODELS if setting.stage == "ppo" else ("model",):
         same_weights(where / setting.name / part / model, where / setting.like / part / model, setting.tolerance)
@@ -315,7 +323,7 @@ def test_an_infinite_loss_on_one_process_skips_the_step_on_all(
     assert len(norms) == len(expected)
     assert [i for i, norm in enumerate(norms) if norm is None] == [2]  # the third; JSON has no infinity
     assert norms[:2] == pytest.approx(expected[:2], rel=1e-5)
-    assert all(tensor.isfinite().all() for tensor in load_file(folder / "model" / "model.safetensors").values())
+    assert all(tensor.isfinite().all() for tensor in weights_in(folder / "model").values())
 
 
 @pytest.mark.parametrize("setting", RESUMED, ids=lambda s: s.name)
