@@ -274,7 +274,9 @@ def test_training_gives_the_numbers_of_one_process(runs: tuple[Path, dict[str, N
         kept = [weights_in(where / setting.name / part / model).keys() for model in MODELS]
         assert kept[0] == kept[1]
     for model in MODELS if setting.stage == "ppo" else ("model",):
-        same_weights(where / setting.name / part / model, where / setting.like / part / model, setting.tolerance)
+        # An adapter's own weights are small: what is a rounding of the weight that it changes is more of them.
+        tolerance = setting.tolerance * (4 if "lora" in setting.like else 1)
+        same_weights(where / setting.name / part / model, where / setting.like / part / model, tolerance)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
