@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -19,11 +18,10 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("a", "name", "of", "the", "river", "that", "runs", "by", "our", "old", "town", "and", "under", "bridges")
-LORA = ("model.lora.enabled=true", "reward.lora.enabled=true", "ppo.lr=1e-4", "ppo.value_lr=1e-4")
-LAST = ("model.lora.last_layers=10", "reward.lora.last_layers=10")
+LORA = ("model.peft.method=lora", "ppo.lr=1e-4", "ppo.value_lr=1e-4")
+LAST = ("model.peft.last_layers=10",)
 WAYS: dict[str, tuple[str, ...]] = {
     "all weights trained, four copies": (),
-    "LoRA, three bases": LORA,
     "LoRA, one base": LORA,
     "LoRA on the last 10 layers, one base": (*LORA, *LAST),
 }
@@ -33,28 +31,26 @@ PHASES = ("rollout", "score", "train")
 def settings(folder: Path, way: str) -> list[str]:
     """Overrides of the demo recipe."""
     common = ["tracking.wandb=disabled", "run.device=cpu", f"data.prompts=[{folder / 'prompts.jsonl'}]"]
-    common += ["model.lora.enabled=false", "model.lora.last_layers=0", "reward.keep_layers=0"]
+    common += ["model.peft.method=none", "model.peft.last_layers=0"]
+    common += ["reward.peft.method=model", "reward.keep_layers=0"]
     common += ["data.max_response_tokens=48", "ppo.episodes=64", "ppo.batch_size=32", "ppo.minibatch_size=8"]
     common += ["ppo.micro_batch_size=8", "ppo.ema_decay=0", "ppo.lr=1e-6", "ppo.value_lr=1e-6"]
     return [*common, *WAYS[way]]
 
 
 def prepare(folder: Path) -> None:
-    """Prompts of 40 tokens, and for each kind of adapter what the earlier stages would leave."""
+    """Prompts of 40 tokens, and for each way what the earlier stages would leave."""
     import torch
 
-    from rlhf.adapters import add_lora
-    from rlhf.models import load_tokenizer, new_reward_model, resolve_model, save_model
+    from rlhf.adapters import add_adapter
+    from rlhf.models import load_policy, load_tokenizer, new_reward_model, save_model
     from rlhf.probes import write_probes
     from rlhf.prompting import encode_prompt
     from rlhf.recipe import load_recipe
     from rlhf.records import Prompt
-    from rlhf.rundir import hash_path
-    from rlhf.shared_base import FOLDER, save_adapter, trainable
 
     folder.mkdir(parents=True, exist_ok=True)
-    source = resolve_model("smollm2-135m")
-    tokenizer, rows = load_tokenizer(source), []
+    tokenizer, rows = load_tokenizer("smollm2-135m"), []
     for i in range(64):
         text = f"{i}"
         for n in range(100):
@@ -64,25 +60,24 @@ def prepare(folder: Path) -> None:
             text = longer
         rows.append(json.dumps({"prompt": text}))
     (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
-    shutil.copytree(source, folder / "sft" / "model", dirs_exist_ok=True)
-    for way in list(WAYS)[2:]:
+    for way in WAYS:
         recipe = load_recipe("demo", settings(folder, way))
         torch.manual_seed(1)
-        model = add_lora(new_reward_model(folder / "sft" / "model", recipe.model), recipe.reward.lora, "SEQ_CLS")
-        with torch.no_grad():
-            for parameter in trainable(model).values():
-                parameter.normal_(std=0.01)
-        model.config.reward_mean, model.config.reward_std = 0.0, 1.0
-        reward = reward_folder(folder, way)
-        save_model(model, tokenizer, reward / "model")
-        write_probes(model, tokenizer, [([5, 6, 7], [8, 9])], reward / "model")
-        hashes = (hash_path(folder / "sft" / "model"), hash_path(reward / "model"))
-        save_adapter(model, model.state_dict(), recipe, reward / FOLDER, *hashes)
+        policy = load_policy("smollm2-135m", recipe.model)
+        if recipe.model.peft.on:
+            add_adapter(policy, recipe.model.peft)
+        sft, reward = stage_folders(folder, way)
+        save_model(policy, tokenizer, sft)
+        del policy
+        model = new_reward_model(sft, recipe.model, peft=recipe.reward_peft)
+        save_model(model, tokenizer, reward)
+        write_probes(model, tokenizer, [([5, 6, 7], [8, 9])], reward)
 
 
-def reward_folder(folder: Path, way: str) -> Path:
-    """Where the reward stage's result for a way lies."""
-    return folder / ("reward-last" if LAST[0] in WAYS[way] else "reward")
+def stage_folders(folder: Path, way: str) -> tuple[Path, Path]:
+    """Where the results of the SFT and the reward stage for a way lie."""
+    place = folder / f"way-{list(WAYS).index(way)}"
+    return place / "sft", place / "reward"
 
 
 def measure(folder: Path, way: str) -> dict[str, float]:
@@ -94,16 +89,13 @@ def measure(folder: Path, way: str) -> dict[str, float]:
     from rlhf.ppo_state import build
     from rlhf.quiet import quiet_libraries
     from rlhf.recipe import load_recipe
-    from rlhf.rundir import hash_path
     from stages.ppo import rollout, score, update
 
     keep_freed_memory()
     quiet_libraries()
-    sft, reward = folder / "sft" / "model", reward_folder(folder, way) / "model"
-    # Without the hashes no adapter is known to belong to the models.
-    hashes = (hash_path(sft), hash_path(reward)) if "one base" in way else ("", "")
+    sft, reward = stage_folders(folder, way)
     begin = time.perf_counter()
-    ppo = build(load_recipe("demo", settings(folder, way)), False, sft, reward, hashes)
+    ppo = build(load_recipe("demo", settings(folder, way)), False, sft, reward)
     found = {"build": time.perf_counter() - begin}
     times = PhaseTimes(ppo.engine.device, torch.float32)
     ppo.stop_ids = [-1]  # no token ends a response: the same work for all
@@ -134,7 +126,7 @@ def in_a_fresh_process(folder: Path, way: str) -> dict[str, float]:
 
 def main(folder: Path, repeats: int = 1, *ways: int) -> None:
     """Measure and print; what an earlier call measured of other ways is kept."""
-    if not (folder / "reward-last" / "adapter").exists():
+    if not (stage_folders(folder, list(WAYS)[-1])[1] / "probes.json").exists():
         prepare(folder)
     kept = folder / "shared_base.json"
     runs: dict[str, list[dict[str, float]]] = json.loads(kept.read_text()) if kept.exists() else {}
