@@ -74,7 +74,8 @@ def attention_window(config: PretrainedConfig) -> int:
     sliding = "sliding_attention" if getattr(config, "use_sliding_window", True) else "full_attention"
     kinds = getattr(config, "layer_types", None) or [sliding]
     names = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-    return min((getattr(config, names[k], None) or 0 for k in kinds if k in names), default=0)
+    widths = [getattr(config, names[kind], None) for kind in kinds if kind in names]
+    return min((width for width in widths if width), default=0)
 
 
 def _forward(

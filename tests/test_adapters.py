@@ -6,6 +6,7 @@ Expected values are those of tests/methods.py, worked out without the functions 
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -413,6 +414,9 @@ def test_windows_must_hold_virtual_tokens_and_rows(method: str) -> None:
         assert rolled.logprobs[i].tolist() == pytest.approx(by_hand(model, prompt, rolled.response(i), 1.0), abs=1e-5)
 
 
+MIXED = ["full_attention", "sliding_attention", "chunked_attention"]
+
+
 @pytest.mark.parametrize(
     ("config", "window"),
     [
@@ -422,6 +426,8 @@ def test_windows_must_hold_virtual_tokens_and_rows(method: str) -> None:
         (Qwen2Config(sliding_window=100, use_sliding_window=True, max_window_layers=2), 100),
         (GPTNeoConfig(window_size=100), 100),
         (GPTNeoConfig(window_size=100, attention_types=[[["global"], 24]]), 0),
+        (SimpleNamespace(layer_types=MIXED, sliding_window=8, attention_chunk_size=6), 6),
+        (SimpleNamespace(layer_types=MIXED, sliding_window=8, attention_chunk_size=None), 8),
         (LlamaConfig(), 0),
         (GPT2Config(), 0),
     ],

@@ -263,16 +263,17 @@ def test_a_copy_of_the_base_is_the_same_base(run: Path, tiny_dir: str, tmp_path:
 
 
 def test_what_does_not_go_together_is_refused(run: Path) -> None:
-    for sft, reward, given, words in (
-        ("lora", "lora", recipe("lora", rank=4), "is an adapter of lora"),
-        ("lora", "dora", recipe("lora"), "is an adapter of dora"),
-        ("none", "none", recipe("prefix"), "new virtual tokens"),
-        ("prefix", "none", recipe("prefix"), "new virtual tokens"),
-        ("prefix", "lora", recipe(), "all weights are to be trained"),
-        ("lora", "prefix", recipe(), "all weights of the value model are to be trained"),
+    for sft, reward, given, words, where in (
+        ("lora", "lora", recipe("lora", rank=4), "is an adapter of lora", "sft-lora"),
+        ("lora", "dora", recipe("lora"), "is an adapter of dora", "reward-dora"),
+        ("none", "none", recipe("prefix"), "new virtual tokens", "sft-none"),
+        ("prefix", "none", recipe("prefix"), "new virtual tokens", "reward-none"),
+        ("prefix", "lora", recipe(), "all weights are to be trained", "sft-prefix"),
+        ("lora", "prefix", recipe(), "all weights of the value model are to be trained", "reward-prefix"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=words) as error:
             load(run, sft, reward, given)
+        assert refusal(error)[1] == str(run / where)
 
 
 def test_a_policy_on_a_base_that_was_changed_is_refused(tiny_dir: str, run: Path, tmp_path: Path) -> None:
