@@ -223,6 +223,8 @@ def plan_rows(recipe: Recipe, stages: Sequence[str] | None = None) -> list[tuple
         rows.append(("rank", f"{r.pairs_per_prompt} pairs per prompt, labeler {recipe.rank.labeler}"))
         if recipe.rank.labeler == "human":
             rows.append(("rank", _people(recipe.label)))
+        if recipe.rank.labeler == "judge":
+            rows.append(("rank", _judge(recipe)))
     if "reward" in stages:
         w = plan_reward(recipe)
         split = f"{_count(w.processes, 'process')} x {w.batch_per_process}"
@@ -249,6 +251,13 @@ def _people(label: LabelSection) -> str:
     several = min(label.opinions, len(label.labelers))
     shared = f"{label.overlap:.0%} of the prompts by {several} of them, " if several > 1 else ""
     return f"by {', '.join(label.labelers)}; {shared}goes on after {until}"
+
+
+def _judge(recipe: Recipe) -> str:
+    template, k = load_template(recipe.judge.template), recipe.rank.outputs_per_prompt
+    questions = k * (k - 1) if template.kind == "pair" else k
+    who = f"{recipe.judge.model or recipe.model.name}{' at ' * bool(recipe.judge.endpoint)}{recipe.judge.endpoint}"
+    return f"{_count(questions, 'question')} per prompt to {who}, template {template.name}"
 
 
 def _ppo_rows(recipe: Recipe, variants: list[str]) -> list[tuple[str, str]]:

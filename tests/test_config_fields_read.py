@@ -19,7 +19,7 @@ SOURCES = [
     if path != ROOT / "rlhf" / "config.py"
 ]
 # Functions that only show a field: that is not reading it.
-DISPLAY = {"plan_rows", "_ppo_rows"}
+DISPLAY = {"plan_rows", "_ppo_rows", "_judge"}
 
 
 def attribute_reads(tree: ast.Module) -> Iterator[tuple[str, str]]:

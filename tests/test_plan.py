@@ -177,3 +177,17 @@ def test_shipped_recipes_are_whole(name: str) -> None:
     r = load_recipe(name)
     check(r)
     assert all(what and how for what, how in plan_rows(r))
+
+
+def test_a_judge_is_shown_with_its_questions_and_checked() -> None:
+    judge = ("rank.labeler=judge", "rank.outputs_per_prompt=4")
+    rows = [text for _, text in plan_rows(recipe(*judge), ["rank"])]
+    assert "12 questions per prompt to tiny, template pair-zero-shot" in rows  # both orders of 6 pairs
+    more = ("judge.template=points-zero-shot", "judge.endpoint=http://host/v1", "judge.model=m")
+    assert "4 questions per prompt to m at http://host/v1, template points-zero-shot" in [
+        text for _, text in plan_rows(recipe(*judge, *more), ["rank"])
+    ]
+    for stages, field in ((["rank"], "rank.labeler=judge"), (["evaluate"], "evaluate.labeler=judge")):
+        with pytest.raises(UserError, match="did you mean pair-brief?"):
+            check(recipe(field, "judge.template=pair-breif"), stages)
+        check(recipe("judge.template=pair-breif"), stages)  # nobody asks it
