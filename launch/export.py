@@ -52,12 +52,12 @@ def export(run: Path, stage: str = "", ema: bool = False, out: Path | None = Non
             str(source),
             "load it with rlhf.models.load_policy, which puts the adapter on its base",
         )
+    if out is not None and out.exists():  # only what an earlier export wrote at its own place is replaced
+        raise UserError("the folder is there already, and nothing in it is touched", str(out), "name another (--out)")
     return _merge(run, source, adapter, out or run / stage / (f"{FOLDER}-ema" if ema else FOLDER))
 
 
 def _merge(run: Path, source: Path, adapter: AdapterFolder, out: Path) -> Path:
-    if out.exists() and not (out / "config.json").is_file():
-        raise UserError("there is something else", str(out), "name a folder that is not there (--out)")
     recipe = load_recipe(str(run / "recipe.yaml"))
     load = load_reward_model if adapter.scalar else load_policy
     model = load(source, recipe.model, merged=True)

@@ -359,12 +359,16 @@ def work(ctx: StageContext) -> dict[str, Any]:
 
     torch.manual_seed(recipe.run.seed)
     section = recipe.model
-    if not section.peft.on:
+    if section.peft.method in ("none", "bitfit"):
         # The optimiser needs float32 weights: an update of 1e-5 is lost in a bfloat16 weight of 0.01. Adapters are.
         section = section.model_copy(update={"dtype": "float32"})
-    policy = trained(recipe, lambda: load_policy(recipe.model.name, section, recipe.sft.dropout, tokenizer))
-    if recipe.model.peft.on:
-        policy = add_adapter(policy, recipe.model.peft)
+
+    def start() -> PreTrainedModel:
+        policy = load_policy(recipe.model.name, section, recipe.sft.dropout, tokenizer)
+        # Here: some methods start from weights of the base, which ZeRO-3 gathers while the model is being loaded.
+        return add_adapter(policy, section.peft) if section.peft.on else policy
+
+    policy = trained(recipe, start)
     rows_of = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
     check_context(policy, rows_of, "data.max_prompt_tokens + data.max_response_tokens")
     if recipe.sft.packing:
