@@ -3,7 +3,7 @@
 Every request for data carries the labeler's token in a header, which no other site's page can send: the token is the
 part of the link after #, so that browsers send it nowhere by themselves. A request for another host than this one is
 refused, for a foreign name may be made to resolve to this machine (DNS rebinding). The page may load nothing but its
-own three files, and no script that stands in its markup would run.
+own files, and no script that stands in its markup would run.
 """
 
 from __future__ import annotations
@@ -28,13 +28,9 @@ from rlhf.label_form import FLAGS, MAX_NOTE, QUALITY, SKIPS, Submission
 from rlhf.label_store import Conflict, LabelStore, Refused, Task
 
 PAGE = Path(__file__).parent / "label_page"
-FILES = {
-    "/": ("page.html", "text/html"),
-    "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
-    "/board.js": ("board.js", "text/javascript"),
-    "/order.js": ("order.js", "text/javascript"),
-}
+SCRIPTS = ("page", "link", "board", "card", "order")
+FILES = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css")}
+FILES |= {f"/{name}.js": (f"{name}.js", "text/javascript") for name in SCRIPTS}
 MAX_BODY = 64 * 1024  # bytes of a request
 GRACE = 2  # seconds that open requests get when the server ends
 HEADERS = {

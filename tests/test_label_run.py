@@ -22,16 +22,17 @@ from rlhf.config import LabelSection
 from rlhf.label_store import LabelStore
 from rlhf.records import Drops, read_rankings
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2000)]
 ROOT = Path(__file__).resolve().parent.parent
-SIZES = [
-    "sft.epochs=0.25",
-    "rank.prompts=6",
-    "rank.outputs_per_prompt=3",
-    "reward.batch_size=2",
-    "ppo.episodes=16",
-    "evaluate.prompts=8",
-]  # seconds each
+SIZES = [  # seconds for each stage
+    *(
+        "run.stages=[sft,rank,reward,ppo-ptx,evaluate]",
+        "sft.epochs=0.25",
+        "rank.prompts=6",
+        "rank.outputs_per_prompt=3",
+    ),
+    *("reward.batch_size=2", "ppo.episodes=16", "evaluate.prompts=4", "evaluate.cloze_questions=2"),
+]
 PEOPLE = ["rank.labeler=human", "label.labelers=[anna,ben]", "label.overlap=0.34", "tracking.wandb=disabled"]
 WANTED = 8  # six prompts, two of them by both
 
@@ -127,8 +128,8 @@ def test_the_run_waits_for_people_and_goes_on_by_itself(run: Run, tmp_path: Path
             for page in pages.values():
                 ranked += rank(page, 1)
         for page in pages.values():
-            page.wait_for_selector("#end:not([hidden])", timeout=80000)
-        assert run.process.wait(timeout=800) == 0, run.log.read_text()[-3000:]
+            page.wait_for_selector("#end:not([hidden])", timeout=120000)
+        assert run.process.wait(timeout=1200) == 0, run.log.read_text()[-3000:]
 
     folder = run.dir / "rank"
     rows = [json.loads(line) for line in (folder / "rankings.jsonl").read_text().splitlines()]

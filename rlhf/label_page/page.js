@@ -4,10 +4,11 @@
 // down; so does a submission until the server has said that it is stored. Prompt and outputs are set as text nodes.
 
 import { element, makeBoard } from "./board.js";
+import { makeCard } from "./card.js";
+import { alert, ask, insist, keep, kept, newId, Refusal, stored, token } from "./link.js";
 import { letter, put, ranks, spoken, words } from "./order.js";
 
 const $ = (id) => document.getElementById(id);
-const token = location.hash.slice(1); // never sent by the browser itself, and kept there: a bookmark is a session
 const POLL = 15000; // milliseconds between looks at how far the others are
 const SPEAKERS = { system: "System", user: "Person", assistant: "Assistant" };
 
@@ -22,79 +23,10 @@ let complete = false; // what the end screen says
 let sending = false;
 let since = performance.now(); // from when the seconds on this task have not been counted yet
 
-// --- the server ------------------------------------------------------------------------------------------------------
-
-class Refusal extends Error {}
-
-async function ask(path, body) {
-  const headers = { Authorization: `Bearer ${token}` };
-  const options = body ? { method: "POST", body: JSON.stringify(body) } : {};
-  if (body) headers["Content-Type"] = "application/json";
-  const response = await fetch(`api/${path}`, { ...options, headers });
-  if (response.ok) return response.json();
-  const told = await response.json().catch(() => ({}));
-  const detail = typeof told.detail === "string" ? told.detail : `the server answered ${response.status}`;
-  if (response.status >= 500) throw new Error(detail);
-  throw Object.assign(new Refusal(detail), { status: response.status });
-}
-
-// Ask until there is an answer. What is sent carries an id, so sending it again changes nothing.
-async function insist(path, body) {
-  for (let wait = 1; ; wait = Math.min(10, wait * 2)) {
-    try {
-      const found = await ask(path, body);
-      alert("");
-      return found;
-    } catch (error) {
-      if (error instanceof Refusal) throw error;
-      const kept = body ? "Not stored yet: your answer is kept in this browser. " : "";
-      alert(`${kept}The server does not answer; trying again.`);
-      await new Promise((done) => setTimeout(done, wait * 1000));
-    }
-  }
-}
-
-function newId() {
-  // crypto.randomUUID is not there on a page that came without encryption from another machine.
-  const hex = [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
-  return hex.replace(/^(.{8})(.{4})(.{4})(.{4})/, "$1-$2-$3-$4-");
-}
-
-// --- what is kept in the browser -------------------------------------------------------------------------------------
-
 const draftName = () => `draft ${form.labeler} ${task.key}`;
 const outbox = (id = "") => `outbox ${form.labeler} ${id}`;
 
-function keep(name, value) {
-  try {
-    if (value === null) localStorage.removeItem(name);
-    else localStorage.setItem(name, JSON.stringify(value));
-  } catch {
-    alert("This browser keeps no drafts: closing the tab loses the order of this prompt.");
-  }
-}
-
-function kept(name) {
-  try {
-    return JSON.parse(localStorage.getItem(name));
-  } catch {
-    return null; // no storage here: `keep` says so
-  }
-}
-
-function stored() {
-  try {
-    return Object.keys(localStorage);
-  } catch {
-    return [];
-  }
-}
-
 // --- messages --------------------------------------------------------------------------------------------------------
-
-function alert(text) {
-  if ($("alert").textContent !== text) $("alert").textContent = text;
-}
 
 function say(text) {
   $("live").textContent = "";
@@ -145,67 +77,18 @@ function showTask(next) {
     change({ place });
     say(spoken(place, i));
   });
-  cards = task.outputs.map((output, i) => makeCard(output, i));
+  const set = { rank: setRank, quality: setQuality, flag: setFlag };
+  cards = task.outputs.map((output, i) => {
+    const card = makeCard(output, i, k, form, board, set);
+    card.root.addEventListener("keydown", (event) => cardKey(event, i));
+    return card;
+  });
   $("outputs").replaceChildren(...cards.map((card) => card.root));
   $("end").hidden = true;
   $("work").hidden = false;
   render();
   $("prompt").focus();
   window.scrollTo(0, 0);
-}
-
-// A row of radio buttons that looks like one control.
-function choices(legend, name, values, describe, chosen) {
-  const inputs = values.map((value) => {
-    const input = element("input", { type: "radio", name, value: String(value), "aria-label": describe(value) });
-    input.addEventListener("change", () => chosen(value));
-    return input;
-  });
-  const marks = inputs.map((input, v) =>
-    element("label", { class: "mark" }, input, element("span", { "aria-hidden": "true" }, String(values[v]))),
-  );
-  const root = element("fieldset", { class: "choices" }, element("legend", {}, legend), ...marks);
-  return { root, show: (value) => inputs.forEach((input, v) => (input.checked = values[v] === value)) };
-}
-
-function makeCard(output, i) {
-  const k = task.outputs.length;
-  const name = letter(i);
-  const rows = Array.from({ length: k }, (_, r) => r + 1);
-  const grip = element("span", { class: "grip", "aria-hidden": "true", title: "Drag it onto the board" }, name);
-  board.drag(grip, i);
-  const cut = output.finished ? "" : element("span", { class: "hint" }, "cut off at the length limit");
-  const rank = choices("Rank", `rank-${i}`, rows, (r) => `Rank ${r}`, (r) => setRank(i, r));
-  const head = element("div", { class: "head" }, grip, element("h3", {}, `Output ${name}`), cut);
-  const text = element("p", { class: "text", dir: "auto" }, output.text);
-  const root = element("article", { class: "card", tabindex: "0", "aria-label": `Output ${name}` }, head, text, rank.root);
-  const parts = [(value) => rank.show(value.place[i])];
-  if (form.quality !== "off") {
-    const scale = Array.from({ length: form.highest }, (_, q) => q + 1);
-    const legend = `Quality, 1 bad to ${form.highest} excellent${form.quality === "required" ? "" : " (optional)"}`;
-    const words = (q) => `Quality ${q} of ${form.highest}`;
-    const quality = choices(legend, `quality-${i}`, scale, words, (q) => setQuality(i, q));
-    root.append(quality.root);
-    parts.push((value) => quality.show(value.quality[i]));
-  }
-  const flags = Object.entries(form.flags);
-  if (flags.length) {
-    const summary = element("summary");
-    const boxes = flags.map(([flag, label]) => {
-      const box = element("input", { type: "checkbox", value: flag });
-      box.addEventListener("change", () => setFlag(i, flag, box.checked));
-      return { flag, box, line: element("label", {}, box, element("span", {}, label)) };
-    });
-    const group = element("div", { class: "flags", role: "group", "aria-label": `Flags of output ${name}` });
-    group.append(...boxes.map(({ line }) => line));
-    root.append(element("details", {}, summary, group));
-    parts.push((value) => {
-      for (const { flag, box } of boxes) box.checked = value.flags[i].includes(flag);
-      summary.textContent = value.flags[i].length ? `Flags: ${value.flags[i].length} set` : "Flags";
-    });
-  }
-  root.addEventListener("keydown", (event) => cardKey(event, i));
-  return { root, show: (value) => parts.forEach((part) => part(value)) };
 }
 
 function render() {

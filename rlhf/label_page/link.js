@@ -1,0 +1,75 @@
+// To the server, and into the browser's storage.
+
+// The part of the link after #: never sent by the browser itself, and left there, so that a bookmark is a session.
+export const token = location.hash.slice(1);
+
+// What stands in the way of the person's work; "" when nothing does any more.
+export function alert(text) {
+  const box = document.getElementById("alert");
+  if (box.textContent !== text) box.textContent = text;
+}
+
+// --- the server ------------------------------------------------------------------------------------------------------
+
+export class Refusal extends Error {}
+
+export async function ask(path, body) {
+  const headers = { Authorization: `Bearer ${token}` };
+  const options = body ? { method: "POST", body: JSON.stringify(body) } : {};
+  if (body) headers["Content-Type"] = "application/json";
+  const response = await fetch(`api/${path}`, { ...options, headers });
+  if (response.ok) return response.json();
+  const told = await response.json().catch(() => ({}));
+  const detail = typeof told.detail === "string" ? told.detail : `the server answered ${response.status}`;
+  if (response.status >= 500) throw new Error(detail);
+  throw Object.assign(new Refusal(detail), { status: response.status });
+}
+
+// Ask until there is an answer. What is sent carries an id, so sending it again changes nothing.
+export async function insist(path, body) {
+  for (let wait = 1; ; wait = Math.min(10, wait * 2)) {
+    try {
+      const found = await ask(path, body);
+      alert("");
+      return found;
+    } catch (error) {
+      if (error instanceof Refusal) throw error;
+      const kept = body ? "Not stored yet: your answer is kept in this browser. " : "";
+      alert(`${kept}The server does not answer; trying again.`);
+      await new Promise((done) => setTimeout(done, wait * 1000));
+    }
+  }
+}
+
+export function newId() {
+  // crypto.randomUUID is not there on a page that came without encryption from another machine.
+  const hex = [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+  return hex.replace(/^(.{8})(.{4})(.{4})(.{4})/, "$1-$2-$3-$4-");
+}
+
+// --- what is kept in the browser -------------------------------------------------------------------------------------
+
+export function keep(name, value) {
+  try {
+    if (value === null) localStorage.removeItem(name);
+    else localStorage.setItem(name, JSON.stringify(value));
+  } catch {
+    alert("This browser keeps no drafts: closing the tab loses the order of this prompt.");
+  }
+}
+
+export function kept(name) {
+  try {
+    return JSON.parse(localStorage.getItem(name));
+  } catch {
+    return null; // no storage here: `keep` says so
+  }
+}
+
+export function stored() {
+  try {
+    return Object.keys(localStorage);
+  } catch {
+    return [];
+  }
+}
