@@ -35,7 +35,10 @@ def listening(answer: Answer) -> Iterator[str]:
         def log_message(self, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # clients that come at once; of more than 5, the default, some would be turned away
+
+    server = Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = False  # closing waits for the requests that are under way
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

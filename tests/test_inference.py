@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from test_rollout import PROMPTS, run
@@ -18,7 +20,7 @@ from transformers import (
 )
 
 from rlhf.adapters import add_adapter, trainable
-from rlhf.config import LaunchSection, PeftSection
+from rlhf.config import VIRTUAL_TOKENS, LaunchSection, PeftSection
 from rlhf.decoding import InferenceDecoding, ModelDecoding, decoding_for
 from rlhf.graph_decoding import GraphDecoding
 from rlhf.inference import columns_for, inference_for
@@ -195,12 +197,6 @@ def eager() -> torch.nn.Module:
     return llama(attn_implementation="eager")
 
 
-def dora() -> torch.nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", use_dora=True, target_modules=["q_proj"]))
-
-
 def hooked() -> torch.nn.Module:
     model = llama()
     model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
@@ -224,7 +220,13 @@ def other_linear() -> torch.nn.Module:
     return model
 
 
-OTHERS = [gpt2, dynamic, eager, dora, hooked, namesake, other_linear, lambda: mistral(window=4)]
+def with_method(method: str) -> torch.nn.Module:
+    """Something of the method's own stands between the weights."""
+    return add_adapter(llama(), PeftSection(method=method)).eval()
+
+
+OTHERS = [gpt2, dynamic, eager, hooked, namesake, other_linear, lambda: mistral(window=4)]
+OTHERS += [partial(with_method, m) for m in ("dora", "ia3", "adapter", *VIRTUAL_TOKENS)]
 
 
 @pytest.mark.parametrize("make", OTHERS)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.adapters import add_adapter
+from rlhf.adapters import add_adapter, peft_of, trainable
 from rlhf.config import ModelSection, PeftSection, Recipe, TrackingSection
 from rlhf.errors import UserError
 from rlhf.models import load_policy
@@ -253,7 +253,7 @@ def test_a_tenth_of_the_rows_is_text(encoded, tiny_tokenizer, tmp_path) -> None:
 
 
 def test_the_whole_stage(tmp_path, capsys) -> None:
-    """From a recipe file to a policy folder that loads without peft, with the metrics of both validation passes."""
+    """From a recipe file to an adapter that loads on its base, with the metrics of both validation passes."""
     demonstrations = [
         {"prompt": f"{question} ({n})", "response": answer} for question, answer in ANSWERS for n in range(5)
     ]
@@ -279,7 +279,11 @@ def test_the_whole_stage(tmp_path, capsys) -> None:
     assert metrics["sft/heldout_demonstrations"] > 0
     assert metrics["sft/validation_loss"] < metrics["sft/validation_loss_before"] - 0.05
     assert "response over 48 tokens" in capsys.readouterr().out
-    load_policy(stage / "model", ModelSection(name="tiny"))
+    policy = load_policy(stage / "model", ModelSection(name="tiny"))
+    peft = PeftSection(method="lora", rank=4)
+    assert peft_of(policy) == peft and len(trainable(policy)) == 4 * 7 * 2
+    files = {path.name for path in (stage / "model").iterdir()}
+    assert "adapter.safetensors" in files and "model.safetensors" not in files
     assert not (stage / "trainer").exists()
 
 

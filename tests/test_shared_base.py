@@ -129,11 +129,7 @@ def digests(model: nn.Module, own: set[str]) -> Iterator[tuple[str, str]]:
 
 
 def own_weights(model: nn.Module, peft: PeftSection) -> set[str]:
-    """Names of what a network has besides the base, found by what the method adds to another copy."""
-    known = {name for name, p in model.named_parameters() if p.requires_grad}
-    if known:
-        return known
-    # A frozen one: what another model of its kind would train.
+    """Names of what a network has besides the base."""
     marks = (".lora_", "virtual_tokens.", ".down.", ".up.", "score.")
     if peft.method == "bitfit":
         return {name for name, _ in model.named_parameters() if name.endswith("bias") or name.startswith("score.")}
@@ -192,6 +188,8 @@ def test_all_four_start_as_what_the_stages_left(given: Given) -> None:
     longer = [(prompt, [*response, 9]) for prompt, response in PAIRS]
     values = torch.stack([row[-1] for row in token_values(ppo.networks.value, longer)])
     torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)
+    values = torch.cat(token_values(judge, PAIRS))
+    torch.testing.assert_close(torch.cat(token_values(ppo.networks.value, PAIRS)), values, rtol=0, atol=1e-6)
     sft = torch.cat(token_logprobs(load_policy(given.sft, SECTION), PAIRS))
     assert float((sft - torch.cat(token_logprobs(load_policy(given.base, SECTION), PAIRS))).abs().max()) > 1e-2
     for model in (ppo.networks.policy, ppo.reference):
@@ -269,7 +267,10 @@ def test_a_reward_model_on_another_base_keeps_its_own(llama_given: Given, tiny_g
     assert "value and reward model have their own" in capsys.readouterr().out
     shared = storages(ppo.networks.policy).keys()
     assert storages(ppo.reference).keys() & shared
-    assert not storages(ppo.reward_model).keys() & shared and not storages(ppo.networks.value).keys() & shared
+    judge = load_reward_model(llama_given.reward, SECTION)
+    for model in (ppo.reward_model, ppo.networks.value):
+        assert not storages(model).keys() & shared
+        assert torch.equal(scores(model, PAIRS), scores(judge, PAIRS))
 
 
 def test_a_full_reward_model_leaves_policy_and_reference_on_one_base(llama_given: Given, capsys) -> None:

@@ -152,12 +152,15 @@ def test_samples_are_the_policy_s_at_its_temperature_and_repeat(
     assert same >= 18 and sum(a == b for a, b in zip(responses(first), responses(alone), strict=True)) >= 18
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
 def test_adapters_are_merged_into_what_is_pushed(
-    url: str, folder: Path, policy: PreTrainedModel, tmp_path: Path
+    url: str, folder: Path, policy: PreTrainedModel, tmp_path: Path, method: str
 ) -> None:
-    adapted = add_adapter(policy, PeftSection(method="lora", rank=4))
+    plain = responses(run(policy, url, folder, tmp_path, "native", temperature=0.0))
+    adapted = add_adapter(policy, PeftSection(method=method))
     change(adapted, 4)
     theirs = run(adapted, url, folder, tmp_path, temperature=0.0)
+    assert responses(theirs) != plain
     assert responses(theirs) == responses(run(adapted, url, folder, tmp_path, "native", temperature=0.0))
 
 

@@ -18,12 +18,15 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("a", "name", "of", "the", "river", "that", "runs", "by", "our", "old", "town", "and", "under", "bridges")
-LORA = ("model.peft.method=lora", "ppo.lr=1e-4", "ppo.value_lr=1e-4")
+RATES = ("ppo.lr=1e-4", "ppo.value_lr=1e-4")
+LORA = ("model.peft.method=lora", *RATES)
 LAST = ("model.peft.last_layers=10",)
 WAYS: dict[str, tuple[str, ...]] = {
     "all weights trained, four copies": (),
     "LoRA, one base": LORA,
     "LoRA on the last 10 layers, one base": (*LORA, *LAST),
+    "bottleneck adapters, one base": ("model.peft.method=adapter", *RATES),
+    "prefix tuning, one base": ("model.peft.method=prefix", *RATES),
 }
 PHASES = ("rollout", "score", "train")
 
