@@ -163,7 +163,7 @@ def _show(title: str, rows: Sequence[dict[str, Any]]) -> None:
         ],
     )
     table(
-        "calibration (chance: 0.693 and 0.25), and the probability of all labels together",
+        "calibration (chance: log loss 0.693, Brier 0.25)",
         ["template", "log loss", "Brier", "calibration error", "on labels"],
         [
             [row["template"], *(round(row[key], 4) for key in ("log_loss", "brier", "calibration_error", "label_mass"))]

@@ -190,8 +190,8 @@ def label_logprobs(
     sums = iter([float(row.double().sum()) for row in token_logprobs(model, pairs, 1.0, batch_tokens)] if pairs else [])
     for i in longer:
         found[i] = tuple(next(sums) for _ in cut[i][1])
-        if advance:
-            advance(1)
+    if advance and longer:
+        advance(len(longer))
     return found
 
 

@@ -12,6 +12,13 @@ from typing import Any
 Answer = Callable[[str, dict[str, Any], dict[str, str]], tuple[int, Any]]
 
 
+class Server(ThreadingHTTPServer):
+    """Waits for the requests that are under way when it closes."""
+
+    daemon_threads = False
+    request_queue_size = 64  # of 5, a busy machine resets some of many connections at once
+
+
 @contextmanager
 def listening(answer: Answer) -> Iterator[str]:
     """The server's URL; `answer(path, body, headers)` gives status and JSON, on a thread for each request."""
@@ -35,11 +42,7 @@ def listening(answer: Answer) -> Iterator[str]:
         def log_message(self, *args: object) -> None:
             pass
 
-    class Server(ThreadingHTTPServer):
-        request_queue_size = 128  # clients that come at once; of more than 5, the default, some would be turned away
-
     server = Server(("127.0.0.1", 0), Handler)
-    server.daemon_threads = False  # closing waits for the requests that are under way
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
