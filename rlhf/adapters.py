@@ -114,12 +114,15 @@ def _inject(model: PreTrainedModel, layers: Sequence[nn.Module], peft: PeftSecti
         if id(module) in inside and isinstance(module, (nn.Linear, Conv1D))
     }
     transposed = any(isinstance(module, Conv1D) for module in linear.values())
-    config = _ia3_config(model, list(linear), transposed) if peft.method == "ia3" else _lora_config(linear, peft)
+    if peft.method == "ia3":
+        config = _ia3_config(model, list(linear), transposed)
+    else:
+        config = _lora_config(list(linear), transposed, peft)
     inject_adapter_in_model(config, model, ADAPTER)
     del model.peft_config  # the model is no PeftModel, which some libraries take for one by this name
 
 
-def _lora_config(linear: dict[str, nn.Module], peft: PeftSection) -> Any:
+def _lora_config(linear: list[str], transposed: bool, peft: PeftSection) -> Any:
     """Low-rank updates of every linear map: LoRA (Hu et al. 2021), or with DoRA's magnitudes (Liu et al. 2024)."""
     from peft import LoraConfig
 
@@ -127,8 +130,8 @@ def _lora_config(linear: dict[str, nn.Module], peft: PeftSection) -> Any:
         r=peft.rank,
         lora_alpha=peft.alpha,
         lora_dropout=0.0,
-        target_modules=list(linear),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linear.values()),
+        target_modules=linear,
+        fan_in_fan_out=transposed,
         use_dora=peft.method == "dora",
     )
 

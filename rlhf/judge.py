@@ -9,7 +9,6 @@ Answers are kept: no question is asked twice, and with a log also not after an i
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from itertools import islice
@@ -23,8 +22,9 @@ from rlhf.judge_examples import check_judge, judge_template
 from rlhf.judge_template import Template, find_template, template_text
 from rlhf.judging import BothOrders, calibrated, log_odds, normalised, win_log_odds
 from rlhf.models import load_policy, load_tokenizer
-from rlhf.progress import console, is_main_process
+from rlhf.progress import is_main_process
 from rlhf.records import write_jsonl
+from rlhf.rowlog import append_rows, whole_rows
 from rlhf.rundir import hash_path
 from rlhf.verbalizer import Fields, LocalReader, Reading, question_tokens
 
@@ -234,14 +234,8 @@ def _read_log(path: Path | None, identity: str) -> dict[str, Reading]:
     found: dict[str, Reading] = {}
     if path is None or not path.exists():
         return found
-    rows = []
-    for line in filter(None, path.read_bytes().split(b"\n")):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            console.print(f"{path.name}: a line was cut off by an interruption; its question is asked again")
-            continue
-        rows.append(row)
+    rows = whole_rows(path, "its question is asked again")
+    for row in rows:
         if row["judge"] == identity:
             found[row["question"]] = Reading(tuple(row["logprobs"]), row["reasoning"], row["bounded"])
     if is_main_process():
@@ -251,8 +245,4 @@ def _read_log(path: Path | None, identity: str) -> dict[str, Reading]:
 
 def _append(path: Path, identity: str, answers: dict[str, Reading]) -> None:
     """Add answers to the log and wait until they are on disk."""
-    rows = [{"judge": identity, "question": key, **reading._asdict()} for key, reading in answers.items()]
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
+    append_rows(path, [{"judge": identity, "question": key, **reading._asdict()} for key, reading in answers.items()])

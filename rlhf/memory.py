@@ -407,10 +407,7 @@ def _scoring(spec: ModelSpec, recipe: Recipe, processes: int, tokens: int, kind:
     prompt, response = recipe.data.max_prompt_tokens, recipe.data.max_response_tokens
     rows = max(1, tokens // (prompt + response))
     spec = replace(spec, peft=_on(spec.peft or PeftSection(), trained=False))
-    return Part(
-        "working buffers",
-        scoring_pass(spec, kind, rows, prompt, response),
-    )
+    return Part("working buffers", scoring_pass(spec, kind, rows, prompt, response))
 
 
 def all_stages(recipe: Recipe, shapes: Shapes, card: Card) -> Iterator[StageMemory]:

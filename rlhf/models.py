@@ -199,9 +199,7 @@ def put_on(adapter: AdapterFolder, model: PreTrainedModel) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         add_adapter(model, adapter.peft)
     copy_into(model, adapter)
-    if adapter.scalar:
-        model.config.reward_mean, model.config.reward_std = adapter.reward_mean, adapter.reward_std
-    return model.eval()
+    return _normalised_as(adapter, model).eval()
 
 
 def _with(adapter: AdapterFolder, model: PreTrainedModel, merged: bool) -> PreTrainedModel:
@@ -210,6 +208,10 @@ def _with(adapter: AdapterFolder, model: PreTrainedModel, merged: bool) -> PreTr
     if not merged or why_not_mergeable(adapter.peft):
         return put_on(adapter, model)
     _merge(adapter, model)
+    return _normalised_as(adapter, model)
+
+
+def _normalised_as(adapter: AdapterFolder, model: PreTrainedModel) -> PreTrainedModel:
     if adapter.scalar:
         model.config.reward_mean, model.config.reward_std = adapter.reward_mean, adapter.reward_std
     return model

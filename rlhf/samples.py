@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.progress import console, is_main_process
+from rlhf.progress import is_main_process
 from rlhf.prompting import Encoded
 from rlhf.records import Prompt, write_jsonl
+from rlhf.rowlog import append_rows, whole_rows
 
 
 class Samples:
@@ -22,16 +21,8 @@ class Samples:
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path, self.fingerprint = path, fingerprint
-        self.rows: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            for line in filter(None, path.read_bytes().split(b"\n")):
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    console.print(f"{path.name}: a line was cut off by an interruption; its chunk is sampled again")
-                    continue
-                if row["fingerprint"] == fingerprint:
-                    self.rows[row["key"]] = row
+        known = whole_rows(path, "its chunk is sampled again")
+        self.rows: dict[str, dict[str, Any]] = {row["key"]: row for row in known if row["fingerprint"] == fingerprint}
         if is_main_process():
             write_jsonl(path, list(self.rows.values()))
 
@@ -43,9 +34,5 @@ class Samples:
         """Append rows and wait until they are on disk; the first process writes for all."""
         whole = [row | {"fingerprint": self.fingerprint} for row in rows]
         self.rows |= {row["key"]: row for row in whole}
-        if not is_main_process():
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in whole)
-            file.flush()
-            os.fsync(file.fileno())
+        if is_main_process():
+            append_rows(self.path, whole)

@@ -183,4 +183,4 @@ def test_a_real_comparison_of_the_tiny_model(tmp_path: Path) -> None:
         assert way["prompts"] == 20 and way["gain"]["low"] <= way["gain"]["mean"] <= way["gain"]["high"]
         assert way["gain"]["mean"] == pytest.approx(way["score"] - way["score_sft"], abs=1e-6)
     assert 0 <= prompt["win_rate_reference"]["low"] <= prompt["win_rate_reference"]["high"] <= 1
-    assert "this" in (tmp_path / "runs" / "three" / "prompt" / "report.html").read_text()
+    assert '<tr class="this">' in (tmp_path / "runs" / "three" / "prompt" / "report.html").read_text()
