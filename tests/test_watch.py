@@ -207,7 +207,8 @@ def ended(processes: list[psutil.Process]) -> Callable[[], bool]:
 @pytest.mark.parametrize(
     ("sent", "words", "codes"),
     [
-        (signal.SIGKILL, r"rank 1 died \(signal 9\), in phase update, step \d+, of sft", (1, 137)),
+        # DeepSpeed's launcher may collect the process before another looks it up; then nobody knows the signal.
+        (signal.SIGKILL, r"rank 1 (?:died \(signal 9\)|has ended), in phase update, step \d+, of sft", (1, 137)),
         (signal.SIGSTOP, r"rank 1 gives no sign of life for 5 s, in phase update, step \d+, of sft", (124, 137)),
     ],
 )
