@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -44,17 +45,26 @@ def export(run: Path, stage: str = "", ema: bool = False, out: Path | None = Non
         raise UserError(f"the run has no {stage}/{name}", str(source), "run the stage first, or name another (--stage)")
     adapter = find_adapter(source)
     if adapter is None:
-        console.print(f"a plain model already: {source}", markup=False, soft_wrap=True)
-        return source
+        if out is not None:
+            _require_new(out)
+            require_disk(out.parent, size_of(source), "the copy")
+            shutil.copytree(source, out)
+        console.print(f"a plain model already: {out or source}", markup=False, soft_wrap=True)
+        return out or source
     if reason := why_not_mergeable(adapter.peft):
         raise UserError(
             f"it cannot be merged: {reason}",
             str(source),
             "load it with rlhf.models.load_policy, which puts the adapter on its base",
         )
-    if out is not None and out.exists():  # only what an earlier export wrote at its own place is replaced
-        raise UserError("the folder is there already, and nothing in it is touched", str(out), "name another (--out)")
+    if out is not None:
+        _require_new(out)  # only what an earlier export wrote at its own place is replaced
     return _merge(run, source, adapter, out or run / stage / (f"{FOLDER}-ema" if ema else FOLDER))
+
+
+def _require_new(out: Path) -> None:
+    if out.exists():
+        raise UserError("the folder is there already, and nothing in it is touched", str(out), "name another (--out)")
 
 
 def _merge(run: Path, source: Path, adapter: AdapterFolder, out: Path) -> Path:

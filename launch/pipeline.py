@@ -176,8 +176,10 @@ def disk_need(recipe: Recipe) -> int:
         networks = [] if reward else [recipe.model.peft]
         networks += [recipe.reward_peft] if ppo or reward else []
         save_every = {"sft": recipe.sft, "reward": recipe.reward}.get(stage, recipe.ppo).save_every
-        # Weights and two moments of all that is trained; the old ones stay until the new one is whole.
-        copies += (KEPT + 1 if save_every else 1) * 3 * sum(not peft.on for peft in networks)
+        kept = KEPT + 1 if save_every else 1  # the old ones stay until the new one is whole
+        copies += kept * 3 * sum(not peft.on for peft in networks)  # weights and two moments of all that is trained
+        if stage == "sft" and recipe.model.peft.on and world_size(recipe) > 1 and recipe.launch.zero_stage:
+            copies += kept  # DeepSpeed's own checkpoint holds the frozen base too
     return copies * size
 
 

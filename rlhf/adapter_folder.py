@@ -30,12 +30,13 @@ from rlhf.adapters import peft_of, trainable
 from rlhf.config import PeftSection
 from rlhf.errors import UserError
 from rlhf.placement import filled, full_shape
-from rlhf.resolve import ADAPTER_RECORD, resolve_model
+from rlhf.resolve import ADAPTER_RECORD, BUILT_IN, resolve_model
 from rlhf.rundir import hash_path
 
 WEIGHTS = "adapter.safetensors"
 FORMAT = 1
 HEAD = "score."
+SAID_BY_WRITER = ("transformers_version", "_name_or_path")  # keys of config.json that say nothing of the model
 
 
 @dataclass(frozen=True)
@@ -84,22 +85,27 @@ class AdapterFolder:
             )
 
 
+def has_adapter(folder: str | Path) -> bool:
+    """Whether the folder is one that `save_adapter` wrote."""
+    return str(folder) not in BUILT_IN and (Path(folder).expanduser() / ADAPTER_RECORD).is_file()
+
+
 def find_adapter(folder: str | Path) -> AdapterFolder | None:
     """The adapter in a folder, None where there is none.
 
     Raises:
-        UserError: for a record that is not what `save_adapter` writes.
+        UserError: for a record that is not what `save_adapter` writes, or whose base is an adapter itself.
     """
-    path = Path(folder).expanduser() / ADAPTER_RECORD
-    if not path.is_file():
+    if not has_adapter(folder):
         return None
+    path = Path(folder).expanduser() / ADAPTER_RECORD
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
             raise UserError(
                 f"format {record['format']} of adapters is not known here, {FORMAT} is", str(path), "update rlhf"
             )
-        return AdapterFolder(
+        found = AdapterFolder(
             folder=path.parent,
             peft=PeftSection(**record["peft"]),
             base=Origin(**record["base"]),
@@ -113,6 +119,13 @@ def find_adapter(folder: str | Path) -> AdapterFolder | None:
         raise _broken(path, f"{'.'.join(map(str, ('peft', *first['loc'])))}: {first['msg']}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise _broken(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    if has_adapter(found.base.name):
+        raise UserError(
+            f"the base {found.base.name} is an adapter itself, and one lies on plain weights",
+            str(path),
+            "merge that one (rlhf export), and train on what it writes",
+        )
+    return found
 
 
 def save_adapter(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path) -> None:
@@ -175,15 +188,27 @@ def base_hash(name: str) -> str:
         if found is None:
             raise UserError("the base model is not here", name, "load it once, or name a local folder")
         folder = Path(found).parent
-    files = sorted(f for f in folder.iterdir() if f.name == "config.json" or f.suffix in (".safetensors", ".bin"))
+    files = [folder / "config.json", *_weight_files(folder)]
     return _hash_of(tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of a model folder that transformers reads weights from, whatever else lies there."""
+    for stem, kind in (("model", "safetensors"), ("pytorch_model", "bin")):
+        if found := sorted([*folder.glob(f"{stem}.{kind}"), *folder.glob(f"{stem}-*-of-*.{kind}")]):
+            return found
+    return []
 
 
 @lru_cache(maxsize=8)
 def _hash_of(files: tuple[tuple[str, int, int], ...]) -> str:
     """Of names and contents; sizes and times tell when a file must be read again."""
-    lines = [f"{Path(path).name} {hash_path(path)}\n" for path, _, _ in files]
-    return sha256("".join(lines).encode()).hexdigest()
+    (config, _, _), *weights = files
+    settings: dict[str, Any] = json.loads(Path(config).read_text(encoding="utf-8"))
+    for key in SAID_BY_WRITER:
+        settings.pop(key, None)
+    lines = [json.dumps(settings, sort_keys=True), *(f"{Path(path).name} {hash_path(path)}" for path, _, _ in weights)]
+    return sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _broken(path: Path, what: str) -> UserError:

@@ -26,6 +26,10 @@ from rlhf.placement import is_partitioned
 from rlhf.virtual_tokens import add_virtual_tokens
 
 ADAPTER = "default"  # peft's name for the one adapter of a module
+# Linear maps by what architectures call them, for ia3.
+KEYS_AND_VALUES = ("k_proj", "v_proj")
+WITH_QUERIES = ("c_attn", "query_key_value", "qkv_proj", "Wqkv")  # all in one map; scaled queries are scaled keys
+LAST_OF_FEED_FORWARD = ("down_proj", "fc2", "fc_out", "dense_4h_to_h", "mlp.c_proj", "ffn.down_proj")
 WITH_BIASES = "GPT-2, GPT-NeoX, OPT, BLOOM, Phi; Qwen2 in its attention"
 
 
@@ -137,27 +141,22 @@ def _lora_config(linear: list[str], transposed: bool, peft: PeftSection) -> Any:
 
 
 def _ia3_config(model: PreTrainedModel, linear: list[str], transposed: bool) -> Any:
-    """Scales of keys, values and inner activations of the feed-forward layer (Liu et al. 2022, arXiv 2205.05638)."""
+    """Scales of keys, values and inner activations of the feed-forward layer (Liu et al. 2022, arXiv 2205.05638).
+
+    The maps are found by name: peft's table has queries in place of keys for half of its architectures.
+    """
     from peft import IA3Config
-    from peft.utils.constants import (
-        TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
-        TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
-    )
 
-    kind = model.config.model_type
-    if kind not in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
-        known = ", ".join(sorted(TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING))
+    def named(endings: Sequence[str]) -> list[str]:
+        return [name for name in linear if any(f".{name}".endswith(f".{ending}") for ending in endings)]
+
+    attention, inner = named((*KEYS_AND_VALUES, *WITH_QUERIES)), named(LAST_OF_FEED_FORWARD)
+    if not attention or not inner:
+        missing = "keys and values" if not attention else "the feed-forward layer's output"
         raise UserError(
-            f"peft does not know the keys, values and feed-forward maps of {kind}",
+            f"ia3 scales keys, values and inner activations, and no linear map of {model.config.model_type} is known "
+            f"to make {missing}",
             "model.peft.method=ia3",
-            f"take lora, or an architecture that it knows: {known}",
+            "take lora, or another architecture (Llama, Mistral, Qwen, Gemma, GPT-2, GPT-NeoX, OPT, BLOOM, Phi, ...)",
         )
-
-    def named(endings: list[str]) -> list[str]:
-        return [name for name in linear if any(name.endswith(f".{ending}") for ending in endings)]
-
-    return IA3Config(
-        target_modules=named(TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[kind]),
-        feedforward_modules=named(TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[kind]),
-        fan_in_fan_out=transposed,
-    )
+    return IA3Config(target_modules=[*attention, *inner], feedforward_modules=inner, fan_in_fan_out=transposed)

@@ -1,4 +1,4 @@
-"""Bottleneck adapters (Houlsby et al. 2019, arXiv 1902.00751; placed as in Pfeiffer et al. 2021, arXiv 2005.00247).
+"""Bottleneck adapters of Houlsby et al. 2019 (arXiv 1902.00751), placed as in Pfeiffer et al. 2021 (arXiv 2005.00247).
 
 Behind the feed-forward layer of a transformer layer and before the residual is added, x becomes x + up(gelu(down(x))).
 `up` starts at zero, so a new adapter changes nothing.
@@ -6,6 +6,7 @@ Behind the feed-forward layer of a transformer layer and before the residual is 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,9 +35,11 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        x = self.base_layer(*args, **kwargs)
-        return x + self.up(gelu(self.down(x.to(self.down.weight.dtype)))).to(x.dtype)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.base_layer(*args, **kwargs)
+        x, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)  # experts give their router's scores too
+        x = x + self.up(gelu(self.down(x.to(self.down.weight.dtype)))).to(x.dtype)
+        return x if rest is None else (x, *rest)
 
 
 def add_bottlenecks(layers: Sequence[nn.Module], hidden: int, width: int) -> None:
@@ -55,4 +58,10 @@ def add_bottlenecks(layers: Sequence[nn.Module], hidden: int, width: int) -> Non
                 "take lora, or an architecture that has one (Llama, Mistral, Qwen, GPT-2, GPT-NeoX, Phi, ...)",
             )
         inner = getattr(layer, name)
+        if "residual" in inspect.signature(inner.forward).parameters:
+            raise UserError(
+                f"{type(inner).__name__} adds the residual itself, and an adapter goes before that",
+                "model.peft.method=adapter",
+                "take lora, or an architecture whose layers add it themselves (Llama, Mistral, Qwen, GPT-2, ...)",
+            )
         setattr(layer, name, Bottleneck(inner, hidden, width, next(inner.parameters())))

@@ -17,6 +17,7 @@ VIRTUAL_TOKENS = ("prefix", "p_tuning", "p_tuning_v2", "prompt")  # rows with to
 CACHED_TOKENS = ("prefix", "p_tuning_v2")  # of these, the methods whose tokens are keys and values of every layer
 LABELER = r"[\w.-]{1,40}"  # letters of any script
 NOT_MERGED = (*VIRTUAL_TOKENS, "adapter")  # what they add is no change of a weight that is there
+STEPPED_WHOLE = ("none", "bitfit")  # they train the model's own weights, in whatever type those are
 READ_BY = {
     "rank": ("lora", "dora"),
     "alpha": ("lora", "dora"),
@@ -71,7 +72,8 @@ class PeftSection(Section):
             # A resolved recipe names every field: what counts is that the value is not its default.
             if name in READ_BY and self.method not in READ_BY[name] and getattr(self, name) != default(self, name):
                 raise ValueError(
-                    f"{self.method} has no {name}", f"leave {name} out; it belongs to {', '.join(READ_BY[name])}"
+                    f"{self.method} has no {name}",
+                    f"set {name}={default(self, name)}, or leave it out: it belongs to {', '.join(READ_BY[name])}",
                 )
         return self
 
@@ -369,6 +371,12 @@ class Recipe(Section):
                 f"reward.peft.method is none: the reward model would start from SFT's weights, and {method} is no "
                 "change of weights",
                 "set reward.peft.method=model, or name another reward.model",
+            )
+        if self.reward_peft.on and 0 < self.reward.keep_layers < self.reward_peft.last_layers:
+            raise ValueError(
+                f"reward.keep_layers is {self.reward.keep_layers}, and model.peft.last_layers is "
+                f"{self.reward_peft.last_layers}: a reward model of fewer layers cannot train so many",
+                "lower model.peft.last_layers, keep more layers, or set reward.peft.method=none",
             )
         if method in VIRTUAL_TOKENS and self.sft.packing:
             raise ValueError(

@@ -233,10 +233,10 @@ def _reward_model_labeler(recipe: Recipe, run: RunFolder) -> RewardModelLabeler:
     """Of the folder or Hub name in rank.reward_model, else of this run's reward stage."""
     if recipe.rank.reward_model:
         where = recipe.rank.reward_model
-        model = load_reward_model(where, recipe.model, merged=True)
+        model = load_reward_model(where, recipe.model)
     else:
         folder = run.require("reward", "model")
-        where, model = str(folder), load_reward_model(folder, recipe.model, merged=True)
+        where, model = str(folder), load_reward_model(folder, recipe.model)
         check_probes(model, folder)
     if recipe.run.device != "cpu" and torch.cuda.is_available():
         model = model.to("cuda")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from rlhf.config import NOT_MERGED, PeftSection, Recipe
+from rlhf.config import NOT_MERGED, STEPPED_WHOLE, PeftSection, Recipe
 from rlhf.footprint import Footprint, decoding_pass, scoring_pass, training_pass
 from rlhf.hardware import Card
 from rlhf.plan import plan_ppo, world_size
@@ -200,7 +200,8 @@ def policy_spec(recipe: Recipe, shapes: Shapes, trained: bool = True, sft: bool 
     peft = recipe.model.peft
     how = sharding(recipe)
     # SFT of all weights loads float32 weights, which DeepSpeed converts.
-    dtype = "float32" if sft and not peft.on and how.processes == 1 else recipe.model.dtype
+    whole = sft and peft.method in STEPPED_WHOLE and how.processes == 1
+    dtype = "float32" if whole else recipe.model.dtype
     return ModelSpec(shapes.policy, dtype, recipe.model.attention, peft=_on(peft, trained), partitioned=how.stage == 3)
 
 

@@ -53,6 +53,7 @@ def load_policy(
     dropout: float = 0.0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     merged: bool = False,
+    one_type: bool = False,
 ) -> PreTrainedModel:
     """A causal language model that fits its tokenizer (`tokenizer`, else the one beside it), dropout set, in eval mode.
 
@@ -61,6 +62,7 @@ def load_policy(
 
     Args:
         merged: an adapter is written into the weights where that can be done, for a model that is not trained.
+        one_type: an adapter's weights are rounded to the model's type, as DeepSpeed rounds those that it trains.
 
     Raises:
         UserError: no such model, a reward model, weights missing from it, or another base than the adapter's.
@@ -68,8 +70,9 @@ def load_policy(
     if adapter := find_adapter(name_or_dir):
         if adapter.scalar:
             raise _not_a_policy("a reward model's adapter", str(name_or_dir))
-        policy = load_policy(adapter.base.name, model, dropout, tokenizer or _tokenizer(adapter.folder, model))
-        return _with(adapter, policy, merged)
+        tokenizer = tokenizer or _tokenizer(adapter.folder, model)
+        policy = load_policy(adapter.base.name, of_base(adapter, model), dropout, tokenizer)
+        return _with(adapter, policy, merged, one_type)
     where = resolve_model(name_or_dir)
     config = load_config(where, model)
     if is_classifier(config):
@@ -112,7 +115,7 @@ def new_reward_model(
     peft = None if peft is None or not peft.on else peft
     if adapter := find_adapter(policy_dir):
         tokenizer = _tokenizer(adapter.folder, model)
-        reward = _new_scalar(adapter.base.name, model, adapter.keep_layers, head_init, tokenizer)
+        reward = _new_scalar(adapter.base.name, of_base(adapter, model), adapter.keep_layers, head_init, tokenizer)
         if keep_layers:
             cut_layers(reward, keep_layers)
             reward.kept_layers = keep_layers
@@ -167,7 +170,7 @@ def load_reward_model(name_or_dir: str | Path, model: ModelSection, merged: bool
             raise _no_reward_model("a policy's adapter", str(name_or_dir))
         tokenizer = _tokenizer(adapter.folder, model)
         # The zero head takes no draw from the generator, and the adapter brings its own.
-        reward = _new_scalar(adapter.base.name, model, adapter.keep_layers, "zero", tokenizer)
+        reward = _new_scalar(adapter.base.name, of_base(adapter, model), adapter.keep_layers, "zero", tokenizer)
         return _with(adapter, reward, merged)
     where = resolve_model(name_or_dir)
     config = load_config(where, model)
@@ -189,24 +192,33 @@ def load_reward_model(name_or_dir: str | Path, model: ModelSection, merged: bool
     return fit_to_tokenizer(reward, _tokenizer(where, model))
 
 
-def put_on(adapter: AdapterFolder, model: PreTrainedModel) -> PreTrainedModel:
+def of_base(adapter: AdapterFolder, model: ModelSection) -> ModelSection:
+    """The settings to load an adapter's base with: code that it brings is run if the recipe names that very base."""
+    trusted = model.trust_remote_code and adapter.base.name == _name(model.name)
+    return model.model_copy(update={"trust_remote_code": trusted})
+
+
+def put_on(adapter: AdapterFolder, model: PreTrainedModel, one_type: bool = False) -> PreTrainedModel:
     """A plain model of the adapter's base with the adapter on it, in place, trainable and normalised.
+
+    Args:
+        one_type: as of `load_policy`.
 
     Raises:
         UserError: when the file holds other weights than the method trains.
     """
     # The weights that are drawn here are replaced: no other draw of the run is to depend on them.
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        add_adapter(model, adapter.peft)
+        add_adapter(model, adapter.peft, one_type)
     copy_into(model, adapter)
     return _normalised_as(adapter, model).eval()
 
 
-def _with(adapter: AdapterFolder, model: PreTrainedModel, merged: bool) -> PreTrainedModel:
+def _with(adapter: AdapterFolder, model: PreTrainedModel, merged: bool, one_type: bool = False) -> PreTrainedModel:
     """Its base with the adapter on it, or in it."""
     adapter.check_base()
     if not merged or why_not_mergeable(adapter.peft):
-        return put_on(adapter, model)
+        return put_on(adapter, model, one_type)
     _merge(adapter, model)
     return _normalised_as(adapter, model)
 

@@ -19,7 +19,8 @@ from rlhf.adapters import add_adapter, peft_of
 from rlhf.config import VIRTUAL_TOKENS, ModelSection, PeftSection, Recipe
 from rlhf.errors import UserError
 from rlhf.merging import why_not_mergeable
-from rlhf.models import check_method, load_policy, load_reward_model, put_on
+from rlhf.models import check_method, load_policy, load_reward_model, of_base, put_on
+from rlhf.sharding import processes
 from rlhf.shared_base import one_base, policies_share, policy_twin, scalar_twin
 from rlhf.zero import frozen, trained, zero_stage
 
@@ -46,30 +47,39 @@ def load_networks(recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch
     leaving = partial(frozen, recipe, device, leaves=True)
     return PpoNetworks(
         policy=trained(recipe, lambda: policy_to_train(sft_dir, recipe.model)),
-        reference=leaving(lambda: load_policy(sft_dir, recipe.model, merged=not recipe.model.peft.on)),
+        reference=leaving(lambda: _reference(sft_dir, recipe)),
         value=trained(recipe, lambda: value_to_train(reward_dir, recipe)),
         reward=leaving(lambda: load_reward_model(reward_dir, recipe.model)),
         bases="each of the four networks has a base of its own" if recipe.model.peft.on else "",
     )
 
 
+def _reference(sft_dir: Path, recipe: Recipe) -> PreTrainedModel:
+    return load_policy(sft_dir, recipe.model, merged=not recipe.model.peft.on, one_type=_rounded(recipe))
+
+
+def _rounded(recipe: Recipe) -> bool:
+    """Whether DeepSpeed rounds the policy's adapter: so must be the reference's, or KL does not start at 0."""
+    return processes() > 1 and recipe.model.dtype == "bfloat16"
+
+
 def _on_one_base(recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch.device) -> PpoNetworks:
     """Policy and reference on one base, and value and reward model too where they can be."""
     peft, sft, judge = recipe.model.peft, find_adapter(sft_dir), find_adapter(reward_dir)
-    base = str(sft_dir)
+    base, section = str(sft_dir), recipe.model
     if sft is not None:
         check_method(sft, peft)
         sft.check_base()
-        base = sft.base.name
-    policy = trained(recipe, lambda: load_policy(base, recipe.model))
+        base, section = sft.base.name, of_base(sft, recipe.model)
+    policy = trained(recipe, lambda: load_policy(base, section))
     reference = policy_twin(policy)
     twins: list[PreTrainedModel | None] = [None, None]
     if judge is not None and one_base(recipe, zero_stage(recipe)) and judge.base.hash == base_hash(base):
         check_method(judge, recipe.reward_peft)
-        twins = [scalar_twin(policy, judge.keep_layers, recipe.model.trust_remote_code) for _ in twins]
+        twins = [scalar_twin(policy, judge.keep_layers, section.trust_remote_code) for _ in twins]
     size = sum(p.numel() * p.element_size() for p in policy.parameters()) / 1e9
     if sft is not None:
-        policy, reference = put_on(sft, policy), put_on(sft, reference)
+        policy, reference = (put_on(sft, model, _rounded(recipe)) for model in (policy, reference))
     else:
         policy = add_first(peft, policy, sft_dir)
     reference.requires_grad_(False).to(device)

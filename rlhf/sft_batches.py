@@ -79,7 +79,7 @@ class Trainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the weights of a checkpoint: with an adapter those that are trained, for the base is an input.
 
-        The trainer reads them with `strict=False`.
+        The trainer reads them with `strict=False`. Under ZeRO-3 it may give none: then DeepSpeed's own files hold them.
         """
         if peft_of(self.model) is None:
             super()._save(output_dir, state_dict)
@@ -87,7 +87,8 @@ class Trainer(SFTTrainer):
             weights = self.model.state_dict() if state_dict is None else state_dict
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            trained = {name: weights[name].detach().cpu().contiguous() for name in trainable(self.model)}
+            trained = {name: weights[name] for name in trainable(self.model) if name in weights}
+            trained = {name: weight.detach().cpu().contiguous() for name, weight in trained.items()}
             save_file(trained, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
     @property

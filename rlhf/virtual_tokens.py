@@ -55,7 +55,17 @@ def add_virtual_tokens(model: PreTrainedModel, peft: PeftSection) -> None:
     """Put virtual tokens before every row that the model's body sees, in place; drawn from the global generator.
 
     The body's `forward` takes what transformers' takes, and keeps a cache's positions of virtual tokens to itself.
+
+    Raises:
+        UserError: for MPT, whose attention counts distances in columns: those to virtual tokens would hold a row's
+            padding too; and as of `VirtualTokens`.
     """
+    if model.config.model_type == "mpt":
+        raise UserError(
+            "MPT's attention counts padding as distance, and virtual tokens stand before a row's padding",
+            f"model.peft.method={peft.method}",
+            "take a method without virtual tokens, as lora, or another architecture",
+        )
     # OPT's language model calls the decoder inside its body, and so does the body: the tokens go before both.
     body: Any = model.get_decoder()
     body.virtual_tokens = VirtualTokens(model.config, model.get_input_embeddings(), peft)

@@ -326,7 +326,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
     reward_dir = ctx.run.model_dir("reward")
     if reward_dir.is_dir():
         ctx.use(reward_dir)
-        reward_model = frozen(recipe, ctx.device, lambda: load_reward_model(reward_dir, recipe.model, merged=True))
+        reward_model = frozen(recipe, ctx.device, lambda: load_reward_model(reward_dir, recipe.model))
         check_probes(reward_model, reward_dir)
         add_scores(recipe, reward_model, answers)
         del reward_model

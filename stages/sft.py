@@ -4,7 +4,7 @@ data       demonstrations, split by prompt; too long ones dropped and counted; o
 rows       prompt and response as one row; loss on the response and its EOS only, on every token of a text
 train      TRL's SFTTrainer: packed rows whose documents do not see each other, cosine to a tenth of the rate
 validate   mean loss per response token on held-out demonstrations, before and after
-save       a plain Hugging Face folder, adapters merged
+save       a plain Hugging Face folder, or the adapter alone (rlhf/adapter_folder.py)
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
+from rlhf.adapter_folder import has_adapter
 from rlhf.adapters import add_adapter
-from rlhf.config import Recipe
+from rlhf.config import STEPPED_WHOLE, Recipe
 from rlhf.errors import UserError
 from rlhf.models import check_context, load_policy, load_tokenizer, resolve_model, save_model
 from rlhf.phases import phase
@@ -347,6 +348,12 @@ def write_policy(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: P
 def work(ctx: StageContext) -> dict[str, Any]:
     """The stage, from demonstrations to the SFT policy."""
     recipe, drops = ctx.recipe, Drops()
+    if has_adapter(recipe.model.name):
+        raise UserError(
+            f"{recipe.model.name} holds an adapter, and SFT starts from plain weights",
+            "model.name",
+            "name its base, or what `rlhf export` writes of it",
+        )
     base = resolve_model(recipe.model.name)
     if Path(base).is_dir():
         ctx.use(Path(base))
@@ -359,7 +366,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
 
     torch.manual_seed(recipe.run.seed)
     section = recipe.model
-    if section.peft.method in ("none", "bitfit"):
+    if section.peft.method in STEPPED_WHOLE:
         # The optimiser needs float32 weights: an update of 1e-5 is lost in a bfloat16 weight of 0.01. Adapters are.
         section = section.model_copy(update={"dtype": "float32"})
 

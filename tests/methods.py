@@ -58,7 +58,7 @@ LINEAR = {
 }
 LINEAR["gpt2"] = ["c_attn", "c_proj", "c_fc"]
 # Maps whose outputs IA3 scales, and those whose inputs it does.
-IA3 = {"llama": (r"[kv]_proj", "down_proj"), "qwen2": (r"[qv]_proj", "down_proj"), "gpt2": ("c_attn", r"mlp\.c_proj")}
+IA3 = {"llama": (r"[kv]_proj", "down_proj"), "qwen2": (r"[kv]_proj", "down_proj"), "gpt2": ("c_attn", r"mlp\.c_proj")}
 SCALAR = {"llama": LlamaForSequenceClassification, "gpt2": GPT2ForSequenceClassification}
 SCALAR |= {"qwen2": Qwen2ForSequenceClassification, "opt": OPTForSequenceClassification}
 ByHand = Callable[[list[int]], Tensor]

@@ -199,6 +199,8 @@ def test_the_hash_is_of_config_and_weights(tiny_dir, tmp_path) -> None:
     before = base_hash(str(base))
     assert before == base_hash(tiny_dir) and len(before) == 64
     (base / "README.md").write_text("x")
+    (base / "optimizer.bin").write_text("no weights of the model")
+    edit(base / "config.json", transformers_version="4.0.0")  # saved again by another version
     assert base_hash(str(base)) == before
     weights = base / "model.safetensors"
     stamp = weights.stat()
@@ -232,6 +234,35 @@ def test_another_base_is_refused(tiny_dir, tmp_path) -> None:
     with pytest.raises(UserError) as error:
         load_policy(folder, SECTION)
     assert refusal(error)[1] == str(base)
+
+
+def test_an_adapter_on_an_adapter_is_refused(folders, tmp_path) -> None:
+    below = folders["llama", "lora"]
+    folder = copy_of(below, tmp_path / "model")
+    for base in (below, folder):  # and one on itself
+        edit(folder / "adapter.json", base={"name": str(base), "hash": "00"})
+        with pytest.raises(UserError) as error:
+            load_policy(folder, SECTION)
+        what, where, fix = refusal(error)
+        assert f"the base {base} is an adapter itself" in what and where == str(folder / "adapter.json")
+        assert "rlhf export" in fix
+
+
+def test_code_of_a_base_is_run_only_if_the_recipe_names_that_base(tiny_dir, folders, tmp_path) -> None:
+    """The record of a folder from elsewhere names a base that brings a program."""
+    base = copy_of(tiny_dir, tmp_path / "base")
+    edit(base / "config.json", auto_map={"AutoConfig": "evil.Config"}, model_type="evil")
+    (base / "evil.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\nclass Config: pass\n")
+    folder = copy_of(folders["llama", "lora"], tmp_path / "model")
+    edit(folder / "adapter.json", base={"name": str(base), "hash": "00"})
+    trusting = SECTION.model_copy(update={"trust_remote_code": True})
+    for load in (load_policy, new_reward_model):
+        with pytest.raises(UserError):
+            load(folder, trusting)
+    assert not (tmp_path / "was_run").exists()
+    with pytest.raises(Exception):  # noqa: B017 (whatever comes of that program)
+        load_policy(folder, trusting.model_copy(update={"name": str(base)}))
+    assert (tmp_path / "was_run").exists()
 
 
 def test_a_base_that_was_never_loaded_is_named() -> None:

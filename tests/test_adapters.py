@@ -29,21 +29,28 @@ from test_scoring import EOS, PAIRS, by_hand
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     DynamicCache,
     FalconConfig,
     FalconForCausalLM,
+    Gemma2Config,
     GPT2Config,
     GPTNeoConfig,
+    GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MistralForCausalLM,
+    MptConfig,
+    OPTConfig,
+    PhiConfig,
     PhimoeConfig,
     Qwen2Config,
 )
 
 from rlhf import rollout
 from rlhf.adapters import add_adapter, peft_of, trainable
-from rlhf.config import PeftSection
+from rlhf.config import VIRTUAL_TOKENS, PeftSection
 from rlhf.decoding import ModelDecoding, decoding_for
 from rlhf.errors import UserError
 from rlhf.models import check_context, recompute_activations
@@ -76,7 +83,7 @@ COUNTS = {
     ("qwen2", "dora"): 2 * (3 * 464 + 224),
     ("llama", "ia3"): 2 * (16 + 16 + 48),  # keys, values, inner activations
     ("gpt2", "ia3"): 2 * (96 + 128),  # queries, keys and values are one map
-    ("qwen2", "ia3"): 2 * (32 + 16 + 48),  # peft's choice: queries, not keys
+    ("qwen2", "ia3"): 2 * (16 + 16 + 48),
     ("gpt2", "bitfit"): 2 * (32 + 96 + 32 + 32 + 128 + 32) + 32,  # and the last norm
     ("qwen2", "bitfit"): 2 * (32 + 16 + 16),
     **{(kind, "adapter"): 2 * (32 * 5 + 5 + 5 * 32 + 32) for kind in ("llama", "gpt2")},
@@ -369,7 +376,58 @@ def test_an_adapter_is_refused_behind_a_layer_without_a_module_for_it() -> None:
     assert fix.startswith("take lora")
 
 
-def test_ia3_is_refused_on_an_architecture_that_peft_does_not_know() -> None:
+SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+IA3_MAPS = [  # keys, values, the last of the MLP; with queries where they are one map
+    (OPTConfig(word_embed_proj_dim=32, ffn_dim=48, **SMALL), {"k_proj": 32, "v_proj": 32, "fc2": 48}),
+    (PhiConfig(intermediate_size=48, **SMALL), {"k_proj": 32, "v_proj": 32, "fc2": 48}),
+    (Gemma2Config(intermediate_size=48, num_key_value_heads=2, head_dim=8, **SMALL),
+     {"k_proj": 16, "v_proj": 16, "down_proj": 48}),
+    (GPTNeoConfig(vocab_size=50, hidden_size=32, num_layers=1, num_heads=4, attention_types=[[["global"], 1]]),
+     {"k_proj": 32, "v_proj": 32, "c_proj": 128}),
+    (GPTNeoXConfig(intermediate_size=48, **SMALL), {"query_key_value": 96, "dense_4h_to_h": 48}),
+    (BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=4), {"query_key_value": 96, "dense_4h_to_h": 128}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "maps"), IA3_MAPS, ids=lambda each: getattr(each, "model_type", ""))
+def test_ia3_scales_keys_values_and_inner_activations_whatever_they_are_called(config, maps) -> None:
+    model = add_adapter(AutoModelForCausalLM.from_config(config), METHODS["ia3"])
+    assert {name.split(".")[-3]: weight.numel() for name, weight in trainable(model).items()} == maps
+
+
+def test_a_bottleneck_is_refused_where_the_feed_forward_layer_adds_the_residual() -> None:
+    model = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=4))
+    with pytest.raises(UserError) as error:
+        add_adapter(model, METHODS["adapter"])
+    what, where, _ = parts(error.value)
+    assert what.startswith("BloomMLP adds the residual itself") and where == "model.peft.method=adapter"
+
+
+def test_a_bottleneck_goes_behind_experts_too_and_leaves_their_routers_scores() -> None:
+    """GPT-OSS's feed-forward layer gives (hidden states, scores)."""
+    torch.manual_seed(0)
+    config = GptOssConfig(intermediate_size=32, num_key_value_heads=2, head_dim=8, num_local_experts=2,
+                          num_experts_per_tok=1, layer_types=["full_attention"], **SMALL)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.tensor([ROW])
+    with torch.no_grad():
+        before = model(ids).logits
+        add_adapter(model, METHODS["adapter"])
+        assert torch.equal(model(ids).logits, before)
+        stir(model)
+        assert not torch.allclose(model(ids).logits, before, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", VIRTUAL_TOKENS)
+def test_virtual_tokens_are_refused_where_padding_counts_as_distance(method: str) -> None:
+    model = AutoModelForCausalLM.from_config(MptConfig(vocab_size=50, d_model=32, n_heads=4, n_layers=1))
+    with pytest.raises(UserError) as error:
+        add_adapter(model, METHODS[method])
+    what, where, _ = parts(error.value)
+    assert what.startswith("MPT's attention counts padding") and where == f"model.peft.method={method}"
+
+
+def test_ia3_is_refused_where_there_is_no_map_for_it() -> None:
     config = PhimoeConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=2,
@@ -377,7 +435,8 @@ def test_ia3_is_refused_on_an_architecture_that_peft_does_not_know() -> None:
     with pytest.raises(UserError) as error:
         add_adapter(AutoModelForCausalLM.from_config(config), METHODS["ia3"])
     what, where, fix = parts(error.value)
-    assert "phimoe" in what and where == "model.peft.method=ia3" and "llama" in fix
+    assert "phimoe is known to make the feed-forward layer's output" in what
+    assert where == "model.peft.method=ia3" and "Llama" in fix
 
 
 def test_the_context_must_hold_virtual_tokens_too() -> None:

@@ -177,6 +177,8 @@ def test_disk_need_counts_models_of_unfinished_stages(tmp_path: Path) -> None:
     assert pipeline.disk_need(often) == (1 + 9) * 1000 + (2 + 18) * 1000
     lora = load_recipe("tiny", [*overrides, "model.peft.method=lora"])
     assert pipeline.disk_need(lora) == 0  # adapters alone are written, and they are small
+    spread = load_recipe("tiny", [*overrides, "model.peft.method=lora", "launch.processes=2", "launch.zero_stage=2"])
+    assert pipeline.disk_need(spread) == 1000  # DeepSpeed's checkpoint of SFT holds the base
     judge = [*overrides, "model.peft.method=lora", "reward.peft.method=none", "run.stages=[sft,rank,reward,ppo]"]
     # All weights of the reward model, and in PPO's checkpoints of the value model.
     assert pipeline.disk_need(load_recipe("tiny", judge)) == (1 + 3) * 1000 + 9 * 1000
