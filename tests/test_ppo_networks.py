@@ -12,6 +12,7 @@ from methods import CACHED, EMBEDDED, MERGED, METHODS, stir
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf import ppo_networks
 from rlhf.adapters import add_adapter, peft_of, trainable
 from rlhf.config import ModelSection, PeftSection, Recipe
 from rlhf.errors import UserError
@@ -208,6 +209,26 @@ def test_four_adapters_on_one_base(method: str, run: Path) -> None:
     check_starts(
         networks, load_policy(run / f"sft-{method}", SECTION), value_to_train(run / f"reward-{method}", recipe(method))
     )
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_where_deepspeed_rounds_the_policys_adapter_the_references_is_rounded_too(
+    zero: int, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on several processes; what DeepSpeed does to the policy is done by hand."""
+    monkeypatch.setattr(ppo_networks, "processes", lambda: 2)
+    monkeypatch.setattr(ppo_networks, "zero_stage", lambda recipe: zero)
+    given = recipe("lora")
+    given = given.model_copy(update={"model": given.model.model_copy(update={"dtype": "bfloat16"})})
+    networks = load(run, "lora", "lora", given)
+    assert same_base(networks.policy, networks.reference) == (zero == 2)
+    for weight in networks.policy.parameters():  # and no buffers
+        weight.data = weight.data.to(torch.bfloat16)
+    assert torch.equal(logits(networks.policy), logits(networks.reference))
+    monkeypatch.setattr(ppo_networks, "processes", lambda: 1)
+    kept = load(run, "lora", "lora", given)
+    assert torch.equal(logits(kept.policy), logits(kept.reference))
+    assert not torch.equal(logits(kept.policy), logits(networks.policy)), "a single process keeps float32"
 
 
 def test_without_a_method_there_are_four_models(run: Path) -> None:

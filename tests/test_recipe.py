@@ -78,6 +78,7 @@ def test_recipe_names_are_the_files() -> None:
         ("rank.outputs_per_prompt=17", ["at least 2 and at most 16"]),
         ("rank.agreement=0.5", ["above 0.5 and at most 1"]),
         ("sft.packing=maybe", ["true or false"]),
+        ("model.peft={method: prompt, last_layers: 2}", ["model.peft is a section"]),
         ("launch.zero_stage=4", ["launch.zero_stage is 4", "one of: 0, 1, 2, 3"]),
         ("launch.zero_stage=true", ["launch.zero_stage is True"]),
         ("reward.ties=keep", ["one of: drop, half"]),

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.adapters import add_adapter, peft_of, trainable
 from rlhf.config import ModelSection, PeftSection, Recipe, TrackingSection
 from rlhf.errors import UserError
-from rlhf.models import load_policy
+from rlhf.models import load_policy, save_model
 from rlhf.prompting import Encoded, encode_prompt, encode_response
 from rlhf.records import Demonstration, Drops, Prompt
 from rlhf.saving import Checkpoints
@@ -222,6 +222,17 @@ def test_adapters_train_and_are_saved_alone(tiny_dir, encoded, tiny_tokenizer, t
     changed = {name for name, p in merged.named_parameters() if not torch.equal(p, base[name])}
     assert len(changed) == 14 and all(".layers.2." in name or ".layers.3." in name for name in changed)
     assert validation_loss(merged, encoded) == pytest.approx(validation_loss(trainer.model, encoded), rel=1e-5)
+
+
+def test_a_model_that_is_an_adapter_is_refused(tiny_dir, tiny_tokenizer, tmp_path, capsys) -> None:
+    policy = add_adapter(load_policy(tiny_dir, ModelSection(name="tiny")), PeftSection(method="lora"))
+    save_model(policy, tiny_tokenizer, tmp_path / "model")
+    for method in ("none", "lora", "prompt"):
+        more = [f"run.dir={tmp_path}", f"run.name={method}", f"model.peft.method={method}", "sft.packing=false"]
+        more += ["reward.peft.method=model", "tracking.wandb=disabled"]
+        assert main(["tiny", f"model.name={tmp_path / 'model'}", *more]) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert "holds an adapter, and SFT starts from plain weights where: model.name fix: name its base" in told
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tiny_policy, encoded, tiny_tokenizer, tmp_path) -> None:
