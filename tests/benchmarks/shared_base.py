@@ -27,6 +27,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "LoRA on the last 10 layers, one base": (*LORA, *LAST),
     "bottleneck adapters, one base": ("model.peft.method=adapter", *RATES),
     "prefix tuning, one base": ("model.peft.method=prefix", *RATES),
+    "LoRA, one base, activations recomputed": (*LORA, "launch.gradient_checkpointing=true"),
 }
 PHASES = ("rollout", "score", "train")
 
