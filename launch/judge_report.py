@@ -11,8 +11,9 @@ from typing import Any
 from rlhf.allocator import keep_freed_memory
 from rlhf.config import Recipe
 from rlhf.errors import UserError
-from rlhf.judge import Judge, check_judge, make_reader
+from rlhf.judge import Judge, check_judge, make_reader, question_key
 from rlhf.judge_eval import Graded, fitting_all, graded, measure, questions, templates_of
+from rlhf.judge_examples import why_not_calibrated
 from rlhf.judge_search import candidates, comments, cut, search
 from rlhf.judge_template import Template, template_names, write_template
 from rlhf.progress import Progress, console, table, warn
@@ -43,7 +44,7 @@ def compare_templates(
     _tell(drops)
     rows: list[dict[str, Any]] = []
     for judge in judges:
-        rows.append(_measured(judge, items, recipe.run.seed))
+        rows.append(_measured(judge, items, recipe))
         if out:
             write_atomic(out, json.dumps(_about(recipe, files, drops) | {"templates": rows}, indent=1) + "\n")
     _show(f"{_model(recipe)} on {rows[0]['pairs']} pairs of {rows[0]['prompts']} prompts", rows)
@@ -85,7 +86,7 @@ def search_template(
     path = out.with_suffix(".json")
 
     def watch(judge: Judge, items: Sequence[Graded], part: str) -> dict[str, Any]:
-        row = _measured(judge, items, seed, part)
+        row = _measured(judge, items, recipe, part)
         rows.append({"part": part} | row)
         write_atomic(path, json.dumps(_about(recipe, files, drops) | {"so_far": rows}, indent=1) + "\n")
         return row
@@ -109,18 +110,20 @@ def _judges(recipe: Recipe, templates: Sequence[Template], answers: Path | None)
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
         keep_freed_memory()
     for template in templates:
-        if recipe.judge.calibrate and template.reasons:
-            raise UserError(f"{template.name} reasons", "judge.calibrate", "leave it out, or do not calibrate")
+        if recipe.judge.calibrate and (why := why_not_calibrated(template)):
+            raise UserError(why, "judge.calibrate", "leave the template out, or do not calibrate")
     reader, identity = make_reader(recipe)
     if answers:
         answers.parent.mkdir(parents=True, exist_ok=True)
     return [Judge(template, reader, answers, identity, recipe.judge.calibrate) for template in templates]
 
 
-def _measured(judge: Judge, items: Sequence[Graded], seed: int, part: str = "") -> dict[str, Any]:
+def _measured(judge: Judge, items: Sequence[Graded], recipe: Recipe, part: str = "") -> dict[str, Any]:
+    seed, tie_margin = recipe.run.seed, recipe.judge.tie_margin
     name = f"{judge.template.name}{f' ({part})' if part else ''}"
-    with Progress(name, total=len(questions(judge, items)), unit="questions") as progress:
-        return measure(judge, items, seed, progress.advance)
+    new = [question for question in questions(judge, items) if question_key(question) not in judge.answers]
+    with Progress(name, total=len(new), unit="questions") as progress:
+        return measure(judge, items, seed, progress.advance, tie_margin)
 
 
 def _about(recipe: Recipe, files: Sequence[str], drops: Drops) -> dict[str, Any]:
@@ -144,17 +147,19 @@ def _tell(drops: Drops) -> None:
 
 def _show(title: str, rows: Sequence[dict[str, Any]]) -> None:
     def interval(row: dict[str, Any], name: str, scale: float = 100, digits: int = 1) -> str:
-        mean, low, high = (f"{scale * row[name + end]:.{digits}f}" for end in ("", "_low", "_high"))
-        return f"{mean} [{low}, {high}]"
+        mean, *ends = (None if (x := row[name + end]) is None else scale * x for end in ("", "_low", "_high"))
+        told = f"{mean:.{digits}f}"
+        return told if None in ends else f"{told} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
 
     bias = [row["position"] for row in rows]
     table(
         title,
-        ["template", "right, %", "flips, %", "shift to first", "questions/s"],
+        ["template", "right, %", "ties, %", "flips, %", "shift to first", "questions/s"],
         [
             [
                 row["template"],
                 interval(row, "accuracy"),
+                f"{100 * row['ties']:.0f}",
                 interval(position, "flips", digits=0) if position else "-",
                 interval(position, "shift", 1, 2) if position else "-",
                 row["questions_per_s"],
@@ -170,6 +175,8 @@ def _show(title: str, rows: Sequence[dict[str, Any]]) -> None:
             for row in rows
         ],
     )
+    for row in (row for row in rows if row["prompts_refused"]):
+        warn(f"{row['template']}: {row['prompts_refused']} prompts left out: a question is too long for the endpoint")
     for row in (row for row in rows if row["answers_with_bounds"]):
         warn(
             f"{row['template']}: in {row['answers_with_bounds']} of {row['answers']} answers a label was not among the "

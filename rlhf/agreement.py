@@ -130,7 +130,7 @@ def pairwise(compared: Sequence[Comparison], ties: Ties = HEADLINE, seed: int = 
 def kendall(compared: Sequence[Comparison], seed: int = 0) -> Estimate:
     """Mean tau-b of the comparisons in which neither ranking ties everything."""
     taus = [(c.prompt, tau_b(c.tally)) for c in compared]
-    return ratio([(prompt, tau, 1) for prompt, tau in taus if not math.isnan(tau)], seed)
+    return ratio([(prompt, tau, 1) for prompt, tau in taus if not math.isnan(tau)], seed, span=(-1.0, 1.0))
 
 
 def of_labeler(compared: Iterable[Comparison], name: str) -> list[Comparison]:
@@ -148,16 +148,23 @@ def windows(compared: Iterable[Comparison], count: int) -> list[list[Comparison]
     return [timed[a:b] for a, b in itertools.pairwise(edges)]
 
 
-def ratio(parts: Sequence[tuple[str, float, float]], seed: int = 0, shares: bool = False) -> Estimate:
+def ratio(
+    parts: Sequence[tuple[str, float, float]],
+    seed: int = 0,
+    shares: bool = False,
+    span: tuple[float, float] = (0.0, 1.0),
+) -> Estimate:
     """Sum of numerators over sum of denominators, with an interval over prompts.
 
     The interval is the percentile bootstrap over prompts. Where every prompt gives one pair alone (`shares`), pairs are
-    independent, and Wilson's interval (1927) is right and does not shrink to a point at 0 and 1. The standard error is
+    independent, and Wilson's interval (1927) is right; where all prompts have one ratio, resampling them shows no
+    spread however few they are, and it is Wilson's for so many cases of that share of `span`. The standard error is
     that of a ratio of prompt totals, linearised: sqrt(m / (m - 1) sum (a - r b)^2) / sum b (Cochran 1977, section 6).
 
     Args:
         parts: (prompt, numerator, denominator), any number for a prompt.
         shares: whether a prompt whose denominator is 1 has a numerator of 0 or 1.
+        span: the least and the greatest ratio that a prompt can have.
     """
     sums: dict[str, list[float]] = {}
     for prompt, above, below in parts:
@@ -169,9 +176,11 @@ def ratio(parts: Sequence[tuple[str, float, float]], seed: int = 0, shares: bool
     a, b = np.array(list(sums.values())).T
     value, m = float(a.sum() / b.sum()), len(a)
     error = math.sqrt(m / (m - 1) * ((a - value * b) ** 2).sum()) / b.sum() if m > 1 else math.nan
-    alone = shares and bool((b == 1).all())
-    low, high = wilson(value, m) if alone else _bootstrap(a, b, seed)
-    return Estimate(value, low, high, float(error), float(b.sum()), m, "wilson" if alone else "bootstrap")
+    if (shares and bool((b == 1).all())) or (m > 1 and float(np.ptp(a / b)) < 1e-12):
+        least, width = span[0], span[1] - span[0]
+        low, high = (least + width * end for end in wilson((value - least) / width, m))
+        return Estimate(value, low, high, float(error), float(b.sum()), m, "wilson")
+    return Estimate(value, *_bootstrap(a, b, seed), float(error), float(b.sum()), m, "bootstrap")
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:

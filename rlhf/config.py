@@ -158,7 +158,7 @@ class JudgeSection(Section):
     tie_margin: float = Field(
         0.02, ge=0, le=1, description="outputs tie whose win probabilities, or shares of the points, differ by no more"
     )
-    calibrate: bool = Field(False, description="contextual calibration (Zhao et al. 2021); not with reasoning")
+    calibrate: bool = Field(False, description="contextual calibration (Zhao et al. 2021), of points without reasoning")
     reasoning_tokens: int = Field(96, ge=1, le=8192, description="most that a chain-of-thought template lets it write")
     max_tokens: int = Field(
         2048, ge=0, description="longest question to a local judge; what is longer is dropped, counted; 0: its context"

@@ -35,6 +35,7 @@ def compare(
     seed: int = 0,
     advance: Callable[[int], None] | None = None,
     judgements: int = 1,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[list[float]]:
     """How often side a wins: for each prompt and sample the mean of `judgements` x 2 answers, each in {0, 0.5, 1}.
 
@@ -46,6 +47,7 @@ def compare(
         outputs_a, outputs_b: per prompt the same number of samples.
         advance: called with 1 after every prompt, for progress.
         judgements: how often each order is asked, as of so many labelers; leaves the expected win rate as it is.
+        stop: asked before every prompt; when true, what follows is left out.
 
     Raises:
         ValueError: when the two sides have different shapes.
@@ -53,6 +55,8 @@ def compare(
     wins = []
     order_seeds = np.random.default_rng(seed)
     for prompt, side_a, side_b in zip(prompts, outputs_a, outputs_b, strict=True):
+        if stop():
+            break
         row = []
         for a, b in zip(side_a, side_b, strict=True):
             answers = []

@@ -16,20 +16,22 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
+from rlhf.adapter_folder import find_adapter
 from rlhf.config import JudgeSection, Recipe
 from rlhf.errors import UserError
 from rlhf.judge_examples import check_judge, judge_template
 from rlhf.judge_template import Template, find_template, template_text
-from rlhf.judging import BothOrders, calibrated, log_odds, normalised, win_log_odds
+from rlhf.judging import BothOrders, calibrated, expected_points, log_odds, normalised, sigmoid, win_log_odds
 from rlhf.models import load_policy, load_tokenizer
+from rlhf.pretrained import load_config
 from rlhf.progress import is_main_process
-from rlhf.records import write_jsonl
+from rlhf.resolve import resolve_model
 from rlhf.rowlog import append_rows, whole_rows
 from rlhf.rundir import hash_path
 from rlhf.verbalizer import Fields, LocalReader, Reading, question_tokens
 
 CONTENT_FREE = ("N/A", "[MASK]", "")  # Zhao et al. 2021, section 5
-KEPT_TOGETHER = 256  # questions asked before their answers go to the log
+KEPT_TOGETHER = 256  # questions to a local model before their answers go to the log
 Triple = tuple[str, str, str]  # a prompt and two outputs
 
 
@@ -41,9 +43,18 @@ class Reader(Protocol):
         ...
 
     def read(
-        self, template: Template, questions: Sequence[Fields], advance: Callable[[int], None] | None = None
+        self,
+        template: Template,
+        questions: Sequence[Fields],
+        advance: Callable[[int], None] | None = None,
+        keep: Callable[[int, Reading], None] | None = None,
     ) -> list[Reading]:
-        """The labels' log-probabilities for every question."""
+        """The labels' log-probabilities for every question.
+
+        Args:
+            advance: called with the number of questions answered.
+            keep: called with the place of a question and its answer as these come, from this process's share at least.
+        """
         ...
 
 
@@ -82,17 +93,42 @@ class Judge:
         keys = [question_key(question) for question in questions]
         new = {key: question for key, question in zip(keys, questions, strict=True) if key not in self.answers}
         for keys_new in batched(new, KEPT_TOGETHER if self.log else len(new) or 1):
-            asked = [new[key] for key in keys_new]
-            found = dict(zip(keys_new, self.reader.read(self.template, asked, advance), strict=True))
+            asked, kept = [new[key] for key in keys_new], set[str]()
+
+            def keep(place: int, reading: Reading, keys_new: list[str] = keys_new, kept: set[str] = kept) -> None:
+                kept.add(keys_new[place])
+                self._keep({keys_new[place]: reading})
+
+            found = dict(zip(keys_new, self.reader.read(self.template, asked, advance, keep), strict=True))
             self.asked += len(asked)
+            self._keep({key: reading for key, reading in found.items() if key not in kept})
             self.answers |= found
-            if self.log and is_main_process():
-                _append(self.log, self.identity, found)
         return [self.answers[key] for key in keys]
 
+    def _keep(self, answers: dict[str, Reading]) -> None:
+        """Remember answers, on disk too where there is a log."""
+        self.answers |= answers
+        if self.log and answers and is_main_process():
+            rows = [{"judge": self.identity, "question": key, **found._asdict()} for key, found in answers.items()]
+            append_rows(self.log, rows)
+
+    def answered(self, questions: Sequence[Fields], advance: Callable[[int], None] | None = None) -> bool:
+        """Whether all of these have an answer; an endpoint refuses those that are too long for its model."""
+        return not any(reading.refused for reading in self.readings(questions, advance))
+
     def labels(self, questions: Sequence[Fields], advance: Callable[[int], None] | None = None) -> list[list[float]]:
-        """Log-probabilities of the labels for every question, calibrated where asked for; they sum to 1."""
+        """Log-probabilities of the labels for every question, calibrated where asked for; they sum to 1.
+
+        Raises:
+            UserError: for a question that the endpoint refuses as too long.
+        """
         read = self.readings(questions, advance)
+        if any(reading.refused for reading in read):
+            raise UserError(
+                "a question is too long for the endpoint's model",
+                "judge.endpoint",
+                "take a model with a longer context, a shorter template, or lower data.max_prompt_tokens",
+            )
         if self.content_free:
             return [calibrated(reading.logprobs, self.content_free) for reading in read]
         return [normalised(reading.logprobs) for reading in read]
@@ -115,17 +151,30 @@ class Judge:
         points = self.labels(self.asking(triples), advance)
         return [win_log_odds(a, b) for a, b in zip(points[::2], points[1::2], strict=True)]
 
+    def gaps(self, triples: Sequence[Triple], advance: Callable[[int], None] | None = None) -> list[float]:
+        """By how much each triple's first output is above the second, from -1 to 1, as `JudgeLabeler` ranks the two.
+
+        The difference of their probabilities to win, or of their expected points as a share of the scale.
+        """
+        if self.template.kind == "pair":
+            return [2 * sigmoid(both.preference) - 1 for both in self.both_orders(triples, advance)]
+        points = [expected_points(labels) for labels in self.labels(self.asking(triples), advance)]
+        return [(a - b) / (len(self.template.labels) - 1) for a, b in zip(points[::2], points[1::2], strict=True)]
+
+    def about(self, prompt: str, texts: Sequence[str]) -> list[Fields]:
+        """All questions that ranking these outputs comes to."""
+        if self.template.kind == "pair":
+            return self.asking([(prompt, a, b) for i, a in enumerate(texts) for b in texts[:i]])
+        return [_fields(self.template, (prompt, text, "")) for text in texts]
+
     def fits(self, prompt: str, texts: Sequence[str]) -> bool:
         """Whether all questions about these outputs are short enough."""
-        if self.template.kind == "pair":
-            triples = [(prompt, a, b) for i, a in enumerate(texts) for b in texts[:i]]
-        else:
-            triples = [(prompt, text, "") for text in texts]
-        return all(self.reader.fits(self.template, _fields(self.template, triple)) for triple in triples)
+        return all(self.reader.fits(self.template, fields) for fields in self.about(prompt, texts))
 
 
 def doubts(readings: Sequence[Reading], labels: int) -> dict[str, Any]:
     """How sure answers are: mean probability of the labels together, and how many have labels known by a bound."""
+    readings = [reading for reading in readings if not reading.refused]
     return {
         "answers": len(readings),
         "label_mass": fmean(reading.mass for reading in readings) if readings else None,
@@ -161,7 +210,10 @@ def make_reader(recipe: Recipe) -> tuple[Reader, str]:
             cfg.endpoint, cfg.model, cfg.reasoning_tokens, cfg.top_logprobs, cfg.concurrency, cfg.timeout_s
         )
         return endpoint, f"{cfg.endpoint} {cfg.model} top {cfg.top_logprobs} {settings}"
-    return _local_reader(recipe), f"{_content(judge_model(recipe))} {recipe.model.dtype} {settings}"
+    local = _local_reader(recipe)
+    commit = getattr(local.model.config, "_commit_hash", None)  # of a Hub name, which may come to mean other weights
+    chat = sha256(str(local.tokenizer.chat_template).encode()).hexdigest()[:16]  # prompt_format chooses it
+    return local, f"{_content(judge_model(recipe))} {commit} {recipe.model.dtype} chat {chat} {settings}"
 
 
 def judge_model(recipe: Recipe) -> str:
@@ -177,29 +229,45 @@ def judge_files(cfg: JudgeSection) -> list[Path]:
 
 
 def check_room(recipe: Recipe) -> None:
-    """Hold the longest question that the recipe's limits allow to judge.max_tokens, before anything is sampled.
+    """Hold the longest question that the recipe's limits allow to what the judge takes, before anything is sampled.
 
     Raises:
-        UserError: when a prompt and responses of the longest kind would be over it.
+        UserError: when a prompt and responses of the longest kind would be over judge.max_tokens, or over the
+            positions of a local judge's model.
     """
     cfg, data = recipe.judge, recipe.data
-    if cfg.endpoint or not cfg.max_tokens:
+    if cfg.endpoint:
+        return
+    config = load_config(resolve_model(_plain(judge_model(recipe))), recipe.model)
+    positions = getattr(config, "max_position_embeddings", 0)
+    limit = min(filter(None, (cfg.max_tokens, positions)), default=0)
+    if not limit:
         return
     template = judge_template(cfg)
     tokenizer = load_tokenizer(judge_model(recipe), recipe.model.prompt_format, recipe.model.trust_remote_code)
     empty = question_tokens(tokenizer, template, _fields(template, ("", "", "")), cfg.reasoning_tokens)
     outputs = 2 if template.kind == "pair" else 1
     longest = empty + data.max_prompt_tokens + outputs * data.max_response_tokens
-    if longest > cfg.max_tokens:
+    if longest > limit:
+        fix = f"raise it to {longest}, or take a shorter template"
+        if longest > (positions or longest):
+            fix = f"take a shorter template, or another model: this one has positions for {positions}"
         raise UserError(
             f"questions to the judge may have {longest} tokens: {empty} of template {template.name}, "
             f"{data.max_prompt_tokens} of the prompt and {outputs} x {data.max_response_tokens} of responses",
             "judge.max_tokens",
-            f"raise it to {longest}, or take a shorter template",
+            fix,
         )
 
 
+def _plain(name: str) -> str:
+    """The folder or name that holds the config: of an adapter, its base's."""
+    adapter = find_adapter(name)
+    return adapter.base.name if adapter else name
+
+
 def _local_reader(recipe: Recipe) -> LocalReader:
+    """The judge's own model, or the recipe's, in this process."""
     from rlhf.stage import pick_device
     from rlhf.zero import frozen
 
@@ -230,19 +298,10 @@ def batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 def _read_log(path: Path | None, identity: str) -> dict[str, Reading]:
-    """Answers of this judge that the log holds; the file is left with whole lines alone."""
-    found: dict[str, Reading] = {}
-    if path is None or not path.exists():
-        return found
-    rows = whole_rows(path, "its question is asked again")
-    for row in rows:
-        if row["judge"] == identity:
-            found[row["question"]] = Reading(tuple(row["logprobs"]), row["reasoning"], row["bounded"])
-    if is_main_process():
-        write_jsonl(path, rows)
-    return found
-
-
-def _append(path: Path, identity: str, answers: dict[str, Reading]) -> None:
-    """Add answers to the log and wait until they are on disk."""
-    append_rows(path, [{"judge": identity, "question": key, **reading._asdict()} for key, reading in answers.items()])
+    """Answers of this judge that the log holds."""
+    rows = whole_rows(path, ("judge", "question", *Reading._fields), "its question is asked again") if path else []
+    return {
+        row["question"]: Reading(tuple(row["logprobs"]), row["reasoning"], row["bounded"])
+        for row in rows
+        if row["judge"] == identity
+    }

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import UserError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 KEY = "OPENAI_API_KEY"
 LEAST = 1e-9  # probabilities below it are given as this one: endpoints round, and write -9999 for nothing
+SILENT = 20  # answers without any label, from the first on, after which nobody goes on asking
 RETRIES = 4  # of the client, with growing pauses, for answers such as 429 and 503
 
 
@@ -54,6 +56,7 @@ class EndpointReader:
 
         self.url, self.model, self.concurrency = url, model, concurrency
         self.reasoning_tokens, self.top_logprobs = reasoning_tokens, top_logprobs
+        self.answers, self.without = 0, 0  # all answers, and those without any label
         key = os.environ.get(KEY) or "none"  # servers of one's own want none, and the client wants some
         self.client: OpenAI = OpenAI(base_url=url, api_key=key, timeout=timeout_s, max_retries=RETRIES)
 
@@ -62,28 +65,64 @@ class EndpointReader:
         return True
 
     def read(
-        self, template: Template, questions: Sequence[Fields], advance: Callable[[int], None] | None = None
+        self,
+        template: Template,
+        questions: Sequence[Fields],
+        advance: Callable[[int], None] | None = None,
+        keep: Callable[[int, Reading], None] | None = None,
     ) -> list[Reading]:
-        """The labels' log-probabilities for every question.
+        """The labels' log-probabilities for every question; none for one that is over the model's context.
+
+        Args:
+            advance, keep: as of rlhf/judge.py's Reader. What was answered is kept also when another question fails.
 
         Raises:
-            UserError: when the endpoint cannot be reached, refuses, or gives no log-probabilities.
+            UserError: when the endpoint cannot be reached, refuses, gives no log-probabilities, or never a label.
         """
-
-        mine = []
         with ThreadPoolExecutor(self.concurrency) as pool:
-            asked = [pool.submit(self._ask, template, fields) for fields in own(questions)]
+            asked = {pool.submit(self._ask, template, questions[i]): i for i in own(range(len(questions)))}
+            waiting = set(asked)
+
+            def take(future: Future[Reading]) -> None:
+                waiting.remove(future)
+                reading = future.result()
+                if keep:
+                    keep(asked[future], reading)
+
             try:
-                for future in asked:
-                    mine.append(future.result())
+                for future in as_completed(asked):
+                    take(future)
                     if advance:
                         advance(processes())
             except BaseException:
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown(cancel_futures=True)  # waits for those under way, which are paid for
+                for future in list(waiting):
+                    if future.done() and not future.cancelled() and future.exception() is None:
+                        take(future)
                 raise
+        mine = [future.result() for future in asked]
+        self._count(template, mine)
         return gathered(mine)
 
+    def _count(self, template: Template, readings: Sequence[Reading]) -> None:
+        """Raise UserError when the first SILENT answers and all since have no label in them."""
+        self.answers += len(readings)
+        self.without += sum(reading.bounded == len(template.labels) for reading in readings)
+        if self.answers >= SILENT and self.without == self.answers:
+            raise UserError(
+                f"in none of {self.answers} answers a label ({', '.join(template.labels)}) was among the likeliest "
+                "tokens: every pair would tie",
+                f"judge.template {template.name}, judge.endpoint {self.url}, model {self.model}",
+                "take labels of one token, such as A and B, or another template or model",
+            )
+
     def _ask(self, template: Template, fields: Fields) -> Reading:
+        try:
+            return self._answer(template, fields)
+        except TooLong:
+            return Reading(())
+
+    def _answer(self, template: Template, fields: Fields) -> Reading:
         messages, reasoning = chat(template, fields), ""
         if template.reasons:
             said = self._complete(messages, self.reasoning_tokens, {}).message.content or ""
@@ -109,10 +148,19 @@ class EndpointReader:
                 model=self.model, messages=messages, max_tokens=tokens, temperature=0, **more
             )
         except OpenAIError as error:
-            raise _refused(error, self.url, self.model) from error
-        if not answer.choices:
-            raise UserError("the endpoint's answer has no choices", f"judge.endpoint {self.url}", "look at its log")
-        return answer.choices[0]
+            raise _refused(error, self.url, self.model) from None  # its text may hold the key
+        choices = getattr(answer, "choices", None)  # a page that is no answer comes as its text
+        if not choices:
+            raise UserError(
+                "what came back is no answer: it has no choices",
+                f"judge.endpoint {self.url}",
+                "correct the URL, which mostly ends in /v1, or look at the server's log",
+            )
+        return choices[0]
+
+
+class TooLong(Exception):
+    """A question is over the context of the endpoint's model."""
 
 
 def chat(template: Template, fields: Fields) -> list[dict[str, str]]:
@@ -148,11 +196,15 @@ def _asking(question: str, cue: str) -> str:
     return f"{question}\n\n{cue}" if cue else question
 
 
-def _refused(error: Exception, url: str, model: str) -> UserError:
-    """What went wrong, and what to do about it."""
+def _refused(error: Exception, url: str, model: str) -> UserError | TooLong:
+    """What went wrong, and what to do about it; a server that quotes the key does not get it printed."""
     import openai
 
     where, what = f"judge.endpoint {url}, model {model}", str(error).splitlines()[0]
+    if key := os.environ.get(KEY):
+        what = what.replace(key, "***")
+    if isinstance(error, openai.BadRequestError) and re.search(r"context.length|maximum context", str(error), re.I):
+        return TooLong()
     if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
         return UserError(f"the endpoint refuses the key: {what}", where, f"export {KEY} with a key that it takes")
     if isinstance(error, openai.APITimeoutError):

@@ -1,8 +1,11 @@
 """How often a judge agrees with people: templates measured on ranked data, all on the same pairs.
 
-The pairs are those that people ordered; ties are left out. A pair counts as right when the judge's probability for the
-output that people preferred is above one half, and half when it is one half. A judge of points gives a pair the
-probability that one output's points are above the other's. Confidence is compared with accuracy in bins of equal size.
+The pairs are those that people ordered; ties are left out. A pair counts as right when the judge as labeler ranks the
+output that people preferred above the other one, by its probability to win or by its expected points, and half when
+they are equal; `ties` are the pairs that are closer than judge.tie_margin, which it would label as ties.
+
+Calibration is of probabilities: of a judge of points, that one output's points are above the other's. Confidence is
+compared with accuracy in bins of equal size.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -18,7 +22,7 @@ from rlhf.config import JudgeSection
 from rlhf.errors import UserError
 from rlhf.judge import Judge, Triple, doubts, question_key
 from rlhf.judge_examples import judge_template
-from rlhf.judge_labeler import clustered, position_bias
+from rlhf.judge_labeler import clustered, position_bias, with_ends
 from rlhf.judge_template import Template, load_template
 from rlhf.judging import brier, calibration_error, log_loss
 from rlhf.ranking import calibration, ordered_pairs
@@ -82,29 +86,46 @@ def fitting_all(items: Sequence[Graded], judges: Sequence[Judge], limit: int, dr
 
 
 def measure(
-    judge: Judge, items: Sequence[Graded], seed: int = 0, advance: Callable[[int], None] | None = None
+    judge: Judge,
+    items: Sequence[Graded],
+    seed: int = 0,
+    advance: Callable[[int], None] | None = None,
+    tie_margin: float = 0.0,
 ) -> dict[str, Any]:
     """A judge's accuracy, calibration, position bias and speed on these pairs.
 
     Args:
         seed: of the bootstrap; 95 % intervals over prompts.
         advance: called with the number of questions answered.
+        tie_margin: the labeler's, for the share of pairs that it would call ties.
+
+    Raises:
+        UserError: when an endpoint refuses a question of every prompt as too long.
     """
-    triples = [triple for item in items for triple in item.triples]
     begin, before = time.perf_counter(), judge.asked
-    odds = judge.preferences(triples, advance)
+    judge.readings(questions(judge, items), advance)
     seconds, asked = time.perf_counter() - begin, judge.asked - before
-    right = _grouped([0.5 * (1 + float(np.sign(x))) for x in odds], items)
+    whole = [item for item in items if judge.answered(judge.asking(item.triples))]
+    refused, items = len(items) - len(whole), whole
+    if not items:
+        raise UserError(
+            "the endpoint refuses a question of every prompt as too long",
+            f"template {judge.template.name}",
+            "take a shorter template, or a model with a longer context",
+        )
+    triples = [triple for item in items for triple in item.triples]
+    odds, gaps = judge.preferences(triples), judge.gaps(triples)
+    right = _grouped([0.5 * (1 + float(np.sign(gap))) for gap in gaps], items)
     accuracy, reliability = clustered(right, seed), calibration(odds)
     found = {
         "template": judge.template.name,
         "kind": judge.template.kind,
         "form": judge.template.form,
         "prompts": len(items),
+        "prompts_refused": refused,
         "pairs": len(triples),
-        "accuracy": accuracy.mean,
-        "accuracy_low": accuracy.low,
-        "accuracy_high": accuracy.high,
+        **with_ends("accuracy", accuracy),
+        "ties": fmean(abs(gap) <= tie_margin for gap in gaps),
         "log_loss": log_loss(odds),
         "brier": brier(odds),
         "calibration_error": calibration_error(reliability),

@@ -40,13 +40,21 @@ def judge_template(cfg: JudgeSection) -> Template:
             "judge.template",
             "give it some after a line `--- demonstrations`, or name a file of rankings in judge.demonstrations",
         )
-    if cfg.calibrate and template.reasons:
+    if cfg.calibrate and (why := why_not_calibrated(template)):
         raise UserError(
-            f"judge.calibrate is on, and {template.name} reasons: there is nothing to reason about without content",
-            "judge.calibrate",
-            "set judge.calibrate=false, or take another template",
+            f"judge.calibrate is on, and {why}", "judge.calibrate", "set it to false, or take another template"
         )
     return template
+
+
+def why_not_calibrated(template: Template) -> str:
+    """Why contextual calibration does nothing for answers to a template; empty where it does."""
+    if template.reasons:
+        return f"{template.name} reasons: there is nothing to reason about without content"
+    if template.kind == "pair":
+        # One constant is taken off the log-odds of both orders, and cancels in their mean.
+        return f"{template.name} is asked in both orders, in which what calibration takes off cancels"
+    return ""
 
 
 def check_judge(cfg: JudgeSection) -> None:

@@ -6,6 +6,7 @@ points, by their expected points (K questions).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
@@ -48,6 +49,11 @@ class JudgeLabeler:
         wins = dict(zip(texts, mean_wins(odds), strict=True))
         return [wins[output.text] for output in outputs]
 
+    def answers(self, prompt: Prompt, outputs: Sequence[Output]) -> bool:
+        """Ask all questions about these outputs; False when one of them is refused as too long."""
+        texts = list(dict.fromkeys(output.text for output in outputs))
+        return len(texts) == 1 or self.judge.answered(self.judge.about(prompt.text, texts))
+
     def rank(self, prompt: Prompt, outputs: Sequence[Output], seed: int = 0) -> tuple[int, ...]:
         """Ranks by utility; see `Labeler.rank`."""
         return ranks_of(self.utilities(prompt, outputs), self.tie_margin)
@@ -74,7 +80,7 @@ class JudgeLabeler:
         )
 
 
-def position_bias(groups: Sequence[Sequence[BothOrders]], seed: int = 0) -> dict[str, float]:
+def position_bias(groups: Sequence[Sequence[BothOrders]], seed: int = 0) -> dict[str, float | None]:
     """What the order changes, over the pairs of all prompts, with 95 % intervals.
 
     `flips` is the share of pairs that the two orders decide differently, `first` the share in which both name the one
@@ -84,29 +90,34 @@ def position_bias(groups: Sequence[Sequence[BothOrders]], seed: int = 0) -> dict
         groups: one list for each prompt, the unit of the intervals.
     """
     flips = clustered([[float(pair.flips) for pair in group] for group in groups], seed)
-    shift = clustered([[pair.shift for pair in group] for group in groups], seed)
+    shift = clustered([[pair.shift for pair in group] for group in groups], seed, shares=False)
     pairs = [pair for group in groups for pair in group]
     return {
         "pairs": len(pairs),
-        "flips": flips.mean,
-        "flips_low": flips.low,
-        "flips_high": flips.high,
+        **with_ends("flips", flips),
         "first": fmean(pair.ab > 0 and pair.ba > 0 for pair in pairs),
         "second": fmean(pair.ab < 0 and pair.ba < 0 for pair in pairs),
-        "shift": shift.mean,
-        "shift_low": shift.low,
-        "shift_high": shift.high,
+        **with_ends("shift", shift),
     }
 
 
-def clustered(groups: Sequence[Sequence[float]], seed: int = 0) -> Interval:
+def with_ends(name: str, interval: Interval) -> dict[str, float | None]:
+    """The value under its name, and the ends of its interval under NAME_low and NAME_high: None where there is none."""
+    low, high = (None if math.isnan(end) else end for end in interval[1:])
+    return {name: interval.mean, f"{name}_low": low, f"{name}_high": high}
+
+
+def clustered(groups: Sequence[Sequence[float]], seed: int = 0, shares: bool = True) -> Interval:
     """Mean over all values and its 95 % bootstrap interval over groups (pairs of one prompt are not independent).
 
-    Shares that are all 0 or all 1 show no spread however few they are: then it is the Wilson interval.
+    Groups of one and the same mean show no spread however few they are: then it is the Wilson interval of so many
+    cases, which `shares` must be for; of other values, and of a single group, there is none (nan).
     """
-    values = [value for group in groups for value in group]
-    if set(values) in ({0.0}, {1.0}):
-        return wilson_interval(sum(values), len(values))
+    means = [fmean(group) for group in groups]
+    if len(means) < 2 or max(means) - min(means) < 1e-12:
+        if shares and len(means) > 1:
+            return wilson_interval(means[0] * len(means), len(means))
+        return Interval(fmean([value for group in groups for value in group]), math.nan, math.nan)
     return Interval(*accuracy_interval([PairCounts(sum(group), len(group), []) for group in groups], seed))
 
 

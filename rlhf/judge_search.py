@@ -118,8 +118,9 @@ def comments(report: dict[str, Any], files: Sequence[str]) -> list[str]:
     """Lines for the head of the chosen template's file: where it comes from and what it was worth."""
 
     def line(what: str, row: dict[str, Any]) -> str:
-        share, low, high = (f"{100 * row[f'accuracy{end}']:.1f}" for end in ("", "_low", "_high"))
-        return f"{what}: {share} % [{low}, {high}] of {row['pairs']} pairs of {row['prompts']} prompts"
+        low, high = row["accuracy_low"], row["accuracy_high"]
+        ends = "" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
+        return f"{what}: {100 * row['accuracy']:.1f} %{ends} of {row['pairs']} pairs of {row['prompts']} prompts"
 
     return [
         f"Chosen by rlhf judge-search out of {len(report['candidates'])} candidates on"
@@ -130,7 +131,7 @@ def comments(report: dict[str, Any], files: Sequence[str]) -> list[str]:
 
 
 def _disagreement(score: dict[str, Any], again: dict[str, Any]) -> str:
-    if score["accuracy_low"] <= again["accuracy"] <= score["accuracy_high"]:
+    if score["accuracy_low"] is None or score["accuracy_low"] <= again["accuracy"] <= score["accuracy_high"]:
         return ""
     lower = again["accuracy"] < score["accuracy_low"]
     why = "the choice fits the prompts it was made on" if lower else "the prompts of the two parts differ"

@@ -36,7 +36,7 @@ FOLDERS = {"judge": FOLDER / "judge", "answer": FOLDER / "generate"}
 FIELD_OF = {"judge": "judge.template", "answer": "evaluate.prompted"}  # the recipe's, that name them
 FIELDS = {"pair": ("prompt", "first", "second"), "points": ("prompt", "response"), "answer": ("prompt",)}
 HEADER = ("name", "kind", "form", "labels", "cue", "stop")
-MOST_LABELS = 11  # 0 to 10
+MOST_LABELS = 11
 _FIELD = re.compile(r"\{\{\s*(\w*)\s*\}\}")
 
 
@@ -126,7 +126,7 @@ def load_template(name_or_path: str, folder: str = "judge") -> Template:
     """
     path = find_template(name_or_path, folder)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the template cannot be read: {error}", str(path), "give a readable text file") from None
     template = parse_template(text, str(path), path.stem)

@@ -55,8 +55,8 @@ def _read(row: Row, drops: Counter) -> Iterator[Ranked]:
             drops.add(f"{NAME}: {answer}")
             continue
         labeler = _user(row, f"{place}.completed_by", annotation.get("completed_by"))
-        time = annotation.get("created_at")
-        when = None if time is None else check_time(row, f"{place}.created_at", time)
+        key = next((key for key in ("updated_at", "created_at") if annotation.get(key) is not None), "")
+        when = check_time(row, f"{place}.{key}", annotation[key]) if key else None
         yield Ranked(find_prompt(row, "data.", data)[1], *answer, labeler, when)
 
 
@@ -110,16 +110,23 @@ def _ranker(row: Row, data: dict[str, Any], place: str, result: dict[str, Any]) 
 
 def _items(row: Row, data: dict[str, Any], field: str, ids: set[str]) -> dict[str, str]:
     """Text by id of the list in `data` that has these ids."""
+    found: list[tuple[str, dict[str, str]]] = []
     for name, value in data.items():
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
             continue
         items = {str(item.get("id")): (i, item) for i, item in enumerate(value)}
         if ids <= items.keys():
             parts = {key: "title" if item.get("body") is None else "body" for key, (_, item) in items.items()}
-            return {
+            texts = {
                 key: text_or_empty(row, f"data.{name}[{i}].{parts[key]}", item.get(parts[key]))
                 for key, (i, item) in items.items()
             }
+            found.append((name, texts))
+    if len(found) > 1:
+        names = ", ".join(name for name, _ in found)
+        raise row.fail(field, f"several lists in `data` have items with these ids: {names}", "keep one in the file")
+    if found:
+        return found[0][1]
     what = f"no list in `data` has items with the ids {', '.join(sorted(ids))}"
     raise row.fail(field, what, 'give the task a list of {"id": ..., "body": ...}')
 
@@ -139,7 +146,9 @@ def _choices(row: Row, data: dict[str, Any], place: str, result: dict[str, Any])
     choice, names = check_text(row, f"{place}.value.choices[0]", chosen[0]), _two(row, data)
     if plain(choice) in TIES:
         return _texts(row, data, names), [1, 1]
-    best = {"left": names[0], "right": names[1]}.get(plain(choice)) or named(choice, names)
+    # A bare digit is as likely an answer to another question, such as how good something is.
+    by_name = None if plain(choice).isdigit() else named(choice, names)
+    best = {"left": names[0], "right": names[1]}.get(plain(choice)) or by_name
     return best and (_texts(row, data, names), [1 if name == best else 2 for name in names])
 
 

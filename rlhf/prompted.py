@@ -3,7 +3,8 @@
 A template of kind `answer` (rlhf/judge_template.py) puts worked examples before the dialogue as turns of their own and
 its text around the last request. With chain-of-thought the policy writes its reasoning first, and then, after the cue,
 its answer; that alone is its response. Both are sampled at the evaluation's temperature, so the answer is a draw given
-a draw of the reasoning. `stop` ends a response where a model without an end of turn would go on with the next one.
+a draw of the reasoning. `stop` ends a response at a line where a model without an end of turn, prompted in the plain
+format, goes on with the next one; policies that were trained to end theirs are not helped in this way.
 
 The response is judged as one to the plain request. Its length is its own; its KL to SFT is not defined, for it was
 sampled under another prompt, with chain-of-thought even under one that the policy wrote.
@@ -11,6 +12,7 @@ sampled under another prompt, with chain-of-thought even under one that the poli
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -19,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.config import Recipe
 from rlhf.judge_template import Template, after
 from rlhf.models import check_context
-from rlhf.prompting import encode_prompt, encode_response, stop_ids
+from rlhf.prompting import encode_prompt, encode_response, speaks_after_colon, stop_ids
 from rlhf.records import Message, Prompt
 from rlhf.rollout import Rollout, assemble, row_seed, sample
 
@@ -85,7 +87,10 @@ def answer_prompted(
     thoughts = [""] * len(rows)
     if template.reasons:
         drawn = draw(rows, cfg.reasoning_tokens, [row_seed(seed, "reasoning") for seed in seeds])
-        thoughts = [_until(text, template.cue, template.stop) for text in drawn.texts(tokenizer)]
+        for i, text in enumerate(drawn.texts(tokenizer)):
+            thought = text.split(template.cue)[0].strip()
+            before = _before_stop(tokenizer, template, thought)
+            thoughts[i] = thought if before is None else before
         said = [encode_response(tokenizer, after(thought, template.cue), finished=False) for thought in thoughts]
         rows = [[*row, *ids] for row, ids in zip(rows, said, strict=True)]
     drawn = draw(rows, limit, seeds)
@@ -104,15 +109,20 @@ def response_ids(
 
     What was sampled stays as it is where nothing is taken off it, or where nothing else would be left.
     """
-    cut = bool(template.stop) and template.stop in text
-    words = _until(text, template.stop) if cut else text.lstrip() if template.reasons else text
+    before = _before_stop(tokenizer, template, text)
+    cut = before is not None
+    words = before if before is not None else text.lstrip() if template.reasons else text
     if words == text or not (words or cut):
         return ids
     return encode_response(tokenizer, words, finished or cut)
 
 
-def _until(text: str, *ends: str) -> str:
-    """The text before the first of these, without white space around it."""
-    for end in filter(None, ends):
-        text = text.split(end)[0]
-    return text.strip()
+def _before_stop(tokenizer: PreTrainedTokenizerBase, template: Template, text: str) -> str | None:
+    """The text before a line that begins with the template's `stop`; None where there is no such line.
+
+    It is the mark of a turn of the plain prompt format; in a chat template the words are words like others.
+    """
+    if not template.stop or not speaks_after_colon(tokenizer):
+        return None
+    found = re.search(rf"^[ \t]*{re.escape(template.stop)}", text, re.MULTILINE)
+    return text[: found.start()].strip() if found else None

@@ -37,7 +37,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 def encode_untrusted(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """Ids of a dialogue up to where the assistant speaks, whose messages hold texts of models and strangers.
 
-    Names of special tokens in the messages are spelled out, so that no text can end a turn or begin one.
+    Names of special tokens in the messages are spelled out, so that no text can end or begin a turn that these mark. In
+    the plain format turns are marked by words alone, which a text may hold.
     """
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     names = [name for name in special if any(name in message.content for message in messages)]

@@ -4,26 +4,51 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from rlhf.progress import console
+from rlhf.errors import UserError
+from rlhf.progress import console, is_main_process
 
 
-def whole_rows(path: Path, lost: str) -> list[dict[str, Any]]:
-    """The rows of a log, [] when it is not there; a line that a kill has cut off is told and left out.
+def whole_rows(path: Path, fields: Collection[str], lost: str) -> list[dict[str, Any]]:
+    """The rows of a log, [] when it is not there; a last line that a kill has cut off is told and taken off the file.
 
     Args:
+        fields: what every row has; a file of other rows is no log of this work.
         lost: what becomes of the work of such a line, in words.
+
+    Raises:
+        UserError: for a file that `append_rows` did not write, which is left as it is.
     """
-    rows = []
-    for line in filter(None, path.read_bytes().split(b"\n") if path.exists() else []):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            console.print(f"{path.name}: a line was cut off by an interruption; {lost}")
+    *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    rows = [_row(line, path, number, fields) for number, line in enumerate(lines, 1)]
+    if last:
+        if not last.startswith(b'{"'):  # as every row begins
+            raise _no_log(path, len(lines) + 1)
+        console.print(f"{path.name}: a line was cut off by an interruption; {lost}")
+        if is_main_process():
+            os.truncate(path, path.stat().st_size - len(last))
     return rows
+
+
+def _row(line: bytes, path: Path, number: int, fields: Collection[str]) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        raise _no_log(path, number) from None
+    if not isinstance(row, dict) or not all(field in row for field in fields):
+        raise _no_log(path, number)
+    return row
+
+
+def _no_log(path: Path, number: int) -> UserError:
+    return UserError(
+        "this line was not written by this work, and nothing is added to a file of another kind",
+        f"{path}, line {number}",
+        "name another file, or move this one away",
+    )
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ class Samples:
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path, self.fingerprint = path, fingerprint
-        known = whole_rows(path, "its chunk is sampled again")
+        known = whole_rows(path, ("key", "fingerprint"), "its chunk is sampled again")
         self.rows: dict[str, dict[str, Any]] = {row["key"]: row for row in known if row["fingerprint"] == fingerprint}
         if is_main_process():
             write_jsonl(path, list(self.rows.values()))

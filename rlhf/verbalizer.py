@@ -37,13 +37,18 @@ MOST_ROWS = 32  # questions that are reasoned about together
 class Reading(NamedTuple):
     """What a model said to one question.
 
-    `logprobs` has one entry for each label, in nats, given what all labels begin with. `bounded` counts labels of which
-    only an upper bound is known (rlhf/judge_endpoint.py).
+    `logprobs` has one entry for each label, in nats, given what all labels begin with, and none where the question was
+    refused as too long. `bounded` counts labels of which only an upper bound is known (rlhf/judge_endpoint.py).
     """
 
     logprobs: tuple[float, ...]
     reasoning: str = ""
     bounded: int = 0
+
+    @property
+    def refused(self) -> bool:
+        """Whether there is no answer, because the question is too long for who was asked."""
+        return not self.logprobs
 
     @property
     def mass(self) -> float:
@@ -80,9 +85,16 @@ class LocalReader:
         return not self.max_tokens or tokens <= self.max_tokens
 
     def read(
-        self, template: Template, questions: Sequence[Fields], advance: Callable[[int], None] | None = None
+        self,
+        template: Template,
+        questions: Sequence[Fields],
+        advance: Callable[[int], None] | None = None,
+        keep: Callable[[int, Reading], None] | None = None,
     ) -> list[Reading]:
         """The labels' log-probabilities for every question.
+
+        Args:
+            advance, keep: as of rlhf/judge.py's Reader.
 
         Raises:
             UserError: for a question over the limit, before any is asked.
@@ -97,7 +109,11 @@ class LocalReader:
         # Reasoning takes long: a few questions at a time, so that progress shows.
         size = MOST_ROWS if template.reasons else max(1, len(questions))
         for first in range(0, len(questions), size):
-            found += self._read(template, questions[first : first + size], advance)
+            answers = self._read(template, questions[first : first + size], advance)
+            for place, reading in enumerate(answers, first):
+                if keep:
+                    keep(place, reading)
+            found += answers
         return found
 
     def _read(

@@ -14,7 +14,7 @@ public benchmarks (the models are plain Hugging Face folders, which lm-eval read
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -191,16 +191,22 @@ def interval_row(rate: Interval, n: int) -> dict[str, float]:
 
 
 def compare_all(
-    recipe: Recipe, labeler: Labeler, asked: Questions, answers: dict[str, Answers]
-) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
-    """Win rates of every pair of policies, and for each policy its wins over SFT by row."""
+    recipe: Recipe,
+    labeler: Labeler,
+    asked: Questions,
+    answers: dict[str, Answers],
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[list[dict[str, Any]], dict[str, list[float]]] | None:
+    """Win rates of every pair of policies, and for each policy its wins over SFT by row; None when told to `stop`."""
     cfg, rows, over_sft = recipe.evaluate, [], {}
     pairs = list(combinations(answers, 2))
     with Progress("comparing", total=len(pairs) * len(asked.prompts), unit="prompts") as progress:
         for b, a in pairs:
             sides = [answers[name].outputs(cfg.samples_per_prompt) for name in (a, b)]
             seed = row_seed(recipe.run.seed, "compare", a, b)
-            wins = compare(labeler, asked.prompts, *sides, seed, progress.advance, cfg.judgements)
+            wins = compare(labeler, asked.prompts, *sides, seed, progress.advance, cfg.judgements, stop)
+            if stop():
+                return None
             lengths = [grouped(answers[name].rollout.lengths.tolist(), cfg.samples_per_prompt) for name in (a, b)]
             rate = win_rate(prompt_means(wins), cfg.bootstrap, seed)
             matched, n = length_matched_win_rate(wins, *lengths, resamples=cfg.bootstrap, seed=seed)
@@ -331,7 +337,10 @@ def work(ctx: StageContext) -> dict[str, Any]:
         add_scores(recipe, reward_model, answers)
         del reward_model
 
-    comparisons, over_sft = compare_all(recipe, make_judge(recipe, ctx.run), asked, answers)
+    found = compare_all(recipe, make_judge(recipe, ctx.run), asked, answers, lambda: ctx.stop_requested)
+    if found is None:
+        return {}
+    comparisons, over_sft = found
     phase("save")
     results = {
         "labeler": cfg.labeler,

@@ -26,14 +26,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
 from rlhf.errors import UserError
-from rlhf.judge import judge_files
+from rlhf.judge import check_room, judge_files
 from rlhf.judge_labeler import JudgeLabeler, fitting
 from rlhf.label_wait import rankings_by_people
 from rlhf.labelers import Labeler, Output, agreement, expected_agreement, make_labeler, noise_for_agreement
 from rlhf.models import load_policy, load_tokenizer
 from rlhf.outputs import Outputs
 from rlhf.phases import phase
-from rlhf.progress import Progress, console, is_main_process
+from rlhf.progress import Progress, console, is_main_process, warn
 from rlhf.progress import table as print_table
 from rlhf.prompting import Encoded, fit_prompts, stop_ids
 from rlhf.ranking import ordered_pairs, tied_pairs
@@ -166,8 +166,11 @@ def clean(prompts: Sequence[Encoded[Prompt]], samples: Samples, drops: Drops) ->
     return candidates
 
 
-def label(ctx: StageContext, candidates: Sequence[Candidate], drops: Drops) -> Ranked:
-    """Rank every prompt's outputs; the rubric is given its noise first and asked a second time as another labeler."""
+def label(ctx: StageContext, candidates: Sequence[Candidate], drops: Drops) -> Ranked | None:
+    """Rank every prompt's outputs; the rubric is given its noise first and asked a second time as another labeler.
+
+    None when the stage is to stop: a judge's answers are in its log, and other labelers have taken no time.
+    """
     recipe, cfg = ctx.recipe, ctx.recipe.rank
     about: dict[str, Any] = {"noise_sigma": 0.0}
     if cfg.labeler == "rubric":
@@ -180,21 +183,42 @@ def label(ctx: StageContext, candidates: Sequence[Candidate], drops: Drops) -> R
             "expected_agreement": _none_for_nan(expected_agreement(groups, sigma, cfg.tie_margin)),
         }
     labeler = make_labeler(cfg.labeler, recipe, ctx.run, about["noise_sigma"], ctx.dir / "judge.jsonl")
-    if isinstance(labeler, JudgeLabeler):
+    judged = isinstance(labeler, JudgeLabeler)
+    if judged:
         candidates = fitting(labeler, candidates, drops)
-    rankings = []
+    kept, rankings = [], []
     phase("scoring")
     with Progress("rank: labelling", total=len(candidates), unit="prompts") as progress:
         for c in candidates:
-            ranks = labeler.rank(c.prompt, c.outputs, recipe.run.seed)
-            texts, finished = zip(*c.outputs, strict=True)
-            rankings.append(Ranking(c.prompt, texts, ranks, finished))
+            if ctx.stop_requested:
+                return None
+            if judged and not labeler.answers(c.prompt, c.outputs):
+                drops.add("question that the judge's endpoint refuses as too long")
+            else:
+                ranks = labeler.rank(c.prompt, c.outputs, recipe.run.seed)
+                texts, finished = zip(*c.outputs, strict=True)
+                rankings.append(Ranking(c.prompt, texts, ranks, finished))
+                kept.append(c)
             progress.advance(1)
+    candidates = kept
     if cfg.labeler == "rubric":
         about |= second_opinion(labeler, candidates, rankings, recipe)
-    if isinstance(labeler, JudgeLabeler):
+    if judged:
         about |= labeler.summary()
+        if about["judge_answers_without_label"]:
+            warn(
+                f"{about['judge_answers_without_label']} of the judge's {about['judge_answers']} answers had no label "
+                "among the likeliest tokens: there it decided nothing"
+            )
     return Ranked(rankings, [c.lengths for c in candidates], about)
+
+
+def warn_of_room(recipe: Recipe) -> None:
+    """Say before anything is sampled when the judge has no room for the longest prompts and outputs."""
+    try:
+        check_room(recipe)
+    except UserError as error:
+        warn(f"{error.what}; prompts with longer ones are left out, or {error.fix} ({error.where})")
 
 
 def label_by_people(ctx: StageContext, candidates: Sequence[Candidate]) -> Ranked | None:
@@ -333,6 +357,8 @@ def work(ctx: StageContext) -> dict[str, Any]:
         policy = frozen(
             ctx.recipe, ctx.device, lambda: load_policy(sft_dir, ctx.recipe.model, tokenizer=tokenizer, merged=True)
         )
+        if ctx.recipe.rank.labeler == "judge":
+            warn_of_room(ctx.recipe)
         prompts = choose_prompts(ctx, tokenizer, drops)
         sample_outputs(ctx, policy, tokenizer, prompts, samples)
         if ctx.stop_requested:

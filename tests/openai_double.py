@@ -24,7 +24,7 @@ class Double:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     more: Mapping[str, float] = field(default_factory=dict)  # added to the logits of these tokens
-    fault: str = ""  # key, busy, model, slow, bare, empty or long
+    fault: str = ""  # key, quotes, page, busy, model, slow, bare, empty or long
     patience: int = 10**9  # requests after which no key is good any more
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -40,6 +40,10 @@ class Double:
                 return 404, _error(f"The model {body.get('model')} does not exist")
             if self.fault == "key" or len(self.bodies) > self.patience:
                 return 401, _error("Incorrect API key provided")
+            if self.fault == "quotes":
+                return 401, _error(f"bad key {headers.get('authorization')}")
+            if self.fault == "page":
+                return 200, "<html>welcome</html>"
             if self.fault == "long":
                 return 400, _error("This model's maximum context length is 4096 tokens")
             if self.fault == "busy" and len(self.bodies) == 1:

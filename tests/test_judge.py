@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from test_distributed import arguments, run_ranks
 
 from rlhf.config import JudgeSection, Recipe
 from rlhf.errors import UserError
-from rlhf.judge import Judge, check_room, load_judge
+from rlhf.judge import Judge, check_room, load_judge, make_reader
+from rlhf.judge_examples import judge_template
 from rlhf.judge_labeler import JudgeLabeler, clustered, position_bias
 from rlhf.judge_template import Template, load_template
 from rlhf.judging import BothOrders
@@ -42,7 +45,11 @@ class Rigged:
         return sum(map(len, fields.values())) <= self.longest
 
     def read(
-        self, template: Template, questions: Sequence[Fields], advance: Callable[[int], None] | None = None
+        self,
+        template: Template,
+        questions: Sequence[Fields],
+        advance: Callable[[int], None] | None = None,
+        keep: Callable[[int, Reading], None] | None = None,
     ) -> list[Reading]:
         self.asked += [dict(q) for q in questions]
         found = [self.rule(q) for q in questions]
@@ -97,9 +104,15 @@ def test_the_bias_is_what_it_was_rigged_to_be() -> None:
 
 def test_intervals_are_over_prompts() -> None:
     even = position_bias([[BothOrders(1, -1)] * 3] * 4)
-    # No flip in 12 pairs: Wilson's upper end z^2 / (n + z^2) = 3.8415 / 15.8415.
+    # No flip in the pairs of 4 prompts: Wilson's upper end z^2 / (n + z^2) = 3.8415 / 7.8415.
     assert (even["flips"], even["flips_low"]) == (0, 0)
-    assert even["flips_high"] == pytest.approx(0.2425, abs=1e-4)
+    assert even["flips_high"] == pytest.approx(0.4899, abs=1e-4)
+    assert (even["shift"], even["shift_low"], even["shift_high"]) == (0, None, None)  # log-odds are no shares
+    # Two prompts with 3 of 4 right, Wilson's for n = 2: (0.75 + z^2/4 -+ z sqrt(0.1875/2 + z^2/16)) / (1 + z^2/2).
+    assert clustered([[1, 1, 1, 0]] * 2)[1:] == pytest.approx((0.1979, 0.9733), abs=1e-4)
+    # Of one prompt nothing is known, however many pairs it has.
+    one = clustered([[1.0] * 27 + [0.0]])
+    assert one.mean == pytest.approx(27 / 28) and math.isnan(one.low) and math.isnan(one.high)
     # Two prompts of 1 and 3 pairs: the means of resamples are 0, 3/4 and 1 with probability 1/4, 1/2, 1/4.
     assert clustered([[0.0], [1.0, 1.0, 1.0]]) == (0.75, 0, 1)
 
@@ -155,13 +168,62 @@ def test_points_rank_by_their_expectation() -> None:
 
 
 def test_calibration_takes_off_what_is_said_without_content() -> None:
-    judge = pair_judge(lambda q: 3.0 if q["first"] == q["second"] else 3.0 + len(q["first"]) - len(q["second"]))
-    odds = judge.both_orders([(PROMPT.text, "aaa", "b")])[0]
-    judge.reader.asked.clear()
-    fair = Judge(judge.template, judge.reader, calibrate=True)
-    assert [q["prompt"] for q in judge.reader.asked] == ["N/A", "[MASK]", ""]
-    assert odds == (pytest.approx(5.0), pytest.approx(1.0))
-    assert fair.both_orders([(PROMPT.text, "aaa", "b")])[0] == (pytest.approx(2.0), pytest.approx(-2.0))
+    # Of 1 and 2, without content 1 is said with 0.8; with it 0.8, or 0.5: 0.8/0.8 to 0.2/0.2, and 0.5/0.8 to 0.5/0.2.
+    body = load_template("points-zero-shot").body
+    template = Template("t", "points", "zero-shot", ("1", "2"), "", body)
+    reader = Rigged(lambda q: [math.log(0.5)] * 2 if q["response"] == "good" else [math.log(0.8), math.log(0.2)])
+    fair = Judge(template, reader, calibrate=True)
+    assert [q["prompt"] for q in reader.asked] == ["N/A", "[MASK]", ""]
+    found = fair.points([(PROMPT.text, "plain"), (PROMPT.text, "good")])
+    assert [[math.exp(p) for p in row] for row in found] == [pytest.approx([0.5, 0.5]), pytest.approx([0.2, 0.8])]
+
+
+def test_calibration_is_refused_where_it_changes_no_label() -> None:
+    for name, word in (("pair-zero-shot", "cancels"), ("points-chain-of-thought", "reasons")):
+        with pytest.raises(UserError, match=word):
+            judge_template(JudgeSection(template=name, calibrate=True))
+    assert judge_template(JudgeSection(template="points-few-shot", calibrate=True)).kind == "points"
+
+
+def test_a_file_that_is_no_log_of_answers_is_left_as_it_is(tmp_path: Path) -> None:
+    for text, line in (
+        ("notes\nof years\n", 1),
+        ("notes", 1),
+        ('{"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}\n', 1),
+        ('{"judge": "x", "question": "q", "logprobs": [0], "reasoning": "", "bounded": 0}\nnotes\n', 2),
+    ):
+        log = tmp_path / "file"
+        log.write_text(text)
+        with pytest.raises(UserError) as caught:
+            pair_judge(by_length(), log=log)
+        assert caught.value.where == f"{log}, line {line}" and caught.value.fix
+        assert log.read_text() == text
+
+
+def test_what_was_answered_before_an_interruption_is_kept(tmp_path: Path) -> None:
+    log, triples = tmp_path / "judge.jsonl", [("p", "a", "b" * n) for n in (1, 2, 3)]
+
+    class Breaks(Rigged):
+        def read(self, template, questions, advance=None, keep=None):
+            for i, reading in enumerate(super().read(template, questions)):
+                if i == 3:
+                    raise KeyboardInterrupt
+                keep(i, reading)
+
+    with pytest.raises(KeyboardInterrupt):
+        Judge(load_template("pair-zero-shot"), Breaks(by_length()), log=log).both_orders(triples)
+    assert len(log.read_text().splitlines()) == 3
+    again = pair_judge(by_length(), log=log)
+    again.both_orders(triples)
+    assert again.asked == 3 and len(log.read_text().splitlines()) == 6
+
+
+def test_answers_of_another_prompt_format_are_another_judges() -> None:
+    plain, verbatim = (
+        recipe().model_copy(update={"model": recipe().model.model_copy(update={"prompt_format": name})})
+        for name in ("plain", "verbatim")
+    )
+    assert make_reader(plain)[1] == make_reader(plain)[1] != make_reader(verbatim)[1]
 
 
 def test_answers_are_kept_and_taken_over_by_the_same_judge_alone(tmp_path: Path) -> None:
@@ -221,6 +283,33 @@ def test_evaluate_may_be_judged_as_well(tmp_path: Path) -> None:
     check_room(chosen)
     with pytest.raises(UserError, match="judge.max_tokens"):
         check_room(recipe(template="pair-few-shot", max_tokens=300))
+    for most in (0, 5000):  # the tiny model has 1,024 positions, and two responses alone would take them
+        long = recipe(template="pair-zero-shot", max_tokens=most)
+        long = long.model_copy(update={"data": long.data.model_copy(update={"max_response_tokens": 500})})
+        with pytest.raises(UserError, match="positions for 1024"):
+            check_room(long)
+
+
+def test_a_stop_ends_the_labelling_and_what_was_answered_is_kept(tmp_path: Path, tiny_dir: str, monkeypatch) -> None:
+    asked: list[str] = []
+    plain = JudgeLabeler.rank
+
+    def rank(self, prompt, outputs, seed=0):
+        asked.append(prompt.key)
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, prompt, outputs, seed)
+
+    monkeypatch.setattr(JudgeLabeler, "rank", rank)
+    extra = ["rank.labeler=judge", "judge.template=pair-brief"]
+    assert test_rank_stage.start(tmp_path, tiny_dir, *extra) == 128 + signal.SIGTERM
+    stage = tmp_path / "runs" / "t" / "rank"
+    assert len(asked) == 2 and not (stage / "rankings.jsonl").exists()
+    kept = len((stage / "judge.jsonl").read_text().splitlines())
+    assert kept > 0
+    assert test_rank_stage.start(tmp_path, tiny_dir, *extra) == 0
+    answers = [json.loads(line)["question"] for line in (stage / "judge.jsonl").read_text().splitlines()]
+    assert len(answers) == len(set(answers)) > kept
 
 
 def test_the_rank_stage_with_a_judge(tmp_path: Path, tiny_dir: str) -> None:
@@ -266,14 +355,14 @@ def test_the_rank_stage_asks_an_endpoint_and_nothing_twice(tmp_path: Path, tiny_
     stage = tmp_path / "runs" / "t" / "rank"
     with serving(Double(model, tokenizer, {"A": 25.0, "B": 25.0}, patience=14)) as double:
         extra = ["rank.labeler=judge", f"judge.endpoint={double.url}", "judge.model=some", "judge.concurrency=2"]
-        # Five prompts of three outputs are 30 questions; the third prompt's fail.
+        # Five prompts of three outputs are 30 questions; two of the third prompt's are answered before the others fail.
         assert test_rank_stage.start(tmp_path, tiny_dir, *extra) == 2
         assert "export OPENAI_API_KEY" in capfd.readouterr().err
-        assert len((stage / "judge.jsonl").read_text().splitlines()) == 12
+        assert len((stage / "judge.jsonl").read_text().splitlines()) == 14
         double.patience = 10**9
         asked = len(double.bodies)
         assert test_rank_stage.start(tmp_path, tiny_dir, *extra) == 0
-        assert len(double.bodies) - asked == 18
+        assert len(double.bodies) - asked == 16
     _, summary, _ = test_rank_stage.outcome(tmp_path)
     assert summary["judge_answers"] == 30 and summary["judge_answers_with_bounds"] == 0
 

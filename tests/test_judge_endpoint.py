@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf import judge_endpoint
 from rlhf.errors import UserError
+from rlhf.judge import Judge
 from rlhf.judge_endpoint import KEY, EndpointReader, chat, read_labels
 from rlhf.judge_template import load_template
 
@@ -121,7 +123,8 @@ def test_a_busy_endpoint_is_asked_again(model: PreTrainedModel, tiny_tokenizer: 
         ("model", "knows no such model"),
         ("bare", "no log-probabilities"),
         ("empty", "no choices"),
-        ("long", "maximum context length"),
+        ("page", "mostly ends in /v1"),
+        ("quotes", "refuses the key"),
         ("slow", "did not answer in time"),
     ],
 )
@@ -140,6 +143,43 @@ def test_what_an_endpoint_may_do_wrong_is_told(
     ):
         reader.read(load_template("pair-zero-shot"), QUESTIONS[:2])
     assert double.url in str(caught.value) and "a-secret" not in str(caught.value)
+
+
+def test_a_question_over_the_context_has_no_answer(
+    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with endpoint(model, tiny_tokenizer, "long", A=9.0) as (_, reader):
+        assert [reading.refused for reading in reader.read(load_template("pair-zero-shot"), QUESTIONS[:2])] == [
+            True
+        ] * 2
+        judge = Judge(load_template("pair-zero-shot"), reader)
+        assert not judge.answered(judge.about("p", ["a", "b"]))
+        with pytest.raises(UserError, match="too long for the endpoint's model"):
+            judge.preferences([("p", "a", "b")])
+
+
+def test_what_was_answered_is_kept_when_another_question_fails(
+    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    kept: dict[int, object] = {}
+    with endpoint(model, tiny_tokenizer, A=25.0, B=25.0) as (double, reader):
+        double.patience = 4
+        with pytest.raises(UserError, match="refuses the key"):
+            reader.read(load_template("pair-zero-shot"), QUESTIONS, keep=kept.__setitem__)
+    assert len(kept) == 4
+
+
+def test_an_endpoint_that_never_says_a_label_is_given_up(
+    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    template = replace(load_template("pair-zero-shot"), labels=("better", "worse"))  # of several tokens
+    with endpoint(model, tiny_tokenizer, A=25.0, B=25.0) as (_, reader):
+        assert all(reading.bounded == 2 for reading in reader.read(template, QUESTIONS * 3))  # 18
+        with pytest.raises(UserError, match="in none of 24 answers a label .better, worse."):
+            reader.read(template, QUESTIONS)
+    with endpoint(model, tiny_tokenizer, A=25.0, B=25.0) as (_, reader):
+        reader.read(load_template("pair-zero-shot"), QUESTIONS[:1])
+        assert len(reader.read(template, QUESTIONS * 4)) == 24  # one had a label
 
 
 def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,10 @@ from rlhf.config import JudgeSection
 from rlhf.errors import UserError
 from rlhf.judge import Judge
 from rlhf.judge_eval import Graded, fitting_all, graded, measure, questions, templates_of
+from rlhf.judge_labeler import JudgeLabeler
 from rlhf.judge_search import candidates, comments, cut, search
 from rlhf.judge_template import Template, load_template
+from rlhf.labelers import Output
 from rlhf.records import Drops, Prompt, Ranking
 from rlhf.verbalizer import Fields
 
@@ -88,6 +90,21 @@ def test_points_have_no_position_and_ask_once_for_each_output() -> None:
     row = measure(judge, items)
     assert row["position"] is None and row["questions"] == len(questions(judge, items)) == 3
     assert row["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_points_are_right_by_what_the_labeler_ranks_by_and_closer_ones_are_its_ties() -> None:
+    # a: 1 with 0.4 and 7 with 0.6, expected 4.6; b: 6. A draw of a's is above b's in 0.6, and yet b ranks better.
+    least = math.log(1e-12)
+    rows = {"a": [math.log(0.4), *[least] * 5, math.log(0.6)], "b": [*[least] * 5, 0.0, least]}
+    judge = Judge(load_template("points-zero-shot"), Rigged(lambda q: rows[q["response"]]))
+    items = [Graded(f"p{i}", ["a", "b"], [("b", "a")]) for i in range(2)]
+    assert judge.preferences(items[0].triples)[0] < 0
+    assert judge.gaps(items[0].triples) == [pytest.approx(1.4 / 6)]
+    row = measure(judge, items, tie_margin=0.2)
+    assert (row["accuracy"], row["ties"]) == (1.0, 0.0)
+    assert measure(judge, items, tie_margin=0.24)["ties"] == 1.0
+    labeler = JudgeLabeler(judge, 0.2)
+    assert labeler.rank(Prompt.from_text("p0"), [Output("b", True), Output("a", True)]) == (1, 2)
 
 
 def test_templates_by_name(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ ITEMS = [
     {"id": "m3", "title": "Model 3", "body": "Sulfur compounds from cut cells."},
 ]
 LISTED = {"prompt": PROMPT.text, "items": ITEMS}
-NOON = datetime(2026, 5, 1, 12, 0, 0, 457543, UTC)
+EDITED = datetime(2026, 5, 2, 8, 0, 0, 457580, UTC)  # an annotation says what it did when it was last changed
 
 
 def annotation(*results: dict[str, Any], by: Any = 7, **more: Any) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def read(tmp_path: Path, *tasks: dict[str, Any]) -> tuple[list[Ranking], list[tu
 
 
 def expected(responses: tuple[str, ...], ranks: tuple[int, ...], labeler: str = "7") -> Ranking:
-    return Ranking(PROMPT, responses, ranks, labeler=labeler, time=NOON)
+    return Ranking(PROMPT, responses, ranks, labeler=labeler, time=EDITED)
 
 
 def ranks_of(tmp_path: Path, data: dict[str, Any], *results: dict[str, Any]) -> tuple[int, ...]:
@@ -143,7 +143,7 @@ def test_items_left_in_the_list_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("choice", "ranks"),
     [
-        ("answer1", (1, 2)), ("Answer 2", (2, 1)), ("1", (1, 2)), ("Response-2", (2, 1)), ("left", (1, 2)),
+        ("answer1", (1, 2)), ("Answer 2", (2, 1)), ("Answer1", (1, 2)), ("Response-2", (2, 1)), ("left", (1, 2)),
         ("Right", (2, 1)), ("Tie", (1, 1)), ("both bad", (1, 1)), ("No preference", (1, 1)),
     ],
 )  # fmt: skip
@@ -181,6 +181,8 @@ MISTAKES = [
     (TWO, pairwise("none"), "annotations[0].result[0].value.selected", "`selected` is 'none'"),
     (TWO, {"type": "pairwise"}, "annotations[0].result[0].value", "is null, not an object"),
     (TWO, choices("Better"), "annotations[0].result[0].value.choices", "names neither of the two answers"),
+    (TWO, choices("1"), "annotations[0].result[0].value.choices", "names neither of the two answers"),  # or a grade
+    (LISTED | {"context": ITEMS}, ranker(rank=["m1", "m2", "m3"]), "annotations[0].result[0].value.ranker", "several"),
     (TWO, choices("1", "2"), "annotations[0].result[0].value.choices", "names neither of the two answers"),
     (TWO | {"answer1": 3}, pairwise("left"), "data", "cannot be told which two fields"),
     (TWO | {"reply1": "x", "reply2": "y"}, pairwise("left"), "data", "prompt, answer1, answer2, reply1, reply2"),
@@ -204,14 +206,15 @@ def test_mistakes_name_the_item_and_the_field(
 
 
 def test_two_questions_are_one_too_many(tmp_path: Path) -> None:
-    for answers in ([pairwise("left"), pairwise("right")], [choices("1"), choices("2")]):
+    for answers in ([pairwise("left"), pairwise("right")], [choices("answer1"), choices("left")]):
         with pytest.raises(UserError, match="2 results of type"):
             read(tmp_path, task(TWO, annotation(*answers)))
 
 
 def test_other_mistakes(tmp_path: Path) -> None:
     for bad, field in (
-        (annotation(pairwise("left"), created_at="yesterday"), "annotations[0].created_at"),
+        (annotation(pairwise("left"), updated_at="yesterday"), "annotations[0].updated_at"),
+        (annotation(pairwise("left"), updated_at=None, created_at="yesterday"), "annotations[0].created_at"),
         (annotation(pairwise("left"), by=1.5), "annotations[0].completed_by"),
         (annotation(pairwise("left"), by={"id": 1.5}), "annotations[0].completed_by.id"),
         (annotation() | {"result": "x"}, "annotations[0].result"),

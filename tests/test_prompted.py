@@ -132,7 +132,8 @@ def test_of_a_reasoned_answer_only_what_follows_the_cue_is_left(
 @pytest.mark.parametrize(
     ("form", "text", "finished", "expected"),
     [
-        ("few", "It is 7. Human: and", False, ("It is 7.", True)),  # stopped, and so finished
+        ("few", "It is 7.\n\nHuman: and", False, ("It is 7.", True)),  # stopped, and so finished
+        ("few", "The robot said: Human: you lie", False, None),  # within a line it is no turn
         ("few", "It is 7.", False, None),
         ("few", " It is 7.", False, None),  # as every policy is judged: with its blank
         ("few", "Human: more", False, ("", True)),
@@ -142,17 +143,28 @@ def test_of_a_reasoned_answer_only_what_follows_the_cue_is_left(
     ],
 )
 def test_response_ids_by_hand(
-    tiny_tokenizer: PreTrainedTokenizerBase,
+    tiny_dir: str,
     form: str,
     text: str,
     finished: bool,
     expected: tuple[str, bool] | None,
 ) -> None:
-    template = parse_template(FEW if form == "few" else THINK, "x", "x")
+    template, tiny_tokenizer = (
+        parse_template(FEW if form == "few" else THINK, "x", "x"),
+        load_tokenizer(tiny_dir, "plain"),
+    )
     ids = encode_response(tiny_tokenizer, text, finished)
     found = response_ids(tiny_tokenizer, template, ids, text, finished)
     assert found == (ids if expected is None else encode_response(tiny_tokenizer, *expected))
     assert found
+
+
+def test_where_turns_are_marked_by_tokens_the_words_of_the_plain_format_stop_nothing(
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    text = "Ann: hello\nHuman: hello"
+    ids = encode_response(tiny_tokenizer, text, False)
+    assert response_ids(tiny_tokenizer, parse_template(FEW, "x", "x"), ids, text, False) == ids
 
 
 def test_a_template_without_room_is_refused(policy: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
