@@ -329,7 +329,9 @@ Templates = Annotated[
 ]
 JudgeModel = Annotated[str, typer.Option("--model", help="Local folder, Hub name, or the endpoint's name for it.")]
 Endpoint = Annotated[str, typer.Option("--endpoint", metavar="URL", help="OpenAI-compatible API; key: OPENAI_API_KEY.")]
-Limit = Annotated[int, typer.Option("--limit", min=0, help="So many prompts, chosen by hash; 0: all.")]
+Limit = Annotated[
+    int, typer.Option("--limit", min=0, help="So many prompts (of a search: in each part), chosen by hash; 0: all.")
+]
 Answers = Annotated[
     Path | None, typer.Option("--answers", metavar="FILE", help="Keep answers there, and take them from there.")
 ]

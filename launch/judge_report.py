@@ -22,6 +22,8 @@ from rlhf.records import Drops, read_rankings
 from rlhf.rundir import write_atomic
 from rlhf.stage import pick_device
 
+MOST_FLIPS, LEAST_MASS = 0.5, 0.1  # beyond these a judge is warned of
+
 
 def compare_templates(
     files: Sequence[str], names: Sequence[str], recipe: Recipe, limit: int, out: Path | None, answers: Path | None
@@ -79,8 +81,8 @@ def search_template(
     found = candidates(templates, parts.pool, shots, trials, seed)
     judges = _judges(recipe, found, answers)
     console.print(
-        f"{len(judges)} candidates; {len(parts.pool)} rankings to draw demonstrations from, {len(parts.score)} to "
-        f"choose by, {len(parts.confirm)} to confirm on"
+        f"{len(judges)} candidate{'s' * (len(judges) > 1)}; {len(parts.pool)} rankings to draw demonstrations from, "
+        f"{len(parts.score)} to choose by, {len(parts.confirm)} to confirm on"
     )
     rows: list[dict[str, Any]] = []
     path = out.with_suffix(".json")
@@ -96,8 +98,11 @@ def search_template(
     write_template(result.template, out, comments(result.report, files))
     write_atomic(path, json.dumps(_about(recipe, files, drops) | result.report, indent=1) + "\n")
     _show(f"{_model(recipe)}, by candidate", result.report["candidates"])
-    confirmed = [result.report["confirmation"], result.report["first_candidate_confirmation"]]
-    _show("On other prompts: the chosen one, and the first candidate", confirmed)
+    again, first = result.report["confirmation"], result.report["first_candidate_confirmation"]
+    if first["template"] == again["template"]:
+        _show("The chosen one on other prompts", [again])
+    else:
+        _show("On other prompts: the chosen one, and the first candidate", [again, first])
     if result.warning:
         warn(result.warning)
     console.print(f"chosen: {result.report['chosen']}; use it with judge.template={out}", markup=False, soft_wrap=True)
@@ -175,6 +180,20 @@ def _show(title: str, rows: Sequence[dict[str, Any]]) -> None:
             for row in rows
         ],
     )
+    console.print(
+        "right: pairs in the order that people gave them, 95 % intervals over prompts. ties: pairs within "
+        "judge.tie_margin. flips: pairs that the two orders decide differently. shift: log-odds toward the first one "
+        "shown. on labels: probability that the answer is one of the labels at all.",
+        markup=False,
+        soft_wrap=True,
+    )
+    for row in (row for row in rows if row["position"] and row["position"]["flips"] > MOST_FLIPS):
+        warn(f"{row['template']}: {row['position']['flips']:.0%} of the pairs are decided by their order")
+    for row in (row for row in rows if row["label_mass"] < LEAST_MASS):
+        warn(
+            f"{row['template']}: the model hardly says a label (probability {row['label_mass']:.2g}), so it does not "
+            "answer the question"
+        )
     for row in (row for row in rows if row["prompts_refused"]):
         warn(f"{row['template']}: {row['prompts_refused']} prompts left out: a question is too long for the endpoint")
     for row in (row for row in rows if row["answers_with_bounds"]):

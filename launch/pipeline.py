@@ -62,6 +62,7 @@ class Redo:
 
 
 NOTHING = Redo()
+REFUSED = 2  # exit code of a stage that a UserError ended
 
 
 def stages_from(recipe: Recipe, redo: Redo) -> list[str]:
@@ -106,7 +107,8 @@ def run(name_or_path: str, overrides: Sequence[str], redo: Redo = NOTHING) -> in
         if code:
             again = shlex.join(["rlhf", "run", name_or_path, *overrides])
             how = how_ended(code, world_size(recipe) > 1)
-            console.print(f"stage {stage} {how}. To go on where it stopped: {again}", markup=False, soft_wrap=True)
+            go_on = "Once that is corrected, run again" if code == REFUSED else "To go on where it stopped"
+            console.print(f"stage {stage} {how}. {go_on}: {again}", markup=False, soft_wrap=True)
             return code
     if leads and "evaluate" in recipe.run.stages:
         report(Path(recipe.run.dir) / recipe.run.name)

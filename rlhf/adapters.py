@@ -82,7 +82,9 @@ def _chosen_layers(model: PreTrainedModel, peft: PeftSection) -> Sequence[nn.Mod
     layers = decoder_layers(model)
     if peft.last_layers > len(layers):
         raise UserError(
-            f"the model has {len(layers)} layers", where=f"model.peft.last_layers={peft.last_layers}", fix="name fewer"
+            f"the last {peft.last_layers} layers are to be trained, and the model has {len(layers)}",
+            where="model.peft.last_layers",
+            fix=f"give 1 to {len(layers)}, or 0 for all",
         )
     return layers[len(layers) - peft.last_layers :] if peft.last_layers else layers
 

@@ -78,6 +78,18 @@ class PeftSection(Section):
         return self
 
 
+def settings_of(peft: PeftSection) -> str:
+    """A method and the settings that it reads, in words: `lora (rank 16, alpha 32, all layers)`."""
+    words = []
+    for name in (name for name, methods in READ_BY.items() if peft.method in methods):
+        value = getattr(peft, name)
+        if name == "last_layers":
+            words.append(f"the last {value} layers" if value > 1 else "the last layer" if value else "all layers")
+        else:
+            words.append(f"{name} {value:g}")
+    return f"{peft.method} ({', '.join(words)})" if words else peft.method
+
+
 def default(section: BaseModel, name: str) -> object:
     """The default of a field of a section."""
     return type(section).model_fields[name].default

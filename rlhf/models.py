@@ -23,7 +23,7 @@ from transformers import (
 from rlhf.adapter_folder import HEAD, AdapterFolder, copy_into, find_adapter, save_adapter
 from rlhf.adapters import add_adapter, peft_of
 from rlhf.cache import publish
-from rlhf.config import READ_BY, ModelSection, PeftSection
+from rlhf.config import ModelSection, PeftSection, settings_of
 from rlhf.errors import UserError
 from rlhf.layers import cut_layers
 from rlhf.merging import merge_into, merged_state_dict, why_not_mergeable
@@ -239,7 +239,7 @@ def check_method(adapter: AdapterFolder, peft: PeftSection) -> None:
     """Raise UserError unless the adapter is of this method and these settings."""
     if adapter.peft != peft:
         raise UserError(
-            f"the model is an adapter of {_settings(adapter.peft)}, and the recipe trains {_settings(peft)}",
+            f"the model is an adapter of {settings_of(adapter.peft)}, and the recipe trains {settings_of(peft)}",
             str(adapter.folder),
             "run the SFT stage again with this recipe, or set model.peft as it was",
         )
@@ -334,12 +334,6 @@ def _no_reward_model(what: str, where: str) -> UserError:
         where=where,
         fix="name a sequence-classification folder with one label, such as RUN/reward/model",
     )
-
-
-def _settings(peft: PeftSection) -> str:
-    """A method and what it reads, in words."""
-    read = [name for name, methods in READ_BY.items() if peft.method in methods]
-    return f"{peft.method} ({', '.join(f'{name} {getattr(peft, name):g}' for name in read)})"
 
 
 def _few(names: list[str]) -> str:

@@ -12,7 +12,7 @@ from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 
-from rlhf.config import NOT_MERGED, LabelSection, Recipe
+from rlhf.config import NOT_MERGED, LabelSection, Recipe, settings_of
 from rlhf.errors import UserError
 from rlhf.judge_examples import check_judge
 from rlhf.judge_template import load_template
@@ -210,7 +210,11 @@ def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
 def plan_rows(recipe: Recipe, stages: Sequence[str] | None = None) -> list[tuple[str, str]]:
     """(what, derived number with how it came about) for the given stages, to be shown as a table."""
     stages = list(recipe.run.stages if stages is None else stages)
-    rows = [("model", f"{recipe.model.name}, {recipe.model.dtype}"), ("processes", str(world_size(recipe)))]
+    rows = [("model", f"{recipe.model.name}, {recipe.model.dtype}")]
+    if recipe.model.peft.on:
+        only = "" if recipe.reward_peft.on else "; all weights of reward and value model"
+        rows.append(("trained", f"{settings_of(recipe.model.peft)}{only}"))
+    rows.append(("processes", str(world_size(recipe))))
     if "sft" in stages:
         s = plan_sft(recipe)
         split = _split(s.processes, s.accumulation, s.micro_batch_size)

@@ -50,6 +50,8 @@ class Row:
             return self.fields[field]
         close = difflib.get_close_matches(field, self.fields, n=1)
         fix = f"rename `{close[0]}` to `{field}`" if close else f"add `{field}` to the line"
+        if field == "responses" and "response" in self.fields:
+            fix = "a ranking has `prompt`, `responses` and `ranks`; this line is a demonstration"
         raise self.fail(field, f"the field `{field}` is missing", fix)
 
 
@@ -207,8 +209,10 @@ def _nearest(path: Path) -> str:
     if not path.parent.is_dir():
         return f"there is no folder {path.parent} either; check the path"
     files = sorted(entry.name for entry in path.parent.iterdir() if entry.name.endswith(SUFFIXES))
-    close = difflib.get_close_matches(path.name, files, n=1, cutoff=0)
-    return f"did you mean {path.parent / close[0]}?" if close else f"there are no data files in {path.parent}"
+    if not files:
+        return f"there are no data files in {path.parent}"
+    close = difflib.get_close_matches(path.name, files, n=1, cutoff=0.6)
+    return f"did you mean {path.parent / close[0]}?" if close else f"data files there: {', '.join(files[:5])}"
 
 
 def _not_utf8(place: str) -> UserError:

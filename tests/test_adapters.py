@@ -365,7 +365,7 @@ def test_more_last_layers_than_there_are_are_refused() -> None:
         with pytest.raises(UserError) as error:
             adapted("gpt2", method, last_layers=3)
         what, where, _ = parts(error.value)
-        assert what == "the model has 2 layers" and where == "model.peft.last_layers=3"
+        assert what == "the last 3 layers are to be trained, and the model has 2" and where == "model.peft.last_layers"
 
 
 def test_an_adapter_is_refused_behind_a_layer_without_a_module_for_it() -> None:
