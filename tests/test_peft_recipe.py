@@ -59,7 +59,7 @@ def test_a_setting_that_the_method_does_not_read_is_refused(method: str, name: s
     assert error.what == f"{method} has no {name}"
     assert error.where == f"model.peft in {recipe_file}"
     readers = [m for m in OWN if name in OWN[m]]
-    assert error.fix.startswith(f"leave {name} out") and all(reader in error.fix for reader in readers)
+    assert error.fix.startswith(f"set {name}={DEFAULT[name]}, or leave it out") and all(m in error.fix for m in readers)
     # A resolved recipe names every field: its default is no setting.
     load_recipe(recipe_file, [f"model.peft.method={method}", f"model.peft.{name}={DEFAULT[name]}"])
 
