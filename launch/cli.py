@@ -217,30 +217,49 @@ def report(run: RunArgument) -> None:
 def label(
     run: RunArgument,
     labelers: Annotated[
-        str, typer.Option("--labelers", metavar="NAME,NAME", help="Who ranks; default: the recipe's label.labelers.")
-    ] = "",
+        str | None,
+        typer.Option(
+            "--labelers",
+            metavar="NAME,NAME",
+            help="Who ranks, beside those invited already; default: the recipe's label.labelers.",
+        ),
+    ] = None,
     host: Annotated[
         str | None, typer.Option("--host", help="Address to serve on; default: label.host, this machine alone.")
     ] = None,
     port: Annotated[int | None, typer.Option("--port", min=0, max=65535, help="Default: label.port.")] = None,
-    revoke: Annotated[bool, typer.Option("--revoke", help="Make these labelers' earlier links useless.")] = False,
+    revoke: Annotated[
+        str | None,
+        typer.Option(
+            "--revoke", metavar="NAME,NAME", help="Make all links of these labelers useless and end; rankings stay."
+        ),
+    ] = None,
     export: Annotated[
-        Path | None, typer.Option("--export", metavar="FILE", help="Write the rankings so far and end.")
+        Path | None,
+        typer.Option("--export", metavar="FILE", help="Write the rankings so far and end; changes nothing."),
     ] = None,
 ) -> None:
     """Serve the page on which people rank the outputs of a run; one link for each labeler. Ctrl-C ends it.
 
     Reads RUN/rank/outputs.jsonl, which `rlhf run RECIPE rank.labeler=human` samples, or which you put there: a JSON
-    object with prompt and responses on each line. Keeps what people say in RUN/labels.sqlite.
+    object with prompt and responses on each line; else RUN/rank/rankings.jsonl, which another labeler has ranked. Keeps
+    what people say in RUN/labels.sqlite. Beside a run that waits for its rankings it adds labelers; whom and what that
+    run waits for besides stays as it is.
     """
     from launch.label import export as write
+    from launch.label import revoke as end_links
     from launch.label import serve, settings
 
+    if revoke is not None and (labelers or export):
+        fix = "revoke first: new links are printed when the page is served"
+        raise UserError("--revoke ends links and does nothing else", "--revoke", fix)
     recipe = settings(run, labelers, host, port)
-    if export:
+    if revoke is not None:
+        end_links(run, recipe, revoke)
+    elif export:
         write(run, recipe, export)
     else:
-        serve(run, recipe, revoke)
+        serve(run, recipe)
 
 
 @app.command()

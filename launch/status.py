@@ -17,7 +17,7 @@ from rlhf.errors import UserError
 from rlhf.plan import plan_ppo
 from rlhf.progress import console, duration, table
 from rlhf.recipe import load_recipe
-from rlhf.rundir import RunFolder, is_alive, read_owner
+from rlhf.rundir import RunFolder, live_owner
 
 HEADLINES = {  # metrics to show, the first of each that there is
     "sft": (("sft/validation_loss", "sft/loss"),),
@@ -50,7 +50,7 @@ def show(path: Path) -> None:
     file = path / "recipe.yaml"
     if not file.is_file():
         raise UserError("this is no run folder: it has no recipe.yaml", str(path), "give one, such as runs/demo")
-    recipe, run, owner = load_recipe(str(file)), RunFolder(path), _owner(path)
+    recipe, run, owner = load_recipe(str(file)), RunFolder(path), live_owner(path)
     others = [stage for stage in READS if stage not in recipe.run.stages and run.stage_dir(stage).is_dir()]
     stages = {stage: progress(run, recipe, stage, owner is not None) for stage in [*recipe.run.stages, *others]}
     columns = ["stage", "state", "sealed step", "age", "time", "metrics"]
@@ -102,15 +102,6 @@ def _last_metrics(path: Path) -> dict[str, float]:
         for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
             found |= json.loads(line)
     return found
-
-
-def _owner(path: Path) -> dict[str, Any] | None:
-    """The live process that writes the run, None when there is none."""
-    try:
-        owner = read_owner((path / "lock").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    return owner if owner and is_alive(owner) else None
 
 
 def _row(stage: str, each: Progress) -> list[str]:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.evaluation import ENOUGH_PROMPTS, Interval, compare, mean_interval, prompt_means, win_rate
-from rlhf.rundir import RunFolder, is_alive, read_json, read_owner, read_rows
+from rlhf.rundir import RunFolder, live_owner, read_json, read_rows
 from rlhf.ways import Comparison
 
 ADAPTER = "adapter.safetensors"  # in model/: the trained weights alone
@@ -139,19 +139,10 @@ def _state(run: RunFolder, recipe: Recipe) -> tuple[str, str]:
         return "done", ""
     for stage, state in states.items():
         if state == "running":
-            return ("running", "") if _in_use(run) else ("interrupted", f"{stage} was broken off")
+            return ("running", "") if live_owner(run.path) else ("interrupted", f"{stage} was broken off")
         if state == "stopped":
             return "stopped", f"{stage} was stopped"
     return ("not run", "") if set(states.values()) == {"not run"} else ("unfinished", "")
-
-
-def _in_use(run: RunFolder) -> bool:
-    """Whether a live process writes the run."""
-    try:
-        owner = read_owner((run.path / "lock").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return False
-    return owner is not None and is_alive(owner)
 
 
 def _training(run: RunFolder, variant: str, method: str, whole: int) -> dict[str, Any]:

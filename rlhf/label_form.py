@@ -49,7 +49,7 @@ class Submission(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     id: str = Field(pattern=r"^[0-9a-f-]{36}$")
-    task: str = Field(pattern=r"^[0-9a-f]{64}$")
+    task: str = Field(pattern=r"^[0-9a-f]{1,64}$")  # the id of the claim; earlier pages sent the 64 digits of a hash
     kind: Literal["ranking", "skip"]
     ranks: tuple[int, ...] = ()
     quality: tuple[int | None, ...] = ()

@@ -19,13 +19,15 @@ from typing import Annotated, Any
 
 import uvicorn
 from fastapi import Depends, FastAPI, Header, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf.errors import UserError
+from rlhf.label_audience import Audience
 from rlhf.label_form import FLAGS, MAX_NOTE, QUALITY, SKIPS, Submission
-from rlhf.label_store import Conflict, LabelStore, Refused, Task
+from rlhf.label_store import Conflict, LabelStore, NotGiven, Refused, Task
 
 PAGE = Path(__file__).parent / "label_page"
 SCRIPTS = ("page", "link", "board", "card", "order")
@@ -68,21 +70,24 @@ def who(request: Request, authorization: Annotated[str, Header()] = "") -> str:
     labeler = request.app.state.store.labeler(authorization.removeprefix("Bearer "))
     if labeler is None:
         raise HTTPException(401, "this link is not valid: ask for a new one")
+    request.app.state.audience.seen(labeler)
     return labeler
 
 
 Labeler = Annotated[str, Depends(who)]
 
 
-def make_app(store: LabelStore, title: str, host: str = "127.0.0.1") -> FastAPI:
+def make_app(store: LabelStore, title: str, host: str = "127.0.0.1", audience: Audience | None = None) -> FastAPI:
     """The application.
 
     Args:
         title: of the run, shown to labelers.
         host: what it is served on.
+        audience: learns who asks, and what they are told.
     """
+    audience = audience or Audience()
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # those pages load scripts from elsewhere
-    app.state.store = store
+    app.state.store, app.state.audience = store, audience
     app.add_middleware(Guard, host=host)
 
     def page(request: Request) -> Response:
@@ -91,6 +96,12 @@ def make_app(store: LabelStore, title: str, host: str = "127.0.0.1") -> FastAPI:
 
     for path in FILES:
         app.add_api_route(path, page, methods=["GET"], include_in_schema=False)
+
+    def standing(labeler: str) -> dict[str, Any]:
+        """How it stands, to a page that shows its end when all is in."""
+        found = store.progress(labeler)
+        audience.told(labeler, found["complete"])
+        return found
 
     # Functions without async run in threads: a commit that waits for the disk keeps nobody else waiting.
     @app.get("/api/form")
@@ -109,23 +120,27 @@ def make_app(store: LabelStore, title: str, host: str = "127.0.0.1") -> FastAPI:
 
     @app.get("/api/next")
     def following(labeler: Labeler) -> dict[str, Any]:
-        return {"task": _shown(store.next_task(labeler)), "progress": store.progress(labeler)}
+        return {"task": _shown(store.next_task(labeler)), "progress": standing(labeler)}
 
     @app.get("/api/progress")
     def progress(labeler: Labeler) -> dict[str, Any]:
-        return store.progress(labeler)
+        return store.progress(labeler)  # asked with a prompt on the screen: its labeler may be about to submit it
 
     @app.post("/api/submit")
     def submit(given: Submission, labeler: Labeler) -> dict[str, Any]:
         store.submit(labeler, given)
-        return store.progress(labeler)
+        return standing(labeler)
 
     @app.post("/api/take-back")
     def take_back(which: Which, labeler: Labeler) -> dict[str, Any]:
-        return {"task": _shown(store.take_back(labeler, which.id)), "progress": store.progress(labeler)}
+        task = store.take_back(labeler, which.id)
+        audience.told(labeler, False)
+        return {"task": _shown(task), "progress": store.progress(labeler)}
 
-    for kind, status in ((Conflict, 409), (Refused, 422), (sqlite3.Error, 503)):
+    for kind, status in ((NotGiven, 404), (Conflict, 409), (Refused, 422), (sqlite3.Error, 503)):
         app.add_exception_handler(kind, _tell(status))
+    app.add_exception_handler(RequestValidationError, _bad)
+    app.add_exception_handler(400, _unread)  # what FastAPI makes of a body that cannot be decoded
     return app
 
 
@@ -138,6 +153,17 @@ def _tell(status: int) -> Any:
         return JSONResponse({"detail": str(error)}, status)
 
     return handler
+
+
+async def _bad(request: Request, error: Any) -> JSONResponse:
+    """What is wrong with a request, without the value: a number that is none, or half a character, is no JSON."""
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"][1:])).encode("utf-8", "replace").decode()
+    return JSONResponse({"detail": ": ".join(filter(None, ("the request makes no sense", place, first["msg"])))}, 422)
+
+
+async def _unread(request: Request, error: Any) -> JSONResponse:
+    return JSONResponse({"detail": "the request is no JSON in UTF-8"}, 422)
 
 
 class Guard:
@@ -183,21 +209,24 @@ class Guard:
 
 
 @contextmanager
-def serving(store: LabelStore, title: str, host: str, port: int = 0) -> Iterator[str]:
+def serving(store: LabelStore, title: str, host: str, port: int = 0, audience: Audience | None = None) -> Iterator[str]:
     """Serve the page in a thread while the block lasts; gives the address that links begin with.
 
     Args:
         port: 0 takes the one of the last time, so that open pages find the server again, or else a free one.
+        audience: learns who is at the page.
 
     Raises:
         UserError: when the address or port cannot be had.
     """
-    sock = _listen(host, port, int(store.setting("port") or 0))
+    last = int(store.setting("port") or 0)
+    sock = _listen(host, port, last)
     port = sock.getsockname()[1]
-    store.keep_setting("port", str(port))
-    config = uvicorn.Config(
-        make_app(store, title, host), log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE
-    )
+    # Where another server has the last port, that server's pages are to find it there again.
+    if not last or port == last or _is_free(sock, last):
+        store.keep_setting("port", str(port))
+    app = make_app(store, title, host, audience)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()
@@ -229,6 +258,17 @@ def _listen(host: str, port: int, last: int) -> socket.socket:
         return sock
     fix = "give another port (0: a free one), and an address of this machine"
     raise UserError(f"the page cannot be served: {refused}", f"{host}, port {port}", fix)
+
+
+def _is_free(beside: socket.socket, port: int) -> bool:
+    """Whether a port of the same address is nobody's."""
+    with socket.socket(beside.family, socket.SOCK_STREAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((beside.getsockname()[0], port))
+        except OSError:
+            return False
+    return True
 
 
 def _name(host: str) -> str:

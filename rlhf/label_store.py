@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from rlhf.config import LabelSection
 from rlhf.label_form import Submission, complaint
-from rlhf.label_tables import GIVEN, open_labels
+from rlhf.label_tables import GIVEN, new_id, open_labels
 from rlhf.outputs import Outputs
 from rlhf.records import Message, Prompt, ranking_row
 
@@ -34,14 +34,22 @@ class Refused(Exception):
     """A submission that makes no sense: the page would not have made it."""
 
 
+class NotGiven(Exception):
+    """A submission about a prompt that these labels never gave to this labeler: it may be of another run."""
+
+
 class Conflict(Exception):
     """A submission that came too late: another stands, or was made since."""
 
 
 class Task(NamedTuple):
-    """A prompt as one labeler sees it; `answer` is what they had said before they took it back, if they did."""
+    """A prompt as one labeler sees it; `answer` is what they had said before they took it back, if they did.
 
-    key: str
+    `id` is the claim's, drawn at random. The task's own key is a hash over the outputs in the order of the file, from
+    which that order could be found by trying all of them: no page gets it.
+    """
+
+    id: str
     messages: list[dict[str, str]]
     outputs: list[dict[str, Any]]  # {"text", "finished"} in the order shown
     answer: dict[str, Any] | None
@@ -132,14 +140,27 @@ class LabelStore:
                 rows,
             )
 
-    def invite(self, names: Sequence[str]) -> None:
-        """Make these the labelers that the run waits for. Others may go on ranking with the links that they have."""
+    def has_tasks(self) -> bool:
+        """Whether there is anything to rank."""
+        return bool(self._read("SELECT 1 FROM tasks WHERE current LIMIT 1"))
+
+    def invite(self, names: Sequence[str], besides: bool = False) -> None:
+        """Make these the labelers that the run waits for. Others may go on ranking with the links that they have.
+
+        Args:
+            besides: whether those who are invited already stay so.
+        """
         with self._write() as db:
-            db.execute("UPDATE labelers SET invited = 0")
+            if not besides:
+                db.execute("UPDATE labelers SET invited = 0")
             db.executemany(
                 "INSERT INTO labelers VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET invited = 1",
                 [(name,) for name in names],
             )
+
+    def known(self) -> list[str]:
+        """All labelers, invited or not, by name."""
+        return [row["name"] for row in self._read("SELECT name FROM labelers ORDER BY name")]
 
     def new_token(self, labeler: str) -> str:
         """A secret that says who somebody is, beside those that the labeler has; only its hash is kept."""
@@ -188,8 +209,9 @@ class LabelStore:
                 return None
             shown = json.dumps(self._draw_order(key, labeler))
             db.execute(
-                "INSERT INTO claims VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET since = excluded.since",
-                (key, labeler, shown, time.time()),
+                "INSERT INTO claims (task, labeler, shown, since, id) VALUES (?, ?, ?, ?, ?)"
+                " ON CONFLICT (task, labeler) DO UPDATE SET since = excluded.since",
+                (key, labeler, shown, time.time(), new_id()),
             )
             return self._task(key, labeler)
 
@@ -229,30 +251,31 @@ class LabelStore:
         if before and before[0]["kind"] == "ranking":
             kept = json.loads(before[0]["answer"])
             answer = {name: [values[i] for i in shown] for name, values in kept.items() if values}
-        return Task(key, json.loads(row["messages"]), outputs, answer)
+        return Task(row["id"], json.loads(row["messages"]), outputs, answer)
 
     def submit(self, labeler: str, given: Submission) -> None:
         """Store a submission; it is on disk when this returns. One that is stored already, under its id, is well.
 
         Raises:
-            Refused: for one that makes no sense, or about a task that was not given to this labeler.
+            Refused: for one that makes no sense.
+            NotGiven: for one about a claim that is not this labeler's, or that this file does not know.
             Conflict: when the labeler's ranking of the task stands already, or the id was another's or taken back.
         """
         with self._write() as db:
-            claim = db.execute("SELECT shown FROM claims WHERE task = ? AND labeler = ?", (given.task, labeler))
+            claim = db.execute("SELECT task, shown FROM claims WHERE id = ? AND labeler = ?", (given.task, labeler))
             if (row := claim.fetchone()) is None:
-                raise Refused("this prompt was not given to you")
-            shown = json.loads(row["shown"])
+                raise NotGiven("this prompt was not given to you here; it may be of another run, or of earlier labels")
+            key, shown = row["task"], json.loads(row["shown"])
             if wrong := complaint(given, len(shown), self.label):
                 raise Refused(wrong)
-            fields = (given.task, labeler, given.kind, _answer(given, shown))
+            fields = (key, labeler, given.kind, _answer(given, shown))
             old = db.execute("SELECT task, labeler, kind, answer, withdrawn FROM submissions WHERE id = ?", (given.id,))
             if (row := old.fetchone()) is not None:
                 if tuple(row) == (*fields, None):
                     return
                 raise Conflict("this was submitted before, and taken back or changed since")
             stands = "SELECT 1 FROM submissions WHERE task = ? AND labeler = ? AND withdrawn IS NULL"
-            if db.execute(stands, (given.task, labeler)).fetchone():
+            if db.execute(stands, (key, labeler)).fetchone():
                 raise Conflict("you have submitted this prompt already, in another window")
             db.execute(
                 "INSERT INTO submissions (id, task, labeler, kind, answer, seconds, at) VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -260,13 +283,13 @@ class LabelStore:
             )
 
     def last(self, labeler: str) -> str | None:
-        """The id of the labeler's newest submission, which they may take back; None once they have."""
+        """The id of the labeler's newest submission that counts, which they may take back; None once they have."""
         found = self._newest(labeler)
         return found["id"] if found and found["withdrawn"] is None else None
 
     def _newest(self, labeler: str) -> sqlite3.Row | None:
-        query = "SELECT id, task, withdrawn FROM submissions WHERE labeler = ? ORDER BY number DESC LIMIT 1"
-        return next(iter(self._read(query, labeler)), None)
+        query = "SELECT id, task, withdrawn FROM submissions JOIN tasks ON key = task WHERE labeler = ? AND current"
+        return next(iter(self._read(f"{query} ORDER BY number DESC LIMIT 1", labeler)), None)
 
     def take_back(self, labeler: str, submission: str) -> Task:
         """Withdraw the labeler's newest submission and give them its task again; a second time changes nothing.
@@ -320,7 +343,8 @@ class LabelStore:
     def rankings(self) -> list[Labelled]:
         """All standing rankings of the current tasks, by task and then in the order in which they came."""
         rows = self._read(
-            "SELECT * FROM submissions s JOIN tasks t ON t.key = s.task JOIN claims c USING (task, labeler)"
+            "SELECT s.*, messages, use_case, responses, finished, shown"
+            " FROM submissions s JOIN tasks t ON t.key = s.task JOIN claims c USING (task, labeler)"
             " WHERE kind = 'ranking' AND withdrawn IS NULL AND current ORDER BY place, number"
         )
         return [_labelled(row) for row in rows]

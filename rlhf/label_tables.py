@@ -4,7 +4,8 @@ settings      what outlives the server: its port
 tasks         one for each prompt with its outputs, known by the hash of their text; `current` ones are in the last list
 labelers      by name; the invited ones are those that the run waits for
 tokens        SHA-256 of the secrets in the labelers' links; a labeler may have several
-claims        a task given to a labeler, and the order in which its outputs are shown there, drawn once
+claims        a task given to a labeler under a random id of its own, which is all that their page knows it by, and the
+              order in which its outputs are shown there, drawn once
 submissions   rankings and skips; what is taken back stays, marked as withdrawn
 
 Write-ahead log with synchronous=FULL: a commit has returned when its data are on disk, and readers do not wait for
@@ -13,12 +14,13 @@ writers. The log needs memory that all who have the file open share: serve the p
 
 from __future__ import annotations
 
+import secrets
 import sqlite3
 from pathlib import Path
 
 from rlhf.errors import UserError
 
-VERSION = 1
+VERSION = 2  # 1 had claims without an id
 BUSY = 20.0  # seconds to wait for another process that is writing
 TABLES = """
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -29,7 +31,7 @@ CREATE TABLE IF NOT EXISTS labelers (name TEXT PRIMARY KEY, invited INTEGER NOT 
 CREATE TABLE IF NOT EXISTS tokens (hash TEXT PRIMARY KEY, labeler TEXT NOT NULL REFERENCES labelers (name));
 CREATE TABLE IF NOT EXISTS claims (
     task TEXT NOT NULL REFERENCES tasks (key), labeler TEXT NOT NULL REFERENCES labelers (name),
-    shown TEXT NOT NULL, since REAL NOT NULL, PRIMARY KEY (task, labeler));
+    shown TEXT NOT NULL, since REAL NOT NULL, id TEXT, PRIMARY KEY (task, labeler));
 CREATE TABLE IF NOT EXISTS submissions (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
     task TEXT NOT NULL, labeler TEXT NOT NULL, kind TEXT NOT NULL CHECK (kind IN ('ranking', 'skip')),
@@ -37,6 +39,7 @@ CREATE TABLE IF NOT EXISTS submissions (
     FOREIGN KEY (task, labeler) REFERENCES claims (task, labeler));
 CREATE UNIQUE INDEX IF NOT EXISTS standing ON submissions (task, labeler) WHERE withdrawn IS NULL;
 CREATE INDEX IF NOT EXISTS by_labeler ON submissions (labeler, number);
+CREATE UNIQUE INDEX IF NOT EXISTS claim_ids ON claims (id);
 """
 # What has been given for each task: `done` counts the invited labelers that ranked or skipped it.
 GIVEN = """
@@ -52,7 +55,9 @@ need AS (
 
 
 def open_labels(path: Path) -> sqlite3.Connection:
-    """The file, with its tables made where it is new; for any thread, and without transactions of its own accord.
+    """The file, for any thread, and without transactions of its own accord.
+
+    Its tables are made where it is new; a file of version 1 is brought up to date with all that is in it.
 
     Raises:
         UserError: when the file is damaged or of another version.
@@ -63,13 +68,35 @@ def open_labels(path: Path) -> sqlite3.Connection:
         db.row_factory = sqlite3.Row
         for setting in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
             db.execute(f"PRAGMA {setting}")
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, VERSION):
-            raise UserError(f"the labels are of version {version}", str(path), f"this version reads {VERSION}")
-        db.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
+        _make_tables(db, path)
     except sqlite3.DatabaseError as error:
         fix = (
             "see that the folder can be written to; if the file is damaged, put it aside: its rankings are in it alone"
         )
         raise UserError(f"the labels cannot be opened: {error}", str(path), fix) from None
     return db
+
+
+def _make_tables(db: sqlite3.Connection, path: Path) -> None:
+    """Make what is missing, in one transaction: another process may be opening the file as well."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, 1, VERSION):
+            raise UserError(f"the labels are of version {version}", str(path), f"this version reads 1 and {VERSION}")
+        if version == 1:
+            db.execute("ALTER TABLE claims ADD COLUMN id TEXT")
+            for row in db.execute("SELECT task, labeler FROM claims").fetchall():
+                db.execute("UPDATE claims SET id = ? WHERE task = ? AND labeler = ?", (new_id(), *row))
+        for statement in TABLES.split(";"):
+            db.execute(statement)
+        db.execute(f"PRAGMA user_version = {VERSION}")
+        db.execute("COMMIT")
+    except BaseException:
+        db.close()
+        raise
+
+
+def new_id() -> str:
+    """A random id of a claim: unlike the task's hash it says nothing of the outputs or of their order in the file."""
+    return secrets.token_hex(16)

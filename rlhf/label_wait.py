@@ -4,6 +4,7 @@
     runs/<name>/labels.sqlite         what people have said       rlhf/label_store.py
 
 The rank stage and `rlhf label` may serve the page at the same time, each at an address of its own: the file is one.
+What is to be ranked, and whom the run waits for, is the rank stage's to say: `rlhf label` only adds labelers.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import LabelSection
+from rlhf.label_audience import Audience
 from rlhf.label_store import Counts, Labelled, LabelStore, task_key
 from rlhf.outputs import Outputs, outputs_row
 from rlhf.phases import phase, progressed
@@ -30,35 +32,38 @@ if TYPE_CHECKING:
 LABELS = "labels.sqlite"
 OUTPUTS = "rank/outputs.jsonl"
 LOOK = 0.5  # seconds between looks at the file
+GRACE = 30.0  # seconds, twice what an open page takes to look again (POLL in label_page/page.js)
 
 
 @contextmanager
-def opened(run: Path, label: LabelSection, seed: int, outputs: Sequence[Outputs]) -> Iterator[LabelStore]:
-    """The labels of a run, with these outputs to rank by `label.labelers`."""
+def opened(run: Path, label: LabelSection, seed: int) -> Iterator[LabelStore]:
+    """The labels of a run, as they are."""
     store = LabelStore(run / LABELS, label, seed)
     try:
-        store.set_tasks(outputs)
-        store.invite(label.labelers)
-        if aside := store.set_aside():
-            console.print(f"{aside} rankings of other outputs stay in {run / LABELS} and are not used", soft_wrap=True)
         yield store
     finally:
         store.close()
 
 
+def tell_set_aside(store: LabelStore) -> None:
+    """Print how many rankings are of outputs that are not current."""
+    if aside := store.set_aside():
+        console.print(f"{aside} rankings of other outputs stay in {store.path} and are not used", soft_wrap=True)
+
+
 @contextmanager
-def page(store: LabelStore, title: str) -> Iterator[None]:
-    """Serve the page while the block lasts, and print a link for each of `label.labelers`."""
+def page(store: LabelStore, title: str) -> Iterator[Audience]:
+    """Serve the page while the block lasts, and print a link for each of `label.labelers`; gives who is at it."""
     from rlhf.label_server import is_loopback, serving  # FastAPI: where nobody ranks, it is not imported
 
-    label = store.label
-    with serving(store, title, label.host, label.port) as address:
+    label, audience = store.label, Audience()
+    with serving(store, title, label.host, label.port, audience) as address:
         console.print("The labelling page, a link for each labeler (earlier links stay good):", soft_wrap=True)
         for name in label.labelers:
             console.print(f"  {name}  {address}#{store.new_token(name)}", markup=False, soft_wrap=True)
         if not is_loopback(label.host):
             console.print("It is open to the network, without encryption: a link is all that it takes to rank.")
-        yield
+        yield audience
 
 
 def wait(look: Callable[[], Counts], stopped: Callable[[], bool]) -> bool:
@@ -77,11 +82,30 @@ def wait(look: Callable[[], Counts], stopped: Callable[[], bool]) -> bool:
     return True
 
 
-def rankings_by_people(ctx: StageContext, outputs: Sequence[Outputs]) -> tuple[list[Labelled], dict[str, Any]] | None:
+def linger(unaware: Callable[[], bool], stopped: Callable[[], bool]) -> bool:
+    """Leave the page up until nobody is `unaware` any more that all is in (True), or `stopped()` says so (False)."""
+    while unaware():
+        if stopped():
+            return False
+        time.sleep(LOOK)
+        progressed()
+    return True
+
+
+def rankings_by_people(
+    ctx: StageContext, outputs: Sequence[Outputs], grace: float = GRACE
+) -> tuple[list[Labelled], dict[str, Any]] | None:
     """Have the outputs ranked on the page; the rankings, and what rank/summary.json says of them.
 
-    None when the stage was told to stop before enough were in. The first of several processes serves the page, and the
-    others come to the same answer.
+    When all that are wanted are in, the page stays until those who were at it lately have been told, and what they
+    submit meanwhile is taken as well. The first of several processes serves the page, and the others come to the same
+    answer.
+
+    Args:
+        grace: seconds that the page stays at most when all is in.
+
+    Returns:
+        None when the stage was told to stop: what is in stays in the file.
     """
     from rlhf.processes import from_first
 
@@ -91,17 +115,48 @@ def rankings_by_people(ctx: StageContext, outputs: Sequence[Outputs]) -> tuple[l
         store: Any = None
         if first:
             write_jsonl(ctx.run.path / OUTPUTS, [outputs_row(each) for each in outputs])
-            store = stack.enter_context(opened(ctx.run.path, recipe.label, recipe.run.seed, outputs))
+            store = stack.enter_context(opened(ctx.run.path, recipe.label, recipe.run.seed))
+            store.set_tasks(outputs)
+            store.invite(recipe.label.labelers)
+            tell_set_aside(store)
 
         def look() -> Counts:
             return from_first(lambda: store.counts())
 
         while not look().complete:
-            with page(store, recipe.run.name) if first else nullcontext():
-                if not wait(look, lambda: ctx.stop_requested):
+            with page(store, recipe.run.name) if first else nullcontext() as audience:
+                if not serve_until_told(look, audience, grace, lambda: ctx.stop_requested):
                     return None
             # The page is closed, and nobody can take a ranking back any more: unless somebody just did, that is all.
         return from_first(lambda: (store.rankings(), summary(store)))
+
+
+def serve_until_told(
+    look: Callable[[], Counts], audience: Audience | None, grace: float, stopped: Callable[[], bool]
+) -> bool:
+    """Wait until all rankings are in and who is at the page knows it (True), or `stopped()` says so (False).
+
+    A ranking that is taken back meanwhile is waited for again, on the same page.
+
+    Args:
+        look: asks the first process, as all that is asked here: several processes must go the same way.
+        audience: of the first process; None on the others.
+        grace: seconds that the page stays at most when all is in.
+    """
+    from rlhf.processes import from_first
+
+    while wait(look, stopped):
+        end = time.monotonic() + grace
+
+        def unaware(end: float = end) -> bool:
+            late = from_first(lambda: audience is not None and time.monotonic() < end and bool(audience.unaware()))
+            return late and look().complete
+
+        if not linger(unaware, stopped):
+            return False
+        if look().complete:
+            return True
+    return False
 
 
 def summary(store: LabelStore) -> dict[str, Any]:

@@ -197,6 +197,15 @@ def is_alive(owner: dict[str, Any]) -> bool:
         return False
 
 
+def live_owner(run: Path) -> dict[str, Any] | None:
+    """The live process that writes a run, None when there is none."""
+    try:
+        owner = read_owner((run / "lock").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return owner if owner and is_alive(owner) else None
+
+
 def _started(pid: int) -> float:
     """When a process of this machine started: clock ticks since boot, which no change of the date moves."""
     stat = Path(f"/proc/{pid}/stat")

@@ -268,7 +268,8 @@ def summarise(ranked: Ranked) -> dict[str, Any]:
     ordered = sum(len(ordered_pairs(r.ranks)) for r in rankings)
     ranks = [r.ranks for r in rankings]
     summary = {
-        "prompts": len(rankings),
+        "prompts": len({r.prompt.key for r in rankings}),
+        "rankings": len(rankings),
         "outputs": outputs,
         "pairs": ordered,
         "tie_fraction": tied / (tied + ordered),

@@ -394,13 +394,103 @@ def test_a_ranking_that_meets_a_dead_server_is_stored_once_it_is_back(browser: A
         assert not [name for name in page.evaluate("() => Object.keys(localStorage)") if name.startswith("outbox")]
         # An acknowledgement that was lost: the same submission is sent again, and the page goes on.
         sent = store.rankings()[-1]
-        again = {"id": sent.about["id"], "task": task_key(sent.outputs), "kind": "ranking"}
+        claim = store._read(
+            "SELECT claims.id FROM claims JOIN submissions s USING (task) WHERE s.id = ?", sent.about["id"]
+        )
+        again = {"id": sent.about["id"], "task": claim[0]["id"], "kind": "ranking"}
         again |= {"ranks": [1] * len(sent.ranks), "flags": [[]] * len(sent.ranks)}
         page.evaluate("kept => localStorage.setItem(`outbox anna ${kept.id}`, JSON.stringify(kept))", again)
         page.reload()
         page.wait_for_selector(".card")
         assert len(store.rankings()) == 2 and page.inner_text("#alert") == ""
         assert not [name for name in page.evaluate("() => Object.keys(localStorage)") if name.startswith("outbox")]
+
+
+def test_what_another_run_gave_out_is_kept_until_it_is_served_again_or_thrown_away(
+    browser: Any, tmp_path: Path
+) -> None:
+    """Two runs at one address with the same prompts and labeler, shown in different orders."""
+    stores = [LabelStore(tmp_path / f"{n}.sqlite", LabelSection(), n) for n in (1, 2)]
+    tokens = []
+    for store in stores:
+        store.set_tasks(ITEMS)
+        store.invite(["anna"])
+        tokens.append(store.new_token("anna"))
+    waiting = "() => Object.keys(localStorage).filter(name => name.startsWith('outbox')).length"
+    with serving(stores[0], "first", "127.0.0.1") as address:
+        port = int(address.rstrip("/").rpartition(":")[2])
+        page = opened(browser, stores[0], address)
+        url, texts = page.url, shown(page)
+        place_by_keys(page, [1, 2, 3, 4])
+    page.keyboard.press("Control+Enter")
+    page.wait_for_function("() => document.getElementById('alert').textContent.startsWith('Not stored yet')")
+    context = page.context
+    page.close()
+    with serving(stores[1], "second", "127.0.0.1", port):
+        page = context.new_page()
+        page.goto(f"{address}#{tokens[1]}")
+        page.wait_for_selector("#kept li")
+        assert "Run first" in page.inner_text("#kept-list") and "A › B › C › D" in page.inner_text("#kept-list")
+        assert page.evaluate(waiting) == 1 and stores[1].rankings() == []
+        assert summary(page) == ""  # the draft is not this run's either
+        assert violations(page) == []
+        place_by_keys(page, [1] * len(shown(page)))
+        page.keyboard.press("Control+Enter")
+        wait_stored(page, stores[1], 1)
+        assert page.evaluate(waiting) == 1
+        page.close()
+    with serving(stores[0], "first", "127.0.0.1", port):
+        page = context.new_page()
+        page.goto(url)
+        wait_stored(page, stores[0], 1)
+        assert ranks_by_text(stores[0])[ITEMS[0].prompt.text] == dict(zip(texts, [1, 2, 3, 4], strict=True))
+        assert page.evaluate(waiting) == 0 and page.locator("#kept").is_hidden()
+        # As an earlier version of the page left it, under the hash of the task.
+        left = {"id": str(uuid.uuid4()), "task": task_key(ITEMS[1]), "kind": "ranking", "ranks": [1, 2, 3, 4]}
+        page.evaluate("left => localStorage.setItem(`outbox anna ${left.id}`, JSON.stringify(left))", left)
+        page.reload()
+        page.click("#kept li button")
+        assert page.locator("#kept").is_hidden() and page.evaluate(waiting) == 0
+        assert len(stores[0].rankings()) == 1
+    for store in stores:
+        store.close()
+
+
+def test_a_server_that_stays_away_is_told_from_one_that_starts_again(browser: Any, tmp_path: Path) -> None:
+    store = LabelStore(tmp_path / "labels.sqlite", LabelSection(), 1)
+    store.set_tasks(ITEMS)
+    store.invite(["anna"])
+    with serving(store, "demo", "127.0.0.1") as address:
+        page = browser.new_context().new_page()
+        page.clock.install()
+        page.goto(f"{address}#{store.new_token('anna')}")
+        page.wait_for_selector(".card")
+        place_by_keys(page, [1] * len(shown(page)))
+    page.keyboard.press("Control+Enter")
+    told = "words => document.getElementById('alert').textContent.includes(words)"
+    page.wait_for_function(told, arg="does not answer; trying again")
+    page.clock.fast_forward(61000)
+    page.wait_for_function(told, arg="your answer is kept in this browser. The server has not answered for a minute")
+    assert "the run may have gone on" in page.inner_text("#alert")
+    store.close()
+
+
+def test_who_is_at_a_prompt_when_all_is_in_is_told(browser: Any, site: Any) -> None:
+    store, address = site(("anna", "ben"), ITEMS[:2], overlap=0, rankings=1)
+    page = browser.new_context().new_page()
+    page.clock.install()
+    page.goto(f"{address}#{store.new_token('anna')}")
+    page.wait_for_selector(".card")
+    place_by_keys(page, [1])
+    bens = store.next_task("ben")
+    ranks = list(range(1, len(bens.outputs) + 1))
+    store.submit("ben", Submission(id=str(uuid.uuid4()), task=bens.id, kind="ranking", ranks=ranks))
+    page.clock.fast_forward(15001)
+    page.wait_for_function("() => document.getElementById('alert').textContent.startsWith('All rankings that the run')")
+    page.keyboard.press("Control+z")  # nothing is begun any more
+    page.clock.fast_forward(15001)
+    page.wait_for_selector("#end:not([hidden])")
+    assert page.inner_text("#end-title") == "All rankings are in" and page.inner_text("#alert") == ""
 
 
 def test_a_link_that_is_no_good_is_told(browser: Any, site: Any) -> None:
@@ -474,7 +564,7 @@ def test_nothing_serious_for_axe_and_nothing_beside_the_screen(
     earlier = [Outputs(Prompt.from_text(f"Say {n}."), ("One.", "Two."), (True, True)) for n in range(7)]
     store, address = site(items=earlier + ITEMS)
     for _ in earlier:
-        given = {"id": str(uuid.uuid4()), "task": store.next_task("anna").key, "kind": "ranking", "ranks": [1, 2]}
+        given = {"id": str(uuid.uuid4()), "task": store.next_task("anna").id, "kind": "ranking", "ranks": [1, 2]}
         store.submit("anna", Submission(seconds=52, **given))
     phone = {"has_touch": True, "is_mobile": True} if width < 500 else {}
     page = opened(browser, store, address, viewport={"width": width, "height": 900}, color_scheme=scheme, **phone)

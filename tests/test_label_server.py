@@ -22,6 +22,7 @@ import pytest
 
 from rlhf.config import LabelSection
 from rlhf.errors import UserError
+from rlhf.label_audience import Audience
 from rlhf.label_server import FILES, MAX_BODY, Guard, is_loopback, serving
 from rlhf.label_store import LabelStore, task_key
 from rlhf.outputs import Outputs, outputs_row
@@ -60,7 +61,7 @@ def client(address: str, token: str) -> httpx.Client:
 
 def submission(task: dict[str, Any], ranks: list[int] | None = None) -> dict[str, Any]:
     ranks = ranks or list(range(1, len(task["outputs"]) + 1))
-    return {"id": str(uuid.uuid4()), "task": task["key"], "kind": "ranking", "ranks": ranks}
+    return {"id": str(uuid.uuid4()), "task": task["id"], "kind": "ranking", "ranks": ranks}
 
 
 # --- who may ask what ------------------------------------------------------------------------------------------------
@@ -79,7 +80,7 @@ def test_a_turn_over_http(store: LabelStore, address: str) -> None:
         conflict = anna.post("api/submit", json=submission(first["task"]))
         assert conflict.status_code == 409 and "another window" in conflict.json()["detail"]
         back = anna.post("api/take-back", json={"id": given["id"]}).json()
-        assert back["task"]["key"] == first["task"]["key"] and back["task"]["answer"]["ranks"] == given["ranks"]
+        assert back["task"]["id"] == first["task"]["id"] and back["task"]["answer"]["ranks"] == given["ranks"]
         assert anna.get("api/progress").json()["rankings"] == 0
 
 
@@ -152,7 +153,6 @@ def test_large_and_bad_requests_are_refused(store: LabelStore, address: str) -> 
             {"ranks": [1, 2]},
             {"ranks": [1, 2, "x"]},
             {"id": "short"},
-            {"task": "0" * 64},
             {"seconds": -1},
             {"seconds": 1e9},
             {"surprise": 1},
@@ -162,6 +162,52 @@ def test_large_and_bad_requests_are_refused(store: LabelStore, address: str) -> 
     assert store.rankings() == []
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        b'"seconds": NaN}', b'"seconds": 1e400}', b'"quality": [NaN, 1, 2]}', b'"note": "\\ud800"}',
+        b'"note": "\xff"}', b'"seconds": ' + b"9" * 5000 + b"}", b'"x": ' + b"[" * 60000,
+    ],
+)  # fmt: skip
+def test_what_json_cannot_say_is_refused_in_plain_words(store: LabelStore, address: str, more: bytes) -> None:
+    with client(address, store.new_token("anna")) as anna:
+        given = json.dumps(submission(anna.get("api/next").json()["task"])).encode()
+        body = given[:-1] + b", " + more
+        answer = anna.post("api/submit", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 422 and answer.json()["detail"].startswith("the request ")
+        assert anna.post("api/take-back", content=b'{"id": NaN}').status_code == 422
+    assert store.rankings() == []
+
+
+def test_a_prompt_of_other_labels_is_told_from_a_bad_ranking(store: LabelStore, address: str) -> None:
+    """The page keeps what another run gave out (404), and has what is wrong mended (422)."""
+    with client(address, store.new_token("anna")) as anna:
+        task = anna.get("api/next").json()["task"]
+        assert set(task) == {"id", "messages", "outputs", "answer"}
+        for other in ("0" * 32, task_key(outputs(1)[0])):
+            answer = anna.post("api/submit", json=submission(task) | {"task": other})
+            assert answer.status_code == 404 and "another run" in answer.json()["detail"]
+        assert anna.post("api/submit", json=submission(task, [1, 1])).status_code == 422
+
+
+def test_who_is_at_the_page_and_does_not_know_that_all_is_in(store: LabelStore) -> None:
+    audience = Audience()
+    store.set_tasks(outputs(2))
+    with serving(store, "demo", "127.0.0.1", audience=audience) as address:
+        assert audience.unaware() == set()
+        with client(address, store.new_token("anna")) as anna, client(address, store.new_token("ben")) as ben:
+            first, second = anna.get("api/next").json()["task"], ben.get("api/next").json()["task"]
+            anna.post("api/submit", json=submission(first))
+            assert audience.unaware() == {"anna", "ben"}
+            given = submission(second)
+            assert ben.post("api/submit", json=given).json()["complete"]
+            assert audience.unaware() == {"anna"}
+            assert anna.get("api/progress").json()["complete"] and audience.unaware() == {"anna"}  # at another prompt
+            assert anna.get("api/next").json()["progress"]["complete"] and audience.unaware() == set()
+            ben.post("api/take-back", json={"id": given["id"]})
+            assert audience.unaware() == {"ben"}
+
+
 def test_a_disk_that_is_full_is_no_acknowledgement(store: LabelStore, address: str) -> None:
     store.set_tasks(outputs(30))
     with client(address, store.new_token("anna")) as anna:
@@ -169,7 +215,7 @@ def test_a_disk_that_is_full_is_no_acknowledgement(store: LabelStore, address: s
         store._read(f"PRAGMA max_page_count = {store._read('PRAGMA page_count')[0][0]}")
         stored = 0
         while True:
-            given = {"id": str(uuid.uuid4()), "task": tasks[-1].key, "kind": "skip", "reason": "other"}
+            given = {"id": str(uuid.uuid4()), "task": tasks[-1].id, "kind": "skip", "reason": "other"}
             answer = anna.post("api/submit", json=given | {"note": "x" * 1000})
             if answer.status_code != 200:  # the page that was open had room for a few
                 break
@@ -195,6 +241,16 @@ def test_the_port_is_kept_and_a_taken_one_is_told(store: LabelStore) -> None:
         assert again == first  # open pages find it
         with serving(store, "demo", "127.0.0.1") as other:
             assert other != first
+    with serving(store, "demo", "127.0.0.1") as again:
+        assert again == first  # the port of the one that came second is not kept
+        with serving(store, "demo", "127.0.0.1", 0) as other, socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            free = sock.getsockname()[1]
+            sock.close()
+            with serving(store, "demo", "127.0.0.1", free):  # asked for by its number, beside one that is up
+                assert store.setting("port") == str(port)
+    with serving(store, "demo", "127.0.0.1", free):
+        assert store.setting("port") == str(free)  # the last one is nobody's
     with pytest.raises(UserError, match="no address"), serving(store, "demo", "no.such.host.invalid"):
         pass
 
@@ -249,7 +305,8 @@ def labour(address: str, token: str, seed: int, acknowledged: dict[str, dict[str
             for _ in range(rng.choice([1, 1, 1, 2])):  # an answer that got lost is asked for again
                 answer = ask(lambda sent=given: http.post("api/submit", json=sent))
                 assert answer.status_code == 200, answer.text
-            acknowledged[given["id"]] = given | {"shown": [output["text"] for output in task["outputs"]]}
+            shown = [output["text"] for output in task["outputs"]]
+            acknowledged[given["id"]] = given | {"shown": shown, "prompt": task["messages"][0]["content"]}
 
 
 @pytest.mark.slow
@@ -290,10 +347,10 @@ def test_killed_ten_times_under_eight_labelers_every_acknowledged_ranking_is_exp
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     expected = {key: (names[i], given) for i, part in enumerate(acknowledged) for key, given in part.items()}
     assert len(expected) == 2000 and sorted(row["id"] for row in rows) == sorted(expected)
-    places = {task_key(item): item for item in items}
+    places = {item.prompt.text: item for item in items}
     for row in rows:
         name, given = expected[row["id"]]
-        assert row["labeler"] == name and tuple(row["responses"]) == places[given["task"]].responses
+        assert row["labeler"] == name and tuple(row["responses"]) == places[given["prompt"]].responses
         by_text = dict(zip(given["shown"], given["ranks"], strict=True))
         assert row["ranks"] == [by_text[text] for text in row["responses"]]
     assert len({(row["prompt"], row["labeler"]) for row in rows}) == 2000

@@ -15,7 +15,7 @@ from rlhf import label_store
 from rlhf.config import LabelSection
 from rlhf.errors import UserError
 from rlhf.label_form import FLAGS, SKIPS, Submission, complaint
-from rlhf.label_store import Conflict, Counts, LabelStore, Refused, labelled_row, shared_tasks, task_key
+from rlhf.label_store import Conflict, Counts, LabelStore, NotGiven, Refused, labelled_row, shared_tasks, task_key
 from rlhf.outputs import Outputs, outputs_row, read_outputs
 from rlhf.records import Drops, Message, Prompt, read_rankings, write_jsonl
 
@@ -47,7 +47,7 @@ def rank_one(store: LabelStore, labeler: str) -> Submission | None:
     task = store.next_task(labeler)
     if task is None:
         return None
-    given = ranking(task.key, list(range(1, len(task.outputs) + 1)))
+    given = ranking(task.id, list(range(1, len(task.outputs) + 1)))
     store.submit(labeler, given)
     return given
 
@@ -96,10 +96,11 @@ def test_a_prompt_in_hand_is_given_to_nobody_else_until_it_has_been_left(tmp_pat
     now[0] += 599
     assert store.next_task("ben") is None
     now[0] += 2
-    assert store.next_task("ben").key == held.key
+    bens = store.next_task("ben")
+    assert bens.messages == held.messages and bens.id != held.id
     # Anna comes back and submits: her work is kept although Ben has ranked it meanwhile.
-    store.submit("ben", ranking(held.key, [1, 2, 3]))
-    store.submit("anna", ranking(held.key, [3, 2, 1]))
+    store.submit("ben", ranking(bens.id, [1, 2, 3]))
+    store.submit("anna", ranking(held.id, [3, 2, 1]))
     assert [item.labeler for item in store.rankings()] == ["ben", "anna"]
 
 
@@ -125,7 +126,7 @@ def test_the_order_shown_is_drawn_per_labeler_and_kept(tmp_path: Path) -> None:
         while (task := store.next_task(name)) is not None:
             orders.setdefault(name, []).append([output["text"] for output in task.outputs])
             assert set(task.outputs[0]) == {"text", "finished"}  # nothing tells where an output is from
-            store.submit(name, ranking(task.key, [1, 2, 3]))
+            store.submit(name, ranking(task.id, [1, 2, 3]))
     assert all(orders[a] != orders[b] for a in names for b in names if a < b)
     firsts = Counter(texts[0].split()[1] for shown in orders.values() for texts in shown)
     assert set(firsts) == {"0", "1", "2"}  # each output comes first somewhere
@@ -144,7 +145,7 @@ def test_answers_are_kept_in_the_order_of_the_file_by_hand(tmp_path: Path) -> No
         db.execute("UPDATE claims SET shown = '[2, 0, 1]'")
     store.submit(
         "anna",
-        ranking(task.key, [1, 2, 2], quality=[7, None, 3], flags=[[], ["opinion"], ["hallucination"]], seconds=4.5),
+        ranking(task.id, [1, 2, 2], quality=[7, None, 3], flags=[[], ["opinion"], ["hallucination"]], seconds=4.5),
     )
     (item,) = store.rankings()
     # Output 2 was shown first and ranked 1; outputs 0 and 1 tie behind it.
@@ -166,7 +167,7 @@ def test_rows_are_of_the_ranking_contract(tmp_path: Path) -> None:
     store.set_tasks([Outputs(prompt, ("x", "y"), (True, False))])
     task = store.next_task("anna")
     assert task.messages == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    store.submit("anna", ranking(task.key, [1, 1]))
+    store.submit("anna", ranking(task.id, [1, 1]))
     (row,) = map(labelled_row, store.rankings())
     assert row["labeler"] == "anna" and row["use_case"] == "chat" and row["time"].startswith("20")
     file = tmp_path / "rankings.jsonl"
@@ -178,17 +179,19 @@ def test_rows_are_of_the_ranking_contract(tmp_path: Path) -> None:
 def test_sent_twice_is_stored_once_and_another_ranking_of_it_is_a_conflict(tmp_path: Path) -> None:
     store = opened(tmp_path, 2, ("anna", "ben"), overlap=1)
     task = store.next_task("anna")
-    given = ranking(task.key, [1, 2, 3])
+    given = ranking(task.id, [1, 2, 3])
     store.submit("anna", given)
     store.submit("anna", given)
     assert len(store.rankings()) == 1
     with pytest.raises(Conflict, match="another window"):
-        store.submit("anna", ranking(task.key, [3, 2, 1]))
+        store.submit("anna", ranking(task.id, [3, 2, 1]))
     with pytest.raises(Conflict):
         store.submit("anna", given.model_copy(update={"ranks": (3, 2, 1)}))
-    store.next_task("ben")
+    bens = store.next_task("ben")
     with pytest.raises(Conflict):
-        store.submit("ben", given)  # somebody else's id
+        store.submit("ben", given.model_copy(update={"task": bens.id}))  # somebody else's id
+    with pytest.raises(NotGiven):
+        store.submit("ben", given)  # somebody else's claim
     (item,) = store.rankings()
     assert [item.ranks[i] for i in item.about["shown"]] == [1, 2, 3]
 
@@ -196,10 +199,10 @@ def test_sent_twice_is_stored_once_and_another_ranking_of_it_is_a_conflict(tmp_p
 def test_what_was_not_given_to_a_labeler_is_refused(tmp_path: Path) -> None:
     store = opened(tmp_path, 2, ("anna", "ben"), overlap=0)
     task = store.next_task("anna")
-    with pytest.raises(Refused, match="not given"):
-        store.submit("ben", ranking(task.key, [1, 2, 3]))
+    with pytest.raises(NotGiven, match="not given"):
+        store.submit("ben", ranking(task.id, [1, 2, 3]))
     with pytest.raises(Refused, match="ranks"):
-        store.submit("anna", ranking(task.key, [1, 2]))
+        store.submit("anna", ranking(task.id, [1, 2]))
     assert store.rankings() == []
 
 
@@ -239,6 +242,62 @@ def test_rankings_of_other_outputs_stay_and_do_not_count(tmp_path: Path) -> None
     assert store.counts() == Counts(2, 2) and store.set_aside() == 0
 
 
+def test_the_same_prompt_in_other_labels_has_another_id_and_takes_nothing_of_the_first(tmp_path: Path) -> None:
+    """Another order may be shown there: ranks by place would be stored against other outputs."""
+    (tmp_path / "new").mkdir()
+    old, new = opened(tmp_path, 1, seed=1), opened(tmp_path / "new", 1, seed=2)
+    given, again = old.next_task("anna"), new.next_task("anna")
+    assert given.messages == again.messages and given.id != again.id
+    assert given.id != task_key(outputs(1)[0]) and "key" not in given._fields  # from which the order could be found
+    with pytest.raises(NotGiven, match="another run"):
+        new.submit("anna", ranking(given.id, [1, 2, 3]))
+    with pytest.raises(NotGiven):
+        new.submit("anna", ranking(task_key(outputs(1)[0]), [1, 2, 3]))  # as pages once named it
+    assert new.rankings() == []
+    old.submit("anna", ranking(given.id, [1, 2, 3]))
+    assert len(old.rankings()) == 1
+
+
+VERSION_1 = """
+CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE tasks (
+    key TEXT PRIMARY KEY, place INTEGER NOT NULL, shared INTEGER NOT NULL, current INTEGER NOT NULL,
+    messages TEXT NOT NULL, use_case TEXT NOT NULL, responses TEXT NOT NULL, finished TEXT NOT NULL);
+CREATE TABLE labelers (name TEXT PRIMARY KEY, invited INTEGER NOT NULL);
+CREATE TABLE tokens (hash TEXT PRIMARY KEY, labeler TEXT NOT NULL REFERENCES labelers (name));
+CREATE TABLE claims (
+    task TEXT NOT NULL REFERENCES tasks (key), labeler TEXT NOT NULL REFERENCES labelers (name),
+    shown TEXT NOT NULL, since REAL NOT NULL, PRIMARY KEY (task, labeler));
+CREATE TABLE submissions (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE,
+    task TEXT NOT NULL, labeler TEXT NOT NULL, kind TEXT NOT NULL CHECK (kind IN ('ranking', 'skip')),
+    answer TEXT NOT NULL, seconds REAL NOT NULL, at REAL NOT NULL, withdrawn REAL,
+    FOREIGN KEY (task, labeler) REFERENCES claims (task, labeler));
+INSERT INTO tasks VALUES
+    ('a', 0, 0, 1, '[{"role": "user", "content": "p"}]', '', '["x", "y"]', '[true, true]'),
+    ('b', 1, 0, 1, '[{"role": "user", "content": "q"}]', '', '["x", "y"]', '[true, true]');
+INSERT INTO labelers VALUES ('anna', 1);
+INSERT INTO claims VALUES ('a', 'anna', '[1, 0]', 5), ('b', 'anna', '[1, 0]', 6);
+INSERT INTO submissions VALUES
+    (1, 'one', 'a', 'anna', 'ranking', '{"ranks": [2, 1], "quality": [], "flags": []}', 3, 5, NULL);
+PRAGMA user_version = 1;
+"""
+
+
+def test_a_file_of_version_1_is_brought_up_to_date_with_all_that_is_in_it(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "labels.sqlite") as db:
+        db.executescript(VERSION_1)
+    for _ in range(2):  # the second finds it up to date
+        store = LabelStore(tmp_path / "labels.sqlite", LabelSection(), 1)
+        (item,) = store.rankings()
+        assert (item.ranks, item.about["id"], item.about["shown"]) == ((2, 1), "one", [1, 0])
+        assert store.counts() == Counts(1, 2)
+        held = store.next_task("anna")
+        assert held.messages[0]["content"] == "q" and [output["text"] for output in held.outputs] == ["y", "x"]
+    store.submit("anna", ranking(held.id, [1, 2]))
+    assert [each.ranks for each in store.rankings()] == [(2, 1), (2, 1)]  # y, shown first, is best
+
+
 def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
     bad = tmp_path / "bad.sqlite"
     bad.write_bytes(b"no database at all" * 100)
@@ -256,21 +315,34 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
 def test_the_last_submission_may_be_taken_back_until_the_next(tmp_path: Path) -> None:
     store = opened(tmp_path, 3)
     first, second = rank_one(store, "anna"), rank_one(store, "anna")
-    third = store.next_task("anna").key
+    third = store.next_task("anna").id
     assert store.last("anna") == second.id
     with pytest.raises(Conflict, match="not your last"):
         store.take_back("anna", first.id)
-    assert store.take_back("anna", second.id).key == second.task
-    assert store.take_back("anna", second.id).key == second.task  # sent again
+    assert store.take_back("anna", second.id).id == second.task
+    assert store.take_back("anna", second.id).id == second.task  # sent again
     assert [item.about["id"] for item in store.rankings()] == [first.id] and store.last("anna") is None
     with pytest.raises(Conflict, match="not your last"):
         store.take_back("anna", first.id)  # the one before it is not the last either
     with pytest.raises(Conflict, match="taken back"):
         store.submit("anna", second)  # a copy that was late
-    assert store.next_task("anna").key == second.task  # before the one that was begun
+    assert store.next_task("anna").id == second.task  # before the one that was begun
     store.submit("anna", ranking(second.task, [1, 1, 1]))
-    assert store.next_task("anna").key == third
+    assert store.next_task("anna").id == third
     assert [item.ranks for item in store.rankings()][1] == (1, 1, 1)
+
+
+def test_what_is_set_aside_is_not_offered_to_be_taken_back(tmp_path: Path) -> None:
+    store = opened(tmp_path, 2)
+    first, second = rank_one(store, "anna"), rank_one(store, "anna")
+    store.set_tasks(outputs(1))  # the second prompt is gone
+    assert store.last("anna") == store.progress("anna")["last"] == first.id
+    with pytest.raises(Conflict, match="not your last"):
+        store.take_back("anna", second.id)
+    store.set_tasks(outputs(3)[2:])
+    assert store.last("anna") is None
+    store.set_tasks(outputs(2))
+    assert store.last("anna") == second.id
 
 
 def test_nobody_takes_back_anothers(tmp_path: Path) -> None:
@@ -284,10 +356,11 @@ def test_nobody_takes_back_anothers(tmp_path: Path) -> None:
 def test_a_skipped_prompt_goes_to_others_and_is_not_waited_for_when_all_skip_it(tmp_path: Path) -> None:
     store = opened(tmp_path, 1, ("anna", "ben"), overlap=0)
     task = store.next_task("anna")
-    store.submit("anna", skip(task.key, "expertise"))
+    store.submit("anna", skip(task.id, "expertise"))
     assert store.next_task("anna") is None and store.counts() == Counts(0, 1)
-    assert store.next_task("ben").key == task.key
-    store.submit("ben", skip(task.key))
+    bens = store.next_task("ben")
+    assert bens.messages == task.messages
+    store.submit("ben", skip(bens.id))
     assert store.counts() == Counts(0, 0) and store.skips() == {"expertise": 1, "unclear": 1}
     store.take_back("ben", store.last("ben"))
     assert store.counts() == Counts(0, 1)
@@ -312,10 +385,21 @@ def test_a_labeler_who_is_not_waited_for_may_still_rank(tmp_path: Path) -> None:
     assert store.counts() == Counts(1, 2)
 
 
+def test_who_is_invited_besides_takes_nobody_from_those_waited_for(tmp_path: Path) -> None:
+    store = opened(tmp_path, 4, ("anna", "ben"), overlap=1)
+    while rank_one(store, "anna"):
+        pass
+    assert store.counts() == Counts(4, 8)  # four prompts, each by two
+    store.invite(["carl", "anna"], besides=True)
+    assert store.counts() == Counts(4, 8) and store.known() == ["anna", "ben", "carl"]
+    store.invite(["carl"])
+    assert store.counts() == Counts(4, 4)  # as the rank stage may say
+
+
 def test_progress_by_hand(tmp_path: Path) -> None:
     store = opened(tmp_path, 10, ("anna", "ben"), overlap=0)
     for name, seconds in (("anna", 10), ("anna", 50), ("anna", 20), ("ben", 500)):
-        store.submit(name, ranking(store.next_task(name).key, [1, 2, 3], seconds=seconds))
+        store.submit(name, ranking(store.next_task(name).id, [1, 2, 3], seconds=seconds))
     shown = store.progress("anna")
     assert (shown["mine"], shown["rankings"], shown["wanted"], shown["complete"]) == (3, 4, 10, False)
     assert shown["seconds_each"] == 20  # the median of her own

@@ -171,6 +171,13 @@ def test_summary_by_hand() -> None:
     assert summary["noise_sigma"] == 0.5
 
 
+def test_prompts_ranked_by_several_count_once() -> None:
+    a, b = Prompt.from_text("a"), Prompt.from_text("b")
+    rankings = [Ranking(prompt, ("x", "y"), (1, 2), (True, True)) for prompt in (a, b, a)]
+    summary = summarise(Ranked(rankings, [], {}))
+    assert (summary["prompts"], summary["rankings"], summary["outputs"]) == (2, 3, 6)
+
+
 def test_output_seeds_differ_by_prompt_and_output() -> None:
     keys = [Prompt.from_text(p).key for p in PROMPTS[:5]]
     assert len({row_seed(1, "rank", key, i) for key in keys for i in range(4)}) == 20

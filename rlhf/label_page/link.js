@@ -11,6 +11,8 @@ export function alert(text) {
 
 // --- the server ------------------------------------------------------------------------------------------------------
 
+export const LONG = 60000; // milliseconds without an answer after which the server is hardly just being started again
+
 export class Refusal extends Error {}
 
 export async function ask(path, body) {
@@ -25,8 +27,15 @@ export async function ask(path, body) {
   throw Object.assign(new Refusal(detail), { status: response.status });
 }
 
+// What to say of a server that has not answered for so many milliseconds.
+export function silence(time) {
+  if (time < LONG) return "The server does not answer; trying again.";
+  return "The server has not answered for a minute: the run may have gone on. Ask whoever gave you the link; trying again.";
+}
+
 // Ask until there is an answer. What is sent carries an id, so sending it again changes nothing.
 export async function insist(path, body) {
+  const begin = Date.now();
   for (let wait = 1; ; wait = Math.min(10, wait * 2)) {
     try {
       const found = await ask(path, body);
@@ -35,7 +44,7 @@ export async function insist(path, body) {
     } catch (error) {
       if (error instanceof Refusal) throw error;
       const kept = body ? "Not stored yet: your answer is kept in this browser. " : "";
-      alert(`${kept}The server does not answer; trying again.`);
+      alert(`${kept}${silence(Date.now() - begin)}`);
       await new Promise((done) => setTimeout(done, wait * 1000));
     }
   }

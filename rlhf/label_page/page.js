@@ -2,14 +2,19 @@
 //
 // The draft of a prompt lies in this browser's storage and not on the server, so that it also outlives a server that is
 // down; so does a submission until the server has said that it is stored. Prompt and outputs are set as text nodes.
+//
+// Another run may have had this address before, or its labels may have been made anew, with the same prompts in another
+// order: drafts and submissions go by the id under which a prompt was given to this person, which no other file knows.
 
 import { element, makeBoard } from "./board.js";
 import { makeCard } from "./card.js";
-import { alert, ask, insist, keep, kept, newId, Refusal, stored, token } from "./link.js";
+import { LONG, alert, ask, insist, keep, kept, newId, Refusal, silence, stored, token } from "./link.js";
 import { letter, put, ranks, spoken, words } from "./order.js";
 
 const $ = (id) => document.getElementById(id);
 const POLL = 15000; // milliseconds between looks at how far the others are
+const NEARLY_OVER = "All rankings that the run wanted are in, and it goes on in a few seconds. Submit what you have begun"
+  + " now if it is to count; it stays in this browser otherwise.";
 const SPEAKERS = { system: "System", user: "Person", assistant: "Assistant" };
 
 let form; // what the server asks for: flags, quality, reasons
@@ -21,9 +26,11 @@ let cards = [];
 let last = null; // id of the submission that may be taken back
 let complete = false; // what the end screen says
 let sending = false;
+let worry = ""; // what `look` has said
+let silent = null; // when the first of the looks was that have had no answer since
 let since = performance.now(); // from when the seconds on this task have not been counted yet
 
-const draftName = () => `draft ${form.labeler} ${task.key}`;
+const draftName = (id = task.id) => `draft ${form.labeler} ${id}`;
 const outbox = (id = "") => `outbox ${form.labeler} ${id}`;
 
 // --- messages --------------------------------------------------------------------------------------------------------
@@ -208,34 +215,77 @@ function submit() {
 async function send(given) {
   if (sending) return;
   saveDraft();
-  const submission = { id: newId(), task: task.key, seconds: Math.round(answer.seconds * 10) / 10, ...given };
-  keep(outbox(submission.id), submission);
-  try {
-    await deliver(submission);
-  } catch (error) {
-    if (!(error instanceof Refusal)) throw error;
-    alert(`Not stored yet: ${error.message}.`);
-  }
-}
-
-async function deliver(submission) {
+  const submission = { id: newId(), task: task.id, seconds: Math.round(answer.seconds * 10) / 10, ...given };
+  const about = task.messages.at(-1).content.slice(0, 100);
+  const said = given.kind === "skip" ? "skipped" : words(answer.place);
+  keep(outbox(submission.id), { run: form.title, about, said, submission });
   busy(true);
   try {
-    const progress = await insist("submit", submission);
-    keep(outbox(submission.id), null);
-    keep(`draft ${form.labeler} ${submission.task}`, null);
-    say(submission.kind === "skip" ? "Skipped." : "Stored.");
-    if (progress.complete) showEnd(progress);
-    else await following();
+    const { progress, refused } = await offer(submission);
+    if (progress) say(submission.kind === "skip" ? "Skipped." : "Stored.");
+    // What can be mended (422) is on the screen and in the draft.
+    if (refused?.status === 422) keep(outbox(submission.id), null);
+    if (progress?.complete) showEnd(progress); // without another question: the server may be gone already
+    else if (progress || refused.status === 409) await following();
+    if (refused) alert(`Not stored: ${refused.message}.`);
+    showKept();
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
-    if (error.status === 401) throw error; // with a new link it may still be stored
-    keep(outbox(submission.id), null);
-    if (error.status === 409 || task === null) await following();
-    alert(`Not stored: ${error.message}.`);
+    alert(`${error.message}.`);
   } finally {
     busy(false);
   }
+}
+
+// Send a submission until there is an answer: how it stands once it is stored, or what the server has against it.
+async function offer(submission) {
+  try {
+    const progress = await insist("submit", submission);
+    forget(submission);
+    return { progress };
+  } catch (error) {
+    if (!(error instanceof Refusal)) throw error;
+    if (error.status === 409) keep(outbox(submission.id), null); // another ranking of the prompt stands
+    return { refused: error };
+  }
+}
+
+function forget(submission) {
+  keep(outbox(submission.id), null);
+  keep(draftName(submission.task), null);
+}
+
+// What waits in the browser: {run, about, said, submission}; earlier pages kept the submission alone.
+function waiting() {
+  const names = stored().filter((name) => name.startsWith(outbox()));
+  return names.map(kept).filter(Boolean).map((entry) => (entry.submission ? entry : { submission: entry }));
+}
+
+// Send what pages that were closed before the server had answered have left; what is wrong with it, or "".
+async function catchUp() {
+  let wrong = "";
+  for (const { submission } of waiting()) {
+    const { refused } = await offer(submission);
+    if (refused?.status === 401) throw refused; // the link is no good: nothing else will go either
+    if (refused?.status === 409) wrong = `Not stored: ${refused.message}.`;
+  }
+  return wrong;
+}
+
+// What the server does not take stays until somebody throws it away.
+function showKept() {
+  const lines = waiting().map(({ run = "", about = "", said = "", submission }) => {
+    const discard = element("button", { type: "button" }, "Discard");
+    discard.addEventListener("click", () => {
+      forget(submission);
+      showKept();
+      say("Discarded.");
+    });
+    const text = [run && `Run ${run}`, about, said || submission.ranks?.join(", ") || submission.kind].filter(Boolean);
+    return element("li", {}, element("span", { dir: "auto" }, text.join(" · ")), discard);
+  });
+  $("kept-list").replaceChildren(...lines);
+  $("kept").hidden = lines.length === 0;
 }
 
 function busy(on) {
@@ -289,7 +339,37 @@ async function look() {
     showProgress(found.progress);
     if (found.task && !found.progress.complete) showTask(found.task);
     else if (found.progress.complete !== complete) showEnd(found.progress);
-  } else showProgress(await ask("progress"));
+    return worried("");
+  }
+  const progress = await ask("progress");
+  if (sending || task === null) return; // the person has gone on meanwhile
+  showProgress(progress);
+  if (!progress.complete) return worried("");
+  const begun = answer.place.concat(answer.quality, answer.flags.flat()).some((value) => value !== null);
+  if (begun) return worried(NEARLY_OVER);
+  const found = await ask("next"); // which tells the server that nothing is to come from here
+  if (found.progress.complete && !sending) showEnd(found.progress);
+  worried("");
+}
+
+// What the looks have to tell; what has been said of a submission stays.
+function worried(text) {
+  if (text || $("alert").textContent === worry) alert(text);
+  worry = text;
+}
+
+async function tick() {
+  try {
+    await look();
+    silent = null;
+  } catch (error) {
+    // What must arrive goes by `insist`, and the next look may be luckier. Once all is in, the server may be gone.
+    if (error instanceof Refusal) worried(`${error.message}.`);
+    else if (task !== null || !complete) {
+      silent ??= Date.now();
+      if (Date.now() - silent >= LONG) worried(silence(Date.now() - silent));
+    }
+  }
 }
 
 // --- skipping --------------------------------------------------------------------------------------------------------
@@ -326,18 +406,16 @@ async function start() {
     $("who").textContent = `${form.title} · ${form.labeler}`;
     $("network").hidden = !form.network;
     setUpSkip();
-    // Of pages that were closed before the server had answered.
-    for (const name of stored().filter((name) => name.startsWith(outbox()))) {
-      const submission = kept(name);
-      if (submission) await deliver(submission); // else another window has
-    }
-    if (task === null && $("end").hidden) await following();
+    const wrong = await catchUp();
+    await following();
+    if (wrong) alert(wrong);
+    showKept();
   } catch (error) {
     if (!(error instanceof Refusal)) throw error;
     alert(`${error.message}.`);
     return;
   }
-  setInterval(() => look().catch(() => {}), POLL); // the next look may be luckier; what must arrive goes by `insist`
+  setInterval(tick, POLL);
 }
 
 document.addEventListener("visibilitychange", () => {

@@ -1,0 +1,33 @@
+"""Who is at the labelling page, and who of them is done because all rankings are in: the page may end when they are."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+LATELY = 60.0  # seconds: the page asks every 15 (POLL in label_page/page.js), and less often in a hidden window
+
+
+class Audience:
+    """Labelers by when they were last heard of; any thread may call it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen: dict[str, float] = {}
+        self._told: set[str] = set()
+
+    def seen(self, labeler: str) -> None:
+        """A request of this labeler has come."""
+        with self._lock:
+            self._seen[labeler] = time.monotonic()
+
+    def told(self, labeler: str, complete: bool) -> None:
+        """The labeler's page shows that all rankings are in, or that there is something to do."""
+        with self._lock:
+            (self._told.add if complete else self._told.discard)(labeler)
+
+    def unaware(self) -> set[str]:
+        """Those who were seen lately and whose page does not show that all rankings are in."""
+        with self._lock:
+            since = time.monotonic() - LATELY
+            return {name for name, at in self._seen.items() if at > since} - self._told
