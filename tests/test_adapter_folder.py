@@ -458,11 +458,11 @@ def test_another_method_or_setting_is_refused(folders) -> None:
     adapter = find_adapter(folder)
     assert adapter is not None
     check_method(adapter, METHODS["lora"])
-    given = "lora (rank 3, alpha 6, last_layers 0), and the recipe trains"
+    given = "lora (rank 3, alpha 6, all layers), and the recipe trains"
     for peft, words in (
-        (PeftSection(method="lora", rank=4, alpha=6.0), f"{given} lora (rank 4, alpha 6, last_layers 0)"),
-        (PeftSection(method="lora", rank=3, alpha=7.5), f"{given} lora (rank 3, alpha 7.5, last_layers 0)"),
-        (METHODS["dora"], f"{given} dora (rank 3, alpha 6, last_layers 0)"),
+        (PeftSection(method="lora", rank=4, alpha=6.0), f"{given} lora (rank 4, alpha 6, all layers)"),
+        (PeftSection(method="lora", rank=3, alpha=7.5), f"{given} lora (rank 3, alpha 7.5, all layers)"),
+        (METHODS["dora"], f"{given} dora (rank 3, alpha 6, all layers)"),
         (METHODS["prefix"], f"{given} prefix (virtual_tokens 3, hidden 7)"),
     ):
         for refuse in (

@@ -359,7 +359,7 @@ def test_adapters_on_the_last_layers_only(tiny_dir: str) -> None:
     assert all(".layers.3." in name for name in trained if "score" not in name)
     # q, k, v, o, gate, up, down, each with A and B, and the head
     assert len(trained) == 15
-    with pytest.raises(UserError, match="4 layers"):
+    with pytest.raises(UserError, match="the model has 4"):
         new_reward_model(tiny_dir, SECTION, peft=PeftSection(method="lora", last_layers=5))
 
 
