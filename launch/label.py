@@ -44,7 +44,7 @@ def serve(run: Path, recipe: Recipe) -> None:
     Raises:
         UserError: for outputs that are not there or cannot be read, and when the page cannot be served.
     """
-    outputs_of(run)
+    outputs_of(run)  # before the labels are opened, which makes their file
     with opened(run, recipe.label, recipe.run.seed) as store:
         prepare(run, store)
         try:

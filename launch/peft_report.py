@@ -7,7 +7,7 @@ from typing import get_args
 from pydantic import ValidationError
 
 from launch.plan_report import device_of
-from rlhf.config import CACHED_TOKENS, READ_BY, VIRTUAL_TOKENS, PeftMethod, Recipe, settings_of
+from rlhf.config import CACHED_TOKENS, READ_BY, VIRTUAL_TOKENS, PeftMethod, Recipe, read_settings
 from rlhf.errors import UserError
 from rlhf.fit import Settings, with_settings
 from rlhf.hardware import Card, find_card, this_machine
@@ -58,12 +58,19 @@ def row(recipe: Recipe, method: str, shapes: Shapes, card: Card) -> list[str]:
     """
     tried = with_method(recipe, method)
     c, peft = count(policy_spec(tried, shapes)), tried.model.peft
-    read = settings_of(peft).removeprefix(method).strip(" ()")
     stage = "ppo-ptx" if "ppo-ptx" in recipe.run.stages else "ppo"
     peak = stage_memory(tried, stage, shapes, card).peak
     merged = "no" if why_not_mergeable(peft) else "yes" if peft.on else "is plain"
     name = f"{method} (the recipe's)" if method == recipe.model.peft.method else method
-    return [name, read, f"{c.trained:,}", _share(c.trained / c.total), _size(c.trained_bytes), _size(peak), merged]
+    return [
+        name,
+        read_settings(peft),
+        f"{c.trained:,}",
+        _share(c.trained / c.total),
+        _size(c.trained_bytes),
+        _size(peak),
+        merged,
+    ]
 
 
 def with_method(recipe: Recipe, method: str) -> Recipe:

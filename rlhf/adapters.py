@@ -29,7 +29,7 @@ ADAPTER = "default"  # peft's name for the one adapter of a module
 # Linear maps by what architectures call them, for ia3.
 KEYS_AND_VALUES = ("k_proj", "v_proj")
 WITH_QUERIES = ("c_attn", "query_key_value", "qkv_proj", "Wqkv")  # all in one map; scaled queries are scaled keys
-LAST_OF_FEED_FORWARD = ("down_proj", "fc2", "fc_out", "dense_4h_to_h", "mlp.c_proj", "ffn.down_proj")
+LAST_OF_FEED_FORWARD = ("down_proj", "fc2", "fc_out", "dense_4h_to_h", "mlp.c_proj")
 WITH_BIASES = "GPT-2, GPT-NeoX, OPT, BLOOM, Phi; Qwen2 in its attention"
 
 

@@ -80,6 +80,11 @@ class PeftSection(Section):
 
 def settings_of(peft: PeftSection) -> str:
     """A method and the settings that it reads, in words: `lora (rank 16, alpha 32, all layers)`."""
+    return f"{peft.method} ({read})" if (read := read_settings(peft)) else peft.method
+
+
+def read_settings(peft: PeftSection) -> str:
+    """The settings that a method reads, in words; empty without a method."""
     words = []
     for name in (name for name, methods in READ_BY.items() if peft.method in methods):
         value = getattr(peft, name)
@@ -87,7 +92,7 @@ def settings_of(peft: PeftSection) -> str:
             words.append(f"the last {value} layers" if value > 1 else "the last layer" if value else "all layers")
         else:
             words.append(f"{name} {value:g}")
-    return f"{peft.method} ({', '.join(words)})" if words else peft.method
+    return ", ".join(words)
 
 
 def default(section: BaseModel, name: str) -> object:

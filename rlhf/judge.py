@@ -47,13 +47,13 @@ class Reader(Protocol):
         template: Template,
         questions: Sequence[Fields],
         advance: Callable[[int], None] | None = None,
-        keep: Callable[[int, Reading], None] | None = None,
+        keep: Callable[[dict[int, Reading]], None] | None = None,
     ) -> list[Reading]:
         """The labels' log-probabilities for every question.
 
         Args:
             advance: called with the number of questions answered.
-            keep: called with the place of a question and its answer as these come, from this process's share at least.
+            keep: called with answers by the places of their questions as these come, of this process's share at least.
         """
         ...
 
@@ -95,9 +95,10 @@ class Judge:
         for keys_new in batched(new, KEPT_TOGETHER if self.log else len(new) or 1):
             asked, kept = [new[key] for key in keys_new], set[str]()
 
-            def keep(place: int, reading: Reading, keys_new: list[str] = keys_new, kept: set[str] = kept) -> None:
-                kept.add(keys_new[place])
-                self._keep({keys_new[place]: reading})
+            def keep(come: dict[int, Reading], keys_new: list[str] = keys_new, kept: set[str] = kept) -> None:
+                answers = {keys_new[place]: reading for place, reading in come.items()}
+                kept.update(answers)
+                self._keep(answers)
 
             found = dict(zip(keys_new, self.reader.read(self.template, asked, advance, keep), strict=True))
             self.asked += len(asked)

@@ -69,7 +69,7 @@ class EndpointReader:
         template: Template,
         questions: Sequence[Fields],
         advance: Callable[[int], None] | None = None,
-        keep: Callable[[int, Reading], None] | None = None,
+        keep: Callable[[dict[int, Reading]], None] | None = None,
     ) -> list[Reading]:
         """The labels' log-probabilities for every question; none for one that is over the model's context.
 
@@ -87,7 +87,7 @@ class EndpointReader:
                 waiting.remove(future)
                 reading = future.result()
                 if keep:
-                    keep(asked[future], reading)
+                    keep({asked[future]: reading})
 
             try:
                 for future in as_completed(asked):

@@ -87,8 +87,8 @@ class Trainer(SFTTrainer):
             weights = self.model.state_dict() if state_dict is None else state_dict
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            trained = {name: weights[name] for name in trainable(self.model) if name in weights}
-            trained = {name: weight.detach().cpu().contiguous() for name, weight in trained.items()}
+            there = [name for name in trainable(self.model) if name in weights]
+            trained = {name: weights[name].detach().cpu().contiguous() for name in there}
             save_file(trained, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
     @property

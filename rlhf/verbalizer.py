@@ -89,7 +89,7 @@ class LocalReader:
         template: Template,
         questions: Sequence[Fields],
         advance: Callable[[int], None] | None = None,
-        keep: Callable[[int, Reading], None] | None = None,
+        keep: Callable[[dict[int, Reading]], None] | None = None,
     ) -> list[Reading]:
         """The labels' log-probabilities for every question.
 
@@ -110,9 +110,8 @@ class LocalReader:
         size = MOST_ROWS if template.reasons else max(1, len(questions))
         for first in range(0, len(questions), size):
             answers = self._read(template, questions[first : first + size], advance)
-            for place, reading in enumerate(answers, first):
-                if keep:
-                    keep(place, reading)
+            if keep:
+                keep(dict(enumerate(answers, first)))
             found += answers
         return found
 

@@ -169,7 +169,7 @@ def clean(prompts: Sequence[Encoded[Prompt]], samples: Samples, drops: Drops) ->
 def label(ctx: StageContext, candidates: Sequence[Candidate], drops: Drops) -> Ranked | None:
     """Rank every prompt's outputs; the rubric is given its noise first and asked a second time as another labeler.
 
-    None when the stage is to stop: a judge's answers are in its log, and other labelers have taken no time.
+    None when the stage is to stop: a judge's answers are in its log, other labelers begin again.
     """
     recipe, cfg = ctx.recipe, ctx.recipe.rank
     about: dict[str, Any] = {"noise_sigma": 0.0}

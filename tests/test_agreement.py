@@ -266,3 +266,18 @@ def test_alpha_of_rankings_by_hand() -> None:
     assert alpha(shared) == pytest.approx(alpha_by_definition(units))
     with pytest.raises(ValueError):
         alpha([item("p", a=(1, 2), b=(1, 2, 3))])
+
+
+def test_where_all_prompts_agree_alike_the_interval_is_wilsons_over_prompts() -> None:
+    """By hand: of n cases that are all 1 it begins at n / (n + z^2), z^2 = 3.8415."""
+    # Three prompts of six pairs, all agreed on: n is 3, not 18.
+    found = ratio([(f"p{i}", 6, 6) for i in range(3)], shares=True)
+    assert (found.value, found.high, found.interval) == (1.0, pytest.approx(1.0), "wilson")
+    assert found.low == pytest.approx(3 / 6.8415, abs=1e-4)
+    # tau-b goes from -1 to 1: of four prompts at -1 it ends at 1 - 2 x 4 / 7.8415.
+    found = ratio([(f"p{i}", -1, 1) for i in range(4)], span=(-1.0, 1.0))
+    assert (found.value, found.low) == (-1.0, pytest.approx(-1.0))
+    assert found.high == pytest.approx(1 - 8 / 7.8415, abs=1e-4)
+    # One prompt shows nothing.
+    found = ratio([("p", 5, 6)])
+    assert math.isnan(found.low) and math.isnan(found.high)

@@ -49,7 +49,7 @@ class Rigged:
         template: Template,
         questions: Sequence[Fields],
         advance: Callable[[int], None] | None = None,
-        keep: Callable[[int, Reading], None] | None = None,
+        keep: Callable[[dict[int, Reading]], None] | None = None,
     ) -> list[Reading]:
         self.asked += [dict(q) for q in questions]
         found = [self.rule(q) for q in questions]
@@ -208,7 +208,7 @@ def test_what_was_answered_before_an_interruption_is_kept(tmp_path: Path) -> Non
             for i, reading in enumerate(super().read(template, questions)):
                 if i == 3:
                     raise KeyboardInterrupt
-                keep(i, reading)
+                keep({i: reading})
 
     with pytest.raises(KeyboardInterrupt):
         Judge(load_template("pair-zero-shot"), Breaks(by_length()), log=log).both_orders(triples)

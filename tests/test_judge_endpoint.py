@@ -165,7 +165,7 @@ def test_what_was_answered_is_kept_when_another_question_fails(
     with endpoint(model, tiny_tokenizer, A=25.0, B=25.0) as (double, reader):
         double.patience = 4
         with pytest.raises(UserError, match="refuses the key"):
-            reader.read(load_template("pair-zero-shot"), QUESTIONS, keep=kept.__setitem__)
+            reader.read(load_template("pair-zero-shot"), QUESTIONS, keep=kept.update)
     assert len(kept) == 4
 
 
