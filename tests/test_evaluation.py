@@ -120,3 +120,13 @@ def test_length_statistics() -> None:
     assert length_statistics(range(1, 12)) == {"mean": 6, "p10": 2, "median": 6, "p90": 10}
     with pytest.raises(ValueError):
         length_statistics([])
+
+
+def test_what_follows_a_stop_is_left_out() -> None:
+    class Longer:
+        def prefers(self, prompt: str, a: str, b: str, order_seed: int) -> float:
+            return float(len(a) > len(b))
+
+    prompts, done = ["p", "q", "r", "s"], list[int]()
+    wins = compare(Longer(), prompts, [["long"]] * 4, [["no"]] * 4, advance=done.append, stop=lambda: len(done) == 2)
+    assert wins == [[1.0], [1.0]]

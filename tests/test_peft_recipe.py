@@ -161,3 +161,12 @@ def test_the_schema_alone_keeps_the_rules() -> None:
         Recipe.model_validate({"model": {"peft": {"method": "prompt"}}})
     with pytest.raises(ValueError, match="ia3 has no rank"):
         PeftSection(method="ia3", rank=3)
+
+
+def test_a_reward_model_of_fewer_layers_than_are_to_be_trained_is_refused(recipe_file: str) -> None:
+    both = ["model.peft.method=lora", "reward.peft.method=model", "reward.keep_layers=2"]
+    what = refusal(recipe_file, *both, "model.peft.last_layers=3").what
+    assert what.startswith("reward.keep_layers is 2, and model.peft.last_layers is 3")
+    for fine in (["model.peft.last_layers=2"], ["model.peft.last_layers=0"]):
+        load_recipe(recipe_file, [*both, *fine])
+    load_recipe(recipe_file, [*both, "model.peft.last_layers=3", "reward.peft.method=none"])
