@@ -9,7 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rlhf.agreement import (
+from rlhf.errors import UserError
+from rlhf.functional.agreement import (
     CONVENTIONS,
     HEADLINE,
     Comparison,
@@ -21,7 +22,6 @@ from rlhf.agreement import (
     pairwise,
     windows,
 )
-from rlhf.errors import UserError
 from rlhf.matching import Matched, match
 from rlhf.progress import console, table
 from rlhf.records import Drops, Ranking, ranking_row, read_rankings, write_jsonl
@@ -55,7 +55,7 @@ def show(files: Sequence[str], parts: int = 5, seed: int = 0, as_json: bool = Fa
 
 
 def report(found: Matched, parts: int, seed: int) -> dict[str, Any]:
-    """Everything that is known of the labelers' agreement; see rlhf/agreement.py for the measures."""
+    """Everything that is known of the labelers' agreement; see rlhf/functional/agreement.py for the measures."""
     compared = comparisons(found.shared)
     names = sorted(found.rankings)
     return {

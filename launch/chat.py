@@ -10,12 +10,13 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
+from rlhf.functional.seeding import row_seed
 from rlhf.models import load_policy, load_tokenizer
 from rlhf.progress import console
 from rlhf.prompting import encode_prompt, stop_ids
 from rlhf.recipe import load_recipe
 from rlhf.records import Prompt
-from rlhf.rollout import row_seed, sample
+from rlhf.rollout import sample
 
 
 def chat(run: Path, stage: str, temperature: float, max_tokens: int, once: str) -> None:

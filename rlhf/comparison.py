@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from rlhf.config import Recipe
 from rlhf.errors import UserError
-from rlhf.evaluation import ENOUGH_PROMPTS, Interval, compare, mean_interval, prompt_means, win_rate
+from rlhf.evaluation import compare
+from rlhf.functional.statistics import ENOUGH_PROMPTS, Interval, mean_interval, prompt_means, win_rate
 from rlhf.rundir import RunFolder, live_owner, read_json, read_rows
 from rlhf.ways import Comparison
 
@@ -277,9 +278,9 @@ def _judge(recipe: Recipe, reference: RunFolder, way: str, mine: Answers, base: 
     same = mine.keys() == base.keys() and all(len(mine[prompt]) == len(base[prompt]) for prompt in mine)
     if recipe.evaluate.labeler != "rubric" or not same:
         return None
+    from rlhf.functional.seeding import row_seed
     from rlhf.labelers import Output, make_judge  # imports torch
     from rlhf.records import Message, Prompt
-    from rlhf.rollout import row_seed
 
     prompts = [Prompt((Message("user", text),)) for text in mine]  # of which the rubric sees the text alone
     sides = [[[Output(a["text"], a["finished"]) for a in side[text]] for text in mine] for side in (mine, base)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.objectives import (
+from rlhf.functional.ppo import (
     explained_variance,
     gae,
     kl_k1,

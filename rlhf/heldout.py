@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
 from rlhf.errors import UserError
+from rlhf.functional.seeding import row_seed
 from rlhf.prompting import fit_prompts
 from rlhf.records import (
     Cloze,
@@ -19,7 +20,6 @@ from rlhf.records import (
     read_rankings,
     read_texts,
 )
-from rlhf.rollout import row_seed
 from rlhf.tax import blocks
 
 

@@ -19,9 +19,17 @@ from typing import Any, Protocol
 from rlhf.adapter_folder import find_adapter
 from rlhf.config import JudgeSection, Recipe
 from rlhf.errors import UserError
+from rlhf.functional.judge_odds import (
+    BothOrders,
+    calibrated,
+    expected_points,
+    log_odds,
+    normalised,
+    sigmoid,
+    win_log_odds,
+)
 from rlhf.judge_examples import check_judge, judge_template
 from rlhf.judge_template import Template, find_template, template_text
-from rlhf.judging import BothOrders, calibrated, expected_points, log_odds, normalised, sigmoid, win_log_odds
 from rlhf.models import load_policy, load_tokenizer
 from rlhf.pretrained import load_config
 from rlhf.progress import is_main_process

@@ -6,16 +6,14 @@ points, by their expected points (K questions).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from rlhf.evaluation import Interval, wilson_interval
+from rlhf.functional.judge_odds import BothOrders, expected_points, mean_wins
+from rlhf.functional.statistics import clustered, with_ends
 from rlhf.judge import Judge, doubts
-from rlhf.judging import BothOrders, expected_points, mean_wins
 from rlhf.labelers import Output, preference, ranks_of
-from rlhf.ranking import PairCounts, accuracy_interval
 from rlhf.records import Drops, Prompt
 
 
@@ -99,26 +97,6 @@ def position_bias(groups: Sequence[Sequence[BothOrders]], seed: int = 0) -> dict
         "second": fmean(pair.ab < 0 and pair.ba < 0 for pair in pairs),
         **with_ends("shift", shift),
     }
-
-
-def with_ends(name: str, interval: Interval) -> dict[str, float | None]:
-    """The value under its name, and the ends of its interval under NAME_low and NAME_high: None where there is none."""
-    low, high = (None if math.isnan(end) else end for end in interval[1:])
-    return {name: interval.mean, f"{name}_low": low, f"{name}_high": high}
-
-
-def clustered(groups: Sequence[Sequence[float]], seed: int = 0, shares: bool = True) -> Interval:
-    """Mean over all values and its 95 % bootstrap interval over groups (pairs of one prompt are not independent).
-
-    Groups of one and the same mean show no spread however few they are: then it is the Wilson interval of so many
-    cases, which `shares` must be for; of other values, and of a single group, there is none (nan).
-    """
-    means = [fmean(group) for group in groups]
-    if len(means) < 2 or max(means) - min(means) < 1e-12:
-        if shares and len(means) > 1:
-            return wilson_interval(means[0] * len(means), len(means))
-        return Interval(fmean([value for group in groups for value in group]), math.nan, math.nan)
-    return Interval(*accuracy_interval([PairCounts(sum(group), len(group), []) for group in groups], seed))
 
 
 def fitting(labeler: JudgeLabeler, items: Sequence[Any], drops: Drops) -> list[Any]:

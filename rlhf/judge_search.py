@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.errors import UserError
+from rlhf.functional.seeding import row_seed
 from rlhf.judge import Judge
 from rlhf.judge_eval import Graded, fitting_all, graded, measure
 from rlhf.judge_examples import examples_from, usable
 from rlhf.judge_template import Template, with_examples
 from rlhf.records import Drops, Ranking
-from rlhf.rollout import row_seed
 from rlhf.splits import split_by_prompt
 
 CONFIRM = 1 / 3  # of all prompts

@@ -20,14 +20,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.agreement import tally
 from rlhf.config import Recipe
 from rlhf.errors import UserError
+from rlhf.functional.agreement import tally
+from rlhf.functional.seeding import row_seed
 from rlhf.models import load_reward_model, load_tokenizer
 from rlhf.probes import check_probes
 from rlhf.prompting import encode_prompt, encode_response
 from rlhf.records import Prompt
-from rlhf.rollout import row_seed
 from rlhf.rubric import rubric_score
 from rlhf.scoring import scores
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rlhf.agreement import Shared
+from rlhf.functional.agreement import Shared
 from rlhf.records import Ranking
 
 

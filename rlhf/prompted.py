@@ -19,11 +19,12 @@ from typing import NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
+from rlhf.functional.seeding import row_seed
 from rlhf.judge_template import Template, after
 from rlhf.models import check_context
 from rlhf.prompting import encode_prompt, encode_response, speaks_after_colon, stop_ids
 from rlhf.records import Message, Prompt
-from rlhf.rollout import Rollout, assemble, row_seed, sample
+from rlhf.rollout import Rollout, assemble, sample
 
 
 class Prompted(NamedTuple):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.ranking import Ties, ranking_loss
+from rlhf.functional.ranking import Ties, ranking_loss
 from rlhf.scoring import Pair, token_budget_batches
 from rlhf.sharding import gathered, own
 

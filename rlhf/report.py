@@ -20,7 +20,7 @@ from rich.text import Text
 from rlhf.charts import Series, calibration_chart, frontier_chart, line_chart
 from rlhf.comparison_page import membership
 from rlhf.errors import UserError
-from rlhf.evaluation import ENOUGH_PROMPTS
+from rlhf.functional.statistics import ENOUGH_PROMPTS
 from rlhf.page import number, percent, render
 from rlhf.recipe import load_recipe
 from rlhf.rundir import read_json, read_rows, write_atomic

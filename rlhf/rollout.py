@@ -14,10 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +24,7 @@ from rlhf.adapters import peft_of
 from rlhf.config import LaunchSection
 from rlhf.decoding import decoding_for, pad
 from rlhf.errors import UserError
+from rlhf.functional.seeding import row_uniforms
 from rlhf.merging import why_not_mergeable
 from rlhf.phases import progressed
 from rlhf.placement import at_hand
@@ -66,16 +65,6 @@ class Rollout:
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The responses as text, special tokens left out."""
         return [tokenizer.decode(self.response(i), skip_special_tokens=True) for i in range(len(self))]
-
-
-def row_seed(*parts: int | str) -> int:
-    """A 64-bit seed that depends on its parts alone, e.g. (run seed, "ppo", iteration, row)."""
-    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
-
-
-def row_uniforms(seeds: Sequence[int], steps: int) -> Tensor:
-    """Uniform numbers [B, steps] in [0, 1), float64; row i depends on seeds[i] alone."""
-    return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(key=s)).random(steps) for s in seeds]))
 
 
 CDF_BLOCK = 256  # tokens summed at once: a cumulative sum over the whole vocabulary is ten times as slow

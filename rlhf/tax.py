@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
-from rlhf.evaluation import Interval, wilson_interval
+from rlhf.functional.statistics import Interval, wilson_interval
 from rlhf.records import Cloze
 from rlhf.scoring import token_logprobs
 

@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
-from rlhf.evaluation import (
+from rlhf.evaluation import compare
+from rlhf.functional.ppo import kl_k1, kl_k3
+from rlhf.functional.seeding import row_seed
+from rlhf.functional.statistics import (
     Interval,
-    compare,
     distinct_n,
     length_matched_win_rate,
     length_statistics,
@@ -39,7 +41,6 @@ from rlhf.judge import check_room, judge_files
 from rlhf.judge_template import Template, find_template, load_template
 from rlhf.labelers import Labeler, Output, make_judge
 from rlhf.models import load_policy, load_reward_model, load_tokenizer
-from rlhf.objectives import kl_k1, kl_k3
 from rlhf.phases import phase
 from rlhf.probes import check_probes
 from rlhf.progress import Progress, console, is_main_process
@@ -47,7 +48,7 @@ from rlhf.prompted import answer_prompted
 from rlhf.prompting import stop_ids
 from rlhf.records import Drops, write_jsonl
 from rlhf.rescoring import rescore
-from rlhf.rollout import Rollout, row_seed, sample
+from rlhf.rollout import Rollout, sample
 from rlhf.rundir import RunFolder, write_atomic
 from rlhf.scoring import scores, token_logprobs
 from rlhf.stage import StageContext, run_stage

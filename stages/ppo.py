@@ -5,7 +5,7 @@ One iteration, in the order of the functions below:
     rollout     sample a response for each of batch_size prompts from the policy
     score       reference log-probabilities, values and reward-model scores of those episodes
     advantages  per-token rewards (KL penalty, score at the last token), GAE, whitening        rlhf/experience.py
-    ppo step    for every minibatch: clipped policy loss and clipped value loss                rlhf/objectives.py
+    ppo step    for every minibatch: clipped policy loss and clipped value loss                rlhf/functional/ppo.py
     ptx step    its gradient added to the same optimiser step: ptx_coef x pretraining NLL
     log         metrics and a table of samples
     checkpoint  everything that the next iteration depends on, sealed
@@ -32,9 +32,10 @@ from rlhf.allocator import return_freed_memory
 from rlhf.clipping import grad_norm
 from rlhf.errors import UserError
 from rlhf.experience import Experience, make_experience, summary
+from rlhf.functional.ppo import adaptive_kl_coef, policy_loss, ptx_loss, value_loss
+from rlhf.functional.schedule import lr_factor
+from rlhf.functional.seeding import row_seed, stream
 from rlhf.models import save_model
-from rlhf.objectives import adaptive_kl_coef, policy_loss, ptx_loss, value_loss
-from rlhf.order import stream
 from rlhf.phases import phase
 from rlhf.phasetime import PhaseTimes
 from rlhf.placement import whole_state, with_ties
@@ -45,8 +46,7 @@ from rlhf.processes import from_first
 from rlhf.progress import Progress, console, is_main_process
 from rlhf.recipe import load_recipe
 from rlhf.rescoring import rescore
-from rlhf.rollout import Rollout, row_seed, sample
-from rlhf.schedule import lr_factor
+from rlhf.rollout import Rollout, sample
 from rlhf.scoring import SequenceBatch, build_batch, head_pieces, scores, token_logprobs, token_values
 from rlhf.sharding import everyones, own
 from rlhf.stage import StageContext, exit_code, parse_stage_args, run_stage

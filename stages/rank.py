@@ -26,6 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
 from rlhf.errors import UserError
+from rlhf.functional.ranking import ordered_pairs, tied_pairs
+from rlhf.functional.seeding import row_seed
 from rlhf.judge import check_room, judge_files
 from rlhf.judge_labeler import JudgeLabeler, fitting
 from rlhf.label_wait import rankings_by_people
@@ -36,9 +38,8 @@ from rlhf.phases import phase
 from rlhf.progress import Progress, console, is_main_process, warn
 from rlhf.progress import table as print_table
 from rlhf.prompting import Encoded, fit_prompts, stop_ids
-from rlhf.ranking import ordered_pairs, tied_pairs
 from rlhf.records import Drops, Prompt, Ranking, ranking_row, read_prompts, read_rankings, write_jsonl
-from rlhf.rollout import row_seed, sample
+from rlhf.rollout import sample
 from rlhf.rubric import rubric_score
 from rlhf.rundir import write_atomic
 from rlhf.samples import Samples

@@ -23,19 +23,20 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.config import Recipe
 from rlhf.engine import Engine, ParamGroup
 from rlhf.errors import UserError
+from rlhf.functional.ranking import PairCounts, calibration, count_pairs, has_pairs, tied_pairs
+from rlhf.functional.schedule import lr_factor
+from rlhf.functional.seeding import stream
+from rlhf.functional.statistics import accuracy_interval
 from rlhf.models import check_context, load_tokenizer, new_reward_model, recompute_activations, save_model
-from rlhf.order import stream
 from rlhf.phases import phase
 from rlhf.placement import at_hand, whole_state
 from rlhf.probes import write_probes
 from rlhf.processes import from_first
 from rlhf.progress import Progress, console, is_main_process
 from rlhf.prompting import fit_demonstrations, fit_rankings
-from rlhf.ranking import PairCounts, accuracy_interval, calibration, count_pairs, has_pairs, tied_pairs
 from rlhf.ranking_passes import Group, by_length, part_passes, whole_passes
 from rlhf.records import Drops, read_demonstrations, read_rankings
 from rlhf.rng import load_rng, save_rng
-from rlhf.schedule import lr_factor
 from rlhf.scoring import Pair, SequenceBatch, build_batch, raw_scores, scores
 from rlhf.sharding import barrier, everyones, gathered, own
 from rlhf.shared_prompts import SharedBatch, build_shared, can_share, shared_scores, sharing

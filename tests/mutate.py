@@ -39,11 +39,11 @@ from rich.markup import escape  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 TARGETS = {
-    "rlhf.objectives": ["test_objectives.py", "test_losses.py"],
-    "rlhf.ranking": ["test_ranking.py"],
+    "rlhf.functional.ppo": ["test_objectives.py", "test_losses.py"],
+    "rlhf.functional.ranking": ["test_ranking.py"],
     "rlhf.experience": ["test_experience.py"],
-    "rlhf.judging": ["test_judging.py"],
-    "rlhf.agreement": ["test_agreement.py"],
+    "rlhf.functional.judge_odds": ["test_judging.py"],
+    "rlhf.functional.agreement": ["test_agreement.py"],
 }
 LIMIT_S = 60  # a mutant that hangs counts as seen
 QUICK = 12

@@ -20,7 +20,7 @@ from rlhf import tiny
 from rlhf.adapters import trainable
 from rlhf.config import CACHED_TOKENS
 from rlhf.experience import Experience
-from rlhf.order import stream
+from rlhf.functional.seeding import stream
 from rlhf.ppo_state import Ppo
 from rlhf.recipe import load_recipe
 from rlhf.scoring import Pair, build_batch, response_logprobs

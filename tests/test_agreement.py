@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.agreement import (
+from rlhf.functional.agreement import (
     CONVENTIONS,
     HEADLINE,
     Comparison,

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from launch import agreement_report
-from rlhf.agreement import CONVENTIONS, Shared, comparisons, pairwise
 from rlhf.config import Recipe
 from rlhf.errors import UserError
+from rlhf.functional.agreement import CONVENTIONS, Shared, comparisons, pairwise
 from rlhf.label_store import Labelled, labelled_row
 from rlhf.labelers import Output, RubricLabeler, noise_for_agreement
 from rlhf.matching import match

@@ -16,7 +16,7 @@ from benchmarks.jobs import Job
 from benchmarks.pairs import expand
 from benchmarks.table import OURS, Line, as_json, memory_ratio, render, speedup
 
-from rlhf.ranking import ranking_loss
+from rlhf.functional.ranking import ranking_loss
 
 PEERS = Path(__file__).parent / "benchmarks" / "peers"
 # 2 layers, hidden 4, MLP 6, 2 heads of 3 with 1 key-value head, 10 tokens.

@@ -17,7 +17,7 @@ from comparison_runs import hand_made
 from rlhf.charts import Named, named_points_chart
 from rlhf.comparison import Row, rows
 from rlhf.comparison_page import membership, print_rows, verdict, write_page
-from rlhf.evaluation import Interval
+from rlhf.functional.statistics import Interval
 from rlhf.label_placement import nearest, overlap, place
 from rlhf.page import count, share
 from rlhf.report import write_report

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from rlhf.evaluation import (
-    compare,
+from rlhf.evaluation import compare
+from rlhf.functional.statistics import (
     distinct_n,
     length_matched_win_rate,
     length_statistics,

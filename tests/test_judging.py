@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rlhf.judging import (
+from rlhf.functional.judge_odds import (
     BothOrders,
     brier,
     calibrated,

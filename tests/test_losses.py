@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_objectives import Rows, assert_rows, draws, flat, junk, mask_of, padded
 
-from rlhf.objectives import policy_loss, ptx_loss, value_loss
+from rlhf.functional.ppo import policy_loss, ptx_loss, value_loss
 
 # --- policy loss ------------------------------------------------------------------------------------------------------
 

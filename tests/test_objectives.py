@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.objectives import (
+from rlhf.functional.ppo import (
     adaptive_kl_coef,
     ema_update,
     explained_variance,

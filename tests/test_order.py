@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.order import stream
+from rlhf.functional.seeding import stream
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 10])

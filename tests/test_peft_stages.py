@@ -47,8 +47,8 @@ from rlhf.config import CACHED_TOKENS, NOT_MERGED, VIRTUAL_TOKENS
 from rlhf.decoding import ModelDecoding
 from rlhf.errors import UserError
 from rlhf.experience import pad_rows
+from rlhf.functional.ppo import masked_mean
 from rlhf.models import load_policy, load_reward_model, load_tokenizer
-from rlhf.objectives import masked_mean
 from rlhf.ppo_state import build
 from rlhf.prompting import encode_prompt, encode_response, stop_ids
 from rlhf.recipe import load_recipe

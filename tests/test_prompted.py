@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
 from rlhf.errors import UserError
+from rlhf.functional.seeding import row_seed
 from rlhf.judge_template import Template, load_template, parse_template
 from rlhf.models import load_policy, load_tokenizer, new_reward_model, save_model
 from rlhf.probes import write_probes
@@ -20,7 +21,7 @@ from rlhf.prompting import encode_prompt, encode_response, stop_ids
 from rlhf.recipe import load_recipe
 from rlhf.records import Message, Prompt
 from rlhf.report import label, print_summary, write_report
-from rlhf.rollout import row_seed, sample
+from rlhf.rollout import sample
 from rlhf.scoring import scores
 from stages import evaluate
 

@@ -13,10 +13,9 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerBase
 
-from rlhf.ranking import (
+from rlhf.functional.ranking import (
     PairCounts,
     Ties,
-    accuracy_interval,
     calibration,
     count_pairs,
     has_pairs,
@@ -24,6 +23,7 @@ from rlhf.ranking import (
     ranking_loss,
     tied_pairs,
 )
+from rlhf.functional.statistics import accuracy_interval
 from rlhf.scoring import build_batch, raw_scores
 
 # K = 4 with a tie, K = 2, K = 3 without ties, K = 3 with two tied, K = 2 all tied, K = 5

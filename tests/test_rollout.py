@@ -9,7 +9,8 @@ from test_scoring import EOS, by_hand, gpt2, llama
 from transformers import LlamaForCausalLM
 
 from rlhf.errors import UserError
-from rlhf.rollout import CDF_BLOCK, Rollout, draw, row_seed, row_uniforms, sample
+from rlhf.functional.seeding import row_seed, row_uniforms
+from rlhf.rollout import CDF_BLOCK, Rollout, draw, sample
 
 
 class Tokenizer:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rlhf.schedule import lr_factor
+from rlhf.functional.schedule import lr_factor
 
 
 def factors(schedule: str, total: int, warmup: int = 0, final: float = 0.1) -> list[float]:

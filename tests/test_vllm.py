@@ -25,11 +25,12 @@ from rlhf import tiny
 from rlhf.adapters import add_adapter
 from rlhf.config import LaunchSection, ModelSection, PeftSection
 from rlhf.errors import UserError
+from rlhf.functional.seeding import row_seed
 from rlhf.models import load_policy, load_tokenizer, save_model
 from rlhf.plan import check
 from rlhf.recipe import load_recipe
 from rlhf.rescoring import rescore
-from rlhf.rollout import Rollout, row_seed, sample
+from rlhf.rollout import Rollout, sample
 from rlhf.vllm_engine import check_server
 
 PROMPTS = [[5, 6, 7], [10], [15, 16, 17, 18, 19], [3, 4], [5, 6, 7]]

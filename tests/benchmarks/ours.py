@@ -22,12 +22,13 @@ from rlhf.allocator import keep_freed_memory
 from rlhf.config import ModelSection, Recipe
 from rlhf.engine import Engine, ParamGroup
 from rlhf.experience import Experience
+from rlhf.functional.seeding import row_seed
 from rlhf.phasetime import PhaseTimes
 from rlhf.ppo_state import Ppo, build
 from rlhf.probes import write_probes
 from rlhf.prompting import encode_prompt, encode_response
 from rlhf.records import Drops, read_demonstrations, read_prompts, read_rankings
-from rlhf.rollout import row_seed, sample
+from rlhf.rollout import sample
 from rlhf.zero import make_engine
 from stages import ppo as ppo_stage
 from stages import reward as reward_stage

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+from hashlib import blake2b
 
-from rlhf.rollout import row_seed
+import numpy as np
+import torch
+from torch import Tensor
 
 
 def stream(n: int, seed: int, name: str, start: int, count: int) -> list[int]:
@@ -24,3 +27,13 @@ def stream(n: int, seed: int, name: str, start: int, count: int) -> list[int]:
         order = np.random.default_rng(row_seed(seed, name, epoch)).permutation(n)
         out += order[offset : offset + count - len(out)].tolist()
     return out
+
+
+def row_seed(*parts: int | str) -> int:
+    """A 64-bit seed that depends on its parts alone, e.g. (run seed, "ppo", iteration, row)."""
+    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
+def row_uniforms(seeds: Sequence[int], steps: int) -> Tensor:
+    """Uniform numbers [B, steps] in [0, 1), float64; row i depends on seeds[i] alone."""
+    return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(key=s)).random(steps) for s in seeds]))

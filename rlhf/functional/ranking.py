@@ -87,19 +87,6 @@ def count_pairs(scores: Sequence[float], ranks: Sequence[int]) -> PairCounts:
     return PairCounts(correct, len(margins), margins)
 
 
-def accuracy_interval(counts: Sequence[PairCounts], seed: int = 0, resamples: int = 2000) -> tuple[float, float, float]:
-    """Pair accuracy and its 95 % bootstrap interval over prompts (pairs of one prompt are not independent)."""
-    correct = np.array([c.correct for c in counts], dtype=np.float64)
-    pairs = np.array([c.pairs for c in counts], dtype=np.float64)
-    if pairs.sum() == 0:
-        return float("nan"), float("nan"), float("nan")
-    draws = np.random.default_rng(seed).integers(0, len(counts), size=(resamples, len(counts)))
-    drawn = pairs[draws].sum(1)
-    rates = correct[draws].sum(1)[drawn > 0] / drawn[drawn > 0]
-    low, high = np.quantile(rates, [0.025, 0.975])
-    return float(correct.sum() / pairs.sum()), float(low), float(high)
-
-
 def calibration(margins: Sequence[float], bins: int = 5) -> list[dict[str, float]]:
     """Confidence against accuracy: pairs in equal-sized bins of sigmoid(|margin|).
 

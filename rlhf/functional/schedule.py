@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-
-from rlhf.config import Schedule
+from typing import Literal
 
 WARMUP_START = 0.1  # the paper warms up from a tenth of the peak (Appendix C.4)
 
 
-def lr_factor(step: int, total: int, schedule: Schedule, warmup: int, final_fraction: float) -> float:
+def lr_factor(
+    step: int, total: int, schedule: Literal["cosine", "linear", "constant"], warmup: int, final_fraction: float
+) -> float:
     """Share of the peak learning rate at `step` (0-based) of `total`.
 
     Linear warm-up from a tenth of the peak over the first `warmup` steps; then constant, or linear or cosine decay that

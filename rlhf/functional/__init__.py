@@ -1,0 +1,1 @@
+"""Formulas as pure functions: PPO, the ranking loss, statistics, agreement, judge odds, schedules and seeds."""
