@@ -23,8 +23,8 @@ from rlhf.functional.agreement import (
     windows,
 )
 from rlhf.matching import Matched, match
-from rlhf.progress import console, table
 from rlhf.records import Drops, Ranking, ranking_row, read_rankings, write_jsonl
+from rlhf.system.console import console, table
 
 WORDS = {
     "untied": "agreement, tied pairs left out",

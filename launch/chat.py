@@ -12,11 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed
 from rlhf.models import load_policy, load_tokenizer
-from rlhf.progress import console
 from rlhf.prompting import encode_prompt, stop_ids
 from rlhf.recipe import load_recipe
 from rlhf.records import Prompt
 from rlhf.rollout import sample
+from rlhf.system.console import console
 
 
 def chat(run: Path, stage: str, temperature: float, max_tokens: int, once: str) -> None:

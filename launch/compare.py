@@ -18,9 +18,10 @@ from rlhf.config import Recipe
 from rlhf.dependencies import check_data_files, unchanged
 from rlhf.errors import UserError
 from rlhf.plan import check, world_size
-from rlhf.progress import console, duration, table
-from rlhf.rundir import RunFolder, require_disk, require_writable
-from rlhf.stopping import STOPPED
+from rlhf.rundir import RunFolder
+from rlhf.system.console import console, duration, table
+from rlhf.system.files import require_disk, require_writable
+from rlhf.system.signals import STOPPED
 from rlhf.ways import SHARED_STAGES, Comparison, read_comparison, write_comparison
 
 

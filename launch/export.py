@@ -12,10 +12,10 @@ from rlhf.adapter_folder import AdapterFolder, find_adapter
 from rlhf.errors import UserError
 from rlhf.merging import why_not_mergeable
 from rlhf.models import load_policy, load_reward_model, save_model
-from rlhf.progress import console
-from rlhf.quiet import quiet_libraries
 from rlhf.recipe import load_recipe
-from rlhf.rundir import require_disk, size_of
+from rlhf.system.console import console
+from rlhf.system.files import require_disk, size_of
+from rlhf.system.quiet import quiet_libraries
 from rlhf.tokenizer import load_tokenizer
 
 STAGES = ("sft", "reward", "ppo-ptx", "ppo")

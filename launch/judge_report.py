@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.allocator import keep_freed_memory
 from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.judge import Judge, check_judge, make_reader, question_key
@@ -16,11 +15,12 @@ from rlhf.judge_eval import Graded, fitting_all, graded, measure, questions, tem
 from rlhf.judge_examples import why_not_calibrated
 from rlhf.judge_search import candidates, comments, cut, search
 from rlhf.judge_template import Template, template_names, write_template
-from rlhf.progress import Progress, console, table, warn
-from rlhf.quiet import quiet_libraries
 from rlhf.records import Drops, read_rankings
-from rlhf.rundir import write_atomic
-from rlhf.stage import pick_device
+from rlhf.system.console import Progress, console, table, warn
+from rlhf.system.distributed import pick_device
+from rlhf.system.files import write_atomic
+from rlhf.system.malloc import keep_freed_memory
+from rlhf.system.quiet import quiet_libraries
 
 MOST_FLIPS, LEAST_MASS = 0.5, 0.1  # beyond these a judge is warned of
 

@@ -13,9 +13,9 @@ from rlhf.fit import Settings, with_settings
 from rlhf.hardware import Card, find_card, this_machine
 from rlhf.memory import policy_spec, stage_memory
 from rlhf.merging import why_not_mergeable
-from rlhf.progress import console, table
-from rlhf.quiet import quiet_libraries
 from rlhf.shapes import Shapes, count, shapes_of
+from rlhf.system.console import console, table
+from rlhf.system.quiet import quiet_libraries
 
 COLUMNS = ["method", "settings", "trained", "share", "stored", "PPO iteration", "merged by export"]
 

@@ -25,13 +25,14 @@ from rlhf.config import Recipe
 from rlhf.dependencies import check_accepted, check_data_files
 from rlhf.errors import UserError
 from rlhf.plan import check, plan_rows, read_hosts, world_size
-from rlhf.progress import console, table
-from rlhf.ranklog import ERROR
 from rlhf.recipe import load_recipe, recipe_names
-from rlhf.rundir import LOGS, RunFolder, require_disk, require_writable
+from rlhf.rundir import LOGS, RunFolder
 from rlhf.saving import KEPT
-from rlhf.stopping import STOPPED, STOPPING
-from rlhf.watch import last_phases
+from rlhf.system.console import console, table
+from rlhf.system.files import require_disk, require_writable
+from rlhf.system.rank_logs import ERROR
+from rlhf.system.signals import STOPPED, STOPPING
+from rlhf.system.watchdog import last_phases
 
 ROOT = Path(__file__).resolve().parent.parent  # holds rlhf/, stages/ and launch/, in a checkout and when installed
 PORTS = ("sft", "rank", "reward", "ppo-ptx", "ppo", "evaluate")  # each a port of its own: none meets the one before

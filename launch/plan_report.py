@@ -11,9 +11,9 @@ from rlhf.fit import budget, settings_that_fit
 from rlhf.hardware import Card, find_card, this_machine
 from rlhf.memory import StageMemory, all_stages
 from rlhf.plan import world_size
-from rlhf.progress import console, duration, table
-from rlhf.quiet import quiet_libraries
 from rlhf.shapes import Shapes, shapes_of
+from rlhf.system.console import console, duration, table
+from rlhf.system.quiet import quiet_libraries
 
 
 def show_memory_and_time(recipe: Recipe, card_name: str | None) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.floors import PhaseCost, Row, furthest, mean_row, phase_costs
-from rlhf.progress import console, table
 from rlhf.recipe import load_recipe
-from rlhf.rundir import read_rows
+from rlhf.system.console import console, table
+from rlhf.system.files import read_rows
 
 VARIANTS = ("ppo-ptx", "ppo")
 # Components of rlhf/memory.py that stay, or come with every update; what else there is comes and goes within a phase.
@@ -169,8 +169,8 @@ def _memory(path: Path, recipe: Recipe, stage: str, largest: Row) -> dict[str, f
     from rlhf.hardware import Card
     from rlhf.memory import stage_memory
     from rlhf.plan import as_launched
-    from rlhf.quiet import quiet_libraries
     from rlhf.shapes import Shapes, model_config, shapes_of
+    from rlhf.system.quiet import quiet_libraries
 
     quiet_libraries()
     folders = [path / before / "model" for before in ("sft", "reward")]

@@ -15,9 +15,9 @@ from rlhf.config import Recipe
 from rlhf.dependencies import READS
 from rlhf.errors import UserError
 from rlhf.plan import plan_ppo
-from rlhf.progress import console, duration, table
 from rlhf.recipe import load_recipe
 from rlhf.rundir import RunFolder, live_owner
+from rlhf.system.console import console, duration, table
 
 HEADLINES = {  # metrics to show, the first of each that there is
     "sft": (("sft/validation_loss", "sft/loss"),),

@@ -31,7 +31,7 @@ from rlhf.config import PeftSection
 from rlhf.errors import UserError
 from rlhf.placement import filled, full_shape
 from rlhf.resolve import ADAPTER_RECORD, BUILT_IN, resolve_model
-from rlhf.rundir import hash_path
+from rlhf.system.files import hash_path
 
 WEIGHTS = "adapter.safetensors"
 FORMAT = 1

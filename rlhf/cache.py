@@ -9,6 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from rlhf.system.files import publish
+
 
 def cache_root() -> Path:
     """RLHF_CACHE, else XDG_CACHE_HOME/rlhf, else ~/.cache/rlhf."""
@@ -35,16 +37,3 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
             build(partial)
             publish(partial, final)
     return final
-
-
-def publish(partial: Path, final: Path) -> None:
-    """Flush the files of `partial` and rename it to `final`, in whose place nothing or an older folder is."""
-    mode = partial.stat().st_mode & 0o666
-    for file in (path for path in partial.rglob("*") if path.is_file()):
-        # safetensors writes its files readable by their owner only; a model folder is for whoever reads the folder.
-        file.chmod(mode)
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)

@@ -17,8 +17,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.progress import is_main_process, warn
-from rlhf.rundir import fsync, hash_path
+from rlhf.system.console import warn
+from rlhf.system.distributed import is_main_process
+from rlhf.system.files import fsync, hash_path
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"

@@ -20,7 +20,8 @@ from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.evaluation import compare
 from rlhf.functional.statistics import ENOUGH_PROMPTS, Interval, mean_interval, prompt_means, win_rate
-from rlhf.rundir import RunFolder, live_owner, read_json, read_rows
+from rlhf.rundir import RunFolder, live_owner
+from rlhf.system.files import read_json, read_rows
 from rlhf.ways import Comparison
 
 ADAPTER = "adapter.safetensors"  # in model/: the trained weights alone

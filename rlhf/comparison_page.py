@@ -17,10 +17,10 @@ from markupsafe import Markup
 from rlhf.charts import Named, named_points_chart
 from rlhf.comparison import Row, as_dicts
 from rlhf.page import count, number, percent, render, share, signed
-from rlhf.progress import console, table
-from rlhf.progress import duration as clock
 from rlhf.recipe import recipe_to_yaml
-from rlhf.rundir import read_json, write_atomic
+from rlhf.system.console import console, table
+from rlhf.system.console import duration as clock
+from rlhf.system.files import read_json, write_atomic
 from rlhf.ways import FILE, Comparison
 
 PAGE, DATA = "comparison.html", "comparison.json"

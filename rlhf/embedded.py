@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from rlhf.cache import build_once, cache_root
 from rlhf.errors import UserError
-from rlhf.quiet import quiet_transformers, say
+from rlhf.system.quiet import quiet_transformers, say
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

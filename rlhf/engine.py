@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rlhf.clipping import ClippedAdamW, set_steps, steps_of
 from rlhf.errors import UserError
 from rlhf.fragments import MOMENTS, WEIGHT, Fragment, FragmentReader, write_fragments
-from rlhf.progress import is_main_process
+from rlhf.system.distributed import is_main_process
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Engine:
         weight_decay: float = 0.0,
         max_skipped_steps: int = 3,
     ) -> None:
-        # As rlhf.stage.pick_device: Apple's GPUs have no float64, which sampling needs.
+        # As rlhf.system.distributed.pick_device: Apple's GPUs have no float64, which sampling needs.
         self.accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
         self.groups = groups
         model.to(self.accelerator.device)

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from rlhf.errors import UserError
-from rlhf.perf import measured_bandwidth, measured_peak_flops
+from rlhf.system.machine import measured_bandwidth, measured_peak_flops
 
 CPU = torch.device("cpu")
 

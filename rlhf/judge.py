@@ -32,10 +32,10 @@ from rlhf.judge_examples import check_judge, judge_template
 from rlhf.judge_template import Template, find_template, template_text
 from rlhf.models import load_policy, load_tokenizer
 from rlhf.pretrained import load_config
-from rlhf.progress import is_main_process
 from rlhf.resolve import resolve_model
-from rlhf.rowlog import append_rows, whole_rows
-from rlhf.rundir import hash_path
+from rlhf.system.distributed import is_main_process
+from rlhf.system.files import hash_path
+from rlhf.system.row_log import append_rows, whole_rows
 from rlhf.verbalizer import Fields, LocalReader, Reading, question_tokens
 
 CONTENT_FREE = ("N/A", "[MASK]", "")  # Zhao et al. 2021, section 5
@@ -277,7 +277,7 @@ def _plain(name: str) -> str:
 
 def _local_reader(recipe: Recipe) -> LocalReader:
     """The judge's own model, or the recipe's, in this process."""
-    from rlhf.stage import pick_device
+    from rlhf.system.distributed import pick_device
     from rlhf.zero import frozen
 
     cfg, model, where = recipe.judge, recipe.model, judge_model(recipe)

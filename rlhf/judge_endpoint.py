@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import UserError
 from rlhf.judge_template import Template
-from rlhf.sharding import gathered, own, processes
+from rlhf.system.distributed import gathered, own, processes
 from rlhf.verbalizer import Fields, Reading
 
 if TYPE_CHECKING:

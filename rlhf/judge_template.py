@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from rlhf.errors import UserError
 from rlhf.records import Message, Prompt
-from rlhf.rundir import write_atomic
+from rlhf.system.files import write_atomic
 
 Kind = Literal["pair", "points", "answer"]
 Form = Literal["zero-shot", "few-shot", "chain-of-thought"]

@@ -22,9 +22,10 @@ from rlhf.config import LabelSection
 from rlhf.label_audience import Audience
 from rlhf.label_store import Counts, Labelled, LabelStore, task_key
 from rlhf.outputs import Outputs, outputs_row
-from rlhf.phases import phase, progressed
-from rlhf.progress import Progress, console, is_main_process
 from rlhf.records import write_jsonl
+from rlhf.system.console import Progress, console
+from rlhf.system.distributed import is_main_process
+from rlhf.system.phases import phase, progressed
 
 if TYPE_CHECKING:
     from rlhf.stage import StageContext
@@ -107,7 +108,7 @@ def rankings_by_people(
     Returns:
         None when the stage was told to stop: what is in stays in the file.
     """
-    from rlhf.processes import from_first
+    from rlhf.system.distributed import from_first
 
     recipe, first = ctx.recipe, is_main_process()
     phase("labelling")
@@ -143,7 +144,7 @@ def serve_until_told(
         audience: of the first process; None on the others.
         grace: seconds that the page stays at most when all is in.
     """
-    from rlhf.processes import from_first
+    from rlhf.system.distributed import from_first
 
     while wait(look, stopped):
         end = time.monotonic() + grace

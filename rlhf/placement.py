@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from rlhf.layers import decoder_layers
 from rlhf.mapped import give_back
-from rlhf.progress import is_main_process
-from rlhf.sharding import anyone
+from rlhf.system.distributed import anyone, is_main_process
 
 
 @dataclass(frozen=True)

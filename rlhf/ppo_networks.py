@@ -20,8 +20,8 @@ from rlhf.config import VIRTUAL_TOKENS, ModelSection, PeftSection, Recipe
 from rlhf.errors import UserError
 from rlhf.merging import why_not_mergeable
 from rlhf.models import check_method, load_policy, load_reward_model, of_base, put_on
-from rlhf.sharding import processes
 from rlhf.shared_base import one_base, policies_share, policy_twin, scalar_twin
+from rlhf.system.distributed import processes
 from rlhf.zero import frozen, trained, zero_stage
 
 

@@ -24,14 +24,13 @@ from rlhf.plan import PpoPlan, plan_ppo
 from rlhf.policy_value import PolicyValue
 from rlhf.ppo_networks import load_networks
 from rlhf.probes import check_probes
-from rlhf.progress import console, is_main_process
 from rlhf.prompting import fit_prompts, stop_ids
 from rlhf.records import Drops, read_prompts, read_texts
-from rlhf.rng import load_rng, save_rng
 from rlhf.saving import Checkpoints
 from rlhf.scoring import check_plain_head
-from rlhf.sharding import barrier
-from rlhf.stage import pick_device
+from rlhf.system.console import console
+from rlhf.system.distributed import barrier, is_main_process, pick_device
+from rlhf.system.rng import load_rng, save_rng
 from rlhf.tax import blocks
 from rlhf.vllm_engine import check_server
 from rlhf.zero import make_engine

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
-from rlhf.progress import is_main_process
 from rlhf.scoring import Pair, scores
+from rlhf.system.distributed import is_main_process
 
 FILE = "probes.json"
 TOLERANCE = 0.02  # normalised score; float32 reloads agree to 1e-5, bfloat16 kernels to a few thousandths

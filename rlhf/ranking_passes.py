@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlhf.functional.ranking import Ties, ranking_loss
 from rlhf.scoring import Pair, token_budget_batches
-from rlhf.sharding import gathered, own
+from rlhf.system.distributed import gathered, own
 
 
 @dataclass

@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 
 from rlhf.errors import UserError
 from rlhf.layouts import MAX_K, MIN_K, contradiction, find_layout, read_published, split_transcript
-from rlhf.rundir import write_atomic
 from rlhf.sources import (
     Row,
     check_list,
@@ -42,6 +41,7 @@ from rlhf.sources import (
     read_documents,
     read_rows,
 )
+from rlhf.system.files import write_atomic
 
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 

@@ -23,7 +23,7 @@ from rlhf.errors import UserError
 from rlhf.functional.statistics import ENOUGH_PROMPTS
 from rlhf.page import number, percent, render
 from rlhf.recipe import load_recipe
-from rlhf.rundir import read_json, read_rows, write_atomic
+from rlhf.system.files import read_json, read_rows, write_atomic
 
 STAGES = ("sft", "rank", "reward", "ppo", "ppo-ptx", "evaluate")
 LABELS = {

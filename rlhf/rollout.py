@@ -26,11 +26,11 @@ from rlhf.decoding import decoding_for, pad
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_uniforms
 from rlhf.merging import why_not_mergeable
-from rlhf.phases import progressed
 from rlhf.placement import at_hand
-from rlhf.quiet import say
 from rlhf.scoring import token_logprobs
-from rlhf.sharding import gathered, own, processes
+from rlhf.system.distributed import gathered, own, processes
+from rlhf.system.phases import progressed
+from rlhf.system.quiet import say
 
 Engine = Literal["native", "generate", "vllm"]
 _told: set[str] = set()

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.progress import is_main_process
 from rlhf.prompting import Encoded
 from rlhf.records import Prompt, write_jsonl
-from rlhf.rowlog import append_rows, whole_rows
+from rlhf.system.distributed import is_main_process
+from rlhf.system.row_log import append_rows, whole_rows
 
 
 class Samples:

@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Thread
 
 from rlhf.checkpoint import Sealed, keep_last, newest_sealed, seal, write_aside
-from rlhf.progress import is_main_process
+from rlhf.system.distributed import is_main_process
 
 KEPT = 2
 

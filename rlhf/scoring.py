@@ -20,10 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from rlhf.errors import UserError
 from rlhf.head import vocabulary_logprobs
 from rlhf.inference import inference_for, slow_groups
-from rlhf.phases import progressed
-from rlhf.phasetime import count_batch
 from rlhf.placement import at_hand
-from rlhf.sharding import gathered, own, processes
+from rlhf.system.distributed import gathered, own, processes
+from rlhf.system.phase_timer import count_batch
+from rlhf.system.phases import progressed
 
 Pair = tuple[Sequence[int], Sequence[int]]
 HEAD_PIECE = 512  # positions for which a head is called: 100 MB of logits at V = 49152 in float32

@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from trl import SFTTrainer
 
 from rlhf.adapters import peft_of, trainable
-from rlhf.sharding import own, processes
+from rlhf.system.distributed import own, processes
 
 
 class MicroBatches(Sampler[list[int]]):

@@ -13,8 +13,8 @@ from rlhf import embedded, tiny
 from rlhf.adapters import add_adapter
 from rlhf.config import VIRTUAL_TOKENS, PeftSection, Recipe
 from rlhf.layers import cut_layers, decoder_layers
-from rlhf.quiet import quiet_transformers
 from rlhf.resolve import not_loaded, resolve_model
+from rlhf.system.quiet import quiet_transformers
 
 BYTES = {"float32": 4, "bfloat16": 2}
 

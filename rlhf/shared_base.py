@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from rlhf.adapters import peft_of
 from rlhf.config import Recipe
 from rlhf.layers import cut_layers
-from rlhf.quiet import quiet_transformers
+from rlhf.system.quiet import quiet_transformers
 
 
 def one_base(recipe: Recipe, zero_stage: int) -> bool:

@@ -33,7 +33,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from rlhf.allocator import keep_freed_memory
 from rlhf.config import Recipe
 from rlhf.dependencies import (
     ABSENT,
@@ -47,16 +46,19 @@ from rlhf.dependencies import (
 )
 from rlhf.errors import UserError
 from rlhf.plan import as_launched, check
-from rlhf.processes import Signals, StopNow, from_first, joined, launched, world_size
-from rlhf.progress import close_progress, console, duration, is_main_process, table, warn
-from rlhf.quiet import quiet_libraries
-from rlhf.ranklog import PeerFailed, own_log
 from rlhf.recipe import load_recipe
-from rlhf.rng import seed_rng
-from rlhf.rundir import LOGS, RunFolder, hash_path, require_writable, size_of
+from rlhf.rundir import LOGS, RunFolder
 from rlhf.saving import Checkpoints
+from rlhf.system.console import close_progress, console, duration, table, warn
+from rlhf.system.distributed import from_first, is_main_process, joined, launched, pick_device, world_size
+from rlhf.system.files import hash_path, require_writable, size_of
+from rlhf.system.malloc import keep_freed_memory
+from rlhf.system.quiet import quiet_libraries
+from rlhf.system.rank_logs import PeerFailed, own_log
+from rlhf.system.rng import seed_rng
+from rlhf.system.signals import Signals, StopNow
+from rlhf.system.watchdog import cause, watched
 from rlhf.tracking import Tracker
-from rlhf.watch import cause, watched
 
 PRODUCTS = {"rank": "rankings.jsonl", "evaluate": "results.json"}  # what proves a stage complete; elsewhere model/
 NOT_OUTPUTS = ("stage.json", "metrics.jsonl", "wandb_id.txt", "tables", "checkpoints", "trainer", LOGS)
@@ -194,21 +196,6 @@ def _run_stage(name: str, work: Callable[[StageContext], dict[str, Any] | None],
             )
             return 0
         return _run_work(recipe, run, name, work, record, device)
-
-
-def pick_device(recipe: Recipe) -> torch.device:
-    """The device of this process: run.device, `auto` taking the GPU of its local rank where there is one.
-
-    Raises:
-        UserError: for run.device=cuda without one.
-    """
-    if recipe.run.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device", "run.device", "set run.device=cpu, or check the driver and PyTorch")
-    if recipe.run.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return device
 
 
 def _prepare(recipe: Recipe, run: RunFolder, name: str, fresh: bool, accept: Sequence[str]) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from transformers import (
 
 from rlhf.cache import build_once
 from rlhf.embedded import CHATML
-from rlhf.quiet import quiet_transformers
+from rlhf.system.quiet import quiet_transformers
 
 NAME = "tiny"
 BUILD = 1  # raise it when the saved folder changes

@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
-from rlhf.quiet import say
 from rlhf.resolve import not_loaded, resolve_model
+from rlhf.system.quiet import say
 
 PAD = "<|pad|>"
 # Turns as in the published transcripts: "Human: ..\n\nAssistant: ..". %s is the BOS of tokenizers that begin with one.

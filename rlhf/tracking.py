@@ -19,8 +19,9 @@ from typing import Any, Literal
 from urllib.parse import urlparse
 
 from rlhf.config import TrackingSection
-from rlhf.progress import is_main_process, warn
-from rlhf.rundir import fsync, write_atomic
+from rlhf.system.console import warn
+from rlhf.system.distributed import is_main_process
+from rlhf.system.files import fsync, write_atomic
 
 INIT_SECONDS, FINISH_SECONDS = 30, 60  # a server that does not answer must not hold up a run
 

@@ -25,8 +25,8 @@ from rlhf.placement import at_hand
 from rlhf.prompting import encode_untrusted, speaks_after_colon, stop_ids
 from rlhf.rollout import sample
 from rlhf.scoring import candidate_logprobs, next_token_logprobs, token_budget_batches, token_logprobs
-from rlhf.sharding import gathered, own, processes
 from rlhf.shared_prompts import build_shared, can_share, last_states, sharing
+from rlhf.system.distributed import gathered, own, processes
 
 Fields = Mapping[str, str]
 SPARE = 8  # tokens kept for the label and for what encoding it anew may add

@@ -29,9 +29,9 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.config import LaunchSection
 from rlhf.errors import UserError
 from rlhf.models import save_model
-from rlhf.phases import progressed
 from rlhf.placement import whole_state
-from rlhf.processes import from_first
+from rlhf.system.distributed import from_first
+from rlhf.system.phases import progressed
 from rlhf.vllm_clients import Advance, Row, Server, in_process
 
 _process = secrets.token_hex(4)

@@ -27,7 +27,7 @@ import yaml
 from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.recipe import RECIPES, described, field_value, fields, find_file, load_recipe, read_yaml
-from rlhf.rundir import write_atomic
+from rlhf.system.files import write_atomic
 
 COMPARISONS = RECIPES.parent / "comparisons"
 FILE = "comparison.yaml"  # in the comparison's folder: the file as it was resolved

@@ -24,8 +24,7 @@ from rlhf.errors import UserError
 from rlhf.fragments import Fragment
 from rlhf.lean import keep_less
 from rlhf.placement import Placement
-from rlhf.sharding import processes
-from rlhf.stage import pick_device
+from rlhf.system.distributed import pick_device, processes
 
 Model = TypeVar("Model", bound=nn.Module)
 TEMPLATES = Path(__file__).resolve().parents[1] / "launch" / "deepspeed"

@@ -41,17 +41,19 @@ from rlhf.judge import check_room, judge_files
 from rlhf.judge_template import Template, find_template, load_template
 from rlhf.labelers import Labeler, Output, make_judge
 from rlhf.models import load_policy, load_reward_model, load_tokenizer
-from rlhf.phases import phase
 from rlhf.probes import check_probes
-from rlhf.progress import Progress, console, is_main_process
 from rlhf.prompted import answer_prompted
 from rlhf.prompting import stop_ids
 from rlhf.records import Drops, write_jsonl
 from rlhf.rescoring import rescore
 from rlhf.rollout import Rollout, sample
-from rlhf.rundir import RunFolder, write_atomic
+from rlhf.rundir import RunFolder
 from rlhf.scoring import scores, token_logprobs
 from rlhf.stage import StageContext, run_stage
+from rlhf.system.console import Progress, console
+from rlhf.system.distributed import is_main_process
+from rlhf.system.files import write_atomic
+from rlhf.system.phases import phase
 from rlhf.tax import cloze_accuracy, pretraining_loss
 from rlhf.zero import frozen
 

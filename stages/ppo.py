@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.allocator import return_freed_memory
 from rlhf.clipping import grad_norm
 from rlhf.errors import UserError
 from rlhf.experience import Experience, make_experience, summary
@@ -36,20 +35,20 @@ from rlhf.functional.ppo import adaptive_kl_coef, policy_loss, ptx_loss, value_l
 from rlhf.functional.schedule import lr_factor
 from rlhf.functional.seeding import row_seed, stream
 from rlhf.models import save_model
-from rlhf.phases import phase
-from rlhf.phasetime import PhaseTimes
 from rlhf.placement import whole_state, with_ties
 from rlhf.policy_value import Networks, text_pairs
 from rlhf.ppo_perf import PHASES, performance
 from rlhf.ppo_state import Ppo, build, load_checkpoint, save_checkpoint, update_average
-from rlhf.processes import from_first
-from rlhf.progress import Progress, console, is_main_process
 from rlhf.recipe import load_recipe
 from rlhf.rescoring import rescore
 from rlhf.rollout import Rollout, sample
 from rlhf.scoring import SequenceBatch, build_batch, head_pieces, scores, token_logprobs, token_values
-from rlhf.sharding import everyones, own
 from rlhf.stage import StageContext, exit_code, parse_stage_args, run_stage
+from rlhf.system.console import Progress, console
+from rlhf.system.distributed import everyones, from_first, is_main_process, own
+from rlhf.system.malloc import return_freed_memory
+from rlhf.system.phase_timer import PhaseTimes
+from rlhf.system.phases import phase
 
 
 def rollout(ppo: Ppo) -> Rollout:

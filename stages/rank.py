@@ -34,16 +34,17 @@ from rlhf.label_wait import rankings_by_people
 from rlhf.labelers import Labeler, Output, agreement, expected_agreement, make_labeler, noise_for_agreement
 from rlhf.models import load_policy, load_tokenizer
 from rlhf.outputs import Outputs
-from rlhf.phases import phase
-from rlhf.progress import Progress, console, is_main_process, warn
-from rlhf.progress import table as print_table
 from rlhf.prompting import Encoded, fit_prompts, stop_ids
 from rlhf.records import Drops, Prompt, Ranking, ranking_row, read_prompts, read_rankings, write_jsonl
 from rlhf.rollout import sample
 from rlhf.rubric import rubric_score
-from rlhf.rundir import write_atomic
 from rlhf.samples import Samples
 from rlhf.stage import StageContext, run_stage
+from rlhf.system.console import Progress, console, warn
+from rlhf.system.console import table as print_table
+from rlhf.system.distributed import is_main_process
+from rlhf.system.files import write_atomic
+from rlhf.system.phases import phase
 from rlhf.zero import frozen
 
 TABLE_ROWS = 64

@@ -28,20 +28,19 @@ from rlhf.functional.schedule import lr_factor
 from rlhf.functional.seeding import stream
 from rlhf.functional.statistics import accuracy_interval
 from rlhf.models import check_context, load_tokenizer, new_reward_model, recompute_activations, save_model
-from rlhf.phases import phase
 from rlhf.placement import at_hand, whole_state
 from rlhf.probes import write_probes
-from rlhf.processes import from_first
-from rlhf.progress import Progress, console, is_main_process
 from rlhf.prompting import fit_demonstrations, fit_rankings
 from rlhf.ranking_passes import Group, by_length, part_passes, whole_passes
 from rlhf.records import Drops, read_demonstrations, read_rankings
-from rlhf.rng import load_rng, save_rng
 from rlhf.scoring import Pair, SequenceBatch, build_batch, raw_scores, scores
-from rlhf.sharding import barrier, everyones, gathered, own
 from rlhf.shared_prompts import SharedBatch, build_shared, can_share, shared_scores, sharing
 from rlhf.splits import split_by_prompt
 from rlhf.stage import StageContext, run_stage
+from rlhf.system.console import Progress, console
+from rlhf.system.distributed import barrier, everyones, from_first, gathered, is_main_process, own
+from rlhf.system.phases import phase
+from rlhf.system.rng import load_rng, save_rng
 from rlhf.zero import make_engine, trained
 
 PROBES = 8

@@ -33,20 +33,19 @@ from rlhf.adapters import add_adapter
 from rlhf.config import STEPPED_WHOLE, Recipe
 from rlhf.errors import UserError
 from rlhf.models import check_context, load_policy, load_tokenizer, resolve_model, save_model
-from rlhf.phases import phase
 from rlhf.placement import is_partitioned, whole_state
 from rlhf.plan import plan_sft
-from rlhf.processes import from_first
-from rlhf.progress import Progress, console
 from rlhf.prompting import Encoded, fit_demonstrations
-from rlhf.quiet import quiet_transformers
 from rlhf.records import Demonstration, Drops, read_demonstrations, read_texts
 from rlhf.saving import Checkpoints
 from rlhf.scoring import token_logprobs
 from rlhf.sft_batches import Trainer
-from rlhf.sharding import processes
 from rlhf.splits import split_by_prompt
 from rlhf.stage import StageContext, run_stage
+from rlhf.system.console import Progress, console
+from rlhf.system.distributed import from_first, processes
+from rlhf.system.phases import phase
+from rlhf.system.quiet import quiet_transformers
 from rlhf.tracking import Tracker
 from rlhf.zero import config_path, connect, trained, zero_stage
 

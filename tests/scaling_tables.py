@@ -17,9 +17,9 @@ from rlhf.estimate import stage_time
 from rlhf.fit import with_settings
 from rlhf.hardware import find_card
 from rlhf.memory import stage_memory
-from rlhf.quiet import quiet_libraries
 from rlhf.recipe import load_recipe
 from rlhf.shapes import Shapes
+from rlhf.system.quiet import quiet_libraries
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
 BEGIN, END = "<!-- tables: python tests/scaling_tables.py --write -->\n", "<!-- end of tables -->\n"

@@ -14,7 +14,7 @@ from rlhf.clipping import grad_norm
 from rlhf.engine import Engine, ParamGroup
 from rlhf.errors import UserError
 from rlhf.recipe import load_recipe
-from rlhf.rng import load_rng, save_rng
+from rlhf.system.rng import load_rng, save_rng
 from rlhf.zero import settings
 
 

@@ -15,16 +15,16 @@ from typer.testing import CliRunner
 
 from launch import profile_report
 from launch.cli import app
-from rlhf import perf, phasetime
 from rlhf.adapters import add_adapter
 from rlhf.config import ModelSection, PeftSection
 from rlhf.errors import UserError
 from rlhf.floors import furthest, mean_row, phase_costs
 from rlhf.flops import Work, model_cost, work_of
 from rlhf.models import load_policy, new_reward_model
-from rlhf.phasetime import PhaseTimes
 from rlhf.ppo_perf import decoding_needs
 from rlhf.scoring import build_batch, response_logprobs
+from rlhf.system import machine, phase_timer
+from rlhf.system.phase_timer import PhaseTimes
 from stages import ppo, rank, reward, sft
 
 CPU = torch.device("cpu")
@@ -140,11 +140,11 @@ def test_iterations_are_averaged_and_memory_is_the_largest() -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """The clock of PhaseTimes, which stands still; call it to let seconds pass. Memory peaks at 2, then 3 GB, ..."""
     now, peaks = [0.0], iter([2.0, 3.0, 1.0, 9.0])
-    monkeypatch.setattr(phasetime.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(phasetime, "measured_peak_flops", lambda device, dtype: 1e9)
-    monkeypatch.setattr(phasetime, "measured_bandwidth", lambda device: 1e8)
-    monkeypatch.setattr(phasetime, "reset_peak", lambda device, forget=False: True)
-    monkeypatch.setattr(phasetime, "recent_peak_gb", lambda device: next(peaks))
+    monkeypatch.setattr(phase_timer.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(phase_timer, "measured_peak_flops", lambda device, dtype: 1e9)
+    monkeypatch.setattr(phase_timer, "measured_bandwidth", lambda device: 1e8)
+    monkeypatch.setattr(phase_timer, "reset_peak", lambda device, forget=False: True)
+    monkeypatch.setattr(phase_timer, "recent_peak_gb", lambda device: next(peaks))
 
     def wait(seconds: float) -> None:
         now[0] += seconds
@@ -177,7 +177,7 @@ def test_phases_add_up_to_the_time_that_passed(clock: Callable[[float], None]) -
 def test_a_peak_that_cannot_be_set_back_is_not_shown(
     clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(phasetime, "reset_peak", lambda device, forget=False: False)
+    monkeypatch.setattr(phase_timer, "reset_peak", lambda device, forget=False: False)
     times = PhaseTimes(CPU, torch.float32)
     with times("train"):
         clock(1.0)
@@ -186,26 +186,26 @@ def test_a_peak_that_cannot_be_set_back_is_not_shown(
 
 def test_a_mark_that_stays_where_it_was_counts_as_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     marks = {"VmHWM": 3 << 30, "VmRSS": 1 << 30}  # as in a sandbox that takes the write and does nothing
-    monkeypatch.setattr(perf, "_resident", marks.__getitem__)
-    monkeypatch.setattr(perf, "_highest", {})
-    assert not perf.reset_peak(CPU)
-    monkeypatch.setattr(perf.Path, "write_text", lambda *_: (_ for _ in ()).throw(PermissionError()))
-    assert not perf.reset_peak(CPU)
+    monkeypatch.setattr(machine, "_resident", marks.__getitem__)
+    monkeypatch.setattr(machine, "_highest", {})
+    assert not machine.reset_peak(CPU)
+    monkeypatch.setattr(machine.Path, "write_text", lambda *_: (_ for _ in ()).throw(PermissionError()))
+    assert not machine.reset_peak(CPU)
 
 
 def test_the_peak_of_the_process_outlives_a_reset() -> None:
-    held = perf._scratch(50_000_000, torch.float32, CPU).fill_(1.0)
-    before = perf.peak_memory_gb(CPU)
+    held = machine._scratch(50_000_000, torch.float32, CPU).fill_(1.0)
+    before = machine.peak_memory_gb(CPU)
     del held  # goes back to the system
-    if not perf.reset_peak(CPU):
+    if not machine.reset_peak(CPU):
         pytest.skip("this system does not set the mark back")
-    assert perf.recent_peak_gb(CPU) < before - 0.15
-    assert perf.peak_memory_gb(CPU) >= before - 0.01  # the kernel counts pages in lots
-    highest = perf.peak_memory_gb(CPU)
-    held = perf._scratch(100_000_000, torch.float32, CPU).fill_(1.0)
+    assert machine.recent_peak_gb(CPU) < before - 0.15
+    assert machine.peak_memory_gb(CPU) >= before - 0.01  # the kernel counts pages in lots
+    highest = machine.peak_memory_gb(CPU)
+    held = machine._scratch(100_000_000, torch.float32, CPU).fill_(1.0)
     del held
-    assert perf.reset_peak(CPU, forget=True)
-    assert perf.peak_memory_gb(CPU) < highest + 0.05  # as if it had never been
+    assert machine.reset_peak(CPU, forget=True)
+    assert machine.peak_memory_gb(CPU) < highest + 0.05  # as if it had never been
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import progress
-from rlhf.progress import Progress, duration, number, table, track, warn
+from rlhf.system import console
+from rlhf.system.console import Progress, duration, number, table, track, warn
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,7 +29,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(console, "time", clock)
     return clock
 
 
@@ -95,7 +95,7 @@ def test_track_yields_everything_and_finds_the_length(capsys: pytest.CaptureFixt
 
 def test_a_terminal_gets_bars_also_nested_ones_and_the_cursor_back() -> None:
     code = """
-from rlhf.progress import Progress, close_progress, console
+from rlhf.system.console import Progress, close_progress, console
 with Progress("outer", total=2, unit="steps") as outer:
     for _ in range(2):
         with Progress("inner", total=3, unit="rows") as inner:
@@ -129,7 +129,7 @@ print("end")
 
 def test_other_processes_show_nothing() -> None:
     code = """
-from rlhf.progress import Progress, console, table, warn
+from rlhf.system.console import Progress, console, table, warn
 with Progress("work", total=1) as bar:
     bar.advance()
 console.print("text"); table("t", ["a"], [[1]]); warn("w")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.rng import load_rng, save_rng
+from rlhf.system.rng import load_rng, save_rng
 
 
 def draw() -> list[float]:

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.rundir import RunFolder, hash_path, is_alive, require_disk, size_of, write_atomic
+from rlhf.rundir import RunFolder, is_alive
+from rlhf.system.files import hash_path, require_disk, size_of, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -22,12 +22,12 @@ from rlhf.errors import UserError
 from rlhf.experience import Experience
 from rlhf.merging import plain_name
 from rlhf.models import load_policy, load_reward_model, load_tokenizer, new_reward_model, save_model
-from rlhf.phasetime import PhaseTimes
 from rlhf.ppo_state import Ppo, build
 from rlhf.probes import write_probes
 from rlhf.recipe import load_recipe
 from rlhf.scoring import scores, token_logprobs, token_values
 from rlhf.shared_base import policy_twin, scalar_twin
+from rlhf.system.phase_timer import PhaseTimes
 from stages import ppo as stage
 from stages.ppo import ppo_step, rollout, score, update
 

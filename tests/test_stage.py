@@ -17,10 +17,11 @@ from rlhf.checkpoint import newest_sealed
 from rlhf.config import Recipe
 from rlhf.dependencies import READS, depends_on, fingerprint
 from rlhf.errors import UserError
-from rlhf.processes import TWICE
 from rlhf.recipe import load_recipe
-from rlhf.rundir import hash_path
-from rlhf.stage import StageContext, parse_stage_args, pick_device, run_stage
+from rlhf.stage import StageContext, parse_stage_args, run_stage
+from rlhf.system.distributed import pick_device
+from rlhf.system.files import hash_path
+from rlhf.system.signals import TWICE
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ("demonstrations", "prompts", "prompts_heldout", "pretraining", "pretraining_heldout", "cloze")

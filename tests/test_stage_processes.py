@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from test_stage import RECIPE, folder, never, stage_json, train  # noqa: F401 (`folder` is the fixture of both files)
 
-from rlhf.processes import Signals
 from rlhf.stage import run_stage
+from rlhf.system.signals import Signals
 
 ROOT = Path(__file__).resolve().parent.parent
 

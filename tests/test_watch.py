@@ -19,9 +19,9 @@ from test_stage import RECIPE, folder  # noqa: F401 (`folder` is the fixture of 
 from test_stage_processes import free_port, wait_for
 
 from launch import pipeline
-from rlhf.ranklog import current
 from rlhf.stage import StageContext, run_stage
-from rlhf.watch import Watch
+from rlhf.system.rank_logs import current
+from rlhf.system.watchdog import Watch
 
 pytestmark = pytest.mark.distributed
 
@@ -31,7 +31,7 @@ LOGS = Path("runs/demo/sft/logs")
 WORK = """
 import os, sys, time
 import torch, torch.distributed as dist
-from rlhf.phases import phase
+from rlhf.system.phases import phase
 from rlhf.stage import run_stage
 def work(ctx):
     for step in range(1000):

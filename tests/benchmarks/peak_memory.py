@@ -43,7 +43,7 @@ UPSTREAM = {"sft": (), "reward": ("sft", "rank"), "ppo-ptx": ("sft", "rank", "re
 RANK = """
 import importlib, sys, torch
 from pathlib import Path
-from rlhf.perf import peak_memory_gb
+from rlhf.system.machine import peak_memory_gb
 out, module, *arguments = sys.argv[1:]
 code = importlib.import_module(module).main(arguments)
 Path(out).write_text(str(peak_memory_gb(torch.device("cpu"))))

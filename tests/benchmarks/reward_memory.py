@@ -16,8 +16,8 @@ import torch
 from rlhf.config import Recipe
 from rlhf.engine import Engine, ParamGroup
 from rlhf.models import new_reward_model
-from rlhf.perf import peak_memory_gb
 from rlhf.ranking_passes import Group
+from rlhf.system.machine import peak_memory_gb
 from stages.reward import Scored, step
 
 OUTPUTS = (2, 4, 9, 16)

@@ -17,7 +17,7 @@ killed; libraries may print others.
 
 A kill is SIGKILL, or the signal {"number": n}, sent to the process by itself: from a thread, or in the audit event that
 comes before a system call.
-Phases are those of rlhf/phases.py, and `ptx`, the part of an update that belongs to the pretraining text.
+Phases are those of rlhf/system/phases.py, and `ptx`, the part of an update that belongs to the pretraining text.
 """
 
 from __future__ import annotations

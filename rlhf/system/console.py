@@ -19,17 +19,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf.phases import progressed
+from rlhf.system.distributed import is_main_process
+from rlhf.system.phases import progressed
 
 T = TypeVar("T")
 PLAIN_INTERVAL = 10.0  # seconds between lines when the output is not a terminal
-
-
-def is_main_process() -> bool:
-    """Whether this is the first process of the run: the one that shows, logs and seals."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 _bars = os.environ.get("WORLD_SIZE", "1") == "1"
 # Without a terminal rich assumes 80 columns, which breaks tables of a log file for no reason.
 _width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError
-from rlhf.progress import console, is_main_process
+from rlhf.system.console import console
+from rlhf.system.distributed import is_main_process
 
 
 def whole_rows(path: Path, fields: Collection[str], lost: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What this process is doing right now, for the log and the watch over a distributed run (rlhf/watch.py)."""
+"""What this process is doing right now, for the log and the watch over a distributed run (rlhf/system/watchdog.py)."""
 
 from __future__ import annotations
 

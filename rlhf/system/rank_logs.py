@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TextIO
 
 from rlhf.errors import UserError
-from rlhf.phases import now
+from rlhf.system.phases import now
 
 ERROR = "error.txt"
 _STYLES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rlhf.perf import (
+from rlhf.system.machine import (
     measured_bandwidth,
     measured_peak_flops,
     peak_memory_gb,

@@ -26,9 +26,9 @@ from typing import Any
 
 import psutil
 
-from rlhf import phases, ranklog
-from rlhf.phases import Now, now
-from rlhf.ranklog import PeerFailed, RankLog
+from rlhf.system import phases, rank_logs
+from rlhf.system.phases import Now, now
+from rlhf.system.rank_logs import PeerFailed, RankLog
 
 HUNG = 124  # exit code of a process that ends because another hangs, as of timeout(1)
 GRACE = 5.0  # seconds that a process gets to end by itself once another has told an error
@@ -169,7 +169,7 @@ class Watch:
 def watched(stage: str, processes: int, timeout: float) -> Iterator[None]:
     """Watch over the processes of a stage while the block lasts, within `own_log`; nothing for a single one."""
     global _watch
-    log = ranklog.current()
+    log = rank_logs.current()
     if log is None:
         yield
         return
@@ -188,14 +188,14 @@ def watched(stage: str, processes: int, timeout: float) -> Iterator[None]:
 
 def cause(error: BaseException) -> BaseException:
     """The error to tell: PeerFailed in place of one that only follows from the end of another process."""
-    log = ranklog.current()
+    log = rank_logs.current()
     if _watch is None or log is None or not _from_collective(error):
         return error
     traceback.print_exception(error, file=log.file)
     deadline = time.monotonic() + 4 * _watch.interval + 2
     while time.monotonic() < deadline:
         if log.told():
-            return PeerFailed((log.folder / ranklog.ERROR).read_text().strip())
+            return PeerFailed((log.folder / rank_logs.ERROR).read_text().strip())
         _watch.look()
         if words := _watch.dead() or _watch.silent(3 * _watch.interval):
             return PeerFailed(words)

@@ -3,74 +3,20 @@
 from __future__ import annotations
 
 import os
-import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from rlhf import ranklog
+from rlhf.config import Recipe
 from rlhf.errors import UserError
-from rlhf.progress import is_main_process
-from rlhf.stopping import STOPPING
 
 T = TypeVar("T")
-
-
-TWICE = 0.5  # seconds between two signals that a person sent; a launcher's and the terminal's copies come together
-
-
-class StopNow(BaseException):
-    """Raised by a second Ctrl-C, wherever the work stands."""
-
-
-@dataclass
-class Signals:
-    """Notes the first SIGINT, SIGTERM or SIGUSR1; a later SIGINT raises StopNow and the next ends the process.
-
-    SIGTERM and SIGUSR1 stop nothing at once however often they come: schedulers send them to every process of a job,
-    and `rlhf run` hands its own on.
-    """
-
-    received: int = 0  # number of the first signal
-    at: float = 0.0  # when it came, time.monotonic
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Catch the signals while the block lasts."""
-        before = {number: signal.signal(number, self._note) for number in STOPPING}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def agreed(self) -> int:
-        """`received`, on all processes as soon as one has it; all of them must ask at the same places."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            flag = torch.tensor(self.received, device=collective_device())
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            if flag:  # else `received` stays: a signal that came during the reduction is for the next call
-                self.received = int(flag)
-            return int(flag)
-        return self.received
-
-    def _note(self, number: int, frame: object) -> None:
-        if self.received:
-            if number == signal.SIGINT and time.monotonic() - self.at > TWICE:
-                signal.signal(signal.SIGINT, signal.SIG_DFL)
-                raise StopNow
-            return
-        self.received, self.at = number, time.monotonic()
-        log = ranklog.current()
-        if is_main_process() and not (log and log.told()):  # a launcher ends what is left after a failure
-            # Not through a buffered stream: the signal may have come while one was being written to.
-            os.write(2, b"\nstopping after this step; Ctrl-C to stop at once\n")
+Row = TypeVar("Row")
+Result = TypeVar("Result")
 
 
 def world_size() -> int:
@@ -99,7 +45,7 @@ def joined(device: torch.device, timeout_s: int) -> Iterator[None]:
     backend: dict[str, Any] = {"backend": "gloo"}
     if device.type == "cuda":
         backend = {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
-    # The watch (rlhf/watch.py) looks every hundredth of the time, at least four times a second, at most every 10 s.
+    # The watch (rlhf/system/watchdog.py) looks every hundredth of the time, at least four times a second, at most every 10 s.
     margin = 5 + timeout_s // 50
     try:
         dist.init_process_group(**backend, timeout=timedelta(seconds=timeout_s + margin))
@@ -139,3 +85,65 @@ def from_first(make: Callable[[], T]) -> T:
 def collective_device() -> torch.device:
     """Where small tensors of a collective must be: a group with NCCL alone takes GPU tensors only."""
     return torch.device("cpu" if "gloo" in str(dist.get_backend_config()) else "cuda")
+
+
+def is_main_process() -> bool:
+    """Whether this is the first process of the run: the one that shows, logs and seals."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def processes() -> int:
+    """How many processes work together, 1 without a group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def own(rows: Sequence[Row]) -> list[Row]:
+    """This process's share: every n-th row, so that rows sorted by length are shared out evenly. It may be empty."""
+    return list(rows[dist.get_rank() :: processes()]) if processes() > 1 else list(rows)
+
+
+def gathered(results: Sequence[Result]) -> list[Result]:
+    """The results of all processes' `own` rows in the order of the whole; all processes must call it."""
+    parts = everyones(list(results))
+    whole: list[Result] = [None] * sum(map(len, parts))  # type: ignore[list-item]
+    for rank, part in enumerate(parts):
+        whole[rank :: len(parts)] = part
+    return whole
+
+
+def everyones(value: Result) -> list[Result]:
+    """`value` of every process, in order; all processes must call it."""
+    if processes() == 1:
+        return [value]
+    values: list[Result] = [value] * processes()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> Callable[[], object] | None:
+    """What waits for all processes; None where there is one."""
+    return (lambda: everyones(None)) if processes() > 1 else None
+
+
+def anyone(here: bool) -> bool:
+    """Whether it is so on any process; all processes must ask."""
+    if processes() == 1:
+        return here
+    flag = torch.tensor(int(here), device=collective_device())
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def pick_device(recipe: Recipe) -> torch.device:
+    """The device of this process: run.device, `auto` taking the GPU of its local rank where there is one.
+
+    Raises:
+        UserError: for run.device=cuda without one.
+    """
+    if recipe.run.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device", "run.device", "set run.device=cpu, or check the driver and PyTorch")
+    if recipe.run.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,1 @@
+"""This process, its siblings and its machine: console, ranks, signals, files, logs, watchdog and timers."""
