@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rlhf.data.records import Drops, Ranking, ranking_row, read_rankings, write_jsonl
 from rlhf.errors import UserError
 from rlhf.functional.agreement import (
     CONVENTIONS,
@@ -23,7 +24,6 @@ from rlhf.functional.agreement import (
     windows,
 )
 from rlhf.matching import Matched, match
-from rlhf.records import Drops, Ranking, ranking_row, read_rankings, write_jsonl
 from rlhf.system.console import console, table
 
 WORDS = {

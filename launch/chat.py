@@ -9,12 +9,12 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.data.encoding import encode_prompt, stop_ids
+from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed
 from rlhf.models import load_policy, load_tokenizer
-from rlhf.prompting import encode_prompt, stop_ids
 from rlhf.recipe import load_recipe
-from rlhf.records import Prompt
 from rlhf.rollout import sample
 from rlhf.system.console import console
 

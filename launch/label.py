@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 from rlhf.config import Recipe
+from rlhf.data.records import Drops, write_jsonl
 from rlhf.errors import UserError
 from rlhf.label_store import LabelStore, labelled_row
 from rlhf.label_wait import LABELS, OUTPUTS, opened, page, tell_set_aside, wait
 from rlhf.outputs import read_outputs
 from rlhf.recipe import load_recipe
-from rlhf.records import Drops, write_jsonl
 from rlhf.rundir import RunFolder, live_owner
 from rlhf.system.console import console
 

@@ -279,9 +279,9 @@ def _judge(recipe: Recipe, reference: RunFolder, way: str, mine: Answers, base: 
     same = mine.keys() == base.keys() and all(len(mine[prompt]) == len(base[prompt]) for prompt in mine)
     if recipe.evaluate.labeler != "rubric" or not same:
         return None
+    from rlhf.data.records import Message, Prompt
     from rlhf.functional.seeding import row_seed
     from rlhf.labelers import Output, make_judge  # imports torch
-    from rlhf.records import Message, Prompt
 
     prompts = [Prompt((Message("user", text),)) for text in mine]  # of which the rubric sees the text alone
     sides = [[[Output(a["text"], a["finished"]) for a in side[text]] for text in mine] for side in (mine, base)]

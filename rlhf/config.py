@@ -168,7 +168,7 @@ class JudgeSection(Section):
         "", description="OpenAI-compatible API, as http://host:8000/v1, its key in OPENAI_API_KEY; empty: a local model"
     )
     template: str = Field(
-        "pair-zero-shot", min_length=1, description="a name in rlhf/templates/judge, or the path of a file"
+        "pair-zero-shot", min_length=1, description="a name in rlhf/data/prompt_templates/judge, or the path of a file"
     )
     demonstrations: str = Field("", description="rankings in place of a few-shot template's own demonstrations")
     shots: int = Field(4, ge=1, le=64, description="how many of judge.demonstrations, from the first")
@@ -302,7 +302,8 @@ class EvaluateSection(Section):
         "rubric", description="who judges; reward_model is rank.reward_model where set, else the one trained here"
     )
     prompted: list[str] = Field(
-        [], description="baselines under a template: names in rlhf/templates/generate, or paths (paper: GPT-3 prompted)"
+        [],
+        description="prompted baselines: names in rlhf/data/prompt_templates/generate, or paths (paper: GPT-3 prompted)",
     )
     prompted_policies: list[Literal["base", "sft"]] = Field(
         ["base"], min_length=1, description="which policies they are; base: what SFT started from"

@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf.config import Recipe
+from rlhf.data.records import Drops, read_demonstrations, read_prompts, read_rankings
+from rlhf.data.sources import local_path
 from rlhf.hardware import Card
 from rlhf.memory import policy_spec, reward_spec, sharding
 from rlhf.plan import plan_ppo, plan_reward, plan_sft, world_size
-from rlhf.records import Drops, read_demonstrations, read_prompts, read_rankings
 from rlhf.shapes import ModelSpec, Shapes, count
-from rlhf.sources import local_path
 from rlhf.traffic import SHARE, exchange_seconds, gathering_traffic, training_traffic
 
 TRAINING, FORWARD, READING = 0.35, 0.4, 0.5  # share of the card's FLOP/s in training and scoring, of its bandwidth

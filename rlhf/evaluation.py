@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from rlhf.data.records import Prompt
     from rlhf.labelers import Labeler, Output
-    from rlhf.records import Prompt
 
 
 def compare(

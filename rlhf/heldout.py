@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
-from rlhf.errors import UserError
-from rlhf.functional.seeding import row_seed
-from rlhf.prompting import fit_prompts
-from rlhf.records import (
+from rlhf.data.encoding import fit_prompts
+from rlhf.data.records import (
     Cloze,
     Drops,
     Prompt,
@@ -20,7 +18,9 @@ from rlhf.records import (
     read_rankings,
     read_texts,
 )
-from rlhf.tax import blocks
+from rlhf.data.text_blocks import blocks
+from rlhf.errors import UserError
+from rlhf.functional.seeding import row_seed
 
 
 @dataclass

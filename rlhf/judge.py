@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 from rlhf.adapter_folder import find_adapter
 from rlhf.config import JudgeSection, Recipe
+from rlhf.data.few_shot import check_judge, judge_template
+from rlhf.data.prompt_template import Template, find_template, template_text
 from rlhf.errors import UserError
 from rlhf.functional.judge_odds import (
     BothOrders,
@@ -28,8 +30,6 @@ from rlhf.functional.judge_odds import (
     sigmoid,
     win_log_odds,
 )
-from rlhf.judge_examples import check_judge, judge_template
-from rlhf.judge_template import Template, find_template, template_text
 from rlhf.models import load_policy, load_tokenizer
 from rlhf.pretrained import load_config
 from rlhf.resolve import resolve_model

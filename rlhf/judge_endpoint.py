@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any
 
+from rlhf.data.prompt_template import Template
 from rlhf.errors import UserError
-from rlhf.judge_template import Template
 from rlhf.system.distributed import gathered, own, processes
 from rlhf.verbalizer import Fields, Reading
 

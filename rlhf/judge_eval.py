@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 
 from rlhf.config import JudgeSection
+from rlhf.data.few_shot import judge_template
+from rlhf.data.prompt_template import Template, load_template
+from rlhf.data.records import Drops, Ranking
 from rlhf.errors import UserError
 from rlhf.functional.judge_odds import brier, calibration_error, log_loss
 from rlhf.functional.ranking import calibration, ordered_pairs
 from rlhf.functional.statistics import clustered, with_ends
 from rlhf.judge import Judge, Triple, doubts, question_key
-from rlhf.judge_examples import judge_template
 from rlhf.judge_labeler import position_bias
-from rlhf.judge_template import Template, load_template
-from rlhf.records import Drops, Ranking
 from rlhf.verbalizer import Fields
 
 

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from rlhf.data.records import Drops, Prompt
 from rlhf.functional.judge_odds import BothOrders, expected_points, mean_wins
 from rlhf.functional.statistics import clustered, with_ends
 from rlhf.judge import Judge, doubts
 from rlhf.labelers import Output, preference, ranks_of
-from rlhf.records import Drops, Prompt
 
 
 class JudgeLabeler:

@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlhf.data.few_shot import examples_from, usable
+from rlhf.data.prompt_template import Template, with_examples
+from rlhf.data.records import Drops, Ranking
+from rlhf.data.splits import split_by_prompt
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed
 from rlhf.judge import Judge
 from rlhf.judge_eval import Graded, fitting_all, graded, measure
-from rlhf.judge_examples import examples_from, usable
-from rlhf.judge_template import Template, with_examples
-from rlhf.records import Drops, Ranking
-from rlhf.splits import split_by_prompt
 
 CONFIRM = 1 / 3  # of all prompts
 POOL = 1 / 4  # of the others

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.config import LabelSection
+from rlhf.data.records import Message, Prompt, ranking_row
 from rlhf.label_form import Submission, complaint
 from rlhf.label_tables import GIVEN, new_id, open_labels
 from rlhf.outputs import Outputs
-from rlhf.records import Message, Prompt, ranking_row
 
 RECENT = 20  # submissions that a labeler's pace is taken from
 
@@ -364,7 +364,7 @@ class LabelStore:
 
 
 def labelled_row(item: Labelled) -> dict[str, Any]:
-    """The ranking as a row of rankings.jsonl: the contract of rlhf/records.py, with who gave it and what they added."""
+    """The ranking as a row of rankings.jsonl: the contract of rlhf/data/records.py, with who gave it and what they added."""
     return ranking_row(item.outputs.ranked(item.ranks)) | {"labeler": item.labeler} | item.about
 
 

@@ -19,10 +19,10 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import LabelSection
+from rlhf.data.records import write_jsonl
 from rlhf.label_audience import Audience
 from rlhf.label_store import Counts, Labelled, LabelStore, task_key
 from rlhf.outputs import Outputs, outputs_row
-from rlhf.records import write_jsonl
 from rlhf.system.console import Progress, console
 from rlhf.system.distributed import is_main_process
 from rlhf.system.phases import phase, progressed

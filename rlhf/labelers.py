@@ -21,13 +21,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
+from rlhf.data.encoding import encode_prompt, encode_response
+from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.functional.agreement import tally
 from rlhf.functional.seeding import row_seed
 from rlhf.models import load_reward_model, load_tokenizer
 from rlhf.probes import check_probes
-from rlhf.prompting import encode_prompt, encode_response
-from rlhf.records import Prompt
 from rlhf.rubric import rubric_score
 from rlhf.scoring import scores
 

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from rlhf.data.records import Ranking
 from rlhf.functional.agreement import Shared
-from rlhf.records import Ranking
 
 
 @dataclass

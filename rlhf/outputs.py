@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.layouts import contradiction
-from rlhf.records import Drops, Prompt, Ranking, ranking_row, rankings_of
-from rlhf.sources import Row, read_rows
+from rlhf.data.layouts import contradiction
+from rlhf.data.records import Drops, Prompt, Ranking, ranking_row, rankings_of
+from rlhf.data.sources import Row, read_rows
 
 FIELDS = ("prompt", "use_case", "responses", "finished")  # others are ignored, ranks too
 

@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rlhf.config import NOT_MERGED, LabelSection, Recipe, settings_of
+from rlhf.data.few_shot import check_judge
+from rlhf.data.prompt_template import load_template
 from rlhf.errors import UserError
-from rlhf.judge_examples import check_judge
-from rlhf.judge_template import load_template
 
 ORDER = {"sft": 0, "rank": 1, "reward": 2, "ppo-ptx": 3, "ppo": 3, "evaluate": 4}  # what needs what
 

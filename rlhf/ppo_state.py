@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import NOT_MERGED, Recipe
+from rlhf.data.encoding import fit_prompts, stop_ids
+from rlhf.data.records import Drops, read_prompts, read_texts
+from rlhf.data.text_blocks import blocks
 from rlhf.engine import Engine, ParamGroup
 from rlhf.errors import UserError
 from rlhf.functional.ppo import ema_update
@@ -24,14 +27,11 @@ from rlhf.plan import PpoPlan, plan_ppo
 from rlhf.policy_value import PolicyValue
 from rlhf.ppo_networks import load_networks
 from rlhf.probes import check_probes
-from rlhf.prompting import fit_prompts, stop_ids
-from rlhf.records import Drops, read_prompts, read_texts
 from rlhf.saving import Checkpoints
 from rlhf.scoring import check_plain_head
 from rlhf.system.console import console
 from rlhf.system.distributed import barrier, is_main_process, pick_device
 from rlhf.system.rng import load_rng, save_rng
-from rlhf.tax import blocks
 from rlhf.vllm_engine import check_server
 from rlhf.zero import make_engine
 

@@ -1,6 +1,6 @@
 """Policies that answer under a template: the paper's baseline "GPT-3 (prompted)" (section 3.5), and chain-of-thought.
 
-A template of kind `answer` (rlhf/judge_template.py) puts worked examples before the dialogue as turns of their own and
+A template of kind `answer` (rlhf/data/prompt_template.py) puts worked examples before the dialogue as turns of their own and
 its text around the last request. With chain-of-thought the policy writes its reasoning first, and then, after the cue,
 its answer; that alone is its response. Both are sampled at the evaluation's temperature, so the answer is a draw given
 a draw of the reasoning. `stop` ends a response at a line where a model without an end of turn, prompted in the plain
@@ -19,11 +19,11 @@ from typing import NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
+from rlhf.data.encoding import encode_prompt, encode_response, speaks_after_colon, stop_ids
+from rlhf.data.prompt_template import Template, after
+from rlhf.data.records import Message, Prompt
 from rlhf.functional.seeding import row_seed
-from rlhf.judge_template import Template, after
 from rlhf.models import check_context
-from rlhf.prompting import encode_prompt, encode_response, speaks_after_colon, stop_ids
-from rlhf.records import Message, Prompt
 from rlhf.rollout import Rollout, assemble, sample
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.prompting import Encoded
-from rlhf.records import Prompt, write_jsonl
+from rlhf.data.encoding import Encoded
+from rlhf.data.records import Prompt, write_jsonl
 from rlhf.system.distributed import is_main_process
 from rlhf.system.row_log import append_rows, whole_rows
 

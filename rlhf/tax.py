@@ -13,29 +13,11 @@ from itertools import takewhile
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.data.records import Cloze
+from rlhf.data.text_blocks import MIN_BLOCK_TOKENS, _ids
 from rlhf.errors import UserError
 from rlhf.functional.statistics import Interval, wilson_interval
-from rlhf.records import Cloze
 from rlhf.scoring import token_logprobs
-
-MIN_BLOCK_TOKENS = 8  # a shorter rest has next to no context and would count as much per token as the others
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_tokens: int) -> list[list[int]]:
-    """Each document as rows of `block_tokens` tokens; its last row may be shorter and is kept from 8 tokens on.
-
-    Rows never span documents and hold no special tokens.
-    """
-    rows = []
-    for text in texts:
-        ids = _ids(tokenizer, text)
-        cut = [ids[i : i + block_tokens] for i in range(0, len(ids), block_tokens)]
-        rows += [row for row in cut if len(row) >= min(MIN_BLOCK_TOKENS, block_tokens)]
-    return rows
 
 
 def pretraining_loss(

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.data.encoding import encode_untrusted, speaks_after_colon, stop_ids
+from rlhf.data.prompt_template import Template, after
 from rlhf.errors import UserError
-from rlhf.judge_template import Template, after
 from rlhf.placement import at_hand
-from rlhf.prompting import encode_untrusted, speaks_after_colon, stop_ids
 from rlhf.rollout import sample
 from rlhf.scoring import candidate_logprobs, next_token_logprobs, token_budget_batches, token_logprobs
 from rlhf.shared_prompts import build_shared, can_share, last_states, sharing

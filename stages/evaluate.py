@@ -25,6 +25,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
+from rlhf.data.encoding import stop_ids
+from rlhf.data.prompt_template import Template, find_template, load_template
+from rlhf.data.records import Drops, write_jsonl
 from rlhf.evaluation import compare
 from rlhf.functional.ppo import kl_k1, kl_k3
 from rlhf.functional.seeding import row_seed
@@ -38,13 +41,10 @@ from rlhf.functional.statistics import (
 )
 from rlhf.heldout import Questions, read_questions
 from rlhf.judge import check_room, judge_files
-from rlhf.judge_template import Template, find_template, load_template
 from rlhf.labelers import Labeler, Output, make_judge
 from rlhf.models import load_policy, load_reward_model, load_tokenizer
 from rlhf.probes import check_probes
 from rlhf.prompted import answer_prompted
-from rlhf.prompting import stop_ids
-from rlhf.records import Drops, write_jsonl
 from rlhf.rescoring import rescore
 from rlhf.rollout import Rollout, sample
 from rlhf.rundir import RunFolder

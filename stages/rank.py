@@ -25,6 +25,8 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
+from rlhf.data.encoding import Encoded, fit_prompts, stop_ids
+from rlhf.data.records import Drops, Prompt, Ranking, ranking_row, read_prompts, read_rankings, write_jsonl
 from rlhf.errors import UserError
 from rlhf.functional.ranking import ordered_pairs, tied_pairs
 from rlhf.functional.seeding import row_seed
@@ -34,8 +36,6 @@ from rlhf.label_wait import rankings_by_people
 from rlhf.labelers import Labeler, Output, agreement, expected_agreement, make_labeler, noise_for_agreement
 from rlhf.models import load_policy, load_tokenizer
 from rlhf.outputs import Outputs
-from rlhf.prompting import Encoded, fit_prompts, stop_ids
-from rlhf.records import Drops, Prompt, Ranking, ranking_row, read_prompts, read_rankings, write_jsonl
 from rlhf.rollout import sample
 from rlhf.rubric import rubric_score
 from rlhf.samples import Samples

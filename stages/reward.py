@@ -21,6 +21,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
+from rlhf.data.encoding import fit_demonstrations, fit_rankings
+from rlhf.data.records import Drops, read_demonstrations, read_rankings
+from rlhf.data.splits import split_by_prompt
 from rlhf.engine import Engine, ParamGroup
 from rlhf.errors import UserError
 from rlhf.functional.ranking import PairCounts, calibration, count_pairs, has_pairs, tied_pairs
@@ -30,12 +33,9 @@ from rlhf.functional.statistics import accuracy_interval
 from rlhf.models import check_context, load_tokenizer, new_reward_model, recompute_activations, save_model
 from rlhf.placement import at_hand, whole_state
 from rlhf.probes import write_probes
-from rlhf.prompting import fit_demonstrations, fit_rankings
 from rlhf.ranking_passes import Group, by_length, part_passes, whole_passes
-from rlhf.records import Drops, read_demonstrations, read_rankings
 from rlhf.scoring import Pair, SequenceBatch, build_batch, raw_scores, scores
 from rlhf.shared_prompts import SharedBatch, build_shared, can_share, shared_scores, sharing
-from rlhf.splits import split_by_prompt
 from rlhf.stage import StageContext, run_stage
 from rlhf.system.console import Progress, console
 from rlhf.system.distributed import barrier, everyones, from_first, gathered, is_main_process, own

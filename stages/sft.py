@@ -12,14 +12,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports to the Hub's maker otherwise
 
 import datasets
 import torch
@@ -31,16 +28,17 @@ from trl import SFTConfig
 from rlhf.adapter_folder import has_adapter
 from rlhf.adapters import add_adapter
 from rlhf.config import STEPPED_WHOLE, Recipe
+from rlhf.data.encoding import Encoded, fit_demonstrations
+from rlhf.data.records import Demonstration, Drops, read_demonstrations, read_texts
+from rlhf.data.splits import split_by_prompt
+from rlhf.data.text_blocks import Row, demonstration_row, text_rows
 from rlhf.errors import UserError
 from rlhf.models import check_context, load_policy, load_tokenizer, resolve_model, save_model
 from rlhf.placement import is_partitioned, whole_state
 from rlhf.plan import plan_sft
-from rlhf.prompting import Encoded, fit_demonstrations
-from rlhf.records import Demonstration, Drops, read_demonstrations, read_texts
 from rlhf.saving import Checkpoints
 from rlhf.scoring import token_logprobs
 from rlhf.sft_batches import Trainer
-from rlhf.splits import split_by_prompt
 from rlhf.stage import StageContext, run_stage
 from rlhf.system.console import Progress, console
 from rlhf.system.distributed import from_first, processes
@@ -49,7 +47,7 @@ from rlhf.system.quiet import quiet_transformers
 from rlhf.tracking import Tracker
 from rlhf.zero import config_path, connect, trained, zero_stage
 
-Row = dict[str, list[int]]  # input_ids, and completion_mask: 1 on tokens that are trained
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports to the Hub's maker otherwise
 
 
 def load_demonstrations(
@@ -70,37 +68,6 @@ def load_demonstrations(
             fix="raise data.max_prompt_tokens or data.max_response_tokens, or add data",
         )
     return train, heldout
-
-
-def demonstration_row(demonstration: Encoded[Demonstration]) -> Row:
-    """The prompt, and the response with its EOS; only the latter is trained."""
-    prompt, response = demonstration.prompt, demonstration.responses[0]
-    return {"input_ids": prompt + response, "completion_mask": [0] * len(prompt) + [1] * len(response)}
-
-
-def text_rows(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int
-) -> list[Row]:
-    """`count` rows of pretraining text, each of at most `length` tokens, every token trained; a text ends with EOS.
-
-    Raises:
-        UserError: when the texts are too short for that many rows.
-    """
-    rows = []
-    for text in texts:
-        ids = [
-            *tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"],
-            tokenizer.eos_token_id,
-        ]
-        pieces = [ids[i : i + length] for i in range(0, len(ids), length)]
-        rows += [{"input_ids": p, "completion_mask": [1] * len(p)} for p in pieces if len(p) > 1]
-    if len(rows) < count:
-        raise UserError(
-            f"the pretraining mix needs {count} rows of text and there are {len(rows)}",
-            where="sft.pretraining_mix",
-            fix="add text to data.pretraining or lower the mix",
-        )
-    return random.Random(seed).sample(rows, count)
 
 
 def mix_rows(rows: Sequence[Row], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, drops: Drops) -> list[Row]:

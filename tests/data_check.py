@@ -27,10 +27,10 @@ sys.path.insert(0, str(ROOT))
 
 from data_overlap import NGRAM, Text, content, ngrams, overlaps, similar, words  # noqa: E402
 
+from rlhf.data.records import Drops, read_cloze, read_demonstrations, read_prompts, read_rankings, read_texts  # noqa: E402
 from rlhf.errors import UserError  # noqa: E402
 from rlhf.functional.ranking import ordered_pairs, tied_pairs  # noqa: E402
 from rlhf.labelers import agreement  # noqa: E402
-from rlhf.records import Drops, read_cloze, read_demonstrations, read_prompts, read_rankings, read_texts  # noqa: E402
 from rlhf.system.console import table  # noqa: E402
 from stages.rank import centred_correlation  # noqa: E402
 

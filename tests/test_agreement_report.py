@@ -11,13 +11,13 @@ import pytest
 
 from launch import agreement_report
 from rlhf.config import Recipe
+from rlhf.data.records import Drops, Prompt, Ranking, ranking_row, read_rankings, write_jsonl
 from rlhf.errors import UserError
 from rlhf.functional.agreement import CONVENTIONS, Shared, comparisons, pairwise
 from rlhf.label_store import Labelled, labelled_row
 from rlhf.labelers import Output, RubricLabeler, noise_for_agreement
 from rlhf.matching import match
 from rlhf.outputs import Outputs
-from rlhf.records import Drops, Prompt, Ranking, ranking_row, read_rankings, write_jsonl
 from rlhf.rubric import rubric_score
 
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)

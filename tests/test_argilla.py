@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from rlhf.data.records import Drops, Message, Prompt, Ranking, read_rankings
 from rlhf.errors import UserError
-from rlhf.records import Drops, Message, Prompt, Ranking, read_rankings
 
 PROMPT = Prompt.from_text("Where does the cuckoo lay its eggs?")
 FIELDS = {"prompt": PROMPT.text, "response-1": "In trees.", "response-2": "In other birds' nests.", "response-3": "No."}

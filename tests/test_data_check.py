@@ -12,7 +12,7 @@ import data_measure
 import pytest
 from data_check import Text
 
-from rlhf.records import Prompt, Ranking
+from rlhf.data.records import Prompt, Ranking
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 LONG = "the heron waits in the shallow water until the small fish come back to its feet"

@@ -17,17 +17,17 @@ from openai_double import Double, serving
 from test_distributed import arguments, run_ranks
 
 from rlhf.config import JudgeSection, Recipe
+from rlhf.data.encoding import encode_prompt
+from rlhf.data.few_shot import judge_template
+from rlhf.data.prompt_template import Template, load_template
+from rlhf.data.records import Drops, Prompt, read_rankings
 from rlhf.errors import UserError
 from rlhf.functional.judge_odds import BothOrders
 from rlhf.functional.statistics import clustered
 from rlhf.judge import Judge, check_room, load_judge, make_reader
-from rlhf.judge_examples import judge_template
 from rlhf.judge_labeler import JudgeLabeler, position_bias
-from rlhf.judge_template import Template, load_template
 from rlhf.labelers import Output, make_judge, make_labeler
 from rlhf.models import load_policy, load_tokenizer
-from rlhf.prompting import encode_prompt
-from rlhf.records import Drops, Prompt, read_rankings
 from rlhf.rundir import RunFolder
 from rlhf.scoring import token_logprobs
 from rlhf.verbalizer import Fields, Reading

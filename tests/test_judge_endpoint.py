@@ -13,10 +13,10 @@ from openai_double import Double, serving
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf import judge_endpoint
+from rlhf.data.prompt_template import load_template
 from rlhf.errors import UserError
 from rlhf.judge import Judge
 from rlhf.judge_endpoint import KEY, EndpointReader, chat, read_labels
-from rlhf.judge_template import load_template
 
 QUESTIONS = [{"prompt": f"Name {n} rivers.", "first": "The Elbe.", "second": "Rivers are water."} for n in range(6)]
 

@@ -14,14 +14,14 @@ from test_judge import Rigged, by_length
 
 from launch import cli
 from rlhf.config import JudgeSection
+from rlhf.data.prompt_template import Template, load_template
+from rlhf.data.records import Drops, Prompt, Ranking
 from rlhf.errors import UserError
 from rlhf.judge import Judge
 from rlhf.judge_eval import Graded, fitting_all, graded, measure, questions, templates_of
 from rlhf.judge_labeler import JudgeLabeler
 from rlhf.judge_search import candidates, comments, cut, search
-from rlhf.judge_template import Template, load_template
 from rlhf.labelers import Output
-from rlhf.records import Drops, Prompt, Ranking
 from rlhf.verbalizer import Fields
 
 

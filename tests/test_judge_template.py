@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from rlhf.config import JudgeSection
-from rlhf.errors import UserError
-from rlhf.judge_examples import check_judge, examples_from, judge_template
-from rlhf.judge_template import (
+from rlhf.data.few_shot import check_judge, examples_from, judge_template
+from rlhf.data.prompt_template import (
     FOLDERS,
     Example,
     load_template,
@@ -19,7 +18,8 @@ from rlhf.judge_template import (
     with_examples,
     write_template,
 )
-from rlhf.records import Prompt, Ranking
+from rlhf.data.records import Prompt, Ranking
+from rlhf.errors import UserError
 
 PAIR = """# a comment
 kind: pair

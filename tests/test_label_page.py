@@ -15,11 +15,11 @@ import pytest
 from browser import started, violations
 
 from rlhf.config import LabelSection
+from rlhf.data.records import Prompt
 from rlhf.label_form import Submission
 from rlhf.label_server import serving
 from rlhf.label_store import LabelStore, task_key
 from rlhf.outputs import Outputs
-from rlhf.records import Prompt
 
 MARKUP = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><b>bold</b>"
 ARABIC = "أعلى جبل في اسكتلندا هو بن نيفيس."

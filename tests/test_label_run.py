@@ -19,8 +19,8 @@ from browser import started
 from test_label_store import rank_one
 
 from rlhf.config import LabelSection
+from rlhf.data.records import Drops, read_rankings
 from rlhf.label_store import LabelStore
-from rlhf.records import Drops, read_rankings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2000)]
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,11 +13,11 @@ import pytest
 
 from rlhf import label_store
 from rlhf.config import LabelSection
+from rlhf.data.records import Drops, Message, Prompt, read_rankings, write_jsonl
 from rlhf.errors import UserError
 from rlhf.label_form import FLAGS, SKIPS, Submission, complaint
 from rlhf.label_store import Conflict, Counts, LabelStore, NotGiven, Refused, labelled_row, shared_tasks, task_key
 from rlhf.outputs import Outputs, outputs_row, read_outputs
-from rlhf.records import Drops, Message, Prompt, read_rankings, write_jsonl
 
 
 def outputs(n: int, k: int = 3) -> list[Outputs]:

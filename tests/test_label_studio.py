@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from rlhf.data.records import Drops, Prompt, Ranking, ranking_row, read_rankings, write_jsonl
 from rlhf.errors import UserError
-from rlhf.records import Drops, Prompt, Ranking, ranking_row, read_rankings, write_jsonl
 
 PROMPT = Prompt.from_text("Why do onions make us cry?")
 TWO = {"prompt": PROMPT.text, "answer1": "They are sad.", "answer2": "A gas from the cut cells irritates the eye."}

@@ -17,11 +17,11 @@ from test_label_store import opened, outputs, rank_one, ranking
 from launch.label import export, prepare, revoke, settings
 from rlhf import label_wait
 from rlhf.config import LabelSection
+from rlhf.data.records import write_jsonl
 from rlhf.errors import UserError
 from rlhf.label_audience import Audience
 from rlhf.label_store import Counts, LabelStore
 from rlhf.outputs import outputs_row
-from rlhf.records import write_jsonl
 from rlhf.rundir import RunFolder
 
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from rlhf.config import ModelSection, Recipe
+from rlhf.data.encoding import encode_prompt, encode_response
+from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.labelers import (
     Output,
@@ -25,8 +27,6 @@ from rlhf.labelers import (
     stored_noise,
 )
 from rlhf.models import load_tokenizer, new_reward_model
-from rlhf.prompting import encode_prompt, encode_response
-from rlhf.records import Prompt
 from rlhf.rubric import rubric_score
 from rlhf.rundir import RunFolder
 from rlhf.scoring import scores

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from rlhf.data.layout_fields import ending, named, ranks_of_scores
+from rlhf.data.layouts import split_transcript
+from rlhf.data.records import Drops, Message, Prompt, Ranking, read_rankings
 from rlhf.errors import UserError
-from rlhf.layouts import split_transcript
-from rlhf.ranked import ending, named, ranks_of_scores
-from rlhf.records import Drops, Message, Prompt, Ranking, read_rankings
 
 
 def read(tmp_path: Path, *rows: dict[str, Any]) -> tuple[list[Ranking], list[tuple[str, int]]]:

@@ -11,15 +11,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
+from rlhf.data.encoding import encode_prompt, encode_response, stop_ids
+from rlhf.data.prompt_template import Template, load_template, parse_template
+from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed
-from rlhf.judge_template import Template, load_template, parse_template
 from rlhf.models import load_policy, load_tokenizer, new_reward_model, save_model
 from rlhf.probes import write_probes
 from rlhf.prompted import answer_prompted, dialogue, response_ids
-from rlhf.prompting import encode_prompt, encode_response, stop_ids
 from rlhf.recipe import load_recipe
-from rlhf.records import Message, Prompt
 from rlhf.report import label, print_summary, write_report
 from rlhf.rollout import sample
 from rlhf.scoring import scores

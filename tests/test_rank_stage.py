@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from rlhf.data.records import Drops, Prompt, Ranking, read_rankings
 from rlhf.functional.seeding import row_seed
-from rlhf.records import Drops, Prompt, Ranking, read_rankings
 from rlhf.rubric import rubric_score
 from stages import rank
 from stages.rank import Candidate, Ranked, centred_correlation, main, summarise

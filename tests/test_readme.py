@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.records import Drops, read_demonstrations, read_prompts, read_rankings, read_texts
+from rlhf.data.records import Drops, read_demonstrations, read_prompts, read_rankings, read_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.errors import UserError
-from rlhf.records import (
+from rlhf.data.records import (
     Cloze,
     Demonstration,
     Drops,
@@ -28,6 +27,7 @@ from rlhf.records import (
     read_texts,
     write_jsonl,
 )
+from rlhf.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"

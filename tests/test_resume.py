@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from rlhf.data.records import Drops
 from rlhf.heldout import unseen_prompts, unseen_texts
 from rlhf.recipe import load_recipe
-from rlhf.records import Drops
 from rlhf.stage import StageContext
 from stages import ppo, rank, reward, sft
 

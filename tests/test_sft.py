@@ -14,23 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.adapters import add_adapter, peft_of, trainable
 from rlhf.config import ModelSection, PeftSection, Recipe, TrackingSection
+from rlhf.data.encoding import Encoded, encode_prompt, encode_response
+from rlhf.data.records import Demonstration, Drops, Prompt
+from rlhf.data.text_blocks import demonstration_row, text_rows
 from rlhf.errors import UserError
 from rlhf.models import load_policy, save_model
-from rlhf.prompting import Encoded, encode_prompt, encode_response
-from rlhf.records import Demonstration, Drops, Prompt
 from rlhf.saving import Checkpoints
 from rlhf.tracking import Tracker
-from stages.sft import (
-    check_layout,
-    demonstration_row,
-    main,
-    mix_rows,
-    text_rows,
-    train_sft,
-    trainer_config,
-    validation_loss,
-    write_policy,
-)
+from stages.sft import check_layout, main, mix_rows, train_sft, trainer_config, validation_loss, write_policy
 
 ANSWERS = [
     ("What is a river?", "Water that runs to the sea."),

@@ -14,8 +14,7 @@ from typing import Any
 import datasets
 import pytest
 
-from rlhf.errors import UserError
-from rlhf.records import (
+from rlhf.data.records import (
     Demonstration,
     Drops,
     Message,
@@ -25,7 +24,8 @@ from rlhf.records import (
     read_rankings,
     read_texts,
 )
-from rlhf.sources import embedded_path, local_path, read_rows
+from rlhf.data.sources import embedded_path, local_path, read_rows
+from rlhf.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 Read = Callable[[list[str], Drops], Any]
@@ -163,6 +163,6 @@ def test_embedded_data_of_an_installed_package(tmp_path: Path) -> None:
         (tmp_path / "rlhf" / name).write_text((ROOT / "rlhf" / name).read_text())
     (tmp_path / "rlhf_data").mkdir()
     lines(tmp_path / "rlhf_data" / "mine.jsonl", {"prompt": "a"})
-    code = "from rlhf.sources import embedded_path; print(embedded_path('mine'))"
+    code = "from rlhf.data.sources import embedded_path; print(embedded_path('mine'))"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
     assert run.stdout.strip() == str(tmp_path / "rlhf_data" / "mine.jsonl"), run.stderr

@@ -6,8 +6,8 @@ import hashlib
 
 import pytest
 
-from rlhf.records import Demonstration, Prompt, Ranking
-from rlhf.splits import split_by_prompt
+from rlhf.data.records import Demonstration, Prompt, Ranking
+from rlhf.data.splits import split_by_prompt
 
 PROMPTS = [Prompt.from_text(f"question {i}") for i in range(1000)]
 

@@ -7,9 +7,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from rlhf.data.records import Cloze
+from rlhf.data.text_blocks import blocks
 from rlhf.errors import UserError
-from rlhf.records import Cloze
-from rlhf.tax import blocks, cloze_accuracy, encode_question, pretraining_loss
+from rlhf.tax import cloze_accuracy, encode_question, pretraining_loss
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,13 @@ from benchmarks.flops import Shape
 from benchmarks.measure import Order
 from rlhf import models
 from rlhf.config import ModelSection, Recipe
+from rlhf.data.encoding import encode_prompt, encode_response
+from rlhf.data.records import Drops, read_demonstrations, read_prompts, read_rankings
 from rlhf.engine import Engine, ParamGroup
 from rlhf.experience import Experience
 from rlhf.functional.seeding import row_seed
 from rlhf.ppo_state import Ppo, build
 from rlhf.probes import write_probes
-from rlhf.prompting import encode_prompt, encode_response
-from rlhf.records import Drops, read_demonstrations, read_prompts, read_rankings
 from rlhf.rollout import sample
 from rlhf.system.malloc import keep_freed_memory
 from rlhf.system.phase_timer import PhaseTimes

@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlhf.config import Recipe
+from rlhf.data.encoding import encode_prompt, encode_response
+from rlhf.data.records import Prompt
 from rlhf.hardware import this_machine
 from rlhf.memory import stage_memory
-from rlhf.prompting import encode_prompt, encode_response
 from rlhf.recipe import load_recipe
-from rlhf.records import Prompt
 from rlhf.shapes import shapes_of
 from rlhf.tokenizer import load_tokenizer
 

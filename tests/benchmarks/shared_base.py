@@ -47,11 +47,11 @@ def prepare(folder: Path) -> None:
     import torch
 
     from rlhf.adapters import add_adapter
+    from rlhf.data.encoding import encode_prompt
+    from rlhf.data.records import Prompt
     from rlhf.models import load_policy, load_tokenizer, new_reward_model, save_model
     from rlhf.probes import write_probes
-    from rlhf.prompting import encode_prompt
     from rlhf.recipe import load_recipe
-    from rlhf.records import Prompt
 
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer, rows = load_tokenizer("smollm2-135m"), []

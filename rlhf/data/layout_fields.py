@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, Protocol
 
-from rlhf.sources import Row, check_list, check_object, check_text
+from rlhf.data.sources import Row, check_list, check_object, check_text
 
 PROMPTS = ("prompt", "instruction", "question", "query", "text", "input")
 _ENDING = re.compile(r"(\d+|(?<![a-z])[a-z]|left|right)$")
 
 
 class Counter(Protocol):
-    """What counts dropped rows: `rlhf.records.Drops`."""
+    """What counts dropped rows: `rlhf.data.records.Drops`."""
 
     def add(self, reason: str, n: int = 1) -> None: ...
 

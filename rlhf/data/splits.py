@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import TypeVar
 
-from rlhf.records import Demonstration, Prompt, Ranking
+from rlhf.data.records import Demonstration, Prompt, Ranking
 
 Item = TypeVar("Item", Prompt, Demonstration, Ranking)
 

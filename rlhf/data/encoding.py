@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.records import Demonstration, Drops, Message, Prompt, Ranking
+from rlhf.data.records import Demonstration, Drops, Message, Prompt, Ranking
 
 PRIVATE_USE = 0xF0000  # code points without a meaning of their own, to stand for something while a text is encoded
 Item = TypeVar("Item", Prompt, Demonstration, Ranking)

@@ -127,7 +127,7 @@ def embedded_path(name: str) -> Path:
         UserError: listing the names there are.
     """
     # Paths, not importlib.resources: in an editable install that cannot list a package whose folder has another name.
-    beside = Path(__file__).resolve().parent.parent
+    beside = Path(__file__).resolve().parents[2]
     folders = (beside / "rlhf_data", beside / "data")  # installed, and in a checkout
     files = {path.stem: path for folder in folders for path in folder.glob("*.jsonl")}
     if name not in files:

@@ -20,7 +20,7 @@ A layout is known by its keys (first line of each); 1 is the best rank and equal
     SHP                     history, human_ref_A, human_ref_B, labels
     (Ethayarajh 2022)       history; labels 1: A first, 0: B first
 
-Exports of labelling tools are found in the same way and read by rlhf/label_studio.py and rlhf/argilla.py.
+Exports of labelling tools are found in the same way and read by rlhf/data/label_studio.py and rlhf/data/argilla.py.
 
 A field that is missing or of the wrong type is the user's error, as everywhere. Known blemishes of the releases (empty
 responses, equal texts ranked apart, too few responses, a dialogue that parts early) are dropped and counted by reason.
@@ -32,9 +32,19 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rlhf import argilla, label_studio
-from rlhf.ranked import Counter, Layout, Ranked, column, has, number, objects, ranks_of_scores, text_or_empty
-from rlhf.sources import Row, check_object, check_text, check_whole
+from rlhf.data import argilla, label_studio
+from rlhf.data.layout_fields import (
+    Counter,
+    Layout,
+    Ranked,
+    column,
+    has,
+    number,
+    objects,
+    ranks_of_scores,
+    text_or_empty,
+)
+from rlhf.data.sources import Row, check_object, check_text, check_whole
 
 MIN_K, MAX_K = 2, 16
 _MARKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")

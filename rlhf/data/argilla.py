@@ -7,7 +7,7 @@
                 a row of the data set that the 1.x client makes (`format_as("datasets")`, also on the Hub)
 
 Rank 1 is best and equal ranks tie. An option stands for the field of its name, or with its number or letter at the end:
-"1", "Response 1" or "response-1" for `response1`. The prompt is one of the fields that rlhf/ranked.py lists. Discarded
+"1", "Response 1" or "response-1" for `response1`. The prompt is one of the fields that rlhf/data/layout_fields.py lists. Discarded
 responses, drafts and those without ranks are counted.
 
 The 2.x client (`to_json`, `to_datasets`) writes the options in the question's order and leaves out the ranks
@@ -19,8 +19,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from rlhf.ranked import Counter, Layout, Ranked, find_prompt, named, objects, text_or_empty
-from rlhf.sources import Row, check_list, check_object, check_text, check_time, check_whole
+from rlhf.data.layout_fields import Counter, Layout, Ranked, find_prompt, named, objects, text_or_empty
+from rlhf.data.sources import Row, check_list, check_object, check_text, check_time, check_whole
 
 NAME = "Argilla"
 USERS = ".responses.users"  # ends the name of a column that the 2.x client makes

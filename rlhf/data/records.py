@@ -4,7 +4,7 @@
     ranking         {"prompt", "responses": [K texts], "ranks": [K numbers]}: 1 is best, equal ranks are a tie
                     {"prompt", "responses", "ranking": "D>C>A=B"}: the letters stand for the responses in order
                     {"prompt", "chosen", "rejected"}: texts, or message lists that may carry the prompt themselves
-                    or a published layout, or an export of Label Studio or Argilla (rlhf/layouts.py)
+                    or a published layout, or an export of Label Studio or Argilla (rlhf/data/layouts.py)
                     K is 2 to 16. Optional: "finished": [K true or false], "labeler": who ranked, "time": when, in
                     ISO 8601 or in seconds since 1970
     prompt          {"prompt"}
@@ -28,9 +28,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.errors import UserError
-from rlhf.layouts import MAX_K, MIN_K, contradiction, find_layout, read_published, split_transcript
-from rlhf.sources import (
+from rlhf.data.layouts import MAX_K, MIN_K, contradiction, find_layout, read_published, split_transcript
+from rlhf.data.sources import (
     Row,
     check_list,
     check_object,
@@ -41,6 +40,7 @@ from rlhf.sources import (
     read_documents,
     read_rows,
 )
+from rlhf.errors import UserError
 from rlhf.system.files import write_atomic
 
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from rlhf.config import JudgeSection
+from rlhf.data.prompt_template import Example, Template, load_template, with_examples
+from rlhf.data.records import Drops, Ranking, read_rankings
+from rlhf.data.sources import local_path
 from rlhf.errors import UserError
-from rlhf.judge_template import Example, Template, load_template, with_examples
-from rlhf.records import Drops, Ranking, read_rankings
-from rlhf.sources import local_path
 
 
 def judge_template(cfg: JudgeSection) -> Template:

@@ -8,7 +8,7 @@
     choices     value.choices: one that names one of the two fields (by its number, letter or side), or a tie
 
 The first of these types that an annotation has is read, other results are ignored. The prompt is one of the fields
-rlhf/ranked.py lists. Skipped annotations, and those that rank nothing or leave items in the list, are counted.
+rlhf/data/layout_fields.py lists. Skipped annotations, and those that rank nothing or leave items in the list, are counted.
 """
 
 from __future__ import annotations
@@ -17,8 +17,19 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rlhf.ranked import Counter, Layout, Ranked, ending, find_prompt, has, named, objects, plain, text_or_empty
-from rlhf.sources import Row, check_list, check_object, check_text, check_time, check_whole
+from rlhf.data.layout_fields import (
+    Counter,
+    Layout,
+    Ranked,
+    ending,
+    find_prompt,
+    has,
+    named,
+    objects,
+    plain,
+    text_or_empty,
+)
+from rlhf.data.sources import Row, check_list, check_object, check_text, check_time, check_whole
 
 NAME = "Label Studio"
 SIDES = (("1", "2"), ("0", "1"), ("a", "b"), ("left", "right"))

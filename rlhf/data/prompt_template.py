@@ -25,13 +25,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
-from rlhf.records import Message, Prompt
 from rlhf.system.files import write_atomic
 
 Kind = Literal["pair", "points", "answer"]
 Form = Literal["zero-shot", "few-shot", "chain-of-thought"]
-FOLDER = Path(__file__).parent / "templates"
+FOLDER = Path(__file__).parent / "prompt_templates"
 FOLDERS = {"judge": FOLDER / "judge", "answer": FOLDER / "generate"}
 FIELD_OF = {"judge": "judge.template", "answer": "evaluate.prompted"}  # the recipe's, that name them
 FIELDS = {"pair": ("prompt", "first", "second"), "points": ("prompt", "response"), "answer": ("prompt",)}
