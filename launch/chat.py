@@ -13,7 +13,7 @@ from rlhf.data.encoding import encode_prompt, stop_ids
 from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed
-from rlhf.models import load_policy, load_tokenizer
+from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.recipe import load_recipe
 from rlhf.rollout import sample
 from rlhf.system.console import console

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from rlhf.adapter_folder import AdapterFolder, find_adapter
 from rlhf.errors import UserError
-from rlhf.merging import why_not_mergeable
-from rlhf.models import load_policy, load_reward_model, save_model
+from rlhf.models.loading import load_policy, load_reward_model, save_model
+from rlhf.models.peft.folder import AdapterFolder, find_adapter
+from rlhf.models.peft.merging import why_not_mergeable
+from rlhf.models.tokenizer import load_tokenizer
 from rlhf.recipe import load_recipe
 from rlhf.system.console import console
 from rlhf.system.files import require_disk, size_of
 from rlhf.system.quiet import quiet_libraries
-from rlhf.tokenizer import load_tokenizer
 
 STAGES = ("sft", "reward", "ppo-ptx", "ppo")
 FOLDER = "merged"
@@ -55,7 +55,7 @@ def export(run: Path, stage: str = "", ema: bool = False, out: Path | None = Non
         raise UserError(
             f"it cannot be merged: {reason}",
             str(source),
-            "load it with rlhf.models.load_policy, which puts the adapter on its base",
+            "load it with rlhf.models.loading.load_policy, which puts the adapter on its base",
         )
     if out is not None:
         _require_new(out)  # only what an earlier export wrote at its own place is replaced

@@ -12,7 +12,7 @@ from rlhf.errors import UserError
 from rlhf.fit import Settings, with_settings
 from rlhf.hardware import Card, find_card, this_machine
 from rlhf.memory import policy_spec, stage_memory
-from rlhf.merging import why_not_mergeable
+from rlhf.models.peft.merging import why_not_mergeable
 from rlhf.shapes import Shapes, count, shapes_of
 from rlhf.system.console import console, table
 from rlhf.system.quiet import quiet_libraries

@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
-from rlhf.layers import decoder_layers
-from rlhf.lean import keep_less
+from rlhf.models.layers import decoder_layers
+from rlhf.models.low_memory_layers import keep_less
 from rlhf.rollout import draw
 from rlhf.scoring import build_batch, head_pieces, hidden_states, raw_scores, response_logprobs, response_values
 from rlhf.shapes import ModelSpec, build

@@ -20,8 +20,8 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad, rms_norm, scaled_dot_product_attention, silu
 
-from rlhf.adapters import peft_of
-from rlhf.placement import is_partitioned
+from rlhf.models.peft.methods import is_plain_lora, peft_of
+from rlhf.models.placement import is_partitioned
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 COVERED = {f"{family}For{task}" for family in FAMILIES for task in ("CausalLM", "SequenceClassification")}
@@ -217,15 +217,6 @@ def _known(module: nn.Module) -> bool:
     if inner is None:
         return type(module) is nn.Linear or not isinstance(getattr(module, "in_features", None), int)
     return is_plain_lora(module)
-
-
-def is_plain_lora(module: nn.Module) -> bool:
-    """Whether it is peft's module of a linear map with low-rank updates beside it, without dropout or magnitudes."""
-    from peft.tuners.lora import Linear as LoraLinear
-
-    plain = type(module) is LoraLinear and not module.merged and not module.lora_variant
-    dropped = plain and any(getattr(each, "p", 0.0) for each in module.lora_dropout.values())
-    return plain and not dropped and not any(module.lora_bias.values())
 
 
 def _layer(module: Any) -> Layer:

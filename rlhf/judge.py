@@ -16,7 +16,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
-from rlhf.adapter_folder import find_adapter
 from rlhf.config import JudgeSection, Recipe
 from rlhf.data.few_shot import check_judge, judge_template
 from rlhf.data.prompt_template import Template, find_template, template_text
@@ -30,9 +29,10 @@ from rlhf.functional.judge_odds import (
     sigmoid,
     win_log_odds,
 )
-from rlhf.models import load_policy, load_tokenizer
-from rlhf.pretrained import load_config
-from rlhf.resolve import resolve_model
+from rlhf.models.loading import load_policy, load_tokenizer
+from rlhf.models.peft.folder import find_adapter
+from rlhf.models.pretrained import load_config
+from rlhf.models.resolve import resolve_model
 from rlhf.system.distributed import is_main_process
 from rlhf.system.files import hash_path
 from rlhf.system.row_log import append_rows, whole_rows
@@ -277,8 +277,8 @@ def _plain(name: str) -> str:
 
 def _local_reader(recipe: Recipe) -> LocalReader:
     """The judge's own model, or the recipe's, in this process."""
+    from rlhf.models.zero import frozen
     from rlhf.system.distributed import pick_device
-    from rlhf.zero import frozen
 
     cfg, model, where = recipe.judge, recipe.model, judge_model(recipe)
     tokenizer = load_tokenizer(where, model.prompt_format, model.trust_remote_code)

@@ -26,7 +26,7 @@ from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.functional.agreement import tally
 from rlhf.functional.seeding import row_seed
-from rlhf.models import load_reward_model, load_tokenizer
+from rlhf.models.loading import load_reward_model, load_tokenizer
 from rlhf.probes import check_probes
 from rlhf.rubric import rubric_score
 from rlhf.scoring import scores

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from rlhf.config import NOT_MERGED, STEPPED_WHOLE, PeftSection, Recipe
 from rlhf.footprint import Footprint, decoding_pass, scoring_pass, training_pass
 from rlhf.hardware import Card
+from rlhf.models.peft.shared_base import one_base, policies_share
+from rlhf.models.zero import settings
 from rlhf.plan import plan_ppo, world_size
 from rlhf.shapes import ModelSpec, Shapes, count
-from rlhf.shared_base import one_base, policies_share
-from rlhf.zero import settings
 
 LIBRARIES = {"sft": 560e6, "rank": 385e6, "reward": 420e6, "ppo": 430e6, "evaluate": 385e6}  # measured, on Linux
 # Share of what comes and goes that the allocator holds besides; on a CPU measured: TRL's tiles leave more holes.
@@ -324,7 +324,7 @@ def _ppo(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> Composition
     judges = (part, judge)
     as_stored = policy_spec(recipe, shapes, sft=True).dtype == recipe.model.dtype
     if not on_gpu and recipe.launch.frozen == "whole" and as_stored and not policies_share(recipe, how.stage):
-        # Views of their files, in memory only while they are used (rlhf/mapped.py): one at a time.
+        # Views of their files, in memory only while they are used (rlhf/models/mapped_weights.py): one at a time.
         phases["scoring"] += (replace(max(judges, key=lambda part: part.bytes), mapped=True),)
         judges = ()
     return (*always, *judges, *average), phases

@@ -2,7 +2,7 @@
 
 The reference is the SFT policy, whatever the method: a model of its own, or under a parameter-efficient method a second
 adapter with SFT's weights. The value model starts from the reward model, head and normalisation included. Where all of
-them are adapters on one base, the base is in memory once (rlhf/shared_base.py).
+them are adapters on one base, the base is in memory once (rlhf/models/peft/shared_base.py).
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.adapter_folder import base_hash, find_adapter
-from rlhf.adapters import add_adapter, peft_of
 from rlhf.config import VIRTUAL_TOKENS, ModelSection, PeftSection, Recipe
 from rlhf.errors import UserError
-from rlhf.merging import why_not_mergeable
-from rlhf.models import check_method, load_policy, load_reward_model, of_base, put_on
-from rlhf.shared_base import one_base, policies_share, policy_twin, scalar_twin
+from rlhf.models.loading import check_method, load_policy, load_reward_model, of_base, put_on
+from rlhf.models.peft.folder import base_hash, find_adapter
+from rlhf.models.peft.merging import why_not_mergeable
+from rlhf.models.peft.methods import add_adapter, peft_of
+from rlhf.models.peft.shared_base import one_base, policies_share, policy_twin, scalar_twin
+from rlhf.models.zero import frozen, trained, zero_stage
 from rlhf.system.distributed import processes
-from rlhf.zero import frozen, trained, zero_stage
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def load_networks(recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch
     """Load what PPO works with, each network where the recipe has it lie.
 
     Raises:
-        UserError: as of rlhf/models.py; and a method that does not go with what the SFT stage has left.
+        UserError: as of rlhf/models/loading.py; and a method that does not go with what the SFT stage has left.
     """
     if policies_share(recipe, zero_stage(recipe)):
         return _on_one_base(recipe, sft_dir, reward_dir, device)

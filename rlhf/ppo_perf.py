@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlhf.flops import ModelCost, Work, model_cost, work_of
+from rlhf.models.flops import ModelCost, Work, model_cost, work_of
 from rlhf.ppo_state import Ppo
 from rlhf.scoring import Pair
 from rlhf.system.distributed import is_main_process, own, processes

@@ -22,7 +22,7 @@ from rlhf.data.text_blocks import blocks
 from rlhf.engine import Engine, ParamGroup
 from rlhf.errors import UserError
 from rlhf.functional.ppo import ema_update
-from rlhf.models import check_context, load_tokenizer, recompute_activations, same_tokenizer
+from rlhf.models.loading import check_context, load_tokenizer, recompute_activations, same_tokenizer
 from rlhf.plan import PpoPlan, plan_ppo
 from rlhf.policy_value import PolicyValue
 from rlhf.ppo_networks import load_networks

@@ -23,7 +23,7 @@ from rlhf.data.encoding import encode_prompt, encode_response, speaks_after_colo
 from rlhf.data.prompt_template import Template, after
 from rlhf.data.records import Message, Prompt
 from rlhf.functional.seeding import row_seed
-from rlhf.models import check_context
+from rlhf.models.loading import check_context
 from rlhf.rollout import Rollout, assemble, sample
 
 

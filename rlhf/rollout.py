@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.adapters import peft_of
 from rlhf.config import LaunchSection
 from rlhf.decoding import decoding_for, pad
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_uniforms
-from rlhf.merging import why_not_mergeable
-from rlhf.placement import at_hand
+from rlhf.models.peft.merging import why_not_mergeable
+from rlhf.models.peft.methods import peft_of
+from rlhf.models.placement import at_hand
 from rlhf.scoring import token_logprobs
 from rlhf.system.distributed import gathered, own, processes
 from rlhf.system.phases import progressed

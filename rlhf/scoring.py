@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from rlhf.errors import UserError
 from rlhf.head import vocabulary_logprobs
 from rlhf.inference import inference_for, slow_groups
-from rlhf.placement import at_hand
+from rlhf.models.placement import at_hand
 from rlhf.system.distributed import gathered, own, processes
 from rlhf.system.phase_timer import count_batch
 from rlhf.system.phases import progressed

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers.utils import SAFE_WEIGHTS_NAME
 from trl import SFTTrainer
 
-from rlhf.adapters import peft_of, trainable
+from rlhf.models.peft.methods import peft_of, trainable
 from rlhf.system.distributed import own, processes
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
-from rlhf import embedded, tiny
-from rlhf.adapters import add_adapter
 from rlhf.config import VIRTUAL_TOKENS, PeftSection, Recipe
-from rlhf.layers import cut_layers, decoder_layers
-from rlhf.resolve import not_loaded, resolve_model
+from rlhf.models import smollm2, tiny
+from rlhf.models.layers import cut_layers, decoder_layers
+from rlhf.models.peft.methods import add_adapter
+from rlhf.models.resolve import not_loaded, resolve_model
 from rlhf.system.quiet import quiet_transformers
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -36,7 +36,7 @@ class ModelSpec:
         keep_layers: the first N transformer layers only; 0 keeps all.
         peft: the method that is trained, the rest is frozen; None: all is trained.
         partitioned: adapters have the type of the weights, which ZeRO-3 wants.
-        borrowed: its frozen weights are those of another model (rlhf/shared_base.py).
+        borrowed: its frozen weights are those of another model (rlhf/models/peft/shared_base.py).
     """
 
     config: PretrainedConfig
@@ -101,8 +101,8 @@ def model_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig
     """
     if name == tiny.NAME:
         return tiny.config()
-    if name == embedded.NAME:
-        return embedded.model_config()
+    if name == smollm2.NAME:
+        return smollm2.model_config()
     where = resolve_model(name)
     try:
         with quiet_transformers():

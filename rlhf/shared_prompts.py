@@ -24,9 +24,9 @@ from torch.nn.functional import embedding
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rlhf.adapters import peft_of
 from rlhf.config import VIRTUAL_TOKENS
-from rlhf.placement import at_hand
+from rlhf.models.peft.methods import peft_of
+from rlhf.models.placement import at_hand
 from rlhf.scoring import Pair, build_batch, hidden_states
 
 ATTENTION = "shared_prompts"  # its name among transformers' kernels

@@ -28,8 +28,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import LaunchSection
 from rlhf.errors import UserError
-from rlhf.models import save_model
-from rlhf.placement import whole_state
+from rlhf.models.loading import save_model
+from rlhf.models.placement import whole_state
 from rlhf.system.distributed import from_first
 from rlhf.system.phases import progressed
 from rlhf.vllm_clients import Advance, Row, Server, in_process

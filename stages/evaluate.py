@@ -42,7 +42,8 @@ from rlhf.functional.statistics import (
 from rlhf.heldout import Questions, read_questions
 from rlhf.judge import check_room, judge_files
 from rlhf.labelers import Labeler, Output, make_judge
-from rlhf.models import load_policy, load_reward_model, load_tokenizer
+from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer
+from rlhf.models.zero import frozen
 from rlhf.probes import check_probes
 from rlhf.prompted import answer_prompted
 from rlhf.rescoring import rescore
@@ -55,7 +56,6 @@ from rlhf.system.distributed import is_main_process
 from rlhf.system.files import write_atomic
 from rlhf.system.phases import phase
 from rlhf.tax import cloze_accuracy, pretraining_loss
-from rlhf.zero import frozen
 
 
 @dataclass

@@ -34,8 +34,8 @@ from rlhf.experience import Experience, make_experience, summary
 from rlhf.functional.ppo import adaptive_kl_coef, policy_loss, ptx_loss, value_loss
 from rlhf.functional.schedule import lr_factor
 from rlhf.functional.seeding import row_seed, stream
-from rlhf.models import save_model
-from rlhf.placement import whole_state, with_ties
+from rlhf.models.loading import save_model
+from rlhf.models.placement import whole_state, with_ties
 from rlhf.policy_value import Networks, text_pairs
 from rlhf.ppo_perf import PHASES, performance
 from rlhf.ppo_state import Ppo, build, load_checkpoint, save_checkpoint, update_average

@@ -34,7 +34,8 @@ from rlhf.judge import check_room, judge_files
 from rlhf.judge_labeler import JudgeLabeler, fitting
 from rlhf.label_wait import rankings_by_people
 from rlhf.labelers import Labeler, Output, agreement, expected_agreement, make_labeler, noise_for_agreement
-from rlhf.models import load_policy, load_tokenizer
+from rlhf.models.loading import load_policy, load_tokenizer
+from rlhf.models.zero import frozen
 from rlhf.outputs import Outputs
 from rlhf.rollout import sample
 from rlhf.rubric import rubric_score
@@ -45,7 +46,6 @@ from rlhf.system.console import table as print_table
 from rlhf.system.distributed import is_main_process
 from rlhf.system.files import write_atomic
 from rlhf.system.phases import phase
-from rlhf.zero import frozen
 
 TABLE_ROWS = 64
 

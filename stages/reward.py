@@ -30,8 +30,9 @@ from rlhf.functional.ranking import PairCounts, calibration, count_pairs, has_pa
 from rlhf.functional.schedule import lr_factor
 from rlhf.functional.seeding import stream
 from rlhf.functional.statistics import accuracy_interval
-from rlhf.models import check_context, load_tokenizer, new_reward_model, recompute_activations, save_model
-from rlhf.placement import at_hand, whole_state
+from rlhf.models.loading import check_context, load_tokenizer, new_reward_model, recompute_activations, save_model
+from rlhf.models.placement import at_hand, whole_state
+from rlhf.models.zero import trained
 from rlhf.probes import write_probes
 from rlhf.ranking_passes import Group, by_length, part_passes, whole_passes
 from rlhf.scoring import Pair, SequenceBatch, build_batch, raw_scores, scores
@@ -41,7 +42,7 @@ from rlhf.system.console import Progress, console
 from rlhf.system.distributed import barrier, everyones, from_first, gathered, is_main_process, own
 from rlhf.system.phases import phase
 from rlhf.system.rng import load_rng, save_rng
-from rlhf.zero import make_engine, trained
+from rlhf.zero import make_engine
 
 PROBES = 8
 SCALE_SAMPLE = 128  # outputs, spread evenly, that the deviation is estimated on

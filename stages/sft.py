@@ -4,7 +4,7 @@ data       demonstrations, split by prompt; too long ones dropped and counted; o
 rows       prompt and response as one row; loss on the response and its EOS only, on every token of a text
 train      TRL's SFTTrainer: packed rows whose documents do not see each other, cosine to a tenth of the rate
 validate   mean loss per response token on held-out demonstrations, before and after
-save       a plain Hugging Face folder, or the adapter alone (rlhf/adapter_folder.py)
+save       a plain Hugging Face folder, or the adapter alone (rlhf/models/peft/folder.py)
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
-from rlhf.adapter_folder import has_adapter
-from rlhf.adapters import add_adapter
 from rlhf.config import STEPPED_WHOLE, Recipe
 from rlhf.data.encoding import Encoded, fit_demonstrations
 from rlhf.data.records import Demonstration, Drops, read_demonstrations, read_texts
 from rlhf.data.splits import split_by_prompt
 from rlhf.data.text_blocks import Row, demonstration_row, text_rows
 from rlhf.errors import UserError
-from rlhf.models import check_context, load_policy, load_tokenizer, resolve_model, save_model
-from rlhf.placement import is_partitioned, whole_state
+from rlhf.models.loading import check_context, load_policy, load_tokenizer, resolve_model, save_model
+from rlhf.models.peft.folder import has_adapter
+from rlhf.models.peft.methods import add_adapter
+from rlhf.models.placement import is_partitioned, whole_state
+from rlhf.models.zero import config_path, connect, trained, zero_stage
 from rlhf.plan import plan_sft
 from rlhf.saving import Checkpoints
 from rlhf.scoring import token_logprobs
@@ -45,7 +46,6 @@ from rlhf.system.distributed import from_first, processes
 from rlhf.system.phases import phase
 from rlhf.system.quiet import quiet_transformers
 from rlhf.tracking import Tracker
-from rlhf.zero import config_path, connect, trained, zero_stage
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports to the Hub's maker otherwise
 

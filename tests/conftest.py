@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf import models, tiny
 from rlhf.config import ModelSection
+from rlhf.models import loading, tiny
 
 torch.set_num_threads(1)
 
@@ -36,7 +36,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def tiny_dir(cache_folder: Path) -> str:
     """Folder of the tiny Llama with its tokenizer; read only."""
-    return models.resolve_model("tiny")
+    return loading.resolve_model("tiny")
 
 
 @pytest.fixture(scope="session")
@@ -54,16 +54,16 @@ def tiny_gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tiny_dir: str) -> PreTrainedTokenizerBase:
     """Tokenizer of both tiny models; read only."""
-    return models.load_tokenizer(tiny_dir)
+    return loading.load_tokenizer(tiny_dir)
 
 
 @pytest.fixture
 def tiny_policy(tiny_dir: str) -> PreTrainedModel:
     """A fresh tiny Llama that the test may change."""
-    return models.load_policy(tiny_dir, ModelSection(name="tiny"))
+    return loading.load_policy(tiny_dir, ModelSection(name="tiny"))
 
 
 @pytest.fixture
 def tiny_gpt2(tiny_gpt2_dir: str) -> PreTrainedModel:
     """A fresh tiny GPT-2 that the test may change."""
-    return models.load_policy(tiny_gpt2_dir, ModelSection(name="tiny"))
+    return loading.load_policy(tiny_gpt2_dir, ModelSection(name="tiny"))

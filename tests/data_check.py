@@ -344,7 +344,7 @@ def main() -> int:
     if args.against is not None and not args.against.is_dir():
         parser.error(f"--against {args.against}: no such folder")
 
-    from rlhf.models import load_tokenizer
+    from rlhf.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer("smollm2-135m")
     problems = check(args.data, args.against, lambda text: len(tokenizer(text, verbose=False)["input_ids"]))

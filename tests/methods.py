@@ -30,8 +30,8 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-from rlhf.adapters import add_adapter, trainable
 from rlhf.config import PeftSection
+from rlhf.models.peft.methods import add_adapter, trainable
 
 VIRTUAL, WIDTH, RANK, ALPHA, BOTTLENECK = 3, 7, 3, 6.0, 5
 METHODS = {

@@ -276,8 +276,8 @@ def preload() -> None:
         "datasets",
         "rlhf.rollout",
         "rlhf.scoring",
-        "rlhf.models",
-        "rlhf.tiny",
+        "rlhf.models.loading",
+        "rlhf.models.tiny",
     ):
         importlib.import_module(name)
     import torch

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn.functional import linear, relu
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from rlhf import tiny
-from rlhf.adapters import trainable
 from rlhf.config import CACHED_TOKENS
 from rlhf.experience import Experience
 from rlhf.functional.seeding import stream
+from rlhf.models import tiny
+from rlhf.models.peft.methods import trainable
 from rlhf.ppo_state import Ppo
 from rlhf.recipe import load_recipe
 from rlhf.scoring import Pair, build_batch, response_logprobs

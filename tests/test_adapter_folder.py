@@ -15,11 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rlhf.adapter_folder import AdapterFolder, Origin, base_hash, copy_into, find_adapter
-from rlhf.adapters import add_adapter, peft_of, trainable
 from rlhf.config import ModelSection, PeftSection
 from rlhf.errors import UserError
-from rlhf.models import (
+from rlhf.models.loading import (
     check_method,
     load_policy,
     load_reward_model,
@@ -28,6 +26,8 @@ from rlhf.models import (
     put_on,
     save_model,
 )
+from rlhf.models.peft.folder import AdapterFolder, Origin, base_hash, copy_into, find_adapter
+from rlhf.models.peft.methods import add_adapter, peft_of, trainable
 
 SECTION = ModelSection(name="tiny")
 IDS = torch.tensor([[5, 60, 7, 300, 2]])

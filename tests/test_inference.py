@@ -19,11 +19,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from rlhf.adapters import add_adapter, trainable
 from rlhf.config import VIRTUAL_TOKENS, LaunchSection, PeftSection
 from rlhf.decoding import InferenceDecoding, ModelDecoding, decoding_for
 from rlhf.graph_decoding import GraphDecoding
 from rlhf.inference import columns_for, inference_for
+from rlhf.models.peft.methods import add_adapter, trainable
 from rlhf.scoring import build_batch, hidden_states
 
 SHAPE = {

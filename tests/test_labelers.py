@@ -26,7 +26,7 @@ from rlhf.labelers import (
     ranks_of,
     stored_noise,
 )
-from rlhf.models import load_tokenizer, new_reward_model
+from rlhf.models.loading import load_tokenizer, new_reward_model
 from rlhf.rubric import rubric_score
 from rlhf.rundir import RunFolder
 from rlhf.scoring import scores

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from rlhf.adapters import add_adapter, trainable
 from rlhf.config import PeftSection
-from rlhf.lean import GatedDown, GatedDownLora, RmsNorm, keep_less
+from rlhf.models.low_memory_layers import GatedDown, GatedDownLora, RmsNorm, keep_less
+from rlhf.models.peft.methods import add_adapter, trainable
 
 FAMILIES = [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config]
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rlhf.mapped import Mapping, _mappings, give_back
-from rlhf.placement import Placement, at_hand
+from rlhf.models.mapped_weights import Mapping, _mappings, give_back
+from rlhf.models.placement import Placement, at_hand
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 

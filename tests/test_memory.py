@@ -10,7 +10,6 @@ import scaling_tables
 from test_cli import rlhf
 from transformers import LlamaConfig
 
-from rlhf import tiny
 from rlhf.config import PeftSection, Recipe
 from rlhf.errors import UserError
 from rlhf.estimate import decode_seconds, forward_flops, training_flops
@@ -18,6 +17,7 @@ from rlhf.fit import fits, ladder, micro_batches, settings_that_fit, with_count,
 from rlhf.footprint import scoring_pass, training_pass
 from rlhf.hardware import find_card
 from rlhf.memory import Sharding, held, stage_memory
+from rlhf.models import tiny
 from rlhf.recipe import load_recipe
 from rlhf.shapes import ModelSpec, Shapes, count, shapes_of
 from rlhf.traffic import exchange_seconds, gathering_traffic, training_traffic

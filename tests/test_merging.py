@@ -9,10 +9,9 @@ import torch
 from methods import CACHED, CASES, EMBEDDED, MERGED, METHODS, REFERENCES, adapted, case, plain
 from torch import Tensor
 
-from rlhf.adapters import peft_of, trainable
 from rlhf.config import PeftSection
-from rlhf.layers import cut_layers
-from rlhf.merging import (
+from rlhf.models.layers import cut_layers
+from rlhf.models.peft.merging import (
     LORA_A,
     LORA_B,
     MAGNITUDE,
@@ -24,6 +23,7 @@ from rlhf.merging import (
     plain_name,
     why_not_mergeable,
 )
+from rlhf.models.peft.methods import peft_of, trainable
 
 MERGEABLE = [(kind, method) for kind, method in CASES if method in MERGED]
 ROW = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])

@@ -20,10 +20,9 @@ from transformers import (
     GPTNeoForCausalLM,
 )
 
-from rlhf.adapters import add_adapter, trainable
 from rlhf.config import ModelSection, PeftSection
 from rlhf.errors import UserError
-from rlhf.models import (
+from rlhf.models.loading import (
     check_context,
     load_policy,
     load_reward_model,
@@ -34,10 +33,11 @@ from rlhf.models import (
     same_tokenizer,
     save_model,
 )
-from rlhf.placement import with_ties
+from rlhf.models.peft.methods import add_adapter, trainable
+from rlhf.models.placement import with_ties
+from rlhf.models.tiny import train_tokenizer
+from rlhf.models.tokenizer import PAD
 from rlhf.scoring import build_batch, response_logprobs
-from rlhf.tiny import train_tokenizer
-from rlhf.tokenizer import PAD
 
 SECTION = ModelSection(name="tiny")
 IDS = torch.tensor([[5, 60, 7, 300, 2]])
@@ -84,7 +84,7 @@ def test_building_tiny_leaves_the_random_stream_alone(tmp_path: Path, monkeypatc
 
 def test_a_build_that_was_killed_leaves_nothing_that_looks_finished(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
-    from rlhf.cache import build_once
+    from rlhf.models.build_cache import build_once
 
     def fails(folder: Path) -> None:
         (folder / "half").write_text("x")

@@ -42,7 +42,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from rlhf import rollout
-from rlhf.adapters import trainable
 from rlhf.config import CACHED_TOKENS, NOT_MERGED, VIRTUAL_TOKENS
 from rlhf.data.encoding import encode_prompt, encode_response, stop_ids
 from rlhf.data.records import Prompt
@@ -50,7 +49,8 @@ from rlhf.decoding import ModelDecoding
 from rlhf.errors import UserError
 from rlhf.experience import pad_rows
 from rlhf.functional.ppo import masked_mean
-from rlhf.models import load_policy, load_reward_model, load_tokenizer
+from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer
+from rlhf.models.peft.methods import trainable
 from rlhf.ppo_state import build
 from rlhf.recipe import load_recipe
 from rlhf.scoring import Pair, build_batch, response_logprobs, scores, token_logprobs, token_values

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf import ppo_networks
-from rlhf.adapters import add_adapter, peft_of, trainable
 from rlhf.config import ModelSection, PeftSection, Recipe
 from rlhf.errors import UserError
-from rlhf.models import load_policy, load_tokenizer, new_reward_model, save_model
+from rlhf.models.loading import load_policy, load_tokenizer, new_reward_model, save_model
+from rlhf.models.peft.methods import add_adapter, peft_of, trainable
 from rlhf.ppo_networks import PpoNetworks, add_first, load_networks, policy_to_train, value_to_train
 
 SECTION = ModelSection(name="tiny")

@@ -9,13 +9,13 @@ import torch
 from test_split_invariance import ALL, TEMPERATURE, llama, make_ppo, with_ppo
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from rlhf.adapters import add_adapter, trainable
 from rlhf.config import PeftSection
 from rlhf.errors import UserError
-from rlhf.models import load_tokenizer
+from rlhf.models.loading import load_tokenizer
+from rlhf.models.peft.methods import add_adapter, trainable
+from rlhf.models.peft.shared_base import policy_twin
 from rlhf.ppo_state import Ppo
 from rlhf.scoring import build_batch, response_logprobs, token_logprobs
-from rlhf.shared_base import policy_twin
 from stages.ppo import check_first_minibatch, ppo_step, rollout, score
 
 

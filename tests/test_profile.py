@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 from launch import profile_report
 from launch.cli import app
-from rlhf.adapters import add_adapter
 from rlhf.config import ModelSection, PeftSection
 from rlhf.errors import UserError
 from rlhf.floors import furthest, mean_row, phase_costs
-from rlhf.flops import Work, model_cost, work_of
-from rlhf.models import load_policy, new_reward_model
+from rlhf.models.flops import Work, model_cost, work_of
+from rlhf.models.loading import load_policy, new_reward_model
+from rlhf.models.peft.methods import add_adapter
 from rlhf.ppo_perf import decoding_needs
 from rlhf.scoring import build_batch, response_logprobs
 from rlhf.system import machine, phase_timer

@@ -16,7 +16,7 @@ from rlhf.data.prompt_template import Template, load_template, parse_template
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed
-from rlhf.models import load_policy, load_tokenizer, new_reward_model, save_model
+from rlhf.models.loading import load_policy, load_tokenizer, new_reward_model, save_model
 from rlhf.probes import write_probes
 from rlhf.prompted import answer_prompted, dialogue, response_ids
 from rlhf.recipe import load_recipe
@@ -238,7 +238,7 @@ def test_the_win_rate_table_has_the_baselines(evaluated: Path, capsys: pytest.Ca
 
 
 def test_scores_are_those_of_the_answer_to_the_plain_request(evaluated: Path, tiny_dir: str) -> None:
-    from rlhf.models import load_reward_model
+    from rlhf.models.loading import load_reward_model
 
     rows = [json.loads(line) for line in (evaluated / "evaluate" / "samples.jsonl").read_text().splitlines()]
     tokenizer = load_tokenizer(tiny_dir)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rlhf.config import ModelSection
 from rlhf.data.encoding import encode_prompt, encode_response, fit_demonstrations, fit_prompts, fit_rankings, stop_ids
 from rlhf.data.records import Demonstration, Drops, Message, Prompt, Ranking
-from rlhf.models import load_policy, load_tokenizer
+from rlhf.models.loading import load_policy, load_tokenizer
 
 
 def ask(text: str) -> Prompt:

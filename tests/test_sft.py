@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.adapters import add_adapter, peft_of, trainable
 from rlhf.config import ModelSection, PeftSection, Recipe, TrackingSection
 from rlhf.data.encoding import Encoded, encode_prompt, encode_response
 from rlhf.data.records import Demonstration, Drops, Prompt
 from rlhf.data.text_blocks import demonstration_row, text_rows
 from rlhf.errors import UserError
-from rlhf.models import load_policy, save_model
+from rlhf.models.loading import load_policy, save_model
+from rlhf.models.peft.methods import add_adapter, peft_of, trainable
 from rlhf.saving import Checkpoints
 from rlhf.tracking import Tracker
 from stages.sft import check_layout, main, mix_rows, train_sft, trainer_config, validation_loss, write_policy

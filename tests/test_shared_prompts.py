@@ -22,8 +22,8 @@ from transformers import (
     MistralForSequenceClassification,
 )
 
-from rlhf.adapters import add_adapter
 from rlhf.config import PeftSection
+from rlhf.models.peft.methods import add_adapter
 from rlhf.scoring import Pair
 from rlhf.shared_prompts import build_shared, can_share, shared_scores, sharing
 

@@ -24,7 +24,7 @@ from rlhf.config import ModelSection, Recipe, TrackingSection
 from rlhf.data.records import Drops
 from rlhf.engine import Engine, ParamGroup
 from rlhf.experience import Experience
-from rlhf.models import load_policy, load_tokenizer
+from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.plan import plan_ppo
 from rlhf.policy_value import PolicyValue
 from rlhf.ppo_state import Ppo

@@ -14,8 +14,8 @@ from rlhf.data.encoding import encode_prompt, encode_untrusted, stop_ids
 from rlhf.data.prompt_template import load_template, parse_template
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
+from rlhf.models.tokenizer import load_tokenizer
 from rlhf.scoring import next_token_logprobs
-from rlhf.tokenizer import load_tokenizer
 from rlhf.verbalizer import LocalReader, label_ids
 
 QUESTIONS = [

@@ -21,12 +21,12 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from vllm_double import serving
 
-from rlhf import tiny
-from rlhf.adapters import add_adapter
 from rlhf.config import LaunchSection, ModelSection, PeftSection
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed
-from rlhf.models import load_policy, load_tokenizer, save_model
+from rlhf.models import tiny
+from rlhf.models.loading import load_policy, load_tokenizer, save_model
+from rlhf.models.peft.methods import add_adapter
 from rlhf.plan import check
 from rlhf.recipe import load_recipe
 from rlhf.rescoring import rescore

@@ -15,12 +15,12 @@ from torch import nn
 
 from rlhf.config import LaunchSection, ModelSection, Recipe, RunSection
 from rlhf.functional.seeding import row_seed
-from rlhf.layers import decoder_layers
-from rlhf.models import load_policy, load_tokenizer
+from rlhf.models.layers import decoder_layers
+from rlhf.models.loading import load_policy, load_tokenizer
+from rlhf.models.zero import frozen
 from rlhf.rollout import Rollout, sample
 from rlhf.scoring import token_logprobs
 from rlhf.system.distributed import is_main_process
-from rlhf.zero import frozen
 
 PROMPT, LONG = [5, 6, 7, 8], 128
 

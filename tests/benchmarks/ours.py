@@ -17,13 +17,13 @@ import torch
 
 from benchmarks.flops import Shape
 from benchmarks.measure import Order
-from rlhf import models
 from rlhf.config import ModelSection, Recipe
 from rlhf.data.encoding import encode_prompt, encode_response
 from rlhf.data.records import Drops, read_demonstrations, read_prompts, read_rankings
 from rlhf.engine import Engine, ParamGroup
 from rlhf.experience import Experience
 from rlhf.functional.seeding import row_seed
+from rlhf.models import loading
 from rlhf.ppo_state import Ppo, build
 from rlhf.probes import write_probes
 from rlhf.rollout import sample
@@ -42,7 +42,7 @@ keep_freed_memory()  # as rlhf.stage.run_stage does for every stage
 
 def encoded_prompts(model: str) -> list[list[int]]:
     """Token ids of all embedded prompts, those of the demonstrations included."""
-    tokenizer, drops = models.load_tokenizer(model), Drops()
+    tokenizer, drops = loading.load_tokenizer(model), Drops()
     prompts = read_prompts(["embedded:prompts"], drops)
     prompts += [row.prompt for row in read_demonstrations(["embedded:demonstrations"], drops)]
     return [list(ids) for ids in dict.fromkeys(tuple(encode_prompt(tokenizer, prompt)) for prompt in prompts)]
@@ -50,7 +50,7 @@ def encoded_prompts(model: str) -> list[list[int]]:
 
 def encoded_rankings(model: str) -> list[tuple[list[int], list[list[int]]]]:
     """Token ids of the embedded rankings: prompt and responses."""
-    tokenizer = models.load_tokenizer(model)
+    tokenizer = loading.load_tokenizer(model)
     return [
         (encode_prompt(tokenizer, row.prompt), [encode_response(tokenizer, text) for text in row.responses])
         for row in read_rankings(["embedded:rankings"], Drops())
@@ -59,22 +59,22 @@ def encoded_rankings(model: str) -> list[tuple[list[int], list[list[int]]]]:
 
 def sft_rows(model: str) -> list[dict[str, list[int]]]:
     """The embedded demonstrations as the SFT stage trains them."""
-    train, _ = sft_stage.load_demonstrations(Recipe(), models.load_tokenizer(model), Drops())
+    train, _ = sft_stage.load_demonstrations(Recipe(), loading.load_tokenizer(model), Drops())
     return [sft_stage.demonstration_row(row) for row in train]
 
 
 def model_folder(name: str) -> str:
     """A model that the recipe can name, as a folder that the peers can load."""
-    return str(models.resolve_model(name))
+    return str(loading.resolve_model(name))
 
 
 def make_reward_model(policy: str, folder: Path, probes: list[tuple[list[int], list[int]]]) -> str:
     """A reward model with a random head that is not zero, made once."""
     if not folder.exists():
         torch.manual_seed(1)
-        tokenizer = models.load_tokenizer(policy)
-        model = models.new_reward_model(policy, ModelSection(), head_init="normal")
-        models.save_model(model, tokenizer, folder)
+        tokenizer = loading.load_tokenizer(policy)
+        model = loading.new_reward_model(policy, ModelSection(), head_init="normal")
+        loading.save_model(model, tokenizer, folder)
         write_probes(model, tokenizer, probes, folder)
     return str(folder)
 
@@ -82,9 +82,9 @@ def make_reward_model(policy: str, folder: Path, probes: list[tuple[list[int], l
 def make_cut_policy(policy: str, folder: Path, layers: int) -> str:
     """The first `layers` layers of a policy, made once."""
     if not folder.exists():
-        model = models.load_policy(policy, ModelSection())
-        models.cut_layers(model, layers)
-        models.save_model(model, models.load_tokenizer(policy), folder)
+        model = loading.load_policy(policy, ModelSection())
+        loading.cut_layers(model, layers)
+        loading.save_model(model, loading.load_tokenizer(policy), folder)
     return str(folder)
 
 
@@ -169,7 +169,7 @@ def shape_of(ppo: Ppo) -> Shape:
 def sampler(order: Order) -> Any:
     """A function that samples the order's prompts once by the native loop; its argument numbers the round."""
     section = ModelSection(name=order["model"], dtype=order["dtype"])
-    tokenizer, policy = models.load_tokenizer(order["model"]), models.load_policy(order["model"], section)
+    tokenizer, policy = loading.load_tokenizer(order["model"]), loading.load_policy(order["model"], section)
 
     def run(round_: int, new_tokens: int = order["new_tokens"]) -> None:
         rows = sample(
@@ -203,14 +203,14 @@ class RewardTraining:
                 },
             }
         )
-        model = models.load_reward_model(order["reward_model"], self.recipe.model)
+        model = loading.load_reward_model(order["reward_model"], self.recipe.model)
         group = ParamGroup("reward", model, order["lr"], self.recipe.reward.max_grad_norm)
         self.engine: Engine = make_engine(reward_stage.Scored(model), [group], self.recipe)
         self.groups = [
             reward_stage.Group([(g["prompt"], response) for response in g["responses"]], tuple(g["ranks"]))
             for g in order["groups"]
         ]
-        self.pad_id = int(models.load_tokenizer(order["model"]).pad_token_id)
+        self.pad_id = int(loading.load_tokenizer(order["model"]).pad_token_id)
 
     def losses(self) -> list[float]:
         """Loss of every prompt alone at the present weights."""
@@ -243,5 +243,5 @@ def sft_trainer(order: Order, folder: Path, clock: Any) -> Any:
             },
         }
     )
-    tokenizer, policy = models.load_tokenizer(order["model"]), models.load_policy(order["model"], recipe.model)
+    tokenizer, policy = loading.load_tokenizer(order["model"]), loading.load_policy(order["model"], recipe.model)
     return sft_stage.build_trainer(policy, tokenizer, order["rows"], recipe, folder, clock)

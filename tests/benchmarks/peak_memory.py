@@ -21,9 +21,9 @@ from rlhf.data.encoding import encode_prompt, encode_response
 from rlhf.data.records import Prompt
 from rlhf.hardware import this_machine
 from rlhf.memory import stage_memory
+from rlhf.models.tokenizer import load_tokenizer
 from rlhf.recipe import load_recipe
 from rlhf.shapes import shapes_of
-from rlhf.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 ZERO = (0, 2, 3)

@@ -15,7 +15,7 @@ import torch
 
 from rlhf.config import Recipe
 from rlhf.engine import Engine, ParamGroup
-from rlhf.models import new_reward_model
+from rlhf.models.loading import new_reward_model
 from rlhf.ranking_passes import Group
 from rlhf.system.machine import peak_memory_gb
 from stages.reward import Scored, step

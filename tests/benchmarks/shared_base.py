@@ -46,10 +46,10 @@ def prepare(folder: Path) -> None:
     """Prompts of 40 tokens, and for each way what the earlier stages would leave."""
     import torch
 
-    from rlhf.adapters import add_adapter
     from rlhf.data.encoding import encode_prompt
     from rlhf.data.records import Prompt
-    from rlhf.models import load_policy, load_tokenizer, new_reward_model, save_model
+    from rlhf.models.loading import load_policy, load_tokenizer, new_reward_model, save_model
+    from rlhf.models.peft.methods import add_adapter
     from rlhf.probes import write_probes
     from rlhf.recipe import load_recipe
 

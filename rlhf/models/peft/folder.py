@@ -26,11 +26,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from rlhf.adapters import peft_of, trainable
 from rlhf.config import PeftSection
 from rlhf.errors import UserError
-from rlhf.placement import filled, full_shape
-from rlhf.resolve import ADAPTER_RECORD, BUILT_IN, resolve_model
+from rlhf.models.peft.methods import peft_of, trainable
+from rlhf.models.placement import filled, full_shape
+from rlhf.models.resolve import ADAPTER_RECORD, BUILT_IN, resolve_model
 from rlhf.system.files import hash_path
 
 WEIGHTS = "adapter.safetensors"
@@ -132,7 +132,7 @@ def save_adapter(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: 
     """Write the adapter on a model into a folder that is there. Call it on one process.
 
     Args:
-        model: loaded by rlhf/models.py, which knows its base.
+        model: loaded by rlhf/models/loading.py, which knows its base.
         weights: the model's, by name, whole; the frozen ones are not looked at.
     """
     peft, config = peft_of(model), model.config

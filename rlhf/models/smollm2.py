@@ -14,8 +14,8 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf.cache import build_once, cache_root
 from rlhf.errors import UserError
+from rlhf.models.build_cache import build_once, cache_root
 from rlhf.system.quiet import quiet_transformers, say
 
 if TYPE_CHECKING:

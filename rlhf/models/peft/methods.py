@@ -1,8 +1,8 @@
 """Parameter-efficient methods: what each adds to a transformers model, in place, and what is trained then.
 
     lora, dora, ia3                          by peft, in the linear maps of the transformer layers
-    adapter                                  rlhf/bottleneck.py
-    prefix, p_tuning, p_tuning_v2, prompt    rlhf/virtual_tokens.py
+    adapter                                  rlhf/models/peft/bottleneck.py
+    prefix, p_tuning, p_tuning_v2, prompt    rlhf/models/peft/virtual_tokens.py
     bitfit                                   the bias vectors themselves (Ben Zaken et al. 2022, arXiv 2106.10199)
 
 The model stays what it was, a transformers model without a wrapper: all stages call it as they call any other.
@@ -18,12 +18,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.bottleneck import add_bottlenecks
 from rlhf.config import VIRTUAL_TOKENS, PeftSection
 from rlhf.errors import UserError
-from rlhf.layers import decoder_layers
-from rlhf.placement import is_partitioned
-from rlhf.virtual_tokens import add_virtual_tokens
+from rlhf.models.layers import decoder_layers
+from rlhf.models.peft.bottleneck import add_bottlenecks
+from rlhf.models.peft.virtual_tokens import add_virtual_tokens
+from rlhf.models.placement import is_partitioned
 
 ADAPTER = "default"  # peft's name for the one adapter of a module
 # Linear maps by what architectures call them, for ia3.
@@ -162,3 +162,12 @@ def _ia3_config(model: PreTrainedModel, linear: list[str], transposed: bool) -> 
             "take lora, or another architecture (Llama, Mistral, Qwen, Gemma, GPT-2, GPT-NeoX, OPT, BLOOM, Phi, ...)",
         )
     return IA3Config(target_modules=[*attention, *inner], feedforward_modules=inner, fan_in_fan_out=transposed)
+
+
+def is_plain_lora(module: nn.Module) -> bool:
+    """Whether it is peft's module of a linear map with low-rank updates beside it, without dropout or magnitudes."""
+    from peft.tuners.lora import Linear as LoraLinear
+
+    plain = type(module) is LoraLinear and not module.merged and not module.lora_variant
+    dropped = plain and any(getattr(each, "p", 0.0) for each in module.lora_dropout.values())
+    return plain and not dropped and not any(module.lora_bias.values())

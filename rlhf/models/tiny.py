@@ -19,8 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf.cache import build_once
-from rlhf.embedded import CHATML
+from rlhf.models.build_cache import build_once
+from rlhf.models.smollm2 import CHATML
 from rlhf.system.quiet import quiet_transformers
 
 NAME = "tiny"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf import embedded, tiny
 from rlhf.errors import UserError
+from rlhf.models import smollm2, tiny
 
-BUILT_IN = (embedded.NAME, tiny.NAME)  # whatever folders of these names there are
-ADAPTER_RECORD = "adapter.json"  # of a folder that holds an adapter alone (rlhf/adapter_folder.py)
+BUILT_IN = (smollm2.NAME, tiny.NAME)  # whatever folders of these names there are
+ADAPTER_RECORD = "adapter.json"  # of a folder that holds an adapter alone (rlhf/models/peft/folder.py)
 
 
 def resolve_model(name: str | Path) -> str:
@@ -18,8 +18,8 @@ def resolve_model(name: str | Path) -> str:
         UserError: when `name` is a folder without a model, or looks like a path and does not exist.
     """
     name = str(name)
-    if name == embedded.NAME:
-        return str(embedded.embedded_dir())
+    if name == smollm2.NAME:
+        return str(smollm2.embedded_dir())
     if name == tiny.NAME:
         return str(tiny.tiny_dir())
     path = Path(name).expanduser()

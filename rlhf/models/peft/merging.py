@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.adapters import ADAPTER, peft_of
 from rlhf.config import NOT_MERGED, VIRTUAL_TOKENS, PeftSection
-from rlhf.placement import filled
+from rlhf.models.peft.methods import ADAPTER, peft_of
+from rlhf.models.placement import filled
 
 BASE = ".base_layer."
 LORA_A, LORA_B = f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight"

@@ -14,9 +14,9 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rlhf.adapters import peft_of
 from rlhf.config import VIRTUAL_TOKENS
-from rlhf.placement import full_shape
+from rlhf.models.peft.methods import peft_of
+from rlhf.models.placement import full_shape
 
 
 class Work(NamedTuple):

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from rlhf.adapters import peft_of
 from rlhf.config import Recipe
-from rlhf.layers import cut_layers
+from rlhf.models.layers import cut_layers
+from rlhf.models.peft.methods import peft_of
 from rlhf.system.quiet import quiet_transformers
 
 

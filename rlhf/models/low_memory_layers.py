@@ -21,9 +21,8 @@ from transformers.models.mistral.modeling_mistral import MistralMLP, MistralRMSN
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm
 
-from rlhf.adapters import ADAPTER
-from rlhf.inference import is_plain_lora
-from rlhf.placement import is_partitioned
+from rlhf.models.peft.methods import ADAPTER, is_plain_lora
+from rlhf.models.placement import is_partitioned
 
 NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
 MLPS = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP)

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
-from rlhf.resolve import not_loaded, resolve_model
+from rlhf.models.resolve import not_loaded, resolve_model
 from rlhf.system.quiet import say
 
 PAD = "<|pad|>"

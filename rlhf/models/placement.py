@@ -19,8 +19,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from rlhf.layers import decoder_layers
-from rlhf.mapped import give_back
+from rlhf.models.layers import decoder_layers
+from rlhf.models.mapped_weights import give_back
 from rlhf.system.distributed import anyone, is_main_process
 
 

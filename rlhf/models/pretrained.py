@@ -17,8 +17,8 @@ from transformers import (
 
 from rlhf.config import ModelSection
 from rlhf.errors import UserError
-from rlhf.placement import filled, full_shape
-from rlhf.resolve import not_loaded
+from rlhf.models.placement import filled, full_shape
+from rlhf.models.resolve import not_loaded
 from rlhf.system.quiet import quiet_transformers, say
 
 RESIDUAL_DROPOUT = ("resid_pdrop", "resid_dropout", "residual_dropout", "hidden_dropout", "dropout")

@@ -26,7 +26,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from rlhf.config import CACHED_TOKENS, VIRTUAL_TOKENS, PeftSection
 from rlhf.errors import UserError
-from rlhf.placement import full_shape
+from rlhf.models.placement import full_shape
 
 
 class VirtualTokens(nn.Module):

@@ -20,19 +20,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.adapter_folder import HEAD, AdapterFolder, copy_into, find_adapter, save_adapter
-from rlhf.adapters import add_adapter, peft_of
 from rlhf.config import ModelSection, PeftSection, settings_of
 from rlhf.errors import UserError
-from rlhf.layers import cut_layers
-from rlhf.merging import merge_into, merged_state_dict, why_not_mergeable
-from rlhf.placement import filled
-from rlhf.pretrained import fit_to_tokenizer, is_classifier, load_config, load_plain, scalar_head, set_dropout
-from rlhf.resolve import BUILT_IN, resolve_model
+from rlhf.models.layers import cut_layers
+from rlhf.models.peft.folder import HEAD, AdapterFolder, copy_into, find_adapter, save_adapter
+from rlhf.models.peft.merging import merge_into, merged_state_dict, why_not_mergeable
+from rlhf.models.peft.methods import add_adapter, peft_of
+from rlhf.models.peft.virtual_tokens import attention_window, positions_taken
+from rlhf.models.placement import filled
+from rlhf.models.pretrained import fit_to_tokenizer, is_classifier, load_config, load_plain, scalar_head, set_dropout
+from rlhf.models.resolve import BUILT_IN, resolve_model
+from rlhf.models.tokenizer import load_tokenizer, same_tokenizer
 from rlhf.system.files import publish
 from rlhf.system.quiet import quiet_transformers
-from rlhf.tokenizer import load_tokenizer, same_tokenizer
-from rlhf.virtual_tokens import attention_window, positions_taken
 
 __all__ = [
     "check_context",

@@ -1,0 +1,1 @@
+"""Find, build, load, save and place a transformers model."""

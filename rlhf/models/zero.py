@@ -1,0 +1,127 @@
+"""TODO docstring."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from rlhf.config import Recipe
+from rlhf.errors import UserError
+from rlhf.models.placement import Placement
+from rlhf.system.distributed import processes
+
+Model = TypeVar("Model", bound=nn.Module)
+TEMPLATES = Path(__file__).resolve().parents[2] / "launch" / "deepspeed"
+
+
+def config_path(recipe: Recipe) -> Path:
+    """The DeepSpeed JSON of a recipe: the user's own, or the template of the stage."""
+    launch = recipe.launch
+    offload = "-offload" if launch.offload else ""
+    return Path(launch.deepspeed_config or TEMPLATES / f"zero{launch.zero_stage}{offload}.json").expanduser()
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """DeepSpeed's settings for our loops: the recipe's JSON with what the loops decide filled in.
+
+    Raises:
+        UserError: when the user's own file sets what is the recipe's to say.
+    """
+    path = config_path(recipe)
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("optimizer", "scheduler", "torch_autocast"):
+        if key in found:
+            raise UserError(f"{key} is the recipe's to say", str(path), f"take {key} out of the DeepSpeed file")
+    zero = found.get("zero_optimization", {})
+    if zero.get("round_robin_gradients") or "nvme" in _devices(zero):
+        raise UserError(
+            "round_robin_gradients and state on NVMe are laid out in ways that a checkpoint here does not know",
+            str(path),
+            "take them out of zero_optimization; offloading to cpu is known",
+        )
+    if zero.get("stage", 0) != 2:
+        zero["overlap_comm"] = False  # DeepSpeed overlaps on ZeRO 2 alone where the caller owns the boundary
+    if zero.get("stage", 0) == 3:
+        zero["sub_group_size"] = 10**15  # else a large group is stepped, and clipped, in pieces with norms of their own
+    return found | {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed's own bookkeeping: the loops cut the micro-batches
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.0,  # by group, in ClippedAdamW
+        "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def _devices(zero: dict[str, Any]) -> set[str]:
+    """Where a file's zero_optimization moves state to."""
+    return {str(part.get("device")) for part in zero.values() if isinstance(part, dict)}
+
+
+def zero_stage(recipe: Recipe) -> int:
+    """ZeRO stage of the recipe's DeepSpeed file; 0 for a single process, which runs without DeepSpeed."""
+    return int(settings(recipe).get("zero_optimization", {}).get("stage", 0)) if processes() > 1 else 0
+
+
+def trained(recipe: Recipe, load: Callable[[], Model]) -> Model:
+    """`load()` for a model that an engine will train: under ZeRO-3 it is in parts from the start."""
+    with _loading(recipe, zero_stage(recipe) == 3):
+        model = load()
+    model.placement = Placement(by_layer=recipe.launch.gather == "by_layer")
+    return model
+
+
+def frozen(recipe: Recipe, device: torch.device, load: Callable[[], Model], leaves: bool = False) -> Model:
+    """`load()` for a model that only samples or scores, without gradients, placed as `launch.frozen` says.
+
+    Args:
+        leaves: on a CPU it leaves memory between its passes, where it is whole and its weights are mapped from a file.
+    """
+    how = recipe.launch.frozen
+    with _loading(recipe, how == "partitioned"):
+        model = load()
+    model.requires_grad_(False)
+    if how == "cpu":
+        model.placement = Placement(visits=device)
+    else:
+        model.placement = Placement(by_layer=recipe.launch.gather == "by_layer", leaves=leaves)
+        model.to(device)
+    return model.eval()
+
+
+@contextmanager
+def _loading(recipe: Recipe, parted: bool) -> Iterator[None]:
+    """Inside, models are loaded in parts where `parted`: no process ever holds one whole."""
+    if not parted or processes() == 1:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    connect()
+    config = settings(recipe)
+    if zero_stage(recipe) != 3:
+        config["zero_optimization"] = {"stage": 3}
+    live = HfDeepSpeedConfig(config)  # transformers builds models under deepspeed.zero.Init while it lives
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del live
+
+
+def connect() -> None:
+    """Let DeepSpeed use the group of processes that is there."""
+    import deepspeed
+    import deepspeed.ops
+
+    if not torch.cuda.is_available():
+        # Otherwise every start compiles an operator for a minute or more, which training does not use.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
