@@ -292,8 +292,8 @@ def plan(
     """
     from launch.pipeline import show_plan
     from rlhf.fit import with_count
-    from rlhf.plan import check
     from rlhf.recipe import load_recipe
+    from rlhf.run.preflight import check
 
     loaded = load_recipe(recipe, overrides or [])
     if count is not None:

@@ -15,10 +15,11 @@ from pathlib import Path
 from launch.pipeline import Redo, disk_need, how_ended, speaks, start
 from rlhf.comparison import rows, why_failed
 from rlhf.config import Recipe
-from rlhf.dependencies import check_data_files, unchanged
 from rlhf.errors import UserError
-from rlhf.plan import check, world_size
-from rlhf.rundir import RunFolder
+from rlhf.plan import world_size
+from rlhf.run.fingerprints import check_data_files, unchanged
+from rlhf.run.folder import RunFolder
+from rlhf.run.preflight import check
 from rlhf.system.console import console, duration, table
 from rlhf.system.files import require_disk, require_writable
 from rlhf.system.signals import STOPPED

@@ -16,7 +16,7 @@ from rlhf.label_store import LabelStore, labelled_row
 from rlhf.label_wait import LABELS, OUTPUTS, opened, page, tell_set_aside, wait
 from rlhf.outputs import read_outputs
 from rlhf.recipe import load_recipe
-from rlhf.rundir import RunFolder, live_owner
+from rlhf.run.folder import RunFolder, live_owner
 from rlhf.system.console import console
 
 RANKINGS = "rank/rankings.jsonl"

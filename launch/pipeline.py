@@ -22,12 +22,13 @@ from pathlib import Path
 import psutil
 
 from rlhf.config import Recipe
-from rlhf.dependencies import check_accepted, check_data_files
 from rlhf.errors import UserError
-from rlhf.plan import check, plan_rows, read_hosts, world_size
+from rlhf.plan import read_hosts, world_size
 from rlhf.recipe import load_recipe, recipe_names
-from rlhf.rundir import LOGS, RunFolder
-from rlhf.saving import KEPT
+from rlhf.run.checkpoints import KEPT
+from rlhf.run.fingerprints import check_accepted, check_data_files
+from rlhf.run.folder import LOGS, RunFolder
+from rlhf.run.preflight import check, plan_rows
 from rlhf.system.console import console, table
 from rlhf.system.files import require_disk, require_writable
 from rlhf.system.rank_logs import ERROR

@@ -10,13 +10,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.checkpoint import list_checkpoints, verify
 from rlhf.config import Recipe
-from rlhf.dependencies import READS
 from rlhf.errors import UserError
 from rlhf.plan import plan_ppo
 from rlhf.recipe import load_recipe
-from rlhf.rundir import RunFolder, live_owner
+from rlhf.run.fingerprints import READS
+from rlhf.run.folder import RunFolder, live_owner
+from rlhf.run.sealing import list_checkpoints, verify
 from rlhf.system.console import console, duration, table
 
 HEADLINES = {  # metrics to show, the first of each that there is

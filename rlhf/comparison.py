@@ -20,7 +20,7 @@ from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.evaluation import compare
 from rlhf.functional.statistics import ENOUGH_PROMPTS, Interval, mean_interval, prompt_means, win_rate
-from rlhf.rundir import RunFolder, live_owner
+from rlhf.run.folder import RunFolder, live_owner
 from rlhf.system.files import read_json, read_rows
 from rlhf.ways import Comparison
 

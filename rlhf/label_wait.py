@@ -28,7 +28,7 @@ from rlhf.system.distributed import is_main_process
 from rlhf.system.phases import phase, progressed
 
 if TYPE_CHECKING:
-    from rlhf.stage import StageContext
+    from rlhf.run.stage import StageContext
 
 LABELS = "labels.sqlite"
 OUTPUTS = "rank/outputs.jsonl"

@@ -32,7 +32,7 @@ from rlhf.rubric import rubric_score
 from rlhf.scoring import scores
 
 if TYPE_CHECKING:
-    from rlhf.rundir import RunFolder
+    from rlhf.run.folder import RunFolder
 
 
 class Output(NamedTuple):

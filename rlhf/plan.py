@@ -6,18 +6,12 @@ smaller batch. Micro-batches change memory and speed only; losses are divided by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from importlib.util import find_spec
 from pathlib import Path
 
-from rlhf.config import NOT_MERGED, LabelSection, Recipe, settings_of
-from rlhf.data.few_shot import check_judge
-from rlhf.data.prompt_template import load_template
+from rlhf.config import Recipe
 from rlhf.errors import UserError
-
-ORDER = {"sft": 0, "rank": 1, "reward": 2, "ppo-ptx": 3, "ppo": 3, "evaluate": 4}  # what needs what
 
 
 @dataclass(frozen=True)
@@ -179,108 +173,6 @@ def as_launched(recipe: Recipe, processes: int | None) -> Recipe:
     return recipe.model_copy(update={"launch": launch})
 
 
-def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
-    """Rules between fields, for the given stages (default: run.stages). Raises UserError at the first one broken."""
-    stages = list(recipe.run.stages if stages is None else stages)
-    _check_order(stages)
-    if recipe.launch.deepspeed_config and not Path(recipe.launch.deepspeed_config).expanduser().is_file():
-        raise UserError("there is no such DeepSpeed file", "launch.deepspeed_config", "give the path of a JSON file")
-    _check_launch(recipe)
-    if "sft" in stages:
-        plan_sft(recipe)
-        if recipe.sft.pretraining_mix > 0:
-            _need_data(recipe, "pretraining", "sft.pretraining_mix is above 0")
-    if "rank" in stages:
-        _check_rank(recipe)
-    if "reward" in stages:
-        plan_reward(recipe)
-    if "ppo-ptx" in stages or "ppo" in stages:
-        _check_ppo(recipe, "ppo-ptx" in stages)
-    samples_there = recipe.ppo.rollout == "vllm" and recipe.model.peft.method not in NOT_MERGED
-    if samples_there and set(stages) & {"ppo-ptx", "ppo", "evaluate"}:
-        _check_vllm(recipe)
-    if "evaluate" in stages:
-        _need_data(recipe, "prompts_heldout", "evaluate samples from it")
-        if recipe.evaluate.labeler == "judge":
-            check_judge(recipe.judge)
-        for name in recipe.evaluate.prompted:
-            load_template(name, "answer")
-
-
-def plan_rows(recipe: Recipe, stages: Sequence[str] | None = None) -> list[tuple[str, str]]:
-    """(what, derived number with how it came about) for the given stages, to be shown as a table."""
-    stages = list(recipe.run.stages if stages is None else stages)
-    rows = [("model", f"{recipe.model.name}, {recipe.model.dtype}")]
-    if recipe.model.peft.on:
-        only = "" if recipe.reward_peft.on else "; all weights of reward and value model"
-        rows.append(("trained", f"{settings_of(recipe.model.peft)}{only}"))
-    rows.append(("processes", str(world_size(recipe))))
-    if "sft" in stages:
-        s = plan_sft(recipe)
-        split = _split(s.processes, s.accumulation, s.micro_batch_size)
-        step = f"{s.batch_size} sequences per optimiser step = {split}"
-        rows.append(("sft", f"{step}, {_count(recipe.sft.epochs, 'epoch')}"))
-    if "rank" in stages:
-        r = plan_rank(recipe)
-        prompts, responses = (f"{r.prompts}", f" = {r.responses} responses") if r.prompts else ("all", "")
-        rows.append(("rank", f"{prompts} prompts x {r.outputs_per_prompt} outputs{responses}"))
-        rows.append(("rank", f"{r.pairs_per_prompt} pairs per prompt, labeler {recipe.rank.labeler}"))
-        if recipe.rank.labeler == "human":
-            rows.append(("rank", _people(recipe.label)))
-        if recipe.rank.labeler == "judge":
-            rows.append(("rank", _judge(recipe)))
-    if "reward" in stages:
-        w = plan_reward(recipe)
-        split = f"{_count(w.processes, 'process')} x {w.batch_per_process}"
-        step = f"{w.batch_size} prompts per optimiser step = {split}, {_count(recipe.reward.epochs, 'epoch')}"
-        rows.append(("reward", f"{step}, at most {recipe.reward.micro_tokens} tokens per forward"))
-    if "ppo-ptx" in stages or "ppo" in stages:
-        rows += _ppo_rows(recipe, [stage for stage in stages if stage.startswith("ppo")])
-    return rows
-
-
-# --- parts -----------------------------------------------------------------------------------------------------------
-
-
-def _split(processes: int, micro_batches: int, size: int) -> str:
-    return f"{_count(processes, 'process')} x {_count(micro_batches, 'micro-batch')} x {size}"
-
-
-def _count(n: float, word: str) -> str:
-    return f"{n:g} {word}" if n == 1 else f"{n:g} {word}{'es' if word.endswith(('s', 'tch')) else 's'}"
-
-
-def _people(label: LabelSection) -> str:
-    until = _count(label.rankings, "ranking") if label.rankings else "all that are wanted"
-    several = min(label.opinions, len(label.labelers))
-    shared = f"{label.overlap:.0%} of the prompts by {several} of them, " if several > 1 else ""
-    return f"by {', '.join(label.labelers)}; {shared}goes on after {until}"
-
-
-def _judge(recipe: Recipe) -> str:
-    template, k = load_template(recipe.judge.template), recipe.rank.outputs_per_prompt
-    questions = k * (k - 1) if template.kind == "pair" else k
-    who = f"{recipe.judge.model or recipe.model.name}{' at ' * bool(recipe.judge.endpoint)}{recipe.judge.endpoint}"
-    return f"{_count(questions, 'question')} per prompt to {who}, template {template.name}"
-
-
-def _ppo_rows(recipe: Recipe, variants: list[str]) -> list[tuple[str, str]]:
-    p, cfg, name = plan_ppo(recipe), recipe.ppo, ", ".join(variants)
-    per_step = _split(p.processes, p.micro_batches, cfg.micro_batch_size)
-    passes = f"{_count(p.minibatches, 'minibatch')} x {_count(cfg.epochs, 'epoch')}"
-    rows = [
-        (name, f"{cfg.episodes} episodes = {p.iterations} iterations x {cfg.batch_size}"),
-        (name, f"{passes} = {p.steps_per_iteration} optimiser steps per iteration"),
-        (name, f"{p.steps} optimiser steps in all, each {cfg.minibatch_size} episodes = {per_step}"),
-        (name, f"at most {p.response_tokens} response tokens per iteration"),
-    ]
-    if "ppo-ptx" in variants:
-        ptx = f"{p.ptx_rows_per_minibatch} pretraining rows of {cfg.ptx_tokens} tokens per step"
-        how = f"{cfg.ptx_examples_per_episode:g} x {cfg.minibatch_size}, {_count(p.ptx_micro_batches, 'micro-batch')}"
-        rows.append(("ppo-ptx", f"{ptx} = {how}"))
-    return rows
-
-
 def _accumulation(section: str, batch: int, micro: int, processes: int, field: str = "batch_size") -> int:
     if processes == 1:
         return exact_div(f"{section}.{field}", batch, f"{section}.micro_batch_size", micro)
@@ -306,90 +198,3 @@ def _ptx_rows(recipe: Recipe, processes: int) -> int:
         "ppo.ptx_examples_per_episode and ppo.minibatch_size",
         f"ppo.ptx_examples_per_episode={' or '.join(good)}",
     )
-
-
-def _check_launch(recipe: Recipe) -> None:
-    launch, machines = recipe.launch, 1
-    if launch.hostfile:
-        machines = len(read_hosts(launch.hostfile))
-    elif launch.node_rank >= 0:
-        raise UserError("launch.node_rank is a place in a hostfile", "launch.hostfile", "give the hostfile")
-    if launch.node_rank >= machines:
-        raise UserError(
-            f"launch.node_rank {launch.node_rank} is not of the {machines} machines in the hostfile",
-            "launch.node_rank",
-            f"the first is 0, the last {machines - 1}",
-        )
-    if launch.offload and not launch.deepspeed_config and launch.zero_stage < 2:
-        raise UserError(
-            f"ZeRO {launch.zero_stage} has no template with offload", "launch.offload", "set launch.zero_stage=2 or 3"
-        )
-
-
-def _check_order(stages: list[str]) -> None:
-    for stage in stages:
-        if stages.count(stage) > 1:
-            raise UserError(f"{stage} is listed twice", "run.stages", "name every stage once")
-    ordered = sorted(stages, key=ORDER.__getitem__)  # stable: the two variants of PPO may come in either order
-    if ordered != stages:
-        raise UserError("a stage comes before one that it needs", "run.stages", f"run.stages=[{','.join(ordered)}]")
-
-
-def _check_rank(recipe: Recipe) -> None:
-    cfg = recipe.rank
-    if cfg.labeler == "file":
-        _need_data(recipe, "rankings", "rank.labeler is file")
-        return
-    _need_data(recipe, "prompts", "rank samples from it")
-    if cfg.labeler == "judge":
-        check_judge(recipe.judge)
-    if cfg.labeler == "reward_model" and not cfg.reward_model:
-        raise UserError(
-            "rank.labeler is reward_model, and no model is given", "rank.reward_model", "give a folder or a Hub name"
-        )
-
-
-def _check_ppo(recipe: Recipe, with_ptx: bool) -> None:
-    cfg = recipe.ppo
-    plan = plan_ppo(recipe)
-    _need_data(recipe, "prompts", "PPO samples from it")
-    if cfg.kl_control == "adaptive" and cfg.kl_coef == 0:
-        raise UserError(
-            "adaptive control multiplies ppo.kl_coef, and 0 stays 0", "ppo.kl_coef", "give a start value, as 0.02"
-        )
-    if not with_ptx:
-        return
-    if cfg.ptx_coef == 0:
-        raise UserError(
-            "ppo-ptx needs ppo.ptx_coef above 0", "ppo.ptx_coef and run.stages", "set it, or run ppo instead"
-        )
-    if plan.ptx_rows_per_minibatch == 0:
-        raise UserError(
-            "ppo-ptx needs ppo.ptx_examples_per_episode above 0", "ppo.ptx_examples_per_episode", "set it (paper: 8)"
-        )
-    _need_data(recipe, "pretraining", "ppo-ptx trains on it")
-
-
-def _check_vllm(recipe: Recipe) -> None:
-    url = recipe.launch.vllm_url
-    if url:
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"{url} is no URL of a server", "launch.vllm_url", "give it as http://HOST:PORT")
-        return
-    if find_spec("vllm") is None:
-        raise UserError(
-            "ppo.rollout is vllm, which is not installed here, and no server is named",
-            "launch.vllm_url",
-            "start a server in an environment that has vllm and give its URL, or ppo.rollout=native",
-        )
-    if world_size(recipe) > 1:
-        raise UserError(
-            f"vllm in process works with one process, and there are {world_size(recipe)}",
-            "launch.vllm_url",
-            "start a server and give its URL",
-        )
-
-
-def _need_data(recipe: Recipe, field: str, why: str) -> None:
-    if not getattr(recipe.data, field):
-        raise UserError(f"data.{field} is empty, and {why}", f"data.{field}", f"name a file: 'data.{field}=[FILE]'")

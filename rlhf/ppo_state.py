@@ -27,7 +27,7 @@ from rlhf.plan import PpoPlan, plan_ppo
 from rlhf.policy_value import PolicyValue
 from rlhf.ppo_networks import load_networks
 from rlhf.probes import check_probes
-from rlhf.saving import Checkpoints
+from rlhf.run.checkpoints import Checkpoints
 from rlhf.scoring import check_plain_head
 from rlhf.system.console import console
 from rlhf.system.distributed import barrier, is_main_process, pick_device

@@ -48,9 +48,9 @@ from rlhf.probes import check_probes
 from rlhf.prompted import answer_prompted
 from rlhf.rescoring import rescore
 from rlhf.rollout import Rollout, sample
-from rlhf.rundir import RunFolder
+from rlhf.run.folder import RunFolder
+from rlhf.run.stage import StageContext, run_stage
 from rlhf.scoring import scores, token_logprobs
-from rlhf.stage import StageContext, run_stage
 from rlhf.system.console import Progress, console
 from rlhf.system.distributed import is_main_process
 from rlhf.system.files import write_atomic

@@ -42,8 +42,8 @@ from rlhf.ppo_state import Ppo, build, load_checkpoint, save_checkpoint, update_
 from rlhf.recipe import load_recipe
 from rlhf.rescoring import rescore
 from rlhf.rollout import Rollout, sample
+from rlhf.run.stage import StageContext, exit_code, parse_stage_args, run_stage
 from rlhf.scoring import SequenceBatch, build_batch, head_pieces, scores, token_logprobs, token_values
-from rlhf.stage import StageContext, exit_code, parse_stage_args, run_stage
 from rlhf.system.console import Progress, console
 from rlhf.system.distributed import everyones, from_first, is_main_process, own
 from rlhf.system.malloc import return_freed_memory

@@ -39,8 +39,8 @@ from rlhf.models.zero import frozen
 from rlhf.outputs import Outputs
 from rlhf.rollout import sample
 from rlhf.rubric import rubric_score
+from rlhf.run.stage import StageContext, run_stage
 from rlhf.samples import Samples
-from rlhf.stage import StageContext, run_stage
 from rlhf.system.console import Progress, console, warn
 from rlhf.system.console import table as print_table
 from rlhf.system.distributed import is_main_process

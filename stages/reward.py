@@ -35,9 +35,9 @@ from rlhf.models.placement import at_hand, whole_state
 from rlhf.models.zero import trained
 from rlhf.probes import write_probes
 from rlhf.ranking_passes import Group, by_length, part_passes, whole_passes
+from rlhf.run.stage import StageContext, run_stage
 from rlhf.scoring import Pair, SequenceBatch, build_batch, raw_scores, scores
 from rlhf.shared_prompts import SharedBatch, build_shared, can_share, shared_scores, sharing
-from rlhf.stage import StageContext, run_stage
 from rlhf.system.console import Progress, console
 from rlhf.system.distributed import barrier, everyones, from_first, gathered, is_main_process, own
 from rlhf.system.phases import phase

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.checkpoint import FOREIGN, keep_last, list_checkpoints, newest_sealed, seal, verify, write_aside
-from rlhf.saving import Checkpoints
+from rlhf.run.checkpoints import Checkpoints
+from rlhf.run.sealing import FOREIGN, keep_last, list_checkpoints, newest_sealed, seal, verify, write_aside
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -146,7 +146,7 @@ def test_sigkill_in_the_middle_of_a_write(tmp_path: Path) -> None:
     code = f"""
 import sys, time
 from pathlib import Path
-from rlhf.checkpoint import write_aside
+from rlhf.run.sealing import write_aside
 def write(staged):
     with (staged / "weights.bin").open("wb") as file:
         while True:
@@ -200,7 +200,7 @@ def test_with_a_barrier_every_process_writes_and_the_first_seals(tmp_path: Path)
 import os, sys
 from pathlib import Path
 import torch.distributed as dist
-from rlhf.saving import Checkpoints
+from rlhf.run.checkpoints import Checkpoints
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meet", rank=int(os.environ["RANK"]), world_size=2)
 checkpoints = Checkpoints(Path(sys.argv[1]) / "checkpoints")
 for step in (1, 2, 3):

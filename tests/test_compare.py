@@ -16,7 +16,7 @@ from launch.compare import compare
 from launch.pipeline import Redo
 from rlhf.config import Recipe
 from rlhf.errors import UserError
-from rlhf.stage import StageContext, run_stage
+from rlhf.run.stage import StageContext, run_stage
 from rlhf.system.console import console
 
 ROOT = Path(__file__).resolve().parent.parent

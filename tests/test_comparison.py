@@ -13,7 +13,7 @@ from comparison_runs import BAD, by_way, hand_made
 from rlhf.comparison import Row, finding, rows
 from rlhf.errors import UserError
 from rlhf.functional.statistics import Interval, mean_interval
-from rlhf.rundir import _started
+from rlhf.run.folder import _started
 from rlhf.ways import Comparison
 
 

@@ -22,7 +22,7 @@ from rlhf.errors import UserError
 from rlhf.label_audience import Audience
 from rlhf.label_store import Counts, LabelStore
 from rlhf.outputs import outputs_row
-from rlhf.rundir import RunFolder
+from rlhf.run.folder import RunFolder
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from rlhf.labelers import (
 )
 from rlhf.models.loading import load_tokenizer, new_reward_model
 from rlhf.rubric import rubric_score
-from rlhf.rundir import RunFolder
+from rlhf.run.folder import RunFolder
 from rlhf.scoring import scores
 
 PROMPT = Prompt.from_text("why does bread go stale faster in the fridge")

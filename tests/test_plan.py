@@ -8,18 +8,9 @@ import pytest
 
 from rlhf.config import Recipe
 from rlhf.errors import UserError
-from rlhf.plan import (
-    as_launched,
-    check,
-    exact_div,
-    plan_ppo,
-    plan_rank,
-    plan_reward,
-    plan_rows,
-    plan_sft,
-    read_hosts,
-)
+from rlhf.plan import as_launched, exact_div, plan_ppo, plan_rank, plan_reward, plan_sft, read_hosts
 from rlhf.recipe import load_recipe
+from rlhf.run.preflight import check, plan_rows
 
 
 def recipe(*overrides: str) -> Recipe:

@@ -176,7 +176,7 @@ def test_a_template_without_room_is_refused(policy: PreTrainedModel, tiny_tokeni
 
 
 def test_the_recipe_names_templates_for_answers(tmp_path: Path) -> None:
-    from rlhf.plan import check
+    from rlhf.run.preflight import check
 
     check(load_recipe("tiny", ["evaluate.prompted=[few-shot,chain-of-thought]", "evaluate.prompted_policies=[sft]"]))
     for name, words in [("few-shots", "did you mean few-shot?"), ("pair-brief", "no template 'pair-brief'")]:

@@ -15,10 +15,10 @@ from test_stage import RECIPE, folder, never, train  # noqa: F401 (`folder` is t
 
 from launch import pipeline, status
 from launch.pipeline import Redo
-from rlhf.dependencies import MAY_CHANGE
 from rlhf.errors import UserError
 from rlhf.recipe import fields, load_recipe
-from rlhf.stage import StageContext, run_stage
+from rlhf.run.fingerprints import MAY_CHANGE
+from rlhf.run.stage import StageContext, run_stage
 
 ROOT = Path(__file__).resolve().parent.parent
 

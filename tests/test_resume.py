@@ -15,7 +15,7 @@ import pytest
 from rlhf.data.records import Drops
 from rlhf.heldout import unseen_prompts, unseen_texts
 from rlhf.recipe import load_recipe
-from rlhf.stage import StageContext
+from rlhf.run.stage import StageContext
 from stages import ppo, rank, reward, sft
 
 SMALL = ["tiny", "tracking.wandb=disabled", "run.device=cpu", "rank.prompts=16", "rank.outputs_per_prompt=3"]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.rundir import RunFolder, is_alive
+from rlhf.run.folder import RunFolder, is_alive
 from rlhf.system.files import hash_path, require_disk, size_of, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +73,7 @@ def test_keys_are_relative_inside_the_run_and_absolute_outside(tmp_path: Path, m
 
 HOLDER = """
 import sys, time
-from rlhf.rundir import RunFolder, is_alive
+from rlhf.run.folder import RunFolder, is_alive
 with RunFolder(sys.argv[1]).lock():
     print("held", flush=True)
     time.sleep(600)
@@ -170,7 +170,7 @@ def test_of_many_that_find_a_dead_owner_one_takes_over(tmp_path: Path) -> None:
 import sys, time
 from pathlib import Path
 from rlhf.errors import UserError
-from rlhf.rundir import RunFolder, is_alive
+from rlhf.run.folder import RunFolder, is_alive
 root = Path(sys.argv[1])
 while not (root / "go").exists():
     time.sleep(0.001)

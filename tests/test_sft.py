@@ -19,8 +19,8 @@ from rlhf.data.text_blocks import demonstration_row, text_rows
 from rlhf.errors import UserError
 from rlhf.models.loading import load_policy, save_model
 from rlhf.models.peft.methods import add_adapter, peft_of, trainable
-from rlhf.saving import Checkpoints
-from rlhf.tracking import Tracker
+from rlhf.run.checkpoints import Checkpoints
+from rlhf.run.tracking import Tracker
 from stages.sft import check_layout, main, mix_rows, train_sft, trainer_config, validation_loss, write_policy
 
 ANSWERS = [

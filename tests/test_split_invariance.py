@@ -28,8 +28,8 @@ from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.plan import plan_ppo
 from rlhf.policy_value import PolicyValue
 from rlhf.ppo_state import Ppo
-from rlhf.saving import Checkpoints
-from rlhf.tracking import Tracker
+from rlhf.run.checkpoints import Checkpoints
+from rlhf.run.tracking import Tracker
 from stages.ppo import ppo_step, ptx_step, rollout, score
 from stages.reward import Group, Scored
 from stages.reward import step as reward_step

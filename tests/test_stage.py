@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from rlhf.checkpoint import newest_sealed
 from rlhf.config import Recipe
-from rlhf.dependencies import READS, depends_on, fingerprint
 from rlhf.errors import UserError
 from rlhf.recipe import load_recipe
-from rlhf.stage import StageContext, parse_stage_args, run_stage
+from rlhf.run.fingerprints import READS, depends_on, fingerprint
+from rlhf.run.sealing import newest_sealed
+from rlhf.run.stage import StageContext, parse_stage_args, run_stage
 from rlhf.system.distributed import pick_device
 from rlhf.system.files import hash_path
 from rlhf.system.signals import TWICE

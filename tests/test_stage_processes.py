@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from test_stage import RECIPE, folder, never, stage_json, train  # noqa: F401 (`folder` is the fixture of both files)
 
-from rlhf.stage import run_stage
+from rlhf.run.stage import run_stage
 from rlhf.system.signals import Signals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +46,7 @@ def test_a_killed_stage_is_taken_up_again_and_a_live_one_is_not_disturbed(
 ) -> None:
     child = start("""
 import sys, time
-from rlhf.stage import run_stage
+from rlhf.run.stage import run_stage
 def work(ctx):
     ctx.tracker.log({"sft/loss": 1.0}, 10)
     time.sleep(600)
@@ -69,7 +69,7 @@ import os, sys, time
 from pathlib import Path
 import torch, torch.distributed as dist
 from rlhf.errors import UserError
-from rlhf.stage import run_stage
+from rlhf.run.stage import run_stage
 def work(ctx):
     total = torch.tensor(float(os.environ["RANK"]) + 1)
     dist.all_reduce(total)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf import tracking
 from rlhf.config import TrackingSection
-from rlhf.tracking import Tracker, wandb_mode
+from rlhf.run import tracking
+from rlhf.run.tracking import Tracker, wandb_mode
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -143,7 +143,7 @@ import sys
 sys.modules["wandb"] = None  # what an import of a missing package comes to
 from pathlib import Path
 from rlhf.config import TrackingSection
-from rlhf.tracking import Tracker
+from rlhf.run.tracking import Tracker
 tracker = Tracker(Path({str(tmp_path)!r}), "demo", "sft", TrackingSection(wandb="offline"), {{}})
 tracker.log({{"sft/loss": 1.0}}, 10)
 tracker.log({{"sft/loss": 0.5}}, 20)

@@ -27,10 +27,10 @@ from rlhf.functional.seeding import row_seed
 from rlhf.models import tiny
 from rlhf.models.loading import load_policy, load_tokenizer, save_model
 from rlhf.models.peft.methods import add_adapter
-from rlhf.plan import check
 from rlhf.recipe import load_recipe
 from rlhf.rescoring import rescore
 from rlhf.rollout import Rollout, sample
+from rlhf.run.preflight import check
 from rlhf.vllm_engine import check_server
 
 PROMPTS = [[5, 6, 7], [10], [15, 16, 17, 18, 19], [3, 4], [5, 6, 7]]

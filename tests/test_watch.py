@@ -19,7 +19,7 @@ from test_stage import RECIPE, folder  # noqa: F401 (`folder` is the fixture of 
 from test_stage_processes import free_port, wait_for
 
 from launch import pipeline
-from rlhf.stage import StageContext, run_stage
+from rlhf.run.stage import StageContext, run_stage
 from rlhf.system.rank_logs import current
 from rlhf.system.watchdog import Watch
 
@@ -32,7 +32,7 @@ WORK = """
 import os, sys, time
 import torch, torch.distributed as dist
 from rlhf.system.phases import phase
-from rlhf.stage import run_stage
+from rlhf.run.stage import run_stage
 def work(ctx):
     for step in range(1000):
         phase("update", step)

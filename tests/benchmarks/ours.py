@@ -37,7 +37,7 @@ from stages import sft as sft_stage
 NEVER = [-1]  # a stop id that no token has: every response gets its full length
 NO_CLIP = 1e9  # TRL's PPO does not clip outside DeepSpeed; ours does the work and leaves the gradient as it is
 
-keep_freed_memory()  # as rlhf.stage.run_stage does for every stage
+keep_freed_memory()  # as rlhf.run.stage.run_stage does for every stage
 
 
 def encoded_prompts(model: str) -> list[list[int]]:

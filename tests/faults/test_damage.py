@@ -19,7 +19,7 @@ import pytest
 from compare import differences
 from trials import Bench, served
 
-from rlhf.checkpoint import list_checkpoints, verify
+from rlhf.run.sealing import list_checkpoints, verify
 
 pytestmark = pytest.mark.timeout(900)
 STAGE = "ppo-ptx"

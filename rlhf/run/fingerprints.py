@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from rlhf.checkpoint import list_checkpoints
 from rlhf.config import Recipe
 from rlhf.data.sources import local_path
 from rlhf.errors import UserError
 from rlhf.recipe import changed_keys, fields, load_recipe, recipe_to_yaml
-from rlhf.rundir import RunFolder
+from rlhf.run.folder import RunFolder
+from rlhf.run.sealing import list_checkpoints
 from rlhf.system.files import hash_path, size_of, write_atomic
 
 ABSENT = "absent"  # recorded for what a stage would have read, had it been there

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 
-from rlhf.checkpoint import Sealed, keep_last, newest_sealed, seal, write_aside
+from rlhf.run.sealing import Sealed, keep_last, newest_sealed, seal, write_aside
 from rlhf.system.distributed import is_main_process
 
 KEPT = 2
@@ -23,7 +23,7 @@ class Checkpoints:
 
     Args:
         folder: `checkpoints/` of the stage.
-        of: whose they are, see rlhf/checkpoint.py.
+        of: whose they are, see rlhf/run/sealing.py.
         before: called by the first process before a checkpoint is sealed: makes last what it must not outlive.
     """
 

@@ -4,8 +4,8 @@
 the run, skips a stage that is finished and unchanged, runs the work, and writes stage.json:
 
     state         running, done, stopped (asked to) or failed
-    fingerprint   hash of the recipe fields that the stage depends on       rlhf/dependencies.py
-    identity      whose its checkpoints are                                 rlhf/checkpoint.py
+    fingerprint   hash of the recipe fields that the stage depends on       rlhf/run/fingerprints.py
+    identity      whose its checkpoints are                                 rlhf/run/sealing.py
     inputs        path: SHA-256; paths in the run folder are relative to it
     outputs       path: bytes
     metrics, seconds (of all attempts), attempts, error
@@ -34,7 +34,11 @@ import torch
 from rich.console import Console
 
 from rlhf.config import Recipe
-from rlhf.dependencies import (
+from rlhf.errors import UserError
+from rlhf.plan import as_launched
+from rlhf.recipe import load_recipe
+from rlhf.run.checkpoints import Checkpoints
+from rlhf.run.fingerprints import (
     ABSENT,
     changes,
     check_recipe,
@@ -44,11 +48,9 @@ from rlhf.dependencies import (
     is_started,
     lost_outputs,
 )
-from rlhf.errors import UserError
-from rlhf.plan import as_launched, check
-from rlhf.recipe import load_recipe
-from rlhf.rundir import LOGS, RunFolder
-from rlhf.saving import Checkpoints
+from rlhf.run.folder import LOGS, RunFolder
+from rlhf.run.preflight import check
+from rlhf.run.tracking import Tracker
 from rlhf.system.console import close_progress, console, duration, table, warn
 from rlhf.system.distributed import from_first, is_main_process, joined, launched, pick_device, world_size
 from rlhf.system.files import hash_path, require_writable, size_of
@@ -58,7 +60,6 @@ from rlhf.system.rank_logs import PeerFailed, own_log
 from rlhf.system.rng import seed_rng
 from rlhf.system.signals import Signals, StopNow
 from rlhf.system.watchdog import cause, watched
-from rlhf.tracking import Tracker
 
 PRODUCTS = {"rank": "rankings.jsonl", "evaluate": "results.json"}  # what proves a stage complete; elsewhere model/
 NOT_OUTPUTS = ("stage.json", "metrics.jsonl", "wandb_id.txt", "tables", "checkpoints", "trainer", LOGS)
