@@ -15,7 +15,7 @@ from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.recipe import load_recipe
-from rlhf.rollout import sample
+from rlhf.rollout.sampling import sample
 from rlhf.system.console import console
 
 

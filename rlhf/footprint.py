@@ -24,10 +24,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.models.layers import decoder_layers
 from rlhf.models.low_memory_layers import keep_less
-from rlhf.rollout import draw
-from rlhf.scoring import build_batch, head_pieces, hidden_states, raw_scores, response_logprobs, response_values
+from rlhf.rollout.batches import build_batch
+from rlhf.rollout.lm_head import head_pieces
+from rlhf.rollout.sampling import draw
+from rlhf.rollout.scoring import hidden_states, raw_scores, response_logprobs, response_values
+from rlhf.rollout.shared_prompts import build_shared, shared_scores, sharing
 from rlhf.shapes import ModelSpec, build
-from rlhf.shared_prompts import build_shared, shared_scores, sharing
 
 PassKind = Literal["backbone", "policy", "value", "reward"]
 SAMPLE = (1, 2)  # layers of the models that are run
@@ -150,7 +152,7 @@ def decoding_pass(spec: ModelSpec, rows: int, prompts: int, prompt: int, respons
 
 
 def _decode_step(model: PreTrainedModel, memory: Live, rows: int, cached: int, tokens: int) -> int:
-    """Most bytes besides the KV cache in a step of the decode loop, as rlhf/rollout.py does it."""
+    """Most bytes besides the KV cache in a step of the decode loop, as rlhf/rollout/sampling.py does it."""
     config, device = model.config, model.device
     cache = DynamicCache(config=config)
     if cached:

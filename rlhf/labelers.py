@@ -27,9 +27,9 @@ from rlhf.errors import UserError
 from rlhf.functional.agreement import tally
 from rlhf.functional.seeding import row_seed
 from rlhf.models.loading import load_reward_model, load_tokenizer
-from rlhf.probes import check_probes
+from rlhf.rollout.probes import check_probes
+from rlhf.rollout.scoring import scores
 from rlhf.rubric import rubric_score
-from rlhf.scoring import scores
 
 if TYPE_CHECKING:
     from rlhf.run.folder import RunFolder

@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from rlhf.scoring import Pair, SequenceBatch, response_logprobs, response_values
+from rlhf.rollout.batches import Pair, SequenceBatch
+from rlhf.rollout.scoring import response_logprobs, response_values
 
 Networks = tuple[Literal["policy", "value"], ...]
 

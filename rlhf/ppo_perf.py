@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from rlhf.models.flops import ModelCost, Work, model_cost, work_of
 from rlhf.ppo_state import Ppo
-from rlhf.scoring import Pair
+from rlhf.rollout.batches import Pair
 from rlhf.system.distributed import is_main_process, own, processes
 from rlhf.system.phase_timer import Batches, PhaseTimes
 

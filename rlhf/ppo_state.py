@@ -26,13 +26,13 @@ from rlhf.models.loading import check_context, load_tokenizer, recompute_activat
 from rlhf.plan import PpoPlan, plan_ppo
 from rlhf.policy_value import PolicyValue
 from rlhf.ppo_networks import load_networks
-from rlhf.probes import check_probes
+from rlhf.rollout.probes import check_probes
+from rlhf.rollout.scoring import check_plain_head
+from rlhf.rollout.vllm_engine import check_server
 from rlhf.run.checkpoints import Checkpoints
-from rlhf.scoring import check_plain_head
 from rlhf.system.console import console
 from rlhf.system.distributed import barrier, is_main_process, pick_device
 from rlhf.system.rng import load_rng, save_rng
-from rlhf.vllm_engine import check_server
 from rlhf.zero import make_engine
 
 

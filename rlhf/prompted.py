@@ -24,7 +24,7 @@ from rlhf.data.prompt_template import Template, after
 from rlhf.data.records import Message, Prompt
 from rlhf.functional.seeding import row_seed
 from rlhf.models.loading import check_context
-from rlhf.rollout import Rollout, assemble, sample
+from rlhf.rollout.sampling import Rollout, assemble, sample
 
 
 class Prompted(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf.functional.ranking import Ties, ranking_loss
-from rlhf.scoring import Pair, token_budget_batches
+from rlhf.rollout.batches import Pair, token_budget_batches
 from rlhf.system.distributed import gathered, own
 
 

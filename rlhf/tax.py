@@ -1,7 +1,7 @@
 """The alignment tax: what a policy lost on text and questions that it was not aligned on.
 
 Two measures: the mean loss on held-out pretraining text, and the accuracy on held-out multiple-choice questions
-answered by log-likelihood. Both go through `rlhf.scoring`, in batches by token budget.
+answered by log-likelihood. Both go through `rlhf.rollout.scoring`, in batches by token budget.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rlhf.data.records import Cloze
 from rlhf.data.text_blocks import MIN_BLOCK_TOKENS, _ids
 from rlhf.errors import UserError
 from rlhf.functional.statistics import Interval, wilson_interval
-from rlhf.scoring import token_logprobs
+from rlhf.rollout.scoring import token_logprobs
 
 
 def pretraining_loss(

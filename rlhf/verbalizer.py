@@ -23,9 +23,10 @@ from rlhf.data.encoding import encode_untrusted, speaks_after_colon, stop_ids
 from rlhf.data.prompt_template import Template, after
 from rlhf.errors import UserError
 from rlhf.models.placement import at_hand
-from rlhf.rollout import sample
-from rlhf.scoring import candidate_logprobs, next_token_logprobs, token_budget_batches, token_logprobs
-from rlhf.shared_prompts import build_shared, can_share, last_states, sharing
+from rlhf.rollout.batches import token_budget_batches
+from rlhf.rollout.sampling import sample
+from rlhf.rollout.scoring import candidate_logprobs, next_token_logprobs, token_logprobs
+from rlhf.rollout.shared_prompts import build_shared, can_share, last_states, sharing
 from rlhf.system.distributed import gathered, own, processes
 
 Fields = Mapping[str, str]

@@ -44,13 +44,13 @@ from rlhf.judge import check_room, judge_files
 from rlhf.labelers import Labeler, Output, make_judge
 from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from rlhf.models.zero import frozen
-from rlhf.probes import check_probes
 from rlhf.prompted import answer_prompted
-from rlhf.rescoring import rescore
-from rlhf.rollout import Rollout, sample
+from rlhf.rollout.probes import check_probes
+from rlhf.rollout.rescoring import rescore
+from rlhf.rollout.sampling import Rollout, sample
+from rlhf.rollout.scoring import scores, token_logprobs
 from rlhf.run.folder import RunFolder
 from rlhf.run.stage import StageContext, run_stage
-from rlhf.scoring import scores, token_logprobs
 from rlhf.system.console import Progress, console
 from rlhf.system.distributed import is_main_process
 from rlhf.system.files import write_atomic

@@ -4,7 +4,7 @@ One iteration, in the order of the functions below:
 
     rollout     sample a response for each of batch_size prompts from the policy
     score       reference log-probabilities, values and reward-model scores of those episodes
-    advantages  per-token rewards (KL penalty, score at the last token), GAE, whitening        rlhf/experience.py
+    advantages  per-token rewards (KL penalty, score at the last token), GAE, whitening        rlhf/rollout/experience.py
     ppo step    for every minibatch: clipped policy loss and clipped value loss                rlhf/functional/ppo.py
     ptx step    its gradient added to the same optimiser step: ptx_coef x pretraining NLL
     log         metrics and a table of samples
@@ -30,7 +30,6 @@ from torch import Tensor
 
 from rlhf.clipping import grad_norm
 from rlhf.errors import UserError
-from rlhf.experience import Experience, make_experience, summary
 from rlhf.functional.ppo import adaptive_kl_coef, policy_loss, ptx_loss, value_loss
 from rlhf.functional.schedule import lr_factor
 from rlhf.functional.seeding import row_seed, stream
@@ -40,10 +39,13 @@ from rlhf.policy_value import Networks, text_pairs
 from rlhf.ppo_perf import PHASES, performance
 from rlhf.ppo_state import Ppo, build, load_checkpoint, save_checkpoint, update_average
 from rlhf.recipe import load_recipe
-from rlhf.rescoring import rescore
-from rlhf.rollout import Rollout, sample
+from rlhf.rollout.batches import SequenceBatch, build_batch
+from rlhf.rollout.experience import Experience, make_experience, summary
+from rlhf.rollout.lm_head import head_pieces
+from rlhf.rollout.rescoring import rescore
+from rlhf.rollout.sampling import Rollout, sample
+from rlhf.rollout.scoring import scores, token_logprobs, token_values
 from rlhf.run.stage import StageContext, exit_code, parse_stage_args, run_stage
-from rlhf.scoring import SequenceBatch, build_batch, head_pieces, scores, token_logprobs, token_values
 from rlhf.system.console import Progress, console
 from rlhf.system.distributed import everyones, from_first, is_main_process, own
 from rlhf.system.malloc import return_freed_memory

@@ -37,7 +37,7 @@ from rlhf.labelers import Labeler, Output, agreement, expected_agreement, make_l
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.models.zero import frozen
 from rlhf.outputs import Outputs
-from rlhf.rollout import sample
+from rlhf.rollout.sampling import sample
 from rlhf.rubric import rubric_score
 from rlhf.run.stage import StageContext, run_stage
 from rlhf.samples import Samples

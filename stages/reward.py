@@ -33,11 +33,12 @@ from rlhf.functional.statistics import accuracy_interval
 from rlhf.models.loading import check_context, load_tokenizer, new_reward_model, recompute_activations, save_model
 from rlhf.models.placement import at_hand, whole_state
 from rlhf.models.zero import trained
-from rlhf.probes import write_probes
 from rlhf.ranking_passes import Group, by_length, part_passes, whole_passes
+from rlhf.rollout.batches import Pair, SequenceBatch, build_batch
+from rlhf.rollout.probes import write_probes
+from rlhf.rollout.scoring import raw_scores, scores
+from rlhf.rollout.shared_prompts import SharedBatch, build_shared, can_share, shared_scores, sharing
 from rlhf.run.stage import StageContext, run_stage
-from rlhf.scoring import Pair, SequenceBatch, build_batch, raw_scores, scores
-from rlhf.shared_prompts import SharedBatch, build_shared, can_share, shared_scores, sharing
 from rlhf.system.console import Progress, console
 from rlhf.system.distributed import barrier, everyones, from_first, gathered, is_main_process, own
 from rlhf.system.phases import phase

@@ -37,10 +37,10 @@ from rlhf.models.peft.methods import add_adapter
 from rlhf.models.placement import is_partitioned, whole_state
 from rlhf.models.zero import config_path, connect, trained, zero_stage
 from rlhf.plan import plan_sft
+from rlhf.rollout.scoring import token_logprobs
 from rlhf.run.checkpoints import Checkpoints
 from rlhf.run.stage import StageContext, run_stage
 from rlhf.run.tracking import Tracker
-from rlhf.scoring import token_logprobs
 from rlhf.sft_batches import Trainer
 from rlhf.system.console import Progress, console
 from rlhf.system.distributed import from_first, processes

@@ -41,7 +41,7 @@ from rich.table import Table  # noqa: E402
 TARGETS = {
     "rlhf.functional.ppo": ["test_objectives.py", "test_losses.py"],
     "rlhf.functional.ranking": ["test_ranking.py"],
-    "rlhf.experience": ["test_experience.py"],
+    "rlhf.rollout.experience": ["test_experience.py"],
     "rlhf.functional.judge_odds": ["test_judging.py"],
     "rlhf.functional.agreement": ["test_agreement.py"],
 }
@@ -274,8 +274,8 @@ def preload() -> None:
         "numpy",
         "transformers",
         "datasets",
-        "rlhf.rollout",
-        "rlhf.scoring",
+        "rlhf.rollout.sampling",
+        "rlhf.rollout.scoring",
         "rlhf.models.loading",
         "rlhf.models.tiny",
     ):

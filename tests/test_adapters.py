@@ -48,14 +48,16 @@ from transformers import (
     Qwen2Config,
 )
 
-from rlhf import rollout
 from rlhf.config import VIRTUAL_TOKENS, PeftSection
-from rlhf.decoding import ModelDecoding, decoding_for
 from rlhf.errors import UserError
 from rlhf.models.loading import check_context, recompute_activations
 from rlhf.models.peft.methods import add_adapter, peft_of, trainable
 from rlhf.models.peft.virtual_tokens import attention_window
-from rlhf.scoring import build_batch, check_plain_head, raw_scores, response_logprobs, response_values
+from rlhf.rollout import sampling
+from rlhf.rollout.batches import build_batch
+from rlhf.rollout.decoding import ModelDecoding
+from rlhf.rollout.sampling import decoding_for
+from rlhf.rollout.scoring import check_plain_head, raw_scores, response_logprobs, response_values
 
 ROW = [5, 6, 7, 8, 9, 10, 11]
 STARTS_AT_NO_CHANGE = ("lora", "dora", "adapter", "ia3", "bitfit")
@@ -509,16 +511,16 @@ def test_keys_and_values_are_refused_where_their_heads_are_not_known() -> None:
 
 
 def test_vllm_gives_way_to_the_native_engine_and_says_so_once(capsys, monkeypatch) -> None:
-    monkeypatch.setattr(rollout, "_told", set())
+    monkeypatch.setattr(sampling, "_told", set())
     for method in ("adapter", *EMBEDDED, *CACHED):
         model = case("llama", method).model
-        assert [rollout.engine_for(model, engine) for engine in ("vllm", "vllm", "generate", "native")] == [
+        assert [sampling.engine_for(model, engine) for engine in ("vllm", "vllm", "generate", "native")] == [
             "native", "native", "generate", "native"
         ]  # fmt: skip
         said = capsys.readouterr().err
         assert said.count("sampling with the native engine") == 1
         assert method in said
     for method in ("lora", "dora", "ia3"):
-        assert rollout.engine_for(case("llama", method).model, "vllm") == "vllm"
-    assert rollout.engine_for(plain("llama"), "vllm") == "vllm"
+        assert sampling.engine_for(case("llama", method).model, "vllm") == "vllm"
+    assert sampling.engine_for(plain("llama"), "vllm") == "vllm"
     assert capsys.readouterr().err == ""

@@ -8,8 +8,8 @@ import statistics
 import pytest
 import torch
 
-from rlhf.experience import Experience, make_experience, pad_rows, summary
-from rlhf.rollout import Rollout
+from rlhf.rollout.experience import Experience, make_experience, pad_rows, summary
+from rlhf.rollout.sampling import Rollout
 
 # Three episodes of 3, 1 and 2 tokens; the second has no EOS.
 LOGPROBS = [[-1.0, -2.0, -0.5], [-0.25], [-1.5, -3.0]]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf import head
-from rlhf.head import vocabulary_logprobs
+from rlhf.rollout import lm_head
+from rlhf.rollout.lm_head import vocabulary_logprobs
 
 POSITIONS, HIDDEN, VOCABULARY = 7, 5, 23
 
@@ -37,8 +37,8 @@ def whole(
 def test_numbers_and_gradients_are_those_of_whole_logits(
     monkeypatch: pytest.MonkeyPatch, width: int, bias: bool, temperature: float
 ) -> None:
-    monkeypatch.setattr(head, "LOGITS", 0)
-    monkeypatch.setattr(head, "NARROWEST", width)
+    monkeypatch.setattr(lm_head, "LOGITS", 0)
+    monkeypatch.setattr(lm_head, "NARROWEST", width)
     h, w, b, targets = inputs(bias=bias)
     upstream = torch.linspace(-1, 2, POSITIONS)
     found, entropies = vocabulary_logprobs(h, w, b, targets, temperature)
@@ -65,8 +65,8 @@ def test_what_is_frozen_gets_no_gradient() -> None:
 
 def test_large_logits_neither_overflow_nor_vanish(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest logit comes in the last slice, hundreds above all before it."""
-    monkeypatch.setattr(head, "LOGITS", 0)
-    monkeypatch.setattr(head, "NARROWEST", 2)
+    monkeypatch.setattr(lm_head, "LOGITS", 0)
+    monkeypatch.setattr(lm_head, "NARROWEST", 2)
     weight = torch.tensor([[-400.0], [0.0], [0.0], [300.0], [600.0]], requires_grad=True)
     found, entropies = vocabulary_logprobs(torch.ones(2, 1), weight, None, torch.tensor([4, 1]), 1.0)
     assert found.tolist() == [0.0, -600.0]
@@ -94,8 +94,8 @@ def test_no_logits_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 64 x 4096 logits no tensor is larger than a slice, in either direction."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    monkeypatch.setattr(head, "LOGITS", 64 * 256)
-    monkeypatch.setattr(head, "NARROWEST", 256)
+    monkeypatch.setattr(lm_head, "LOGITS", 64 * 256)
+    monkeypatch.setattr(lm_head, "NARROWEST", 256)
     h, w = torch.randn(64, 2, requires_grad=True), torch.randn(4096, 2, requires_grad=True)
 
     class Largest(TorchDispatchMode):
@@ -113,8 +113,8 @@ def test_no_logits_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_words_that_a_bias_rules_out_do_not_spoil_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole slice of -inf comes first."""
-    monkeypatch.setattr(head, "LOGITS", 0)
-    monkeypatch.setattr(head, "NARROWEST", 2)
+    monkeypatch.setattr(lm_head, "LOGITS", 0)
+    monkeypatch.setattr(lm_head, "NARROWEST", 2)
     weight = torch.zeros(4, 1, requires_grad=True)
     bias = torch.tensor([-torch.inf, -torch.inf, 0.0, 0.0])
     found, _ = vocabulary_logprobs(torch.ones(1, 1), weight, bias, torch.tensor([3]), 1.0)

@@ -1,4 +1,4 @@
-"""The passes of rlhf/inference.py against transformers' own forward, and what they leave to it."""
+"""The passes of rlhf/rollout/llama_forward.py against transformers' own forward, and what they leave to it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from transformers import (
 )
 
 from rlhf.config import VIRTUAL_TOKENS, LaunchSection, PeftSection
-from rlhf.decoding import InferenceDecoding, ModelDecoding, decoding_for
-from rlhf.graph_decoding import GraphDecoding
-from rlhf.inference import columns_for, inference_for
 from rlhf.models.peft.methods import add_adapter, trainable
-from rlhf.scoring import build_batch, hidden_states
+from rlhf.rollout.batches import build_batch
+from rlhf.rollout.cuda_graphs import GraphDecoding
+from rlhf.rollout.decoding import InferenceDecoding, ModelDecoding
+from rlhf.rollout.llama_forward import columns_for, inference_for
+from rlhf.rollout.sampling import decoding_for
+from rlhf.rollout.scoring import hidden_states
 
 SHAPE = {
     "vocab_size": 50,

@@ -28,8 +28,8 @@ from rlhf.judge import Judge, check_room, load_judge, make_reader
 from rlhf.judge_labeler import JudgeLabeler, position_bias
 from rlhf.labelers import Output, make_judge, make_labeler
 from rlhf.models.loading import load_policy, load_tokenizer
+from rlhf.rollout.scoring import token_logprobs
 from rlhf.run.folder import RunFolder
-from rlhf.scoring import token_logprobs
 from rlhf.verbalizer import Fields, Reading
 
 PROMPT = Prompt.from_text("why is the sky blue")

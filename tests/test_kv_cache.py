@@ -6,7 +6,7 @@ import torch
 from test_rollout import PROMPTS, run
 from transformers import MistralConfig, MistralForCausalLM
 
-from rlhf.kv_cache import GROWTH, RoomyLayer, leave
+from rlhf.rollout.kv_cache import GROWTH, RoomyLayer, leave
 
 
 def test_rows_that_leave_are_replaced_by_the_last_that_stay():

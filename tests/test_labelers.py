@@ -27,9 +27,9 @@ from rlhf.labelers import (
     stored_noise,
 )
 from rlhf.models.loading import load_tokenizer, new_reward_model
+from rlhf.rollout.scoring import scores
 from rlhf.rubric import rubric_score
 from rlhf.run.folder import RunFolder
-from rlhf.scoring import scores
 
 PROMPT = Prompt.from_text("why does bread go stale faster in the fridge")
 GOOD = Output("Bread dries out in the fridge.", True)  # rubric 1.0

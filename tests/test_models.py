@@ -37,7 +37,8 @@ from rlhf.models.peft.methods import add_adapter, trainable
 from rlhf.models.placement import with_ties
 from rlhf.models.tiny import train_tokenizer
 from rlhf.models.tokenizer import PAD
-from rlhf.scoring import build_batch, response_logprobs
+from rlhf.rollout.batches import build_batch
+from rlhf.rollout.scoring import response_logprobs
 
 SECTION = ModelSection(name="tiny")
 IDS = torch.tensor([[5, 60, 7, 300, 2]])

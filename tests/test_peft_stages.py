@@ -41,19 +41,20 @@ from test_resume import assert_same
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from rlhf import rollout
 from rlhf.config import CACHED_TOKENS, NOT_MERGED, VIRTUAL_TOKENS
 from rlhf.data.encoding import encode_prompt, encode_response, stop_ids
 from rlhf.data.records import Prompt
-from rlhf.decoding import ModelDecoding
 from rlhf.errors import UserError
-from rlhf.experience import pad_rows
 from rlhf.functional.ppo import masked_mean
 from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from rlhf.models.peft.methods import trainable
 from rlhf.ppo_state import build
 from rlhf.recipe import load_recipe
-from rlhf.scoring import Pair, build_batch, response_logprobs, scores, token_logprobs, token_values
+from rlhf.rollout import sampling
+from rlhf.rollout.batches import Pair, build_batch
+from rlhf.rollout.decoding import ModelDecoding
+from rlhf.rollout.experience import pad_rows
+from rlhf.rollout.scoring import response_logprobs, scores, token_logprobs, token_values
 from stages import ppo, sft
 
 
@@ -237,7 +238,7 @@ def test_ppo_starts_at_the_reference(
     recipes = [load_recipe(cell.arguments[0], [*cell.arguments[1:], f"ppo.rollout={engine}"]) for engine in engines]
     begun = build(recipes[-1], False, *folders)
     sft_policy = load_policy(folders[0], cell.section)
-    monkeypatch.setattr(rollout, "_told", set())
+    monkeypatch.setattr(sampling, "_told", set())
     found = {}
     for recipe in recipes:
         now = replace(begun, recipe=recipe)
@@ -264,7 +265,7 @@ def test_both_engines_take_the_likeliest_tokens(cell: Cell) -> None:
     prompts = [list(tokenizer(text)["input_ids"]) for text in texts]
     options = {"max_new_tokens": 24, "temperature": 0.0, "seeds": [0] * len(prompts)}
     options["stop_ids"] = stop_ids(tokenizer, policy)
-    ours, theirs = (rollout.sample(policy, tokenizer, prompts, **options, engine=e) for e in ("native", "generate"))
+    ours, theirs = (sampling.sample(policy, tokenizer, prompts, **options, engine=e) for e in ("native", "generate"))
     assert ours.pairs() == theirs.pairs() and len({tuple(answer) for _, answer in ours.pairs()}) > 5
     assert gap([ours.logprobs], [theirs.logprobs]) < 1e-4
 

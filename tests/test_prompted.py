@@ -17,12 +17,12 @@ from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed
 from rlhf.models.loading import load_policy, load_tokenizer, new_reward_model, save_model
-from rlhf.probes import write_probes
 from rlhf.prompted import answer_prompted, dialogue, response_ids
 from rlhf.recipe import load_recipe
 from rlhf.report import label, print_summary, write_report
-from rlhf.rollout import sample
-from rlhf.scoring import scores
+from rlhf.rollout.probes import write_probes
+from rlhf.rollout.sampling import sample
+from rlhf.rollout.scoring import scores
 from stages import evaluate
 
 FEW = """kind: answer

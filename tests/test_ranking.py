@@ -24,7 +24,8 @@ from rlhf.functional.ranking import (
     tied_pairs,
 )
 from rlhf.functional.statistics import accuracy_interval
-from rlhf.scoring import build_batch, raw_scores
+from rlhf.rollout.batches import build_batch
+from rlhf.rollout.scoring import raw_scores
 
 # K = 4 with a tie, K = 2, K = 3 without ties, K = 3 with two tied, K = 2 all tied, K = 5
 RANKS = [[2, 1, 2, 3], [1, 2], [3, 1, 2], [1, 1, 2], [1, 1], [4, 2, 2, 1, 4]]

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed, row_uniforms
-from rlhf.rollout import CDF_BLOCK, Rollout, draw, sample
+from rlhf.rollout.sampling import CDF_BLOCK, Rollout, draw, sample
 
 
 class Tokenizer:

@@ -6,16 +6,15 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from rlhf import scoring
 from rlhf.errors import UserError
-from rlhf.scoring import (
-    build_batch,
+from rlhf.rollout import scoring
+from rlhf.rollout.batches import build_batch, token_budget_batches
+from rlhf.rollout.scoring import (
     check_plain_head,
     raw_scores,
     response_logprobs,
     response_values,
     scores,
-    token_budget_batches,
     token_logprobs,
 )
 

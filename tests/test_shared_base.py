@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from rlhf import ppo_networks
 from rlhf.config import ModelSection, PeftSection, Recipe
 from rlhf.errors import UserError
-from rlhf.experience import Experience
 from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer, new_reward_model, save_model
 from rlhf.models.peft.folder import base_hash, find_adapter
 from rlhf.models.peft.merging import plain_name
 from rlhf.models.peft.methods import add_adapter, trainable
 from rlhf.models.peft.shared_base import policy_twin, scalar_twin
 from rlhf.ppo_state import Ppo, build
-from rlhf.probes import write_probes
 from rlhf.recipe import load_recipe
-from rlhf.scoring import scores, token_logprobs, token_values
+from rlhf.rollout.experience import Experience
+from rlhf.rollout.probes import write_probes
+from rlhf.rollout.scoring import scores, token_logprobs, token_values
 from rlhf.system.phase_timer import PhaseTimes
 from stages import ppo as stage
 from stages.ppo import ppo_step, rollout, score, update
@@ -148,7 +148,7 @@ def test_no_base_weight_is_held_twice_or_changed_by_training(
     given: Given, dtype: str, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     if dtype == "bfloat16":  # of random weights as loud as these a score has one digit left
-        monkeypatch.setattr("rlhf.probes.TOLERANCE", 0.5)
+        monkeypatch.setattr("rlhf.rollout.probes.TOLERANCE", 0.5)
     ppo = given.build(model__dtype=dtype, ppo__ratio_tolerance="0.2")
     assert "for policy, reference, value and reward model" in capsys.readouterr().out
     networks = (ppo.networks.policy, ppo.reference, ppo.networks.value, ppo.reward_model)

@@ -24,8 +24,8 @@ from transformers import (
 
 from rlhf.config import PeftSection
 from rlhf.models.peft.methods import add_adapter
-from rlhf.scoring import Pair
-from rlhf.shared_prompts import build_shared, can_share, shared_scores, sharing
+from rlhf.rollout.batches import Pair
+from rlhf.rollout.shared_prompts import build_shared, can_share, shared_scores, sharing
 
 VOCABULARY = 300
 COMMON = {"vocab_size": VOCABULARY, "num_labels": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -23,11 +23,11 @@ from transformers import (
 from rlhf.config import ModelSection, Recipe, TrackingSection
 from rlhf.data.records import Drops
 from rlhf.engine import Engine, ParamGroup
-from rlhf.experience import Experience
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.plan import plan_ppo
 from rlhf.policy_value import PolicyValue
 from rlhf.ppo_state import Ppo
+from rlhf.rollout.experience import Experience
 from rlhf.run.checkpoints import Checkpoints
 from rlhf.run.tracking import Tracker
 from stages.ppo import ppo_step, ptx_step, rollout, score

@@ -15,7 +15,7 @@ from rlhf.data.prompt_template import load_template, parse_template
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.scoring import next_token_logprobs
+from rlhf.rollout.scoring import next_token_logprobs
 from rlhf.verbalizer import LocalReader, label_ids
 
 QUESTIONS = [

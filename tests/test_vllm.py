@@ -28,17 +28,17 @@ from rlhf.models import tiny
 from rlhf.models.loading import load_policy, load_tokenizer, save_model
 from rlhf.models.peft.methods import add_adapter
 from rlhf.recipe import load_recipe
-from rlhf.rescoring import rescore
-from rlhf.rollout import Rollout, sample
+from rlhf.rollout.rescoring import rescore
+from rlhf.rollout.sampling import Rollout, sample
+from rlhf.rollout.vllm_engine import check_server
 from rlhf.run.preflight import check
-from rlhf.vllm_engine import check_server
 
 PROMPTS = [[5, 6, 7], [10], [15, 16, 17, 18, 19], [3, 4], [5, 6, 7]]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerBase) -> Path:
-    """A Llama as vLLM's CPU build takes it: heads of 32 numbers, and a head of its own (see rlhf/vllm_engine.py)."""
+    """A Llama as vLLM's CPU build takes it: heads of 32 numbers, and a head of its own (see rlhf/rollout/vllm_engine.py)."""
     config = tiny.config(
         eos_token_id=tiny_tokenizer.eos_token_id, pad_token_id=tiny_tokenizer.pad_token_id, head_dim=32
     )

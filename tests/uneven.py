@@ -18,8 +18,8 @@ from rlhf.functional.seeding import row_seed
 from rlhf.models.layers import decoder_layers
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.models.zero import frozen
-from rlhf.rollout import Rollout, sample
-from rlhf.scoring import token_logprobs
+from rlhf.rollout.sampling import Rollout, sample
+from rlhf.rollout.scoring import token_logprobs
 from rlhf.system.distributed import is_main_process
 
 PROMPT, LONG = [5, 6, 7, 8], 128

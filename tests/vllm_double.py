@@ -16,7 +16,7 @@ from typing import Any
 from http_double import listening
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rlhf.rollout import sample
+from rlhf.rollout.sampling import sample
 
 
 @dataclass

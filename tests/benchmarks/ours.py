@@ -21,12 +21,12 @@ from rlhf.config import ModelSection, Recipe
 from rlhf.data.encoding import encode_prompt, encode_response
 from rlhf.data.records import Drops, read_demonstrations, read_prompts, read_rankings
 from rlhf.engine import Engine, ParamGroup
-from rlhf.experience import Experience
 from rlhf.functional.seeding import row_seed
 from rlhf.models import loading
 from rlhf.ppo_state import Ppo, build
-from rlhf.probes import write_probes
-from rlhf.rollout import sample
+from rlhf.rollout.experience import Experience
+from rlhf.rollout.probes import write_probes
+from rlhf.rollout.sampling import sample
 from rlhf.system.malloc import keep_freed_memory
 from rlhf.system.phase_timer import PhaseTimes
 from rlhf.zero import make_engine

@@ -50,8 +50,8 @@ def prepare(folder: Path) -> None:
     from rlhf.data.records import Prompt
     from rlhf.models.loading import load_policy, load_tokenizer, new_reward_model, save_model
     from rlhf.models.peft.methods import add_adapter
-    from rlhf.probes import write_probes
     from rlhf.recipe import load_recipe
+    from rlhf.rollout.probes import write_probes
 
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer, rows = load_tokenizer("smollm2-135m"), []

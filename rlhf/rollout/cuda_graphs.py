@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf.decoding import InferenceDecoding
-from rlhf.inference import KeysValues
-from rlhf.kv_cache import leave
+from rlhf.rollout.decoding import InferenceDecoding
+from rlhf.rollout.kv_cache import leave
+from rlhf.rollout.llama_forward import KeysValues
 
 
 class GraphDecoding(InferenceDecoding):

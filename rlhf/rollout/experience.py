@@ -22,8 +22,8 @@ from rlhf.functional.ppo import (
     per_token_rewards,
     whiten,
 )
-from rlhf.rollout import Rollout
-from rlhf.scoring import Pair
+from rlhf.rollout.batches import Pair
+from rlhf.rollout.sampling import Rollout
 
 
 @dataclass

@@ -12,7 +12,7 @@ a URL `vllm.LLM` works in this process, where vllm can be imported; that path ha
 A push is a plain model folder (adapters merged, partitioned weights gathered) that vLLM reads, after which cached
 prefixes are dropped and the weights get a version of their own. The version is asked for again after the rollout: a
 server that was restarted, or that another run pushed to, is an error and never a sample of other weights. vLLM's
-kernels are not the training pass's, so that old log-probabilities are computed anew (rlhf/rescoring.py).
+kernels are not the training pass's, so that old log-probabilities are computed anew (rlhf/rollout/rescoring.py).
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from rlhf.config import LaunchSection
 from rlhf.errors import UserError
 from rlhf.models.loading import save_model
 from rlhf.models.placement import whole_state
+from rlhf.rollout.vllm_clients import Advance, Row, Server, in_process
 from rlhf.system.distributed import from_first
 from rlhf.system.phases import progressed
-from rlhf.vllm_clients import Advance, Row, Server, in_process
 
 _process = secrets.token_hex(4)
 _pushes = count(1)
@@ -51,7 +51,7 @@ def sample_vllm(
     launch: LaunchSection,
     advance: Advance | None = None,
 ) -> list[Row]:
-    """Push the policy and sample a response for each prompt, as `rlhf.rollout.sample` describes it.
+    """Push the policy and sample a response for each prompt, as `rlhf.rollout.sampling.sample` describes it.
 
     All processes must call: each gives its parts of the weights, the first talks to vLLM, all get the rows.
 

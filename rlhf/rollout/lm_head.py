@@ -16,12 +16,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
 LOGITS = 1 << 21  # at a time: 8 MB in float32, which a processor's cache holds
 LOGITS_ON_GPU = 1 << 26  # 256 MB: there, calls are what costs
 NARROWEST = 1024  # columns of a slice, below which its matrix product becomes slow
+HEAD_PIECE = 512  # positions for which a head is called: 100 MB of logits at V = 49152 in float32
 
 
 def _slices(vocabulary: int, hidden: Tensor) -> Iterator[slice]:
@@ -104,3 +106,37 @@ def vocabulary_logprobs(
         bias: b [V] or None.
     """
     return VocabularyLogprobs.apply(hidden, weight, bias, targets, temperature)
+
+
+def _head_piece(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logp = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
+    entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
+    return logp.gather(1, targets[:, None]).squeeze(1), entropy
+
+
+def head_pieces(tokens: int) -> int:
+    """In how many pieces the LM head takes that many positions."""
+    return max(1, -(-tokens // HEAD_PIECE))
+
+
+def head_logprobs(
+    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, pieces: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [N] of `targets` [N] given hidden states [N, H], and the entropies [N] (no gradient), in nats.
+
+    A head that lies here whole is taken by slices of the vocabulary. One that is more than its weight, or whose weight
+    is gathered when it is called, is called on `pieces` of the positions (as many as needed when 0); with gradients
+    each is recomputed in the backward pass instead of kept.
+    """
+    if not pieces and type(head) is nn.Linear and head.weight.numel():
+        return vocabulary_logprobs(hidden, head.weight, head.bias, targets, temperature)
+    logps, entropies = [], []
+    pieces = pieces or head_pieces(len(hidden))
+    for h, t in zip(hidden.tensor_split(pieces), targets.tensor_split(pieces), strict=True):
+        if torch.is_grad_enabled() and hidden.requires_grad and pieces > 1:
+            logp, entropy = checkpoint(_head_piece, head, h, t, temperature, use_reentrant=False)
+        else:
+            logp, entropy = _head_piece(head, h, t, temperature)
+        logps.append(logp)
+        entropies.append(entropy)
+    return torch.cat(logps), torch.cat(entropies)

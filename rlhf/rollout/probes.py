@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
-from rlhf.scoring import Pair, scores
+from rlhf.rollout.batches import Pair
+from rlhf.rollout.scoring import scores
 from rlhf.system.distributed import is_main_process
 
 FILE = "probes.json"

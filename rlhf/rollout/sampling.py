@@ -2,7 +2,7 @@
 
 `native` is our decode loop: the prompts are prefilled once, every row draws with its own seed by inverse CDF, rows
 leave the batch when they finish, and only the sampled token's log-probability is kept. `generate` is transformers'
-generate, for models that the loop does not cover. `vllm` is in rlhf/vllm_engine.py. All sample from the plain softmax
+generate, for models that the loop does not cover. `vllm` is in rlhf/rollout/vllm_engine.py. All sample from the plain softmax
 at the given temperature: no top-k, no top-p, no minimum length, so that the policy's own log-probabilities are those of
 the sampling distribution.
 
@@ -21,19 +21,35 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import LaunchSection
-from rlhf.decoding import decoding_for, pad
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_uniforms
 from rlhf.models.peft.merging import why_not_mergeable
 from rlhf.models.peft.methods import peft_of
 from rlhf.models.placement import at_hand
-from rlhf.scoring import token_logprobs
+from rlhf.rollout.decoding import InferenceDecoding, ModelDecoding, pad
+from rlhf.rollout.llama_forward import inference_for
+from rlhf.rollout.scoring import token_logprobs
 from rlhf.system.distributed import gathered, own, processes
 from rlhf.system.phases import progressed
 from rlhf.system.quiet import say
 
 Engine = Literal["native", "generate", "vllm"]
 _told: set[str] = set()
+CDF_BLOCK = 256  # tokens summed at once: a cumulative sum over the whole vocabulary is ten times as slow
+
+
+def decoding_for(
+    policy: PreTrainedModel, max_new_tokens: int, graphs: bool = False
+) -> InferenceDecoding | ModelDecoding:
+    """The fastest way that covers the policy; with `graphs` its steps all have one shape, where that can be had."""
+    inference = inference_for(policy)
+    if inference is None:
+        return ModelDecoding(policy)
+    if graphs:
+        from rlhf.rollout.cuda_graphs import GraphDecoding
+
+        return GraphDecoding(inference, max_new_tokens, policy.device)
+    return InferenceDecoding(inference, max_new_tokens, policy.device)
 
 
 @dataclass
@@ -65,9 +81,6 @@ class Rollout:
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The responses as text, special tokens left out."""
         return [tokenizer.decode(self.response(i), skip_special_tokens=True) for i in range(len(self))]
-
-
-CDF_BLOCK = 256  # tokens summed at once: a cumulative sum over the whole vocabulary is ten times as slow
 
 
 def draw(logits: Tensor, uniforms: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -138,7 +151,7 @@ def sample(
     where = launch or LaunchSection()
     engine = engine_for(policy, engine)
     if engine == "vllm":
-        from rlhf.vllm_engine import sample_vllm
+        from rlhf.rollout.vllm_engine import sample_vllm
 
         how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
         answers = sample_vllm(

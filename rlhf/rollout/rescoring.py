@@ -11,8 +11,8 @@ from torch import nn
 
 from rlhf.config import Recipe
 from rlhf.errors import UserError
-from rlhf.rollout import Rollout
-from rlhf.scoring import token_logprobs
+from rlhf.rollout.sampling import Rollout
+from rlhf.rollout.scoring import token_logprobs
 
 # Nats per token, on average, from vLLM. One model computed in two ways is 1e-6 apart in float32 and about 0.01 in
 # bfloat16; another model, or another temperature, is a multiple of this.

@@ -1,4 +1,4 @@
-"""vLLM as rlhf/vllm_engine.py needs it: a server over HTTP, or `vllm.LLM` in this process."""
+"""vLLM as rlhf/rollout/vllm_engine.py needs it: a server over HTTP, or `vllm.LLM` in this process."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What the sampling loop asks of a model: begin with prompts, one token more for each row, and let rows leave.
 
-Two ways, with the same three methods: `InferenceDecoding` for the models that rlhf/inference.py covers, and
+Two ways, with the same three methods: `InferenceDecoding` for the models that rlhf/rollout/llama_forward.py covers, and
 `ModelDecoding` for any other, by the model's own forward. Both hold a cache of keys and values with room to grow.
 
 Shapes: U distinct prompts, B rows, P the longest prompt, V vocabulary.
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.inference import Inference, KeysValues, columns_for, inference_for
-from rlhf.kv_cache import RoomyLayer, decode_cache, leave, rows_kept
+from rlhf.rollout.kv_cache import RoomyLayer, decode_cache, leave, rows_kept
+from rlhf.rollout.llama_forward import Inference, KeysValues, columns_for
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[Tensor,
 
 
 class InferenceDecoding:
-    """Decoding by rlhf/inference.py; prompts are padded on the right, and what is generated stands behind them."""
+    """Decoding by rlhf/rollout/llama_forward.py; prompts are padded on the right, and what is generated stands behind them."""
 
     def __init__(self, model: Inference, max_new_tokens: int, device: torch.device) -> None:
         self.model, self.max_new_tokens, self.device = model, max_new_tokens, device
@@ -125,17 +125,3 @@ class ModelDecoding:
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-
-
-def decoding_for(
-    policy: PreTrainedModel, max_new_tokens: int, graphs: bool = False
-) -> InferenceDecoding | ModelDecoding:
-    """The fastest way that covers the policy; with `graphs` its steps all have one shape, where that can be had."""
-    inference = inference_for(policy)
-    if inference is None:
-        return ModelDecoding(policy)
-    if graphs:
-        from rlhf.graph_decoding import GraphDecoding
-
-        return GraphDecoding(inference, max_new_tokens, policy.device)
-    return InferenceDecoding(inference, max_new_tokens, policy.device)

@@ -1,7 +1,7 @@
 """Log-probabilities, values and rewards of given responses, by one code path for every stage.
 
 A batch of (prompt ids, response ids) pairs becomes one padded tensor with explicit positions. Hidden states are taken
-at the positions that matter first; only those go through a head (rlhf/head.py), so that no [batch, length, vocabulary]
+at the positions that matter first; only those go through a head (rlhf/rollout/lm_head.py), so that no [batch, length, vocabulary]
 tensor exists. Batches are cut by token count after sorting by length.
 
 Shapes: B rows of L tokens, N response tokens in all, H hidden size, V vocabulary.
@@ -9,87 +9,18 @@ Shapes: B rows of L tokens, N response tokens in all, H hidden size, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rlhf.errors import UserError
-from rlhf.head import vocabulary_logprobs
-from rlhf.inference import inference_for, slow_groups
 from rlhf.models.placement import at_hand
+from rlhf.rollout.batches import Pair, SequenceBatch, build_batch, token_budget_batches
+from rlhf.rollout.llama_forward import inference_for, slow_groups
+from rlhf.rollout.lm_head import head_logprobs
 from rlhf.system.distributed import gathered, own, processes
-from rlhf.system.phase_timer import count_batch
 from rlhf.system.phases import progressed
-
-Pair = tuple[Sequence[int], Sequence[int]]
-HEAD_PIECE = 512  # positions for which a head is called: 100 MB of logits at V = 49152 in float32
-
-
-@dataclass
-class SequenceBatch:
-    """Prompts and responses as one tensor; `rows`, `slots` say which response token each flat entry is."""
-
-    input_ids: Tensor  # [B, L]
-    attention_mask: Tensor | None  # [B, L]; None on the right: there padding lies behind all that a token attends to
-    position_ids: Tensor  # [B, L]
-    rows: Tensor  # [N] row of each response token
-    slots: Tensor  # [N] its index in the response
-    before: Tensor  # [N] column of the token before it: where it is predicted and where its state value is read
-    targets: Tensor  # [N] its id
-    last: Tensor  # [B] column of the last response token
-
-    def to(self, device: torch.device) -> SequenceBatch:
-        return SequenceBatch(**{k: None if v is None else v.to(device) for k, v in vars(self).items()})
-
-    def unflatten(self, flat: Tensor, width: int) -> Tensor:
-        """Flat values [N] as [B, width], zero on padding (differentiable)."""
-        return flat.new_zeros(len(self.last), width).index_put((self.rows, self.slots), flat)
-
-
-def build_batch(pairs: Sequence[Pair], pad_id: int, side: Literal["left", "right"] = "right") -> SequenceBatch:
-    """One padded batch; masks and positions come from lengths, so `pad_id` may be any token, EOS included.
-
-    Padded on the right it needs no attention mask, and attention takes its fastest kernels: causal attention alone
-    keeps padding from every real token. Positions go on over the padding, for transformers takes a restart for the
-    beginning of a packed document.
-    """
-    width = max(len(p) + len(r) for p, r in pairs)
-    count_batch(sum(len(p) + len(r) for p, r in pairs), len(pairs) * width)
-    ids = torch.full((len(pairs), width), pad_id)
-    positions = torch.arange(width).repeat(len(pairs), 1)
-    mask = torch.zeros_like(ids) if side == "left" else None
-    rows, slots, before, targets, last = [], [], [], [], []
-    for row, (prompt, response) in enumerate(pairs):
-        n = len(prompt) + len(response)
-        first = width - n if side == "left" else 0
-        ids[row, first : first + n] = torch.tensor([*prompt, *response])
-        if mask is not None:
-            mask[row, first:] = 1
-            positions[row] = (positions[row] - first).clamp(min=0)
-        start = first + len(prompt)
-        rows += [row] * len(response)
-        slots += range(len(response))
-        before += range(start - 1, start - 1 + len(response))
-        targets += response
-        last.append(first + n - 1)
-    flat = [torch.tensor(x, dtype=torch.long) for x in (rows, slots, before, targets, last)]
-    return SequenceBatch(ids, mask, positions, *flat)
-
-
-def token_budget_batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of like length whose padded size stays within `tokens` (one row at least)."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batch and (len(batch) + 1) * lengths[i] > tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def hidden_states(model: nn.Module, batch: SequenceBatch) -> Tensor:
@@ -109,40 +40,6 @@ def hidden_states(model: nn.Module, batch: SequenceBatch) -> Tensor:
         position_ids=batch.position_ids,
         use_cache=False,
     ).last_hidden_state
-
-
-def _head_piece(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logp = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
-    entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
-    return logp.gather(1, targets[:, None]).squeeze(1), entropy
-
-
-def head_pieces(tokens: int) -> int:
-    """In how many pieces the LM head takes that many positions."""
-    return max(1, -(-tokens // HEAD_PIECE))
-
-
-def head_logprobs(
-    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, pieces: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [N] of `targets` [N] given hidden states [N, H], and the entropies [N] (no gradient), in nats.
-
-    A head that lies here whole is taken by slices of the vocabulary. One that is more than its weight, or whose weight
-    is gathered when it is called, is called on `pieces` of the positions (as many as needed when 0); with gradients
-    each is recomputed in the backward pass instead of kept.
-    """
-    if not pieces and type(head) is nn.Linear and head.weight.numel():
-        return vocabulary_logprobs(hidden, head.weight, head.bias, targets, temperature)
-    logps, entropies = [], []
-    pieces = pieces or head_pieces(len(hidden))
-    for h, t in zip(hidden.tensor_split(pieces), targets.tensor_split(pieces), strict=True):
-        if torch.is_grad_enabled() and hidden.requires_grad and pieces > 1:
-            logp, entropy = checkpoint(_head_piece, head, h, t, temperature, use_reentrant=False)
-        else:
-            logp, entropy = _head_piece(head, h, t, temperature)
-        logps.append(logp)
-        entropies.append(entropy)
-    return torch.cat(logps), torch.cat(entropies)
 
 
 def response_logprobs(

@@ -1,0 +1,1 @@
+"""Episodes: sample responses, score them and turn them into experience."""
