@@ -2,7 +2,7 @@
 
 A stage is a sequence of phases (sampling, scoring, training, the optimiser's step). Some components are there all the
 time, others for a phase; the peak is that of the largest phase. What is kept whole and what is partitioned follows
-rlhf/engine.py, rlhf/zero.py and DeepSpeed 0.19; `held` is the one place that says so.
+rlhf/training/engine.py, rlhf/training/zero_engine.py and DeepSpeed 0.19; `held` is the one place that says so.
 """
 
 from __future__ import annotations

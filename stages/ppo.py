@@ -28,16 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.clipping import grad_norm
 from rlhf.errors import UserError
 from rlhf.functional.ppo import adaptive_kl_coef, policy_loss, ptx_loss, value_loss
 from rlhf.functional.schedule import lr_factor
 from rlhf.functional.seeding import row_seed, stream
 from rlhf.models.loading import save_model
 from rlhf.models.placement import whole_state, with_ties
-from rlhf.policy_value import Networks, text_pairs
-from rlhf.ppo_perf import PHASES, performance
-from rlhf.ppo_state import Ppo, build, load_checkpoint, save_checkpoint, update_average
 from rlhf.recipe import load_recipe
 from rlhf.rollout.batches import SequenceBatch, build_batch
 from rlhf.rollout.experience import Experience, make_experience, summary
@@ -51,6 +47,10 @@ from rlhf.system.distributed import everyones, from_first, is_main_process, own
 from rlhf.system.malloc import return_freed_memory
 from rlhf.system.phase_timer import PhaseTimes
 from rlhf.system.phases import phase
+from rlhf.training.clipped_adamw import grad_norm
+from rlhf.training.policy_value import Networks, text_pairs
+from rlhf.training.ppo_metrics import PHASES, performance
+from rlhf.training.ppo_state import Ppo, build, load_checkpoint, save_checkpoint, update_average
 
 
 def rollout(ppo: Ppo) -> Rollout:

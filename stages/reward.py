@@ -24,7 +24,6 @@ from rlhf.config import Recipe
 from rlhf.data.encoding import fit_demonstrations, fit_rankings
 from rlhf.data.records import Drops, read_demonstrations, read_rankings
 from rlhf.data.splits import split_by_prompt
-from rlhf.engine import Engine, ParamGroup
 from rlhf.errors import UserError
 from rlhf.functional.ranking import PairCounts, calibration, count_pairs, has_pairs, tied_pairs
 from rlhf.functional.schedule import lr_factor
@@ -33,7 +32,6 @@ from rlhf.functional.statistics import accuracy_interval
 from rlhf.models.loading import check_context, load_tokenizer, new_reward_model, recompute_activations, save_model
 from rlhf.models.placement import at_hand, whole_state
 from rlhf.models.zero import trained
-from rlhf.ranking_passes import Group, by_length, part_passes, whole_passes
 from rlhf.rollout.batches import Pair, SequenceBatch, build_batch
 from rlhf.rollout.probes import write_probes
 from rlhf.rollout.scoring import raw_scores, scores
@@ -43,7 +41,9 @@ from rlhf.system.console import Progress, console
 from rlhf.system.distributed import barrier, everyones, from_first, gathered, is_main_process, own
 from rlhf.system.phases import phase
 from rlhf.system.rng import load_rng, save_rng
-from rlhf.zero import make_engine
+from rlhf.training.engine import Engine, ParamGroup
+from rlhf.training.ranking_passes import Group, by_length, part_passes, whole_passes
+from rlhf.training.zero_engine import make_engine
 
 PROBES = 8
 SCALE_SAMPLE = 128  # outputs, spread evenly, that the deviation is estimated on

@@ -20,11 +20,11 @@ from rlhf.config import CACHED_TOKENS
 from rlhf.functional.seeding import stream
 from rlhf.models import tiny
 from rlhf.models.peft.methods import trainable
-from rlhf.ppo_state import Ppo
 from rlhf.recipe import load_recipe
 from rlhf.rollout.batches import Pair, build_batch
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.scoring import response_logprobs
+from rlhf.training.ppo_state import Ppo
 from stages import ppo, reward, sft
 
 SETTINGS = {  # of each method: its rate in SFT, the other stages take a part of it; and how small it is here

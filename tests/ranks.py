@@ -27,8 +27,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import stages.ppo
 import stages.sft
-from rlhf.clipping import ClippedAdamW
-from rlhf.zero import ZeroEngine
+from rlhf.training.clipped_adamw import ClippedAdamW
+from rlhf.training.zero_engine import ZeroEngine
 
 torch.set_num_threads(1)
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf.clipping import grad_norm
-from rlhf.engine import Engine, ParamGroup
 from rlhf.errors import UserError
 from rlhf.models.zero import settings
 from rlhf.recipe import load_recipe
 from rlhf.system.rng import load_rng, save_rng
+from rlhf.training.clipped_adamw import grad_norm
+from rlhf.training.engine import Engine, ParamGroup
 
 
 class Two(nn.Module):

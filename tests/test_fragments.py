@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf import fragments
 from rlhf.errors import UserError
-from rlhf.fragments import Fragment, FragmentReader, write_fragments
+from rlhf.training import sharded_state
+from rlhf.training.sharded_state import Fragment, FragmentReader, write_fragments
 
 
 def write(folder: Path, cuts: list[int], monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """A tensor of ten elements written by as many processes as there are cuts; files of at most two elements."""
-    monkeypatch.setattr(fragments, "FILE_BYTES", 8)
+    monkeypatch.setattr(sharded_state, "FILE_BYTES", 8)
     whole = torch.arange(10.0)
     for process, (start, stop) in enumerate(zip(cuts, [*cuts[1:], 10], strict=True)):
         pieces = [

@@ -48,13 +48,13 @@ from rlhf.errors import UserError
 from rlhf.functional.ppo import masked_mean
 from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from rlhf.models.peft.methods import trainable
-from rlhf.ppo_state import build
 from rlhf.recipe import load_recipe
 from rlhf.rollout import sampling
 from rlhf.rollout.batches import Pair, build_batch
 from rlhf.rollout.decoding import ModelDecoding
 from rlhf.rollout.experience import pad_rows
 from rlhf.rollout.scoring import response_logprobs, scores, token_logprobs, token_values
+from rlhf.training.ppo_state import build
 from stages import ppo, sft
 
 

@@ -12,12 +12,12 @@ from methods import CACHED, EMBEDDED, MERGED, METHODS, stir
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf import ppo_networks
 from rlhf.config import ModelSection, PeftSection, Recipe
 from rlhf.errors import UserError
 from rlhf.models.loading import load_policy, load_tokenizer, new_reward_model, save_model
 from rlhf.models.peft.methods import add_adapter, peft_of, trainable
-from rlhf.ppo_networks import PpoNetworks, add_first, load_networks, policy_to_train, value_to_train
+from rlhf.training import ppo_networks
+from rlhf.training.ppo_networks import PpoNetworks, add_first, load_networks, policy_to_train, value_to_train
 
 SECTION = ModelSection(name="tiny")
 IDS = torch.tensor([[5, 60, 7, 300, 2]])

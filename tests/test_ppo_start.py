@@ -14,9 +14,9 @@ from rlhf.errors import UserError
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.peft.methods import add_adapter, trainable
 from rlhf.models.peft.shared_base import policy_twin
-from rlhf.ppo_state import Ppo
 from rlhf.rollout.batches import build_batch
 from rlhf.rollout.scoring import response_logprobs, token_logprobs
+from rlhf.training.ppo_state import Ppo
 from stages.ppo import check_first_minibatch, ppo_step, rollout, score
 
 

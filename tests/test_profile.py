@@ -21,11 +21,11 @@ from rlhf.floors import furthest, mean_row, phase_costs
 from rlhf.models.flops import Work, model_cost, work_of
 from rlhf.models.loading import load_policy, new_reward_model
 from rlhf.models.peft.methods import add_adapter
-from rlhf.ppo_perf import decoding_needs
 from rlhf.rollout.batches import build_batch
 from rlhf.rollout.scoring import response_logprobs
 from rlhf.system import machine, phase_timer
 from rlhf.system.phase_timer import PhaseTimes
+from rlhf.training.ppo_metrics import decoding_needs
 from stages import ppo, rank, reward, sft
 
 CPU = torch.device("cpu")

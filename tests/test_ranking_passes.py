@@ -12,8 +12,8 @@ from torch.nn.functional import logsigmoid
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from rlhf.config import Recipe
-from rlhf.engine import Engine, ParamGroup
-from rlhf.ranking_passes import Group, by_length, whole_passes
+from rlhf.training.engine import Engine, ParamGroup
+from rlhf.training.ranking_passes import Group, by_length, whole_passes
 from stages.reward import Scored
 from stages.reward import step as reward_step
 

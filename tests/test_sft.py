@@ -21,7 +21,8 @@ from rlhf.models.loading import load_policy, save_model
 from rlhf.models.peft.methods import add_adapter, peft_of, trainable
 from rlhf.run.checkpoints import Checkpoints
 from rlhf.run.tracking import Tracker
-from stages.sft import check_layout, main, mix_rows, train_sft, trainer_config, validation_loss, write_policy
+from rlhf.training.sft_trainer import check_layout, train_sft, trainer_config
+from stages.sft import main, mix_rows, validation_loss, write_policy
 
 ANSWERS = [
     ("What is a river?", "Water that runs to the sea."),

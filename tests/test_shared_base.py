@@ -14,7 +14,6 @@ import torch
 from test_resume import assert_same, stop_at
 from torch import Tensor, nn
 
-from rlhf import ppo_networks
 from rlhf.config import ModelSection, PeftSection, Recipe
 from rlhf.errors import UserError
 from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer, new_reward_model, save_model
@@ -22,12 +21,13 @@ from rlhf.models.peft.folder import base_hash, find_adapter
 from rlhf.models.peft.merging import plain_name
 from rlhf.models.peft.methods import add_adapter, trainable
 from rlhf.models.peft.shared_base import policy_twin, scalar_twin
-from rlhf.ppo_state import Ppo, build
 from rlhf.recipe import load_recipe
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.probes import write_probes
 from rlhf.rollout.scoring import scores, token_logprobs, token_values
 from rlhf.system.phase_timer import PhaseTimes
+from rlhf.training import ppo_networks
+from rlhf.training.ppo_state import Ppo, build
 from stages import ppo as stage
 from stages.ppo import ppo_step, rollout, score, update
 

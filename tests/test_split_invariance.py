@@ -22,18 +22,18 @@ from transformers import (
 
 from rlhf.config import ModelSection, Recipe, TrackingSection
 from rlhf.data.records import Drops
-from rlhf.engine import Engine, ParamGroup
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.plan import plan_ppo
-from rlhf.policy_value import PolicyValue
-from rlhf.ppo_state import Ppo
 from rlhf.rollout.experience import Experience
 from rlhf.run.checkpoints import Checkpoints
 from rlhf.run.tracking import Tracker
+from rlhf.training.engine import Engine, ParamGroup
+from rlhf.training.policy_value import PolicyValue
+from rlhf.training.ppo_state import Ppo
+from rlhf.training.sft_trainer import Reporter, build_trainer
 from stages.ppo import ppo_step, ptx_step, rollout, score
 from stages.reward import Group, Scored
 from stages.reward import step as reward_step
-from stages.sft import Reporter, build_trainer
 
 EPISODES = 8
 SPLITS = [1, 2, 4]  # micro-batch sizes held against one forward of all eight

@@ -20,16 +20,16 @@ from benchmarks.measure import Order
 from rlhf.config import ModelSection, Recipe
 from rlhf.data.encoding import encode_prompt, encode_response
 from rlhf.data.records import Drops, read_demonstrations, read_prompts, read_rankings
-from rlhf.engine import Engine, ParamGroup
 from rlhf.functional.seeding import row_seed
 from rlhf.models import loading
-from rlhf.ppo_state import Ppo, build
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.probes import write_probes
 from rlhf.rollout.sampling import sample
 from rlhf.system.malloc import keep_freed_memory
 from rlhf.system.phase_timer import PhaseTimes
-from rlhf.zero import make_engine
+from rlhf.training.engine import Engine, ParamGroup
+from rlhf.training.ppo_state import Ppo, build
+from rlhf.training.zero_engine import make_engine
 from stages import ppo as ppo_stage
 from stages import reward as reward_stage
 from stages import sft as sft_stage

@@ -14,10 +14,10 @@ import sys
 import torch
 
 from rlhf.config import Recipe
-from rlhf.engine import Engine, ParamGroup
 from rlhf.models.loading import new_reward_model
-from rlhf.ranking_passes import Group
 from rlhf.system.machine import peak_memory_gb
+from rlhf.training.engine import Engine, ParamGroup
+from rlhf.training.ranking_passes import Group
 from stages.reward import Scored, step
 
 OUTPUTS = (2, 4, 9, 16)

@@ -88,11 +88,11 @@ def measure(folder: Path, way: str) -> dict[str, float]:
     """Two iterations in this process."""
     import torch
 
-    from rlhf.ppo_state import build
     from rlhf.recipe import load_recipe
     from rlhf.system.malloc import keep_freed_memory
     from rlhf.system.phase_timer import PhaseTimes
     from rlhf.system.quiet import quiet_libraries
+    from rlhf.training.ppo_state import build
     from stages.ppo import rollout, score, update
 
     keep_freed_memory()

@@ -17,10 +17,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rlhf.clipping import ClippedAdamW, set_steps, steps_of
 from rlhf.errors import UserError
-from rlhf.fragments import MOMENTS, WEIGHT, Fragment, FragmentReader, write_fragments
 from rlhf.system.distributed import is_main_process
+from rlhf.training.clipped_adamw import ClippedAdamW, set_steps, steps_of
+from rlhf.training.sharded_state import MOMENTS, WEIGHT, Fragment, FragmentReader, write_fragments
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Engine:
         return {name: self._copies.get(p, p) for name, p in self.trainable().items()}
 
     def save(self, folder: Path) -> None:
-        """Write trainable weights and optimiser state, each process what it holds (rlhf/fragments.py); all must call.
+        """Write trainable weights and optimiser state, each process what it holds (rlhf/training/sharded_state.py); all must call.
 
         Frozen weights are inputs of the stage and are not copied.
         """

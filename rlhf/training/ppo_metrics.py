@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rlhf.models.flops import ModelCost, Work, model_cost, work_of
-from rlhf.ppo_state import Ppo
 from rlhf.rollout.batches import Pair
 from rlhf.system.distributed import is_main_process, own, processes
 from rlhf.system.phase_timer import Batches, PhaseTimes
+from rlhf.training.ppo_state import Ppo
 
 PHASES = ("rollout", "score", "train", "ptx", "optimizer")
 STEP_BYTES = 28  # of a weight in AdamW: gradient read; weight, two moments read and written. In bfloat16 just as many

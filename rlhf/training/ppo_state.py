@@ -19,13 +19,10 @@ from rlhf.config import NOT_MERGED, Recipe
 from rlhf.data.encoding import fit_prompts, stop_ids
 from rlhf.data.records import Drops, read_prompts, read_texts
 from rlhf.data.text_blocks import blocks
-from rlhf.engine import Engine, ParamGroup
 from rlhf.errors import UserError
 from rlhf.functional.ppo import ema_update
 from rlhf.models.loading import check_context, load_tokenizer, recompute_activations, same_tokenizer
 from rlhf.plan import PpoPlan, plan_ppo
-from rlhf.policy_value import PolicyValue
-from rlhf.ppo_networks import load_networks
 from rlhf.rollout.probes import check_probes
 from rlhf.rollout.scoring import check_plain_head
 from rlhf.rollout.vllm_engine import check_server
@@ -33,7 +30,10 @@ from rlhf.run.checkpoints import Checkpoints
 from rlhf.system.console import console
 from rlhf.system.distributed import barrier, is_main_process, pick_device
 from rlhf.system.rng import load_rng, save_rng
-from rlhf.zero import make_engine
+from rlhf.training.engine import Engine, ParamGroup
+from rlhf.training.policy_value import PolicyValue
+from rlhf.training.ppo_networks import load_networks
+from rlhf.training.zero_engine import make_engine
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Ppo:
 
 
 def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
-    """Load the models (rlhf/ppo_networks.py) and the data of a PPO run, and put the trained ones under an engine."""
+    """Load the models (rlhf/training/ppo_networks.py) and the data of a PPO run, and put the trained ones under an engine."""
     cfg, plan = recipe.ppo, plan_ppo(recipe)
     rows_of = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
     if cfg.rollout == "vllm" and recipe.model.peft.method not in NOT_MERGED:  # else it is not asked

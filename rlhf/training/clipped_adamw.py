@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf.fragments import MOMENTS
+from rlhf.training.sharded_state import MOMENTS
 
 PIECE = 1 << 15
 

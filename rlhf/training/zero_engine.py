@@ -1,4 +1,4 @@
-"""The training engine of several processes: DeepSpeed, ZeRO stages 0 to 3, behind the interface of rlhf/engine.py.
+"""The training engine of several processes: DeepSpeed, ZeRO stages 0 to 3, behind the interface of rlhf/training/engine.py.
 
 The loops call accumulate, backward and step as they do in one process. A step may hold any number of backward passes
 (PPO's micro-batches, then those of the pretraining text): DeepSpeed is told that the caller owns the boundary, for with
@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rlhf.clipping import ClippedAdamW
 from rlhf.config import Recipe
-from rlhf.engine import Engine, ParamGroup, StepResult
 from rlhf.errors import UserError
-from rlhf.fragments import Fragment
 from rlhf.models.low_memory_layers import keep_less
 from rlhf.models.zero import connect, settings, zero_stage
 from rlhf.system.distributed import pick_device, processes
+from rlhf.training.clipped_adamw import ClippedAdamW
+from rlhf.training.engine import Engine, ParamGroup, StepResult
+from rlhf.training.sharded_state import Fragment
 
 
 class ZeroEngine(Engine):
