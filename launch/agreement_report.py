@@ -23,7 +23,7 @@ from rlhf.functional.agreement import (
     pairwise,
     windows,
 )
-from rlhf.matching import Matched, match
+from rlhf.labeling.matched_rankings import Matched, match
 from rlhf.system.console import console, table
 
 WORDS = {

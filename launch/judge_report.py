@@ -13,9 +13,9 @@ from rlhf.data.few_shot import why_not_calibrated
 from rlhf.data.prompt_template import Template, template_names, write_template
 from rlhf.data.records import Drops, read_rankings
 from rlhf.errors import UserError
-from rlhf.judge import Judge, check_judge, make_reader, question_key
-from rlhf.judge_eval import Graded, fitting_all, graded, measure, questions, templates_of
-from rlhf.judge_search import candidates, comments, cut, search
+from rlhf.labeling.judge.accuracy import Graded, fitting_all, graded, measure, questions, templates_of
+from rlhf.labeling.judge.judge import Judge, check_judge, make_reader, question_key
+from rlhf.labeling.judge.template_search import candidates, comments, cut, search
 from rlhf.system.console import Progress, console, table, warn
 from rlhf.system.distributed import pick_device
 from rlhf.system.files import write_atomic

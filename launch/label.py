@@ -12,9 +12,9 @@ from pathlib import Path
 from rlhf.config import Recipe
 from rlhf.data.records import Drops, write_jsonl
 from rlhf.errors import UserError
-from rlhf.label_store import LabelStore, labelled_row
-from rlhf.label_wait import LABELS, OUTPUTS, opened, page, tell_set_aside, wait
-from rlhf.outputs import read_outputs
+from rlhf.labeling.outputs import read_outputs
+from rlhf.labeling.page.collect import LABELS, OUTPUTS, opened, page, tell_set_aside, wait
+from rlhf.labeling.page.store import LabelStore, labelled_row
 from rlhf.recipe import load_recipe
 from rlhf.run.folder import RunFolder, live_owner
 from rlhf.system.console import console

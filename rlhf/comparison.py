@@ -281,7 +281,8 @@ def _judge(recipe: Recipe, reference: RunFolder, way: str, mine: Answers, base: 
         return None
     from rlhf.data.records import Message, Prompt
     from rlhf.functional.seeding import row_seed
-    from rlhf.labelers import Output, make_judge  # imports torch
+    from rlhf.labeling.base import Output  # imports torch
+    from rlhf.labeling.labelers import make_judge
 
     prompts = [Prompt((Message("user", text),)) for text in mine]  # of which the rubric sees the text alone
     sides = [[[Output(a["text"], a["finished"]) for a in side[text]] for text in mine] for side in (mine, base)]

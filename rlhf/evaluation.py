@@ -13,7 +13,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from rlhf.data.records import Prompt
-    from rlhf.labelers import Labeler, Output
+    from rlhf.labeling.base import Labeler, Output
 
 
 def compare(

@@ -40,8 +40,9 @@ from rlhf.functional.statistics import (
     win_rate,
 )
 from rlhf.heldout import Questions, read_questions
-from rlhf.judge import check_room, judge_files
-from rlhf.labelers import Labeler, Output, make_judge
+from rlhf.labeling.base import Labeler, Output
+from rlhf.labeling.judge.judge import check_room, judge_files
+from rlhf.labeling.labelers import make_judge
 from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from rlhf.models.zero import frozen
 from rlhf.prompted import answer_prompted

@@ -13,13 +13,11 @@ With rank.labeler=file nothing is sampled: the files of data.rankings are checke
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,19 +26,25 @@ from rlhf.config import Recipe
 from rlhf.data.encoding import Encoded, fit_prompts, stop_ids
 from rlhf.data.records import Drops, Prompt, Ranking, ranking_row, read_prompts, read_rankings, write_jsonl
 from rlhf.errors import UserError
-from rlhf.functional.ranking import ordered_pairs, tied_pairs
 from rlhf.functional.seeding import row_seed
-from rlhf.judge import check_room, judge_files
-from rlhf.judge_labeler import JudgeLabeler, fitting
-from rlhf.label_wait import rankings_by_people
-from rlhf.labelers import Labeler, Output, agreement, expected_agreement, make_labeler, noise_for_agreement
+from rlhf.labeling.base import Output
+from rlhf.labeling.judge.judge import check_room, judge_files
+from rlhf.labeling.judge.labeler import JudgeLabeler, fitting
+from rlhf.labeling.labelers import make_labeler
+from rlhf.labeling.outputs import Candidate, Outputs, Samples
+from rlhf.labeling.page.collect import rankings_by_people
+from rlhf.labeling.rubric_labeler import (
+    _none_for_nan,
+    expected_agreement,
+    noise_for_agreement,
+    rubric_scores,
+    second_opinion,
+)
+from rlhf.labeling.summary import Ranked, summarise
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.models.zero import frozen
-from rlhf.outputs import Outputs
 from rlhf.rollout.sampling import sample
-from rlhf.rubric import rubric_score
 from rlhf.run.stage import StageContext, run_stage
-from rlhf.samples import Samples
 from rlhf.system.console import Progress, console, warn
 from rlhf.system.console import table as print_table
 from rlhf.system.distributed import is_main_process
@@ -48,24 +52,6 @@ from rlhf.system.files import write_atomic
 from rlhf.system.phases import phase
 
 TABLE_ROWS = 64
-
-
-@dataclass
-class Candidate:
-    """One prompt with the outputs that a labeler is to rank."""
-
-    prompt: Prompt
-    outputs: list[Output]
-    lengths: list[int]  # tokens of each output, EOS included; empty when the outputs come from a file
-
-
-class Ranked(NamedTuple):
-    """The stage's product and what is known about the labels."""
-
-    rankings: list[Ranking]
-    lengths: list[list[int]]
-    label_summary: dict[str, Any]
-    more: Sequence[dict[str, Any]] = ()  # further fields of each row: what people said, and the order that they saw
 
 
 def choose_prompts(ctx: StageContext, tokenizer: PreTrainedTokenizerBase, drops: Drops) -> list[Encoded[Prompt]]:
@@ -235,67 +221,10 @@ def label_by_people(ctx: StageContext, candidates: Sequence[Candidate]) -> Ranke
     return Ranked(rankings, [lengths[item.outputs] for item in labelled], {"noise_sigma": 0.0} | about, more)
 
 
-def rubric_scores(prompt: Prompt, outputs: Sequence[Output]) -> list[float]:
-    """Noise-free rubric scores, one per output."""
-    return [rubric_score(prompt.text, output.text, output.finished) for output in outputs]
-
-
-def second_opinion(
-    labeler: Labeler, candidates: Sequence[Candidate], rankings: Sequence[Ranking], recipe: Recipe
-) -> dict[str, Any]:
-    """Agreement with a second, independent draw of the noise over the pairs untied in both."""
-    seed = row_seed(recipe.run.seed, "second labeler")
-    counts = [
-        agreement(r.ranks, labeler.rank(c.prompt, c.outputs, seed)) for c, r in zip(candidates, rankings, strict=True)
-    ]
-    agreeing, pairs = (sum(column) for column in zip(*counts, strict=True))
-    return {"agreement": agreeing / pairs if pairs else None, "agreement_pairs": pairs}
-
-
 def read_labelled(ctx: StageContext, drops: Drops) -> Ranked:
     """Rankings of rank.labeler=file, checked by their reader."""
     paths = ctx.recipe.data.rankings
     return Ranked(read_rankings(paths, drops), [], {"noise_sigma": 0.0})
-
-
-def summarise(ranked: Ranked) -> dict[str, Any]:
-    """Counts, shares and the two correlations that show a labeler's bias; None where there is nothing to measure.
-
-    Correlations are Pearson's over outputs, of rank (1 is best) with length in tokens and with the position in which
-    the output was shown, each less its mean over the prompt: below 0 means longer, or later, outputs rank better.
-    """
-    rankings = ranked.rankings
-    outputs = sum(len(r.ranks) for r in rankings)
-    tied = sum(len(tied_pairs(r.ranks)) for r in rankings)
-    ordered = sum(len(ordered_pairs(r.ranks)) for r in rankings)
-    ranks = [r.ranks for r in rankings]
-    summary = {
-        "prompts": len({r.prompt.key for r in rankings}),
-        "rankings": len(rankings),
-        "outputs": outputs,
-        "pairs": ordered,
-        "tie_fraction": tied / (tied + ordered),
-        "finished_fraction": sum(sum(r.finished) for r in rankings) / outputs,
-        "correlation_rank_position": centred_correlation(ranks, shown_at(ranked)),
-    }
-    if ranked.lengths:
-        summary["response_length"] = sum(map(sum, ranked.lengths)) / outputs
-        summary["correlation_rank_length"] = centred_correlation(ranks, ranked.lengths)
-    return summary | ranked.label_summary
-
-
-def shown_at(ranked: Ranked) -> list[Sequence[int]]:
-    """Where each output stood on the labeler's page: in the order of the file, but for people, who have their own."""
-    if not ranked.more:
-        return [range(len(r.ranks)) for r in ranked.rankings]
-    return [np.argsort(more["shown"]).tolist() for more in ranked.more]
-
-
-def centred_correlation(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float | None:
-    """Pearson's correlation of values less the mean of their group; None when either does not vary."""
-    x, y = (np.concatenate([np.asarray(g, float) - np.mean(g) for g in groups]) for groups in (a, b))
-    scale = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / scale if scale > 0 else None
 
 
 def write(ctx: StageContext, ranked: Ranked, drops: Drops, step: int) -> dict[str, float]:
@@ -393,10 +322,6 @@ def work(ctx: StageContext) -> dict[str, Any]:
         )
     phase("save")
     return write(ctx, ranked, drops, tokens)
-
-
-def _none_for_nan(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

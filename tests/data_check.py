@@ -30,9 +30,9 @@ from data_overlap import NGRAM, Text, content, ngrams, overlaps, similar, words 
 from rlhf.data.records import Drops, read_cloze, read_demonstrations, read_prompts, read_rankings, read_texts  # noqa: E402
 from rlhf.errors import UserError  # noqa: E402
 from rlhf.functional.ranking import ordered_pairs, tied_pairs  # noqa: E402
-from rlhf.labelers import agreement  # noqa: E402
+from rlhf.labeling.base import agreement  # noqa: E402
+from rlhf.labeling.summary import centred_correlation  # noqa: E402
 from rlhf.system.console import table  # noqa: E402
-from stages.rank import centred_correlation  # noqa: E402
 
 # InstructGPT, Table 1: the use cases of the API prompts, in percent.
 TABLE_1 = {

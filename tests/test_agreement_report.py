@@ -14,11 +14,12 @@ from rlhf.config import Recipe
 from rlhf.data.records import Drops, Prompt, Ranking, ranking_row, read_rankings, write_jsonl
 from rlhf.errors import UserError
 from rlhf.functional.agreement import CONVENTIONS, Shared, comparisons, pairwise
-from rlhf.label_store import Labelled, labelled_row
-from rlhf.labelers import Output, RubricLabeler, noise_for_agreement
-from rlhf.matching import match
-from rlhf.outputs import Outputs
-from rlhf.rubric import rubric_score
+from rlhf.labeling.base import Output
+from rlhf.labeling.matched_rankings import match
+from rlhf.labeling.outputs import Outputs
+from rlhf.labeling.page.store import Labelled, labelled_row
+from rlhf.labeling.rubric import rubric_score
+from rlhf.labeling.rubric_labeler import RubricLabeler, noise_for_agreement
 
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
 

@@ -24,13 +24,14 @@ from rlhf.data.records import Drops, Prompt, read_rankings
 from rlhf.errors import UserError
 from rlhf.functional.judge_odds import BothOrders
 from rlhf.functional.statistics import clustered
-from rlhf.judge import Judge, check_room, load_judge, make_reader
-from rlhf.judge_labeler import JudgeLabeler, position_bias
-from rlhf.labelers import Output, make_judge, make_labeler
+from rlhf.labeling.base import Output
+from rlhf.labeling.judge.judge import Judge, check_room, load_judge, make_reader
+from rlhf.labeling.judge.labeler import JudgeLabeler, position_bias
+from rlhf.labeling.judge.local import Fields, Reading
+from rlhf.labeling.labelers import make_judge, make_labeler
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.rollout.scoring import token_logprobs
 from rlhf.run.folder import RunFolder
-from rlhf.verbalizer import Fields, Reading
 
 PROMPT = Prompt.from_text("why is the sky blue")
 

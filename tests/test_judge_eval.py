@@ -17,12 +17,12 @@ from rlhf.config import JudgeSection
 from rlhf.data.prompt_template import Template, load_template
 from rlhf.data.records import Drops, Prompt, Ranking
 from rlhf.errors import UserError
-from rlhf.judge import Judge
-from rlhf.judge_eval import Graded, fitting_all, graded, measure, questions, templates_of
-from rlhf.judge_labeler import JudgeLabeler
-from rlhf.judge_search import candidates, comments, cut, search
-from rlhf.labelers import Output
-from rlhf.verbalizer import Fields
+from rlhf.labeling.base import Output
+from rlhf.labeling.judge.accuracy import Graded, fitting_all, graded, measure, questions, templates_of
+from rlhf.labeling.judge.judge import Judge
+from rlhf.labeling.judge.labeler import JudgeLabeler
+from rlhf.labeling.judge.local import Fields
+from rlhf.labeling.judge.template_search import candidates, comments, cut, search
 
 
 def ranking(name: str, responses: list[str], ranks: list[int]) -> Ranking:

@@ -19,7 +19,7 @@ from rlhf.functional.judge_odds import (
     sigmoid,
     win_log_odds,
 )
-from rlhf.labelers import ranks_of
+from rlhf.labeling.base import ranks_of
 
 
 def logs(*shares: float) -> list[float]:

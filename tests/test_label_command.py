@@ -9,7 +9,7 @@ import pytest
 
 from launch.label import outputs_of, prepare, settings, what_next
 from rlhf.errors import UserError
-from rlhf.label_wait import opened
+from rlhf.labeling.page.collect import opened
 
 ROWS = [
     {

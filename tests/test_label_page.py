@@ -16,10 +16,10 @@ from browser import started, violations
 
 from rlhf.config import LabelSection
 from rlhf.data.records import Prompt
-from rlhf.label_form import Submission
-from rlhf.label_server import serving
-from rlhf.label_store import LabelStore, task_key
-from rlhf.outputs import Outputs
+from rlhf.labeling.outputs import Outputs
+from rlhf.labeling.page.form import Submission
+from rlhf.labeling.page.server import serving
+from rlhf.labeling.page.store import LabelStore, task_key
 
 MARKUP = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><b>bold</b>"
 ARABIC = "أعلى جبل في اسكتلندا هو بن نيفيس."

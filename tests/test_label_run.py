@@ -20,7 +20,7 @@ from test_label_store import rank_one
 
 from rlhf.config import LabelSection
 from rlhf.data.records import Drops, read_rankings
-from rlhf.label_store import LabelStore
+from rlhf.labeling.page.store import LabelStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2000)]
 ROOT = Path(__file__).resolve().parent.parent

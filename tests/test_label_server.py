@@ -23,10 +23,10 @@ import pytest
 from rlhf.config import LabelSection
 from rlhf.data.records import Drops, Prompt, read_rankings, write_jsonl
 from rlhf.errors import UserError
-from rlhf.label_audience import Audience
-from rlhf.label_server import FILES, MAX_BODY, Guard, is_loopback, serving
-from rlhf.label_store import LabelStore, task_key
-from rlhf.outputs import Outputs, outputs_row
+from rlhf.labeling.outputs import Outputs, outputs_row
+from rlhf.labeling.page.presence import Audience
+from rlhf.labeling.page.server import FILES, MAX_BODY, Guard, is_loopback, serving
+from rlhf.labeling.page.store import LabelStore, task_key
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "<script>window.hacked = true</script>"

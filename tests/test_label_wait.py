@@ -15,13 +15,13 @@ import pytest
 from test_label_store import opened, outputs, rank_one, ranking
 
 from launch.label import export, prepare, revoke, settings
-from rlhf import label_wait
 from rlhf.config import LabelSection
 from rlhf.data.records import write_jsonl
 from rlhf.errors import UserError
-from rlhf.label_audience import Audience
-from rlhf.label_store import Counts, LabelStore
-from rlhf.outputs import outputs_row
+from rlhf.labeling.outputs import outputs_row
+from rlhf.labeling.page import collect
+from rlhf.labeling.page.presence import Audience
+from rlhf.labeling.page.store import Counts, LabelStore
 from rlhf.run.folder import RunFolder
 
 
@@ -29,7 +29,7 @@ from rlhf.run.folder import RunFolder
 def run(tmp_path: Path) -> Path:
     """A run of four prompts that two labelers share, with its outputs."""
     folder = tmp_path / "run"
-    write_jsonl(folder / label_wait.OUTPUTS, [outputs_row(item) for item in outputs(4)])
+    write_jsonl(folder / collect.OUTPUTS, [outputs_row(item) for item in outputs(4)])
     (folder / "recipe.yaml").write_text("label: {overlap: 1.0, labelers: [anna, ben]}\n")
     return folder
 
@@ -37,7 +37,7 @@ def run(tmp_path: Path) -> Path:
 def joined(run: Path, names: str) -> None:
     """What `rlhf label RUN --labelers NAMES` does before it serves."""
     recipe = settings(run, names)
-    with label_wait.opened(run, recipe.label, recipe.run.seed) as store:
+    with collect.opened(run, recipe.label, recipe.run.seed) as store:
         prepare(run, store)
 
 
@@ -51,7 +51,7 @@ def test_labelers_who_join_and_links_that_end_leave_what_the_run_waits_for(run: 
         pass
     assert waiting.counts() == Counts(4, 8)
     with RunFolder(run).lock():
-        write_jsonl(run / label_wait.OUTPUTS, [outputs_row(item) for item in outputs(1)])  # not what it waits for
+        write_jsonl(run / collect.OUTPUTS, [outputs_row(item) for item in outputs(1)])  # not what it waits for
         joined(run, "carl")
         assert waiting.counts() == Counts(4, 8) and waiting.set_aside() == 0
         assert waiting.next_task("carl") is not None
@@ -73,7 +73,7 @@ def test_without_labels_nothing_is_exported_or_revoked_and_no_file_made(run: Pat
     ):
         with pytest.raises(UserError, match="nobody has ranked"):
             act()
-    assert not (run / label_wait.LABELS).exists()
+    assert not (run / collect.LABELS).exists()
 
 
 def test_links_of_nobody_are_not_revoked(run: Path) -> None:
@@ -93,7 +93,7 @@ def test_an_export_that_cannot_be_written_is_told(run: Path, tmp_path: Path) -> 
 
 
 def test_outputs_that_are_left_out_are_told(run: Path, capsys) -> None:
-    write_jsonl(run / label_wait.OUTPUTS, [outputs_row(item) for item in [*outputs(2), *outputs(1)]])
+    write_jsonl(run / collect.OUTPUTS, [outputs_row(item) for item in [*outputs(2), *outputs(1)]])
     joined(run, "anna")
     assert "left out 1: exact duplicate of outputs" in capsys.readouterr().out
 
@@ -105,16 +105,16 @@ class Stage:
     """`rankings_by_people` in a thread, as the rank stage calls it."""
 
     def __init__(self, folder: Path, monkeypatch, grace: float) -> None:
-        monkeypatch.setattr(label_wait, "LOOK", 0.02)
+        monkeypatch.setattr(collect, "LOOK", 0.02)
         self.printed: list[str] = []
-        monkeypatch.setattr(label_wait.console, "print", lambda *text, **_: self.printed.extend(map(str, text)))
+        monkeypatch.setattr(collect.console, "print", lambda *text, **_: self.printed.extend(map(str, text)))
         label = LabelSection(labelers=["anna", "ben"], overlap=0)
         recipe = SimpleNamespace(label=label, run=SimpleNamespace(name="demo", seed=1))
         ctx: Any = SimpleNamespace(recipe=recipe, run=RunFolder(folder), stop_requested=False)
         self.found: Any = None
 
         def work() -> None:
-            self.found = label_wait.rankings_by_people(ctx, outputs(2), grace)
+            self.found = collect.rankings_by_people(ctx, outputs(2), grace)
 
         self.ctx, self.thread = ctx, threading.Thread(target=work, daemon=True)
         self.thread.start()
@@ -205,7 +205,7 @@ def test_what_is_taken_back_when_all_was_in_is_waited_for_on_the_same_page(tmp_p
 
 def test_who_was_seen_long_ago_is_not_waited_for(monkeypatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("rlhf.label_audience.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("rlhf.labeling.page.presence.time.monotonic", lambda: now[0])
     audience = Audience()
     audience.seen("anna")
     now[0] += 59

@@ -14,21 +14,13 @@ from rlhf.config import ModelSection, Recipe
 from rlhf.data.encoding import encode_prompt, encode_response
 from rlhf.data.records import Prompt
 from rlhf.errors import UserError
-from rlhf.labelers import (
-    Output,
-    RewardModelLabeler,
-    RubricLabeler,
-    agreement,
-    expected_agreement,
-    make_judge,
-    make_labeler,
-    noise_for_agreement,
-    ranks_of,
-    stored_noise,
-)
+from rlhf.labeling.base import Output, agreement, ranks_of
+from rlhf.labeling.labelers import make_judge, make_labeler, stored_noise
+from rlhf.labeling.reward_model_labeler import RewardModelLabeler
+from rlhf.labeling.rubric import rubric_score
+from rlhf.labeling.rubric_labeler import RubricLabeler, expected_agreement, noise_for_agreement
 from rlhf.models.loading import load_tokenizer, new_reward_model
 from rlhf.rollout.scoring import scores
-from rlhf.rubric import rubric_score
 from rlhf.run.folder import RunFolder
 
 PROMPT = Prompt.from_text("why does bread go stale faster in the fridge")

@@ -11,9 +11,11 @@ import pytest
 
 from rlhf.data.records import Drops, Prompt, Ranking, read_rankings
 from rlhf.functional.seeding import row_seed
-from rlhf.rubric import rubric_score
+from rlhf.labeling.outputs import Candidate
+from rlhf.labeling.rubric import rubric_score
+from rlhf.labeling.summary import Ranked, centred_correlation, summarise
 from stages import rank
-from stages.rank import Candidate, Ranked, centred_correlation, main, summarise
+from stages.rank import main
 
 PROMPTS = [
     "Is tea good?",

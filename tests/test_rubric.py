@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.rubric import WEIGHTS, content_words, criteria, last_user_turn, reads_as_ended, rubric_score, same_word
+from rlhf.labeling.rubric import (
+    WEIGHTS,
+    content_words,
+    criteria,
+    last_user_turn,
+    reads_as_ended,
+    rubric_score,
+    same_word,
+)
 
 # Content words: bread, go, stale, faster, fridge; a third of five is two.
 BREAD = "why does bread go stale faster in the fridge"

@@ -9,14 +9,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf import verbalizer
 from rlhf.data.encoding import encode_prompt, encode_untrusted, stop_ids
 from rlhf.data.prompt_template import load_template, parse_template
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
+from rlhf.labeling.judge import local
+from rlhf.labeling.judge.local import LocalReader, label_ids
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.scoring import next_token_logprobs
-from rlhf.verbalizer import LocalReader, label_ids
 
 QUESTIONS = [
     {"prompt": "Name a river.", "first": "The Elbe.", "second": "A river is a body of water that flows, as rivers do."},
@@ -86,9 +86,9 @@ def test_demonstrations_that_all_questions_share_are_seen_once(
     )
     template = parse_template(text, "t", "t")
     reader, counted, passes = LocalReader(model, tiny_tokenizer, 400), [], []
-    real = verbalizer.last_states
-    monkeypatch.setattr(verbalizer, "last_states", lambda m, b: passes.append(b.input_ids.numel()) or real(m, b))
-    monkeypatch.setattr(verbalizer, "SHARED_TOKENS", 30)
+    real = local.last_states
+    monkeypatch.setattr(local, "last_states", lambda m, b: passes.append(b.input_ids.numel()) or real(m, b))
+    monkeypatch.setattr(local, "SHARED_TOKENS", 30)
     found = reader.read(template, QUESTIONS, counted.append)
     assert reader.shares and sum(counted) == len(QUESTIONS) and len(passes) > 1
     lengths = []
@@ -148,7 +148,7 @@ def test_a_cue_that_the_model_writes_itself_ends_its_reasoning(
         def texts(self, tokenizer: Any) -> list[str]:
             return [" Both are short. The better answer is A. Or B?"] * self.n
 
-    monkeypatch.setattr(verbalizer, "sample", lambda *args, **how: Said(len(args[2])))
+    monkeypatch.setattr(local, "sample", lambda *args, **how: Said(len(args[2])))
     reading = LocalReader(tiny_policy, tiny_tokenizer).read(load_template("pair-chain-of-thought"), QUESTIONS[:1])[0]
     assert reading.reasoning == "Both are short."
 
@@ -157,7 +157,7 @@ def test_a_question_over_the_limit_is_refused_and_can_be_asked_about(
     tiny_policy: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     template = load_template("pair-zero-shot")
-    needed = [verbalizer.question_tokens(tiny_tokenizer, template, q, 0) for q in QUESTIONS]
+    needed = [local.question_tokens(tiny_tokenizer, template, q, 0) for q in QUESTIONS]
     assert needed[0] > len(encode_untrusted(tiny_tokenizer, template.messages(QUESTIONS[0])))
     reader = LocalReader(tiny_policy, tiny_tokenizer, max_tokens=sorted(needed)[1])
     assert [reader.fits(template, q) for q in QUESTIONS] == [n <= sorted(needed)[1] for n in needed]

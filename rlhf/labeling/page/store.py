@@ -1,6 +1,6 @@
 """What people rank and what they have said: RUN/labels.sqlite, beside the stages so that redoing one keeps it.
 
-A submission is on disk before it is acknowledged (rlhf/label_tables.py), and its id, which the page makes,
+A submission is on disk before it is acknowledged (rlhf/labeling/page/tables.py), and its id, which the page makes,
 stores it once however often it is sent. A labeler has one standing submission for a task. Answers are kept in the
 order of the outputs in the file, whatever the order they were shown in. Several processes may have the file open.
 """
@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 from rlhf.config import LabelSection
 from rlhf.data.records import Message, Prompt, ranking_row
-from rlhf.label_form import Submission, complaint
-from rlhf.label_tables import GIVEN, new_id, open_labels
-from rlhf.outputs import Outputs
+from rlhf.labeling.outputs import Outputs
+from rlhf.labeling.page.form import Submission, complaint
+from rlhf.labeling.page.tables import GIVEN, new_id, open_labels
 
 RECENT = 20  # submissions that a labeler's pace is taken from
 

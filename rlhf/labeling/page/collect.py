@@ -1,7 +1,7 @@
 """Serve the labelling page and wait for people: for `rank.labeler=human` in the rank stage, and for `rlhf label RUN`.
 
-    runs/<name>/rank/outputs.jsonl    what is to be ranked        rlhf/outputs.py
-    runs/<name>/labels.sqlite         what people have said       rlhf/label_store.py
+    runs/<name>/rank/outputs.jsonl    what is to be ranked        rlhf/labeling/outputs.py
+    runs/<name>/labels.sqlite         what people have said       rlhf/labeling/page/store.py
 
 The rank stage and `rlhf label` may serve the page at the same time, each at an address of its own: the file is one.
 What is to be ranked, and whom the run waits for, is the rank stage's to say: `rlhf label` only adds labelers.
@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.config import LabelSection
 from rlhf.data.records import write_jsonl
-from rlhf.label_audience import Audience
-from rlhf.label_store import Counts, Labelled, LabelStore, task_key
-from rlhf.outputs import Outputs, outputs_row
+from rlhf.labeling.outputs import Outputs, outputs_row
+from rlhf.labeling.page.presence import Audience
+from rlhf.labeling.page.store import Counts, Labelled, LabelStore, task_key
 from rlhf.system.console import Progress, console
 from rlhf.system.distributed import is_main_process
 from rlhf.system.phases import phase, progressed
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 LABELS = "labels.sqlite"
 OUTPUTS = "rank/outputs.jsonl"
 LOOK = 0.5  # seconds between looks at the file
-GRACE = 30.0  # seconds, twice what an open page takes to look again (POLL in label_page/page.js)
+GRACE = 30.0  # seconds, twice what an open page takes to look again (POLL in static/page.js)
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def tell_set_aside(store: LabelStore) -> None:
 @contextmanager
 def page(store: LabelStore, title: str) -> Iterator[Audience]:
     """Serve the page while the block lasts, and print a link for each of `label.labelers`; gives who is at it."""
-    from rlhf.label_server import is_loopback, serving  # FastAPI: where nobody ranks, it is not imported
+    from rlhf.labeling.page.server import is_loopback, serving  # FastAPI: where nobody ranks, it is not imported
 
     label, audience = store.label, Audience()
     with serving(store, title, label.host, label.port, audience) as address:
@@ -165,7 +165,7 @@ def summary(store: LabelStore) -> dict[str, Any]:
 
     Agreement is over the pairs of outputs that two labelers have both left untied.
     """
-    from rlhf.labelers import agreement  # imports torch, which `rlhf label` does without
+    from rlhf.labeling.base import agreement  # imports torch, which `rlhf label` does without
 
     labelled = store.rankings()
     by_task: dict[str, list[Labelled]] = {}

@@ -39,7 +39,7 @@ class Reading(NamedTuple):
     """What a model said to one question.
 
     `logprobs` has one entry for each label, in nats, given what all labels begin with, and none where the question was
-    refused as too long. `bounded` counts labels of which only an upper bound is known (rlhf/judge_endpoint.py).
+    refused as too long. `bounded` counts labels of which only an upper bound is known (rlhf/labeling/judge/endpoint.py).
     """
 
     logprobs: tuple[float, ...]
@@ -95,7 +95,7 @@ class LocalReader:
         """The labels' log-probabilities for every question.
 
         Args:
-            advance, keep: as of rlhf/judge.py's Reader.
+            advance, keep: as of rlhf/labeling/judge/judge.py's Reader.
 
         Raises:
             UserError: for a question over the limit, before any is asked.

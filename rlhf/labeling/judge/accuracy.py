@@ -26,9 +26,9 @@ from rlhf.errors import UserError
 from rlhf.functional.judge_odds import brier, calibration_error, log_loss
 from rlhf.functional.ranking import calibration, ordered_pairs
 from rlhf.functional.statistics import clustered, with_ends
-from rlhf.judge import Judge, Triple, doubts, question_key
-from rlhf.judge_labeler import position_bias
-from rlhf.verbalizer import Fields
+from rlhf.labeling.judge.judge import Judge, Triple, doubts, question_key
+from rlhf.labeling.judge.labeler import position_bias
+from rlhf.labeling.judge.local import Fields
 
 
 @dataclass

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.data.prompt_template import Template
 from rlhf.errors import UserError
+from rlhf.labeling.judge.local import Fields, Reading
 from rlhf.system.distributed import gathered, own, processes
-from rlhf.verbalizer import Fields, Reading
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -74,7 +74,7 @@ class EndpointReader:
         """The labels' log-probabilities for every question; none for one that is over the model's context.
 
         Args:
-            advance, keep: as of rlhf/judge.py's Reader. What was answered is kept also when another question fails.
+            advance, keep: as of rlhf/labeling/judge/judge.py's Reader. What was answered is kept also when another question fails.
 
         Raises:
             UserError: when the endpoint cannot be reached, refuses, gives no log-probabilities, or never a label.

@@ -1,4 +1,4 @@
-"""The labelling page's server: the page's files, and what the page asks of rlhf/label_store.py.
+"""The labelling page's server: the page's files, and what the page asks of rlhf/labeling/page/store.py.
 
 Every request for data carries the labeler's token in a header, which no other site's page can send: the token is the
 part of the link after #, so that browsers send it nowhere by themselves. A request for another host than this one is
@@ -25,11 +25,11 @@ from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf.errors import UserError
-from rlhf.label_audience import Audience
-from rlhf.label_form import FLAGS, MAX_NOTE, QUALITY, SKIPS, Submission
-from rlhf.label_store import Conflict, LabelStore, NotGiven, Refused, Task
+from rlhf.labeling.page.form import FLAGS, MAX_NOTE, QUALITY, SKIPS, Submission
+from rlhf.labeling.page.presence import Audience
+from rlhf.labeling.page.store import Conflict, LabelStore, NotGiven, Refused, Task
 
-PAGE = Path(__file__).parent / "label_page"
+PAGE = Path(__file__).parent / "static"
 SCRIPTS = ("page", "link", "board", "card", "order")
 FILES = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css")}
 FILES |= {f"/{name}.js": (f"{name}.js", "text/javascript") for name in SCRIPTS}

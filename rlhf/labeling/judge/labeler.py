@@ -13,8 +13,8 @@ from typing import Any
 from rlhf.data.records import Drops, Prompt
 from rlhf.functional.judge_odds import BothOrders, expected_points, mean_wins
 from rlhf.functional.statistics import clustered, with_ends
-from rlhf.judge import Judge, doubts
-from rlhf.labelers import Output, preference, ranks_of
+from rlhf.labeling.base import Output, preference, ranks_of
+from rlhf.labeling.judge.judge import Judge, doubts
 
 
 class JudgeLabeler:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-LATELY = 60.0  # seconds: the page asks every 15 (POLL in label_page/page.js), and less often in a hidden window
+LATELY = 60.0  # seconds: the page asks every 15 (POLL in static/page.js), and less often in a hidden window
 
 
 class Audience:

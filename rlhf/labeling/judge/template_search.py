@@ -20,8 +20,8 @@ from rlhf.data.records import Drops, Ranking
 from rlhf.data.splits import split_by_prompt
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed
-from rlhf.judge import Judge
-from rlhf.judge_eval import Graded, fitting_all, graded, measure
+from rlhf.labeling.judge.accuracy import Graded, fitting_all, graded, measure
+from rlhf.labeling.judge.judge import Judge
 
 CONFIRM = 1 / 3  # of all prompts
 POOL = 1 / 4  # of the others

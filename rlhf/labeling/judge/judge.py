@@ -1,7 +1,7 @@
 """A language model that is asked by a template, and whose answers are read off label words.
 
 Pairs are asked in both orders. The log-odds of the two answers, each turned toward the same output, are averaged: what
-the order adds to both cancels, and is reported as position bias (rlhf/judge_labeler.py).
+the order adds to both cancels, and is reported as position bias (rlhf/labeling/judge/labeler.py).
 
 Answers are kept: no question is asked twice, and with a log also not after an interruption.
 """
@@ -29,6 +29,7 @@ from rlhf.functional.judge_odds import (
     sigmoid,
     win_log_odds,
 )
+from rlhf.labeling.judge.local import Fields, LocalReader, Reading, question_tokens
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.models.peft.folder import find_adapter
 from rlhf.models.pretrained import load_config
@@ -36,7 +37,6 @@ from rlhf.models.resolve import resolve_model
 from rlhf.system.distributed import is_main_process
 from rlhf.system.files import hash_path
 from rlhf.system.row_log import append_rows, whole_rows
-from rlhf.verbalizer import Fields, LocalReader, Reading, question_tokens
 
 CONTENT_FREE = ("N/A", "[MASK]", "")  # Zhao et al. 2021, section 5
 KEPT_TOGETHER = 256  # questions to a local model before their answers go to the log
@@ -44,7 +44,7 @@ Triple = tuple[str, str, str]  # a prompt and two outputs
 
 
 class Reader(Protocol):
-    """Whoever answers the questions of a template: rlhf/verbalizer.py, rlhf/judge_endpoint.py."""
+    """Whoever answers the questions of a template: rlhf/labeling/judge/local.py, rlhf/labeling/judge/endpoint.py."""
 
     def fits(self, template: Template, fields: Fields) -> bool:
         """Whether the question is short enough."""
@@ -213,7 +213,7 @@ def make_reader(recipe: Recipe) -> tuple[Reader, str]:
     cfg = recipe.judge
     settings = f"reasoning {cfg.reasoning_tokens}"
     if cfg.endpoint:
-        from rlhf.judge_endpoint import EndpointReader
+        from rlhf.labeling.judge.endpoint import EndpointReader
 
         endpoint = EndpointReader(
             cfg.endpoint, cfg.model, cfg.reasoning_tokens, cfg.top_logprobs, cfg.concurrency, cfg.timeout_s

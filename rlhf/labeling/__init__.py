@@ -1,0 +1,1 @@
+"""Who ranks outputs: the rubric, a reward model, people or a language model."""

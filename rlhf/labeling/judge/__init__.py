@@ -1,0 +1,1 @@
+"""A language model as labeler, local or behind an API, and how accurate it is."""

@@ -1,0 +1,1 @@
+"""The page on which people rank, its store and its server."""
