@@ -291,7 +291,7 @@ def plan(
     h200-141g, b200-180g, l40s-48g, a10-24g, rtx4090-24g, v100-32g, cpu.
     """
     from launch.pipeline import show_plan
-    from rlhf.fit import with_count
+    from rlhf.costs.fit_to_card import with_count
     from rlhf.recipe import load_recipe
     from rlhf.run.preflight import check
 

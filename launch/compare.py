@@ -12,9 +12,10 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.pipeline import Redo, disk_need, how_ended, speaks, start
+from launch.pipeline import Redo, how_ended, speaks, start
 from rlhf.comparison import rows, why_failed
 from rlhf.config import Recipe
+from rlhf.costs.disk import disk_need
 from rlhf.errors import UserError
 from rlhf.plan import world_size
 from rlhf.run.fingerprints import check_data_files, unchanged

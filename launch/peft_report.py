@@ -8,12 +8,12 @@ from pydantic import ValidationError
 
 from launch.plan_report import device_of
 from rlhf.config import CACHED_TOKENS, READ_BY, VIRTUAL_TOKENS, PeftMethod, Recipe, read_settings
+from rlhf.costs.cards import Card, find_card, this_machine
+from rlhf.costs.fit_to_card import Settings, with_settings
+from rlhf.costs.model_shapes import Shapes, count, shapes_of
+from rlhf.costs.stage_memory import policy_spec, stage_memory
 from rlhf.errors import UserError
-from rlhf.fit import Settings, with_settings
-from rlhf.hardware import Card, find_card, this_machine
-from rlhf.memory import policy_spec, stage_memory
 from rlhf.models.peft.merging import why_not_mergeable
-from rlhf.shapes import Shapes, count, shapes_of
 from rlhf.system.console import console, table
 from rlhf.system.quiet import quiet_libraries
 
@@ -24,7 +24,7 @@ def show(recipe: Recipe, card_name: str | None) -> None:
     """Print the table. Nothing is loaded: all numbers follow from the model's config.
 
     Args:
-        card_name: a card of rlhf/hardware.py, for the memory; None: this machine.
+        card_name: a card of rlhf/costs/cards.py, for the memory; None: this machine.
 
     Raises:
         UserError: no such card, or a model whose config cannot be had.

@@ -22,10 +22,10 @@ from pathlib import Path
 import psutil
 
 from rlhf.config import Recipe
+from rlhf.costs.disk import disk_need
 from rlhf.errors import UserError
 from rlhf.plan import read_hosts, world_size
 from rlhf.recipe import load_recipe, recipe_names
-from rlhf.run.checkpoints import KEPT
 from rlhf.run.fingerprints import check_accepted, check_data_files
 from rlhf.run.folder import LOGS, RunFolder
 from rlhf.run.preflight import check, plan_rows
@@ -39,8 +39,6 @@ ROOT = Path(__file__).resolve().parent.parent  # holds rlhf/, stages/ and launch
 PORTS = ("sft", "rank", "reward", "ppo-ptx", "ppo", "evaluate")  # each a port of its own: none meets the one before
 GRACE = 25.0  # seconds that the launcher gets to end the others once a process has told an error
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # CUDA, ROCm, Windows' subsystem
-TRAINED = ("sft", "reward", "ppo-ptx", "ppo")
-SMOLLM2_BYTES = 540_000_000  # the embedded model as float32 safetensors
 
 
 @dataclass(frozen=True)
@@ -157,44 +155,10 @@ def report(run_dir: Path) -> Path:
     return path
 
 
-# --- disk ------------------------------------------------------------------------------------------------------------
-
-
 def check_disk(recipe: Recipe) -> None:
     """Refuse to start what the disk cannot hold; a model that is still on the Hub has no known size and is let pass."""
     require_writable(Path(recipe.run.dir) / recipe.run.name)
     require_disk(recipe.run.dir, disk_need(recipe), "the run")
-
-
-def disk_need(recipe: Recipe) -> int:
-    """Bytes that the unfinished stages write, about: models, averages and checkpoints, adapters left out."""
-    size = _model_bytes(recipe.model.name)
-    run_dir = Path(recipe.run.dir) / recipe.run.name
-    copies = 0
-    for stage in recipe.run.stages:
-        if stage not in TRAINED or (run_dir / stage / "model").is_dir():
-            continue
-        ppo, reward = stage.startswith("ppo"), stage == "reward"
-        if not (recipe.reward_peft if reward else recipe.model.peft).on:
-            copies += 2 if ppo and recipe.ppo.ema_decay > 0 else 1
-        networks = [] if reward else [recipe.model.peft]
-        networks += [recipe.reward_peft] if ppo or reward else []
-        save_every = {"sft": recipe.sft, "reward": recipe.reward}.get(stage, recipe.ppo).save_every
-        kept = KEPT + 1 if save_every else 1  # the old ones stay until the new one is whole
-        copies += kept * 3 * sum(not peft.on for peft in networks)  # weights and two moments of all that is trained
-        if stage == "sft" and recipe.model.peft.on and world_size(recipe) > 1 and recipe.launch.zero_stage:
-            copies += kept  # DeepSpeed's own checkpoint holds the frozen base too
-    return copies * size
-
-
-def _model_bytes(name: str) -> int:
-    if name == "smollm2-135m":
-        return SMOLLM2_BYTES
-    folder = Path(name).expanduser()
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
-
-
-# --- processes -------------------------------------------------------------------------------------------------------
 
 
 def start(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str], redo: Redo = NOTHING) -> int:

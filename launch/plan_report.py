@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from rlhf.config import Recipe
+from rlhf.costs.cards import Card, find_card, this_machine
+from rlhf.costs.fit_to_card import budget, settings_that_fit
+from rlhf.costs.model_shapes import Shapes, shapes_of
+from rlhf.costs.stage_memory import StageMemory, all_stages
+from rlhf.costs.stage_time import ASSUMPTIONS, stage_time
 from rlhf.errors import UserError
-from rlhf.estimate import ASSUMPTIONS, stage_time
-from rlhf.fit import budget, settings_that_fit
-from rlhf.hardware import Card, find_card, this_machine
-from rlhf.memory import StageMemory, all_stages
 from rlhf.plan import world_size
-from rlhf.shapes import Shapes, shapes_of
 from rlhf.system.console import console, duration, table
 from rlhf.system.quiet import quiet_libraries
 
@@ -20,7 +20,7 @@ def show_memory_and_time(recipe: Recipe, card_name: str | None) -> None:
     """Print memory by component and stage, whether it fits, what would make it fit, and about how long it takes.
 
     Args:
-        card_name: a card of rlhf/hardware.py; None takes what this machine has, and a model whose config cannot be had
+        card_name: a card of rlhf/costs/cards.py; None takes what this machine has, and a model whose config cannot be had
             is then told and passed over.
 
     Raises:

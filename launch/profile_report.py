@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import Recipe
+from rlhf.costs.roofline import PhaseCost, Row, furthest, mean_row, phase_costs
 from rlhf.errors import UserError
-from rlhf.floors import PhaseCost, Row, furthest, mean_row, phase_costs
 from rlhf.recipe import load_recipe
 from rlhf.system.console import console, table
 from rlhf.system.files import read_rows
 
 VARIANTS = ("ppo-ptx", "ppo")
-# Components of rlhf/memory.py that stay, or come with every update; what else there is comes and goes within a phase.
+# Components of rlhf/costs/stage_memory.py that stay, or come with every update; what else there is comes and goes within a phase.
 LASTING = ("weights", "gradients", "optimiser state", "averaged policy", "Python and libraries")
 
 
@@ -166,10 +166,10 @@ def _memory(path: Path, recipe: Recipe, stage: str, largest: Row) -> dict[str, f
     peak = (largest.get("memory/peak_gb") or 0.0) * 1e9
     if not peak:
         return {}
-    from rlhf.hardware import Card
-    from rlhf.memory import stage_memory
+    from rlhf.costs.cards import Card
+    from rlhf.costs.model_shapes import Shapes, model_config, shapes_of
+    from rlhf.costs.stage_memory import stage_memory
     from rlhf.plan import as_launched
-    from rlhf.shapes import Shapes, model_config, shapes_of
     from rlhf.system.quiet import quiet_libraries
 
     quiet_libraries()

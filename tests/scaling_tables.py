@@ -13,12 +13,12 @@ from pathlib import Path
 from transformers import GPT2Config
 
 from rlhf.config import Recipe
-from rlhf.estimate import stage_time
-from rlhf.fit import with_settings
-from rlhf.hardware import find_card
-from rlhf.memory import stage_memory
+from rlhf.costs.cards import find_card
+from rlhf.costs.fit_to_card import with_settings
+from rlhf.costs.model_shapes import Shapes
+from rlhf.costs.stage_memory import stage_memory
+from rlhf.costs.stage_time import stage_time
 from rlhf.recipe import load_recipe
-from rlhf.shapes import Shapes
 from rlhf.system.quiet import quiet_libraries
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"

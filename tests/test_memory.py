@@ -11,16 +11,16 @@ from test_cli import rlhf
 from transformers import LlamaConfig
 
 from rlhf.config import PeftSection, Recipe
+from rlhf.costs.activation_memory import scoring_pass, training_pass
+from rlhf.costs.cards import find_card
+from rlhf.costs.communication import exchange_seconds, gathering_traffic, training_traffic
+from rlhf.costs.fit_to_card import fits, ladder, micro_batches, settings_that_fit, with_count, with_settings
+from rlhf.costs.model_shapes import ModelSpec, Shapes, count, shapes_of
+from rlhf.costs.stage_memory import Sharding, held, stage_memory
+from rlhf.costs.stage_time import decode_seconds, forward_flops, training_flops
 from rlhf.errors import UserError
-from rlhf.estimate import decode_seconds, forward_flops, training_flops
-from rlhf.fit import fits, ladder, micro_batches, settings_that_fit, with_count, with_settings
-from rlhf.footprint import scoring_pass, training_pass
-from rlhf.hardware import find_card
-from rlhf.memory import Sharding, held, stage_memory
 from rlhf.models import tiny
 from rlhf.recipe import load_recipe
-from rlhf.shapes import ModelSpec, Shapes, count, shapes_of
-from rlhf.traffic import exchange_seconds, gathering_traffic, training_traffic
 
 TINY = ModelSpec(tiny.config(), "float32", "eager")
 EMBEDDINGS, LAYER = 1024 * 64, 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 176 + 2 * 64

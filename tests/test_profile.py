@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from launch import profile_report
 from launch.cli import app
 from rlhf.config import ModelSection, PeftSection
+from rlhf.costs.roofline import furthest, mean_row, phase_costs
 from rlhf.errors import UserError
-from rlhf.floors import furthest, mean_row, phase_costs
 from rlhf.models.flops import Work, model_cost, work_of
 from rlhf.models.loading import load_policy, new_reward_model
 from rlhf.models.peft.methods import add_adapter

@@ -1,7 +1,7 @@
 """The perf/ and memory/ metrics of a PPO iteration: how long each phase took, and what it had to do in that time.
 
 For every phase the log has the FLOPs and bytes that it cannot do without, of one process, beside what the machine
-does at its best: rlhf/floors.py turns them into the least time that it could have taken.
+does at its best: rlhf/costs/roofline.py turns them into the least time that it could have taken.
 """
 
 from __future__ import annotations

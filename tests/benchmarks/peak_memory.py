@@ -17,13 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlhf.config import Recipe
+from rlhf.costs.cards import this_machine
+from rlhf.costs.model_shapes import shapes_of
+from rlhf.costs.stage_memory import stage_memory
 from rlhf.data.encoding import encode_prompt, encode_response
 from rlhf.data.records import Prompt
-from rlhf.hardware import this_machine
-from rlhf.memory import stage_memory
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.recipe import load_recipe
-from rlhf.shapes import shapes_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ZERO = (0, 2, 3)

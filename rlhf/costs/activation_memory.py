@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
+from rlhf.costs.model_shapes import ModelSpec, build
 from rlhf.models.layers import decoder_layers
 from rlhf.models.low_memory_layers import keep_less
 from rlhf.rollout.batches import build_batch
@@ -29,7 +30,6 @@ from rlhf.rollout.lm_head import head_pieces
 from rlhf.rollout.sampling import draw
 from rlhf.rollout.scoring import hidden_states, raw_scores, response_logprobs, response_values
 from rlhf.rollout.shared_prompts import build_shared, shared_scores, sharing
-from rlhf.shapes import ModelSpec, build
 
 PassKind = Literal["backbone", "policy", "value", "reward"]
 SAMPLE = (1, 2)  # layers of the models that are run

@@ -6,10 +6,10 @@ A ring passes (n - 1) / n of a tensor for a gather or a reduction to parts, and 
 from __future__ import annotations
 
 from rlhf.config import Recipe
-from rlhf.hardware import Card
-from rlhf.memory import sharding
+from rlhf.costs.cards import Card
+from rlhf.costs.model_shapes import ModelSpec, count
+from rlhf.costs.stage_memory import sharding
 from rlhf.plan import world_size
-from rlhf.shapes import ModelSpec, count
 
 SHARE = 0.7  # of a link's rate that a collective reaches
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlhf.config import Recipe
+from rlhf.costs.cards import Card
+from rlhf.costs.model_shapes import Shapes
+from rlhf.costs.stage_memory import all_stages
 from rlhf.errors import UserError
-from rlhf.hardware import Card
-from rlhf.memory import all_stages
 from rlhf.plan import world_size
-from rlhf.shapes import Shapes
 
 Settings = dict[str, Any]  # dotted field: value
 LORA: Settings = {"model.peft.method": "lora", "reward.peft.method": "model"}

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rlhf.config import NOT_MERGED, STEPPED_WHOLE, PeftSection, Recipe
-from rlhf.footprint import Footprint, decoding_pass, scoring_pass, training_pass
-from rlhf.hardware import Card
+from rlhf.costs.activation_memory import Footprint, decoding_pass, scoring_pass, training_pass
+from rlhf.costs.cards import Card
+from rlhf.costs.model_shapes import ModelSpec, Shapes, count
 from rlhf.models.peft.shared_base import one_base, policies_share
 from rlhf.models.zero import settings
 from rlhf.plan import plan_ppo, world_size
-from rlhf.shapes import ModelSpec, Shapes, count
 
 LIBRARIES = {"sft": 560e6, "rank": 385e6, "reward": 420e6, "ppo": 430e6, "evaluate": 385e6}  # measured, on Linux
 # Share of what comes and goes that the allocator holds besides; on a CPU measured: TRL's tiles leave more holes.

@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf.config import Recipe
+from rlhf.costs.cards import Card
+from rlhf.costs.communication import SHARE, exchange_seconds, gathering_traffic, training_traffic
+from rlhf.costs.model_shapes import ModelSpec, Shapes, count
+from rlhf.costs.stage_memory import policy_spec, reward_spec, sharding
 from rlhf.data.records import Drops, read_demonstrations, read_prompts, read_rankings
 from rlhf.data.sources import local_path
-from rlhf.hardware import Card
-from rlhf.memory import policy_spec, reward_spec, sharding
 from rlhf.plan import plan_ppo, plan_reward, plan_sft, world_size
-from rlhf.shapes import ModelSpec, Shapes, count
-from rlhf.traffic import SHARE, exchange_seconds, gathering_traffic, training_traffic
 
 TRAINING, FORWARD, READING = 0.35, 0.4, 0.5  # share of the card's FLOP/s in training and scoring, of its bandwidth
 THOUSAND = 1000  # rows that a time is told for where their number is not known before the data is read
