@@ -200,7 +200,7 @@ def profile(
 def report(run: RunArgument) -> None:
     """Draw the report of a run again: RUN/report.html; of a comparison, as far as it is, RUN/comparison.html."""
     from launch.pipeline import report as write
-    from rlhf.ways import FILE, read_comparison
+    from rlhf.evaluation.comparison_file import FILE, read_comparison
 
     if not run.is_dir():
         raise UserError("there is no such run folder", str(run), "give one that `rlhf run` made, such as runs/demo")
@@ -457,8 +457,8 @@ def convert(
 @app.command()
 def recipes() -> None:
     """List the shipped recipes and comparisons."""
+    from rlhf.evaluation.comparison_file import COMPARISONS, comparison_names
     from rlhf.recipe import RECIPES, recipe_names
-    from rlhf.ways import COMPARISONS, comparison_names
 
     for names, folder, ends in (
         (recipe_names(), RECIPES, "\n\nComparisons, for `rlhf compare`:\n"),

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.pipeline import Redo, how_ended, speaks, start
-from rlhf.comparison import rows, why_failed
 from rlhf.config import Recipe
 from rlhf.costs.disk import disk_need
 from rlhf.errors import UserError
+from rlhf.evaluation.comparison import rows, why_failed
+from rlhf.evaluation.comparison_file import SHARED_STAGES, Comparison, read_comparison, write_comparison
 from rlhf.plan import world_size
 from rlhf.run.fingerprints import check_data_files, unchanged
 from rlhf.run.folder import RunFolder
@@ -24,7 +25,6 @@ from rlhf.run.preflight import check
 from rlhf.system.console import console, duration, table
 from rlhf.system.files import require_disk, require_writable
 from rlhf.system.signals import STOPPED
-from rlhf.ways import SHARED_STAGES, Comparison, read_comparison, write_comparison
 
 
 def compare(name_or_path: str, overrides: Sequence[str], chosen: Sequence[str] = (), fresh: bool = False) -> int:
@@ -77,8 +77,8 @@ def compare(name_or_path: str, overrides: Sequence[str], chosen: Sequence[str] =
 
 def draw(comparison: Comparison, reasons: dict[str, str] | None = None) -> Path:
     """Write the page and the reports of its runs, print the table, return the page's path."""
-    from rlhf.comparison_page import print_rows, write_page  # draws plots: seconds to import
-    from rlhf.report import write_report
+    from rlhf.evaluation.comparison_page import print_rows, write_page  # draws plots: seconds to import
+    from rlhf.evaluation.report import write_report
 
     found = rows(comparison, reasons)
     page = write_page(comparison, found)

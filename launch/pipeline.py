@@ -148,7 +148,7 @@ def show_plan(recipe: Recipe, stages: Sequence[str]) -> None:
 
 def report(run_dir: Path) -> Path:
     """Write the report of a run, print its headline table and path."""
-    from rlhf.report import print_summary, write_report  # draws plots: seconds to import
+    from rlhf.evaluation.report import print_summary, write_report  # draws plots: seconds to import
 
     path = write_report(run_dir)
     print_summary(run_dir)

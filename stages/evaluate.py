@@ -1,6 +1,6 @@
 """Evaluation of every policy of a run on held-out prompts (paper section 4): `python stages/evaluate.py RECIPE`.
 
-    sample      every policy answers the same prompts with the same seeds, some also under a template (rlhf/prompted.py)
+    sample      every policy answers the same prompts with the same seeds, some also under a template (rlhf/evaluation/prompted_baseline.py)
     tax         loss on held-out pretraining text and accuracy on cloze questions, of every policy
     kl          to the SFT policy, the reference of PPO, on each policy's own samples
     score       by the reward model, when the run has one
@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,27 +26,22 @@ from rlhf.config import Recipe
 from rlhf.data.encoding import stop_ids
 from rlhf.data.prompt_template import Template, find_template, load_template
 from rlhf.data.records import Drops, write_jsonl
-from rlhf.evaluation import compare
+from rlhf.evaluation.alignment_tax import cloze_accuracy, pretraining_loss
+from rlhf.evaluation.heldout import Questions, read_questions
+from rlhf.evaluation.prompted_baseline import answer_prompted
+from rlhf.evaluation.results import Answers, grouped, headline, interval_row, sample_rows, summarise
+from rlhf.evaluation.win_rate import compare
 from rlhf.functional.ppo import kl_k1, kl_k3
 from rlhf.functional.seeding import row_seed
-from rlhf.functional.statistics import (
-    Interval,
-    distinct_n,
-    length_matched_win_rate,
-    length_statistics,
-    prompt_means,
-    win_rate,
-)
-from rlhf.heldout import Questions, read_questions
-from rlhf.labeling.base import Labeler, Output
+from rlhf.functional.statistics import length_matched_win_rate, prompt_means, win_rate
+from rlhf.labeling.base import Labeler
 from rlhf.labeling.judge.judge import check_room, judge_files
 from rlhf.labeling.labelers import make_judge
 from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from rlhf.models.zero import frozen
-from rlhf.prompted import answer_prompted
 from rlhf.rollout.probes import check_probes
 from rlhf.rollout.rescoring import rescore
-from rlhf.rollout.sampling import Rollout, sample
+from rlhf.rollout.sampling import sample
 from rlhf.rollout.scoring import scores, token_logprobs
 from rlhf.run.folder import RunFolder
 from rlhf.run.stage import StageContext, run_stage
@@ -56,32 +49,6 @@ from rlhf.system.console import Progress, console
 from rlhf.system.distributed import is_main_process
 from rlhf.system.files import write_atomic
 from rlhf.system.phases import phase
-from rlhf.tax import cloze_accuracy, pretraining_loss
-
-
-@dataclass
-class Answers:
-    """One policy's answers; rows in the order of Questions.ids."""
-
-    rollout: Rollout
-    texts: list[str]
-    tax: dict[str, Any]
-    prompted: str = ""  # the template that it answered under
-    kl: list[float] = field(default_factory=list)  # k1 summed over each response, nats; empty under a template
-    kl_k3: list[float] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)  # empty without a reward model
-
-    def outputs(self, samples: int) -> list[list[Output]]:
-        """[prompts][samples], as the labeler takes them."""
-        flat = [
-            Output(text, finished) for text, finished in zip(self.texts, self.rollout.finished.tolist(), strict=True)
-        ]
-        return grouped(flat, samples)
-
-
-def grouped(rows: list, samples: int) -> list[list]:
-    """A flat list as [prompts][samples]."""
-    return [rows[i : i + samples] for i in range(0, len(rows), samples)]
 
 
 def find_policies(run: RunFolder, ema: bool) -> dict[str, Path]:
@@ -189,11 +156,6 @@ def add_scores(recipe: Recipe, reward_model: nn.Module, answers: dict[str, Answe
             answer.scores = found.tolist()
 
 
-def interval_row(rate: Interval, n: int) -> dict[str, float]:
-    """A win rate as results.json holds it."""
-    return {"win_rate": rate.mean, "low": rate.low, "high": rate.high, "n": n}
-
-
 def compare_all(
     recipe: Recipe,
     labeler: Labeler,
@@ -225,60 +187,6 @@ def compare_all(
             if b == "sft":
                 over_sft[a] = [win for row in wins for win in row]
     return rows, over_sft
-
-
-def summarise(answer: Answers) -> dict[str, Any]:
-    """One policy's numbers; lengths in tokens including EOS, KL in nats per response."""
-    return {
-        "responses": len(answer.texts),
-        "prompted": answer.prompted,
-        "reward_score": fmean(answer.scores) if answer.scores else None,
-        "kl": fmean(answer.kl) if answer.kl else None,
-        "kl_k3": fmean(answer.kl_k3) if answer.kl_k3 else None,
-        "response_length": length_statistics(answer.rollout.lengths.tolist()),
-        "finished_fraction": float(answer.rollout.finished.float().mean()),
-        "distinct_1": distinct_n(answer.texts, 1),
-        "distinct_2": distinct_n(answer.texts, 2),
-        **answer.tax,
-    }
-
-
-def headline(results: dict[str, Any]) -> dict[str, float]:
-    """The numbers that stage.json and wandb get: evaluate/<measure>/<policy>."""
-    flat = {}
-    for name, row in results["policies"].items():
-        for key in ("reward_score", "kl", "finished_fraction", "distinct_2", "pretraining_loss", "cloze_accuracy"):
-            if row.get(key) is not None:
-                flat[f"evaluate/{key}/{name}"] = row[key]
-        flat[f"evaluate/response_length/{name}"] = row["response_length"]["mean"]
-    for row in results["comparisons"]:
-        if row["b"] == "sft":
-            for key, suffix in (("win_rate", ""), ("low", "_low"), ("high", "_high")):
-                flat[f"evaluate/win_rate{suffix}/{row['a']}"] = row[key]
-    return flat
-
-
-def sample_rows(
-    asked: Questions, answers: dict[str, Answers], over_sft: dict[str, list[float]], samples: int
-) -> list[dict[str, Any]]:
-    """samples.jsonl: a prompt with every policy's response, its length, score, KL and its win over SFT."""
-    rows = []
-    for i in range(len(asked.ids)):
-        prompt = asked.prompts[i // samples]
-        rows.append(
-            {
-                "prompt": prompt.text,
-                "use_case": prompt.use_case,
-                "sample": i % samples,
-                "responses": {name: a.texts[i] for name, a in answers.items()},
-                "finished": {name: bool(a.rollout.finished[i]) for name, a in answers.items()},
-                "lengths": {name: int(a.rollout.lengths[i]) for name, a in answers.items()},
-                "scores": {name: a.scores[i] for name, a in answers.items() if a.scores},
-                "kl": {name: a.kl[i] if a.kl else None for name, a in answers.items()},
-                "wins_over_sft": {name: wins[i] for name, wins in over_sft.items()},
-            }
-        )
-    return rows
 
 
 def write_outputs(ctx: StageContext, results: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -11,9 +11,9 @@ import numpy as np
 import test_report
 from safetensors.numpy import save_file
 
-from rlhf.comparison import Row
+from rlhf.evaluation.comparison import Row
+from rlhf.evaluation.comparison_file import Comparison, read_comparison, write_comparison
 from rlhf.recipe import recipe_to_yaml
-from rlhf.ways import Comparison, read_comparison, write_comparison
 
 FILE = """\
 recipe: tiny

@@ -29,11 +29,11 @@ sys.path.insert(0, str(ROOT))
 from rlhf.config import ModelSection  # noqa: E402
 from rlhf.data.encoding import fit_rankings  # noqa: E402
 from rlhf.data.records import Drops, Ranking, ranking_row, read_cloze, read_rankings, write_jsonl  # noqa: E402
+from rlhf.evaluation.alignment_tax import cloze_accuracy  # noqa: E402
 from rlhf.functional.ranking import PairCounts, count_pairs, ordered_pairs  # noqa: E402
 from rlhf.functional.statistics import accuracy_interval  # noqa: E402
 from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer  # noqa: E402
 from rlhf.system.console import Progress, table  # noqa: E402
-from rlhf.tax import cloze_accuracy  # noqa: E402
 from stages.reward import Group, measure  # noqa: E402
 
 FOLDS, SEEDS, SHUFFLES = 5, (1, 2, 3), 3

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from comparison_runs import BAD, by_way, hand_made
 
-from rlhf.comparison import Row, finding, rows
 from rlhf.errors import UserError
+from rlhf.evaluation.comparison import Row, finding, rows
+from rlhf.evaluation.comparison_file import Comparison
 from rlhf.functional.statistics import Interval, mean_interval
 from rlhf.run.folder import _started
-from rlhf.ways import Comparison
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 from comparison_runs import hand_made
 
-from rlhf.charts import Named, named_points_chart
-from rlhf.comparison import Row, rows
-from rlhf.comparison_page import membership, print_rows, verdict, write_page
+from rlhf.evaluation.chart_labels import nearest, overlap, place
+from rlhf.evaluation.charts import Named, named_points_chart
+from rlhf.evaluation.comparison import Row, rows
+from rlhf.evaluation.comparison_file import Comparison
+from rlhf.evaluation.comparison_page import membership, print_rows, verdict, write_page
+from rlhf.evaluation.html_page import count, share
+from rlhf.evaluation.report import write_report
 from rlhf.functional.statistics import Interval
-from rlhf.label_placement import nearest, overlap, place
-from rlhf.page import count, share
-from rlhf.report import write_report
-from rlhf.ways import Comparison
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from rlhf.evaluation import compare
+from rlhf.evaluation.win_rate import compare
 from rlhf.functional.statistics import (
     distinct_n,
     length_matched_win_rate,

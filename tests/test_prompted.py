@@ -15,11 +15,11 @@ from rlhf.data.encoding import encode_prompt, encode_response, stop_ids
 from rlhf.data.prompt_template import Template, load_template, parse_template
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
+from rlhf.evaluation.prompted_baseline import answer_prompted, dialogue, response_ids
+from rlhf.evaluation.report import label, print_summary, write_report
 from rlhf.functional.seeding import row_seed
 from rlhf.models.loading import load_policy, load_tokenizer, new_reward_model, save_model
-from rlhf.prompted import answer_prompted, dialogue, response_ids
 from rlhf.recipe import load_recipe
-from rlhf.report import label, print_summary, write_report
 from rlhf.rollout.probes import write_probes
 from rlhf.rollout.sampling import sample
 from rlhf.rollout.scoring import scores

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rlhf.charts import calibration_chart, line_chart, smooth
 from rlhf.errors import UserError
-from rlhf.page import duration, number, signed
-from rlhf.report import policy_rows, print_summary, read_run, verdict, write_report
+from rlhf.evaluation.charts import calibration_chart, line_chart, smooth
+from rlhf.evaluation.html_page import duration, number, signed
+from rlhf.evaluation.report import policy_rows, print_summary, read_run, verdict, write_report
 
 EVIL = '<script>alert("x")</script> & {{ 7 * 7 }}'
 

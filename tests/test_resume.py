@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rlhf.data.records import Drops
-from rlhf.heldout import unseen_prompts, unseen_texts
+from rlhf.evaluation.heldout import unseen_prompts, unseen_texts
 from rlhf.recipe import load_recipe
 from rlhf.run.stage import StageContext
 from stages import ppo, rank, reward, sft

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from rlhf.data.records import Cloze
 from rlhf.data.text_blocks import blocks
 from rlhf.errors import UserError
-from rlhf.tax import cloze_accuracy, encode_question, pretraining_loss
+from rlhf.evaluation.alignment_tax import cloze_accuracy, encode_question, pretraining_loss
 
 
 @pytest.fixture(scope="module")

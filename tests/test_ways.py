@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import UserError
+from rlhf.evaluation.comparison_file import FILE, comparison_names, read_comparison, write_comparison
 from rlhf.recipe import load_recipe
 from rlhf.run.preflight import check
-from rlhf.ways import FILE, comparison_names, read_comparison, write_comparison
 
 FILE_TEXT = """\
 # Three ways.

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from rlhf.label_placement import Box, nearest, place
+from rlhf.evaluation.chart_labels import Box, nearest, place
 
 Series = tuple[Sequence[float], Sequence[float]]  # x and y
 

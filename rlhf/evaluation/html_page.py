@@ -14,14 +14,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
 def render(template: str, filters: Mapping[str, Callable[..., Any]], /, **values: Any) -> str:
-    """A page from a template in rlhf/templates.
+    """A page from a template in rlhf/evaluation/html_templates.
 
     Args:
         filters: of this page, besides the functions below, which all pages have.
         values: what the template names; one that is missing is an error.
     """
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=FileSystemLoader(Path(__file__).parent / "html_templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf.charts import Series, calibration_chart, frontier_chart, line_chart
-from rlhf.comparison_page import membership
 from rlhf.errors import UserError
+from rlhf.evaluation.charts import Series, calibration_chart, frontier_chart, line_chart
+from rlhf.evaluation.comparison_page import membership
+from rlhf.evaluation.html_page import number, percent, render
 from rlhf.functional.statistics import ENOUGH_PROMPTS
-from rlhf.page import number, percent, render
 from rlhf.recipe import load_recipe
 from rlhf.system.files import read_json, read_rows, write_atomic
 

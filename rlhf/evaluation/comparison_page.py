@@ -1,7 +1,7 @@
 """The page of a comparison: one HTML file with a table and a plot of all ways, the same as JSON, and a terminal table.
 
-Everything comes from `rlhf.comparison.rows`. A run that belongs to a comparison shows its table in its own report
-(`membership`, for rlhf/report.py).
+Everything comes from `rlhf.evaluation.comparison.rows`. A run that belongs to a comparison shows its table in its own report
+(`membership`, for rlhf/evaluation/report.py).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rlhf.charts import Named, named_points_chart
-from rlhf.comparison import Row, as_dicts
-from rlhf.page import count, number, percent, render, share, signed
+from rlhf.evaluation.charts import Named, named_points_chart
+from rlhf.evaluation.comparison import Row, as_dicts
+from rlhf.evaluation.comparison_file import FILE, Comparison
+from rlhf.evaluation.html_page import count, number, percent, render, share, signed
 from rlhf.recipe import recipe_to_yaml
 from rlhf.system.console import console, table
 from rlhf.system.console import duration as clock
 from rlhf.system.files import read_json, write_atomic
-from rlhf.ways import FILE, Comparison
 
 PAGE, DATA = "comparison.html", "comparison.json"
 METHODS = {

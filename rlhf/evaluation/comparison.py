@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 
 from rlhf.config import Recipe
 from rlhf.errors import UserError
-from rlhf.evaluation import compare
+from rlhf.evaluation.comparison_file import Comparison
+from rlhf.evaluation.win_rate import compare
 from rlhf.functional.statistics import ENOUGH_PROMPTS, Interval, mean_interval, prompt_means, win_rate
 from rlhf.run.folder import RunFolder, live_owner
 from rlhf.system.files import read_json, read_rows
-from rlhf.ways import Comparison
 
 ADAPTER = "adapter.safetensors"  # in model/: the trained weights alone
 

@@ -1,0 +1,1 @@
+"""Win rates, the alignment tax, held-out data, baselines, the report and comparisons of recipes."""
