@@ -72,7 +72,8 @@ Accept = Annotated[
 
 
 def _stage(name: str, recipe: str, overrides: list[str] | None, fresh: bool, accept: list[str] | None) -> None:
-    from launch.pipeline import Redo, run_one
+    from launch.launcher import Redo
+    from launch.pipeline import run_one
 
     raise typer.Exit(run_one(name, recipe, overrides or [], Redo(fresh=fresh, accept=accept or [])))
 
@@ -92,7 +93,7 @@ def run(
     Finished stages are skipped and the interrupted one resumes, so the same command always goes on where it stopped.
     Writes runs/NAME; `rlhf status runs/NAME` shows how far it is.
     """
-    from launch.pipeline import Redo
+    from launch.launcher import Redo
     from launch.pipeline import run as run_pipeline
 
     raise typer.Exit(run_pipeline(recipe, overrides or [], Redo(begin, fresh, accept or [])))
@@ -165,7 +166,7 @@ def compare(
     All ways are scored by one reward model and judged alike. Run it again to go on: finished ways are skipped. Writes
     runs/NAME/comparison.html, and a run folder for each way beside it.
     """
-    from launch.compare import compare as run_ways
+    from launch.commands.compare import compare as run_ways
 
     raise typer.Exit(run_ways(name, overrides or [], way or [], fresh))
 
@@ -173,7 +174,7 @@ def compare(
 @app.command()
 def status(run: RunArgument) -> None:
     """Show the stages of a run, how far each is, and what would run next."""
-    from launch.status import show
+    from launch.commands.status import show
 
     show(run)
 
@@ -191,7 +192,7 @@ def profile(
     The floor of a phase is its FLOPs at the machine's measured peak, or its bytes at the measured bandwidth, whichever
     takes longer. For any run with a finished iteration.
     """
-    from launch.profile_report import show
+    from launch.commands.profile import show
 
     show(run, variant or "", as_json)
 
@@ -205,7 +206,7 @@ def report(run: RunArgument) -> None:
     if not run.is_dir():
         raise UserError("there is no such run folder", str(run), "give one that `rlhf run` made, such as runs/demo")
     if (run / FILE).is_file():
-        from launch.compare import draw
+        from launch.commands.compare import draw
 
         here = run.resolve()  # wherever it was when it was written
         draw(read_comparison(str(here / FILE), [f"run.dir={here.parent}", f"run.name={here.name}"]))
@@ -246,9 +247,9 @@ def label(
     what people say in RUN/labels.sqlite. Beside a run that waits for its rankings it adds labelers; whom and what that
     run waits for besides stays as it is.
     """
-    from launch.label import export as write
-    from launch.label import revoke as end_links
-    from launch.label import serve, settings
+    from launch.commands.label import export as write
+    from launch.commands.label import revoke as end_links
+    from launch.commands.label import serve, settings
 
     if revoke is not None and (labelers or export):
         fix = "revoke first: new links are printed when the page is served"
@@ -271,7 +272,7 @@ def chat(
     once: Annotated[str, typer.Option(metavar="PROMPT", help="Answer this prompt and end, for scripts.")] = "",
 ) -> None:
     """Type prompts and see the SFT and the aligned policy answer side by side."""
-    from launch.chat import chat as talk
+    from launch.commands.chat import chat as talk
 
     talk(run, stage, temperature, max_tokens, once)
 
@@ -300,7 +301,7 @@ def plan(
         loaded = with_count(loaded, count)
     check(loaded)
     show_plan(loaded, loaded.run.stages)
-    from launch.plan_report import show_memory_and_time
+    from launch.commands.plan import show_memory_and_time
 
     show_memory_and_time(loaded, gpu)
 
@@ -319,7 +320,7 @@ def export(
 
     A method that is no change of weights (virtual tokens, bottleneck adapters) is refused with the reason.
     """
-    from launch.export import export as write
+    from launch.commands.export import export as write
 
     write(run, stage or "", ema, out)
 
@@ -336,7 +337,7 @@ def peft(
 
     Loads and writes nothing. A method's settings are the recipe's where it names them, else the defaults.
     """
-    from launch.peft_report import show
+    from launch.commands.peft import show
     from rlhf.recipe import load_recipe
 
     show(load_recipe(recipe, overrides or []), gpu)
@@ -386,7 +387,7 @@ def judge_eval(
     unless one is named.
     """
     chosen = _judging_recipe(recipe, model, endpoint, settings)
-    from launch.judge_report import compare_templates  # after what may be wrong: seconds to import
+    from launch.commands.judge import compare_templates  # after what may be wrong: seconds to import
 
     compare_templates(files, template or [], chosen, limit, out, answers)
 
@@ -413,7 +414,7 @@ def judge_search(
     draws the parts and the demonstrations. Writes the template, and beside it what was measured, as JSON.
     """
     chosen, numbers = _judging_recipe(recipe, model, endpoint, settings), (shots or [2, 4]) if trials else []
-    from launch.judge_report import search_template  # seconds to import
+    from launch.commands.judge import search_template  # seconds to import
 
     search_template(files, template or [], chosen, numbers, trials, limit, out, answers)
 
@@ -435,7 +436,7 @@ def agreement(
     Also by labeler, and over time. Rankings say who ranked in `labeler` and when in `time`; those of a file that name
     nobody count as one labeler's.
     """
-    from launch.agreement_report import show
+    from launch.commands.agreement import show
 
     show(files, parts, seed, as_json)
 
@@ -449,7 +450,7 @@ def convert(
 
     Reads Label Studio and Argilla exports and the published data sets that the README names.
     """
-    from launch.agreement_report import convert as write
+    from launch.commands.agreement import convert as write
 
     write(files, out)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from comparison_runs import FILE, leave
 
-import launch.compare
-from launch.compare import compare
-from launch.pipeline import Redo
+import launch.commands.compare
+from launch.commands.compare import compare
+from launch.launcher import Redo
 from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.run.stage import StageContext, run_stage

@@ -8,7 +8,7 @@ import pytest
 import torch
 from methods import MERGED, METHODS, stir
 
-from launch.export import export
+from launch.commands.export import export
 from rlhf.config import ModelSection, PeftSection
 from rlhf.errors import UserError
 from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer, new_reward_model, save_model

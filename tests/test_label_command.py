@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.label import outputs_of, prepare, settings, what_next
+from launch.commands.label import outputs_of, prepare, settings, what_next
 from rlhf.errors import UserError
 from rlhf.labeling.page.collect import opened
 

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from test_label_store import opened, outputs, rank_one, ranking
 
-from launch.label import export, prepare, revoke, settings
+from launch.commands.label import export, prepare, revoke, settings
 from rlhf.config import LabelSection
 from rlhf.data.records import write_jsonl
 from rlhf.errors import UserError

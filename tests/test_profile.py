@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
-from launch import profile_report
 from launch.cli import app
+from launch.commands import profile
 from rlhf.config import ModelSection, PeftSection
 from rlhf.costs.roofline import furthest, mean_row, phase_costs
 from rlhf.errors import UserError
@@ -223,7 +223,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_the_profile_of_a_run(run: Path) -> None:
-    found = profile_report.profile(run)
+    found = profile.profile(run)
     assert (found.stage, found.iterations) == ("ppo-ptx", 1)
     names = ["rollout", "score", "train", "ptx", "optimizer", "save", "other"]
     assert [cost.name for cost in found.costs] == names
@@ -252,8 +252,8 @@ def test_the_profile_of_a_run(run: Path) -> None:
 def test_the_rate_of_a_stage_passes_over_a_stop() -> None:
     """100 tokens a second, an hour of rest between the second row and the third, and a second row at one place."""
     points = [(1000, 10.0), (1200, 12.0), (1400, 3612.0), (1600, 3614.0), (1600, 3615.0)]
-    assert profile_report._rate([{"step": step, "time": when} for step, when in points]) == 100.0
-    assert profile_report._rate([{"step": 5, "time": 1.0}]) is None
+    assert profile._rate([{"step": step, "time": when} for step, when in points]) == 100.0
+    assert profile._rate([{"step": 5, "time": 1.0}]) is None
 
 
 def test_the_command_shows_a_table_and_json(run: Path) -> None:
@@ -267,12 +267,12 @@ def test_the_command_shows_a_table_and_json(run: Path) -> None:
 
 def test_what_has_no_profile_is_told(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run folder"):
-        profile_report.profile(tmp_path)
+        profile.profile(tmp_path)
     (tmp_path / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
     with pytest.raises(UserError, match="no iteration of ppo-ptx or ppo is finished"):
-        profile_report.profile(tmp_path)
+        profile.profile(tmp_path)
     with pytest.raises(UserError, match="no iteration of ppo is finished"):
-        profile_report.profile(run, "ppo")
+        profile.profile(run, "ppo")
 
 
 def test_a_log_from_before_floors_shows_its_seconds(tmp_path: Path, run: Path) -> None:
@@ -282,10 +282,10 @@ def test_a_log_from_before_floors_shows_its_seconds(tmp_path: Path, run: Path) -
     (tmp_path / "ppo" / "metrics.jsonl").write_text(
         json.dumps(row) + '\n{"step": 32, "perf/sec'
     )  # killed while writing
-    found = profile_report.profile(tmp_path)
+    found = profile.profile(tmp_path)
     assert [(cost.name, cost.share, cost.floor) for cost in found.costs] == [
         ("rollout", 0.75, None),
         ("train", 0.25, None),
     ]
     assert found.first == [] and found.memory == {}
-    profile_report.show(tmp_path)
+    profile.show(tmp_path)

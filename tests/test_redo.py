@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from test_stage import RECIPE, folder, never, train  # noqa: F401 (`folder` is the fixture of both files)
 
-from launch import pipeline, status
-from launch.pipeline import Redo
+from launch import pipeline
+from launch.commands import status
+from launch.launcher import Redo
 from rlhf.errors import UserError
 from rlhf.recipe import fields, load_recipe
 from rlhf.run.fingerprints import MAY_CHANGE

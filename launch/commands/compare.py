@@ -12,7 +12,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.pipeline import Redo, how_ended, speaks, start
+from launch.launcher import Redo, how_ended, start
+from launch.pipeline import speaks
 from rlhf.config import Recipe
 from rlhf.costs.disk import disk_need
 from rlhf.errors import UserError

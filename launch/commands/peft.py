@@ -6,7 +6,7 @@ from typing import get_args
 
 from pydantic import ValidationError
 
-from launch.plan_report import device_of
+from launch.commands.plan import device_of
 from rlhf.config import CACHED_TOKENS, READ_BY, VIRTUAL_TOKENS, PeftMethod, Recipe, read_settings
 from rlhf.costs.cards import Card, find_card, this_machine
 from rlhf.costs.fit_to_card import Settings, with_settings

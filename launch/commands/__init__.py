@@ -1,0 +1,1 @@
+"""What each sub-command of `rlhf` does, one module a command."""
