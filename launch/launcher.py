@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Start one stage program, alone or under the DeepSpeed launcher, and watch over its processes until they end."""
 
 from __future__ import annotations
 

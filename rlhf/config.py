@@ -303,7 +303,8 @@ class EvaluateSection(Section):
     )
     prompted: list[str] = Field(
         [],
-        description="prompted baselines: names in rlhf/data/prompt_templates/generate, or paths (paper: GPT-3 prompted)",
+        description="baselines under a template (paper: GPT-3 prompted): names in rlhf/data/prompt_templates/generate, "
+        "or paths",
     )
     prompted_policies: list[Literal["base", "sft"]] = Field(
         ["base"], min_length=1, description="which policies they are; base: what SFT started from"

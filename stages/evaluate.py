@@ -1,6 +1,6 @@
 """Evaluation of every policy of a run on held-out prompts (paper section 4): `python stages/evaluate.py RECIPE`.
 
-    sample      every policy answers the same prompts with the same seeds, some also under a template (rlhf/evaluation/prompted_baseline.py)
+    sample      every policy answers the same prompts with the same seeds, some also under a template
     tax         loss on held-out pretraining text and accuracy on cloze questions, of every policy
     kl          to the SFT policy, the reference of PPO, on each policy's own samples
     score       by the reward model, when the run has one

@@ -4,7 +4,7 @@ One iteration, in the order of the functions below:
 
     rollout     sample a response for each of batch_size prompts from the policy
     score       reference log-probabilities, values and reward-model scores of those episodes
-    advantages  per-token rewards (KL penalty, score at the last token), GAE, whitening        rlhf/rollout/experience.py
+    advantages  per-token rewards (KL penalty, score at the last token), GAE, whitening       rlhf/rollout/experience.py
     ppo step    for every minibatch: clipped policy loss and clipped value loss                rlhf/functional/ppo.py
     ptx step    its gradient added to the same optimiser step: ptx_coef x pretraining NLL
     log         metrics and a table of samples

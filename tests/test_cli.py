@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import pipeline
+from launch import launcher, pipeline
+from rlhf.costs import disk
 from rlhf.errors import UserError
 from rlhf.recipe import load_recipe
 
@@ -130,35 +131,35 @@ def test_mistakes_exit_with_2_and_no_traceback(tmp_path: Path, arguments: list[s
 
 def test_one_process_runs_the_stage_program_itself() -> None:
     recipe = load_recipe("tiny")
-    assert pipeline.command("sft", recipe, "tiny", ["sft.lr=1"]) == [
+    assert launcher.command("sft", recipe, "tiny", ["sft.lr=1"]) == [
         sys.executable, "-m", "stages.sft", "tiny", "sft.lr=1",
     ]  # fmt: skip
-    assert pipeline.command("ppo-ptx", recipe, "tiny", [])[-4:] == ["stages.ppo", "tiny", "--variant", "ppo-ptx"]
+    assert launcher.command("ppo-ptx", recipe, "tiny", [])[-4:] == ["stages.ppo", "tiny", "--variant", "ppo-ptx"]
 
 
 def test_more_processes_go_through_deepspeed_in_every_stage() -> None:
     recipe = load_recipe("tiny", ["launch.processes=2"])
-    line = shlex.join(pipeline.command("ppo", recipe, "tiny", []))
+    line = shlex.join(launcher.command("ppo", recipe, "tiny", []))
     assert "-m deepspeed.launcher.runner" in line
     assert line.endswith("--num_gpus 2 --module --no_local_rank stages.ppo tiny --variant ppo")
-    assert "-m deepspeed.launcher.runner" in shlex.join(pipeline.command("rank", recipe, "tiny", []))
+    assert "-m deepspeed.launcher.runner" in shlex.join(launcher.command("rank", recipe, "tiny", []))
 
 
 def test_hostfile_reaches_the_launcher_and_quotes_do_not_reach_its_shells(tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("a slots=1\nb slots=1\n", encoding="utf-8")
     recipe = load_recipe("tiny", [f"launch.hostfile={hosts}"])
-    line = pipeline.command("sft", recipe, "tiny", [])
+    line = launcher.command("sft", recipe, "tiny", [])
     assert line[line.index("--hostfile") + 1] == str(hosts)
     with pytest.raises(UserError, match="quote"):
-        pipeline.command("sft", recipe, "tiny", ["data.prompts=['a; rm b']"])
+        launcher.command("sft", recipe, "tiny", ["data.prompts=['a; rm b']"])
 
 
 def test_environment_keeps_what_the_user_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    env = pipeline.environment(load_recipe("tiny"), launched=False)
+    env = launcher.environment(load_recipe("tiny"), launched=False)
     assert env["OMP_NUM_THREADS"] == "3"
     assert env["MKL_NUM_THREADS"] == str(os.cpu_count())
     assert env["HF_HUB_DISABLE_TELEMETRY"] == "1"
@@ -172,18 +173,18 @@ def test_disk_need_counts_models_of_unfinished_stages(tmp_path: Path) -> None:
     overrides = [f"model.name={model}", f"run.dir={tmp_path}", "run.name=r", "run.stages=[sft,rank,ppo]"]
     full = load_recipe("tiny", overrides)
     # A model and one checkpoint of weights and two moments; policy, average and three checkpoints of two networks.
-    assert pipeline.disk_need(full) == (1 + 3) * 1000 + (2 + 18) * 1000
+    assert disk.disk_need(full) == (1 + 3) * 1000 + (2 + 18) * 1000
     often = load_recipe("tiny", [*overrides, "sft.save_every=2"])
-    assert pipeline.disk_need(often) == (1 + 9) * 1000 + (2 + 18) * 1000
+    assert disk.disk_need(often) == (1 + 9) * 1000 + (2 + 18) * 1000
     lora = load_recipe("tiny", [*overrides, "model.peft.method=lora"])
-    assert pipeline.disk_need(lora) == 0  # adapters alone are written, and they are small
+    assert disk.disk_need(lora) == 0  # adapters alone are written, and they are small
     spread = load_recipe("tiny", [*overrides, "model.peft.method=lora", "launch.processes=2", "launch.zero_stage=2"])
-    assert pipeline.disk_need(spread) == 1000  # DeepSpeed's checkpoint of SFT holds the base
+    assert disk.disk_need(spread) == 1000  # DeepSpeed's checkpoint of SFT holds the base
     judge = [*overrides, "model.peft.method=lora", "reward.peft.method=none", "run.stages=[sft,rank,reward,ppo]"]
     # All weights of the reward model, and in PPO's checkpoints of the value model.
-    assert pipeline.disk_need(load_recipe("tiny", judge)) == (1 + 3) * 1000 + 9 * 1000
+    assert disk.disk_need(load_recipe("tiny", judge)) == (1 + 3) * 1000 + 9 * 1000
     (tmp_path / "r" / "sft" / "model").mkdir(parents=True)
-    assert pipeline.disk_need(full) == (2 + 18) * 1000
+    assert disk.disk_need(full) == (2 + 18) * 1000
 
 
 def test_a_full_disk_is_refused_before_the_start(tmp_path: Path) -> None:
@@ -236,7 +237,7 @@ def test_signals_reach_the_stage_once_and_its_end_is_waited_for(sent: signal.Sig
     ("body", "code"), [("raise SystemExit(3)", 3), ("pass", 0), ("import os; os.kill(os.getpid(), 9)", 137)]
 )
 def test_exit_codes_are_passed_on(body: str, code: int) -> None:
-    assert pipeline._supervise([sys.executable, "-c", body], dict(os.environ), local_ranks=False) == code
+    assert launcher._supervise([sys.executable, "-c", body], dict(os.environ), local_ranks=False) == code
 
 
 def test_ranks_are_the_grandchildren_of_the_launcher() -> None:
@@ -246,7 +247,7 @@ def test_ranks_are_the_grandchildren_of_the_launcher() -> None:
     runner = subprocess.Popen([sys.executable, "-c", spawn.format(spawn.format(sleep))], start_new_session=True)
     try:
         deadline = time.monotonic() + 20
-        while (ranks := pipeline._ranks(runner.pid)) == [runner.pid] and time.monotonic() < deadline:
+        while (ranks := launcher._ranks(runner.pid)) == [runner.pid] and time.monotonic() < deadline:
             time.sleep(0.1)
         (rank,) = ranks
         assert Path(f"/proc/{rank}/cmdline").read_text().split("\0")[2] == sleep

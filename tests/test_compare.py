@@ -44,7 +44,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return int(code.read_text())
         return run_stage(stage, work, [name, *overrides, *redo.options()])
 
-    monkeypatch.setattr(launch.compare, "start", start)
+    monkeypatch.setattr(launch.commands.compare, "start", start)
     return worked
 
 

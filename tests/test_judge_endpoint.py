@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.prompt_template import load_template
 from rlhf.errors import UserError
-from rlhf.labeling.judge import endpoint
+from rlhf.labeling.judge import endpoint as judge_endpoint
 from rlhf.labeling.judge.endpoint import KEY, EndpointReader, chat, read_labels
 from rlhf.labeling.judge.judge import Judge
 
@@ -135,7 +135,7 @@ def test_what_an_endpoint_may_do_wrong_is_told(
     words: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(endpoint, "RETRIES", 0)
+    monkeypatch.setattr(judge_endpoint, "RETRIES", 0)
     monkeypatch.setenv(KEY, "a-secret")
     with (
         endpoint(model, tiny_tokenizer, fault, A=9.0) as (double, reader),
@@ -183,6 +183,6 @@ def test_an_endpoint_that_never_says_a_label_is_given_up(
 
 
 def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "RETRIES", 0)
+    monkeypatch.setattr(judge_endpoint, "RETRIES", 0)
     with pytest.raises(UserError, match="cannot be reached"):
         EndpointReader("http://127.0.0.1:9/v1", "m").read(load_template("pair-zero-shot"), QUESTIONS[:1])

@@ -15,7 +15,7 @@ from rlhf.config import LabelSection
 from rlhf.data.records import Drops, Message, Prompt, read_rankings, write_jsonl
 from rlhf.errors import UserError
 from rlhf.labeling.outputs import Outputs, outputs_row, read_outputs
-from rlhf.labeling.page import store
+from rlhf.labeling.page import store as label_store
 from rlhf.labeling.page.form import FLAGS, SKIPS, Submission, complaint
 from rlhf.labeling.page.store import (
     Conflict,
@@ -97,7 +97,7 @@ def test_one_labeler_alone_ranks_everything_once(tmp_path: Path) -> None:
 
 def test_a_prompt_in_hand_is_given_to_nobody_else_until_it_has_been_left(tmp_path: Path, monkeypatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(store.time, "time", lambda: now[0])
+    monkeypatch.setattr(label_store.time, "time", lambda: now[0])
     store = opened(tmp_path, 1, ("anna", "ben"), overlap=0, claim_minutes=10)
     held = store.next_task("anna")
     assert held is not None and store.next_task("anna") == held  # a reload

@@ -17,6 +17,7 @@ from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
 from rlhf.evaluation.prompted_baseline import answer_prompted, dialogue, response_ids
 from rlhf.evaluation.report import label, print_summary, write_report
+from rlhf.evaluation.results import Answers
 from rlhf.functional.seeding import row_seed
 from rlhf.models.loading import load_policy, load_tokenizer, new_reward_model, save_model
 from rlhf.recipe import load_recipe
@@ -88,16 +89,14 @@ def draw(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list
     )
 
 
-def ask(
-    template: Template, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[evaluate.Answers, list[str]]:
+def ask(template: Template, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Answers, list[str]]:
     plain = [encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
     done: list[int] = []
     found = answer_prompted(recipe(), policy, tokenizer, template, PROMPTS, plain, [7, 8, 9], done.append)
     assert sum(done) == len(PROMPTS) * (1 + template.reasons)
     assert [found.rollout.prompt(i) for i in range(3)] == plain
     assert found.texts == found.rollout.texts(tokenizer)
-    return evaluate.Answers(found.rollout, found.texts, {}, prompted=template.name), found.reasoning
+    return Answers(found.rollout, found.texts, {}, prompted=template.name), found.reasoning
 
 
 def test_a_few_shot_answer_is_a_draw_under_the_longer_prompt(

@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from rlhf.errors import UserError
-from rlhf.rollout import scoring
+from rlhf.rollout import lm_head
 from rlhf.rollout.batches import build_batch, token_budget_batches
 from rlhf.rollout.scoring import (
     check_plain_head,
@@ -79,7 +79,7 @@ def test_results_come_back_in_order_whatever_the_batches():
 def test_calls_of_the_head_and_recomputation_change_nothing(monkeypatch):
     results = []
     for piece, pieces in ((1000, 1), (2, 5), (1000, 0)):  # one call, several, none
-        monkeypatch.setattr(scoring, "HEAD_PIECE", piece)
+        monkeypatch.setattr(lm_head, "HEAD_PIECE", piece)
         model = llama()
         flat, entropy = response_logprobs(model, build_batch(PAIRS, 0), 1.0, pieces)
         flat.sum().backward()

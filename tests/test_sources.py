@@ -158,8 +158,8 @@ def test_embedded_names() -> None:
 
 def test_embedded_data_of_an_installed_package(tmp_path: Path) -> None:
     # As a wheel lays it out: rlhf/ without data/ beside it, and rlhf_data/ without a module of its own.
-    (tmp_path / "rlhf").mkdir()
-    for name in ("__init__.py", "errors.py", "sources.py"):
+    (tmp_path / "rlhf" / "data").mkdir(parents=True)
+    for name in ("__init__.py", "errors.py", "data/__init__.py", "data/sources.py"):
         (tmp_path / "rlhf" / name).write_text((ROOT / "rlhf" / name).read_text())
     (tmp_path / "rlhf_data").mkdir()
     lines(tmp_path / "rlhf_data" / "mine.jsonl", {"prompt": "a"})

@@ -38,7 +38,7 @@ PROMPTS = [[5, 6, 7], [10], [15, 16, 17, 18, 19], [3, 4], [5, 6, 7]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerBase) -> Path:
-    """A Llama as vLLM's CPU build takes it: heads of 32 numbers, and a head of its own (see rlhf/rollout/vllm_engine.py)."""
+    """A Llama as vLLM's CPU build takes it: heads of 32 numbers, and a head of its own (rollout/vllm_engine.py)."""
     config = tiny.config(
         eos_token_id=tiny_tokenizer.eos_token_id, pad_token_id=tiny_tokenizer.pad_token_id, head_dim=32
     )

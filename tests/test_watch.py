@@ -18,7 +18,7 @@ import pytest
 from test_stage import RECIPE, folder  # noqa: F401 (`folder` is the fixture of both files)
 from test_stage_processes import free_port, wait_for
 
-from launch import pipeline
+from launch import launcher
 from rlhf.run.stage import StageContext, run_stage
 from rlhf.system.rank_logs import current
 from rlhf.system.watchdog import Watch
@@ -165,14 +165,14 @@ def test_one_process_keeps_no_logs_and_no_watch() -> None:
 
 
 def test_the_error_of_an_earlier_attempt_does_not_end_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "GRACE", 0.1)
+    monkeypatch.setattr(launcher, "GRACE", 0.1)
     error = tmp_path / "error.txt"
     error.write_text("of before")
     os.utime(error, (1, 1))
     remove = f"import os, time; os.remove({str(error)!r}); time.sleep(3)"
 
     def run(program: str) -> int:
-        return pipeline._supervise([sys.executable, "-c", program], dict(os.environ), True, tmp_path)
+        return launcher._supervise([sys.executable, "-c", program], dict(os.environ), True, tmp_path)
 
     assert run(remove) == 0
     tell = f"import time; open({str(error)!r}, 'w').write('now'); time.sleep(60)"

@@ -20,8 +20,8 @@ def show_memory_and_time(recipe: Recipe, card_name: str | None) -> None:
     """Print memory by component and stage, whether it fits, what would make it fit, and about how long it takes.
 
     Args:
-        card_name: a card of rlhf/costs/cards.py; None takes what this machine has, and a model whose config cannot be had
-            is then told and passed over.
+        card_name: a card of rlhf/costs/cards.py. None takes this machine's, and leaves out a model whose config cannot
+            be had, by name.
 
     Raises:
         UserError: no such card; with a card, also a model whose config cannot be had.

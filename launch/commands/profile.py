@@ -17,7 +17,7 @@ from rlhf.system.console import console, table
 from rlhf.system.files import read_rows
 
 VARIANTS = ("ppo-ptx", "ppo")
-# Components of rlhf/costs/stage_memory.py that stay, or come with every update; what else there is comes and goes within a phase.
+# Components of rlhf/costs/stage_memory.py that stay, or come with every update. The others come and go within a phase.
 LASTING = ("weights", "gradients", "optimiser state", "averaged policy", "Python and libraries")
 
 

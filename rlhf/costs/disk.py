@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Disk space that the stages of a recipe will need for models and checkpoints."""
 
 from __future__ import annotations
 

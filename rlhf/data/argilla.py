@@ -7,8 +7,8 @@
                 a row of the data set that the 1.x client makes (`format_as("datasets")`, also on the Hub)
 
 Rank 1 is best and equal ranks tie. An option stands for the field of its name, or with its number or letter at the end:
-"1", "Response 1" or "response-1" for `response1`. The prompt is one of the fields that rlhf/data/layout_fields.py lists. Discarded
-responses, drafts and those without ranks are counted.
+"1", "Response 1" or "response-1" for `response1`. The prompt is one of the fields that rlhf/data/layout_fields.py
+lists. Discarded responses, drafts and those without ranks are counted.
 
 The 2.x client (`to_json`, `to_datasets`) writes the options in the question's order and leaves out the ranks
 (argilla-io/argilla issues 5677 and 5712). Such a file is refused: no order can be had from it.

@@ -8,7 +8,8 @@
     choices     value.choices: one that names one of the two fields (by its number, letter or side), or a tie
 
 The first of these types that an annotation has is read, other results are ignored. The prompt is one of the fields
-rlhf/data/layout_fields.py lists. Skipped annotations, and those that rank nothing or leave items in the list, are counted.
+rlhf/data/layout_fields.py lists. Skipped annotations, and those that rank nothing or leave items in the list, are
+counted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Token rows for language-model losses: blocks of plain text, and demonstrations with the tokens that are trained."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The page of a comparison: one HTML file with a table and a plot of all ways, the same as JSON, and a terminal table.
 
-Everything comes from `rlhf.evaluation.comparison.rows`. A run that belongs to a comparison shows its table in its own report
-(`membership`, for rlhf/evaluation/report.py).
+Everything comes from `rlhf.evaluation.comparison.rows`. A run that belongs to a comparison shows its table in its own
+report (`membership`, for rlhf/evaluation/report.py).
 """
 
 from __future__ import annotations

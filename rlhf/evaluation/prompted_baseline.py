@@ -1,10 +1,10 @@
 """Policies that answer under a template: the paper's baseline "GPT-3 (prompted)" (section 3.5), and chain-of-thought.
 
-A template of kind `answer` (rlhf/data/prompt_template.py) puts worked examples before the dialogue as turns of their own and
-its text around the last request. With chain-of-thought the policy writes its reasoning first, and then, after the cue,
-its answer; that alone is its response. Both are sampled at the evaluation's temperature, so the answer is a draw given
-a draw of the reasoning. `stop` ends a response at a line where a model without an end of turn, prompted in the plain
-format, goes on with the next one; policies that were trained to end theirs are not helped in this way.
+A template of kind `answer` (rlhf/data/prompt_template.py) puts worked examples before the dialogue as turns of their
+own and its text around the last request. With chain-of-thought the policy writes its reasoning first, and then, after
+the cue, its answer; that alone is its response. Both are sampled at the evaluation's temperature, so the answer is a
+draw given a draw of the reasoning. `stop` ends a response at a line where a model without an end of turn, prompted in
+the plain format, goes on with the next one; policies that were trained to end theirs are not helped in this way.
 
 The response is judged as one to the plain request. Its length is its own; its KL to SFT is not defined, for it was
 sampled under another prompt, with chain-of-thought even under one that the policy wrote.

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""What evaluation keeps and reports: the answers of each policy, their summary, the headline and the sample rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""TODO docstring."""
+"""Statistics of samples and preferences: win rates, means and shares with their intervals, diversity, lengths.
+
+Wins come as one list for each prompt with S samples each. The prompt is the unit of every interval: the samples of one
+prompt are averaged first, since they are not independent of each other.
+"""
 
 from __future__ import annotations
 

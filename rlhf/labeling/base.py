@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""What a labeler is: an output as it sees one, the protocol it follows, and ranks from utilities."""
 
 from __future__ import annotations
 

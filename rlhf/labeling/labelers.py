@@ -1,9 +1,9 @@
 """Labelers: who says which of several outputs to one prompt is better. Every labeler sees texts, never token ids.
 
-`rubric` is the simulated labeler (rlhf/labeling/rubric.py) with noise like a person's; `reward_model` ranks by a trained reward
-model, `judge` by the answers of a language model (rlhf/labeling/judge/labeler.py). `make_labeler` is the one place that knows
-their names. A file of rankings needs no labeler: the rank stage copies it. Deliberately not done: one noise level for
-each labeler or prompt, and labelers that err together.
+`rubric` is the simulated labeler (rlhf/labeling/rubric.py) with noise like a person's; `reward_model` ranks by a
+trained reward model, `judge` by the answers of a language model (rlhf/labeling/judge/labeler.py). `make_labeler` is the
+one place that knows their names. A file of rankings needs no labeler: the rank stage copies it. Deliberately not done:
+one noise level for each labeler or prompt, and labelers that err together.
 """
 
 from __future__ import annotations

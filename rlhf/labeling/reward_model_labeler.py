@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""A trained reward model as labeler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""The simulated labeler: the rubric's score with noise, set so that two labelers agree as often as people do."""
 
 from __future__ import annotations
 

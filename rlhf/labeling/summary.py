@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Statistics of a rank stage: what was sampled, how it was ranked, and whether length or position explains it."""
 
 from __future__ import annotations
 

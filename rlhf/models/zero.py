@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""DeepSpeed's settings of a recipe, and loading models whole or in parts under ZeRO-3."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""TODO docstring."""
+"""Batches of (prompt ids, response ids) pairs: one padded tensor with explicit positions, cut by token count.
+
+Shapes: B rows of L tokens, N response tokens in all.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[Tensor,
 
 
 class InferenceDecoding:
-    """Decoding by rlhf/rollout/llama_forward.py; prompts are padded on the right, and what is generated stands behind them."""
+    """Decode by rlhf/rollout/llama_forward.py. Prompts are padded on the right, and generated tokens follow them."""
 
     def __init__(self, model: Inference, max_new_tokens: int, device: torch.device) -> None:
         self.model, self.max_new_tokens, self.device = model, max_new_tokens, device

@@ -2,9 +2,9 @@
 
 `native` is our decode loop: the prompts are prefilled once, every row draws with its own seed by inverse CDF, rows
 leave the batch when they finish, and only the sampled token's log-probability is kept. `generate` is transformers'
-generate, for models that the loop does not cover. `vllm` is in rlhf/rollout/vllm_engine.py. All sample from the plain softmax
-at the given temperature: no top-k, no top-p, no minimum length, so that the policy's own log-probabilities are those of
-the sampling distribution.
+generate, for models that the loop does not cover. `vllm` is in rlhf/rollout/vllm_engine.py. All sample from the plain
+softmax at the given temperature: no top-k, no top-p, no minimum length, so that the policy's own log-probabilities are
+those of the sampling distribution.
 
 Shapes: B rows, P the longest prompt, R the longest response that was sampled.
 """

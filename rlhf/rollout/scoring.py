@@ -1,8 +1,8 @@
 """Log-probabilities, values and rewards of given responses, by one code path for every stage.
 
 A batch of (prompt ids, response ids) pairs becomes one padded tensor with explicit positions. Hidden states are taken
-at the positions that matter first; only those go through a head (rlhf/rollout/lm_head.py), so that no [batch, length, vocabulary]
-tensor exists. Batches are cut by token count after sorting by length.
+at the positions that matter first; only those go through a head (rlhf/rollout/lm_head.py), so that no
+[batch, length, vocabulary] tensor exists. Batches are cut by token count after sorting by length.
 
 Shapes: B rows of L tokens, N response tokens in all, H hidden size, V vocabulary.
 """

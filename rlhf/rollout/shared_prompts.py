@@ -6,7 +6,8 @@ its outputs. Attention alone sees whole sequences: queries, keys and values are 
 its prompt before it, where causal attention is the usual one and needs no mask. What comes out at the prompt's tokens
 is the same in the rows of all its outputs, and the first of them is taken.
 
-Of 9 outputs of 48 tokens to a prompt of 40 that leaves 472 of 792 tokens; the scores are those of rlhf/rollout/scoring.py.
+Of 9 outputs of 48 tokens to a prompt of 40 that leaves 472 of 792 tokens; the scores equal those of
+rlhf/rollout/scoring.py.
 
 Shapes: T tokens in all, S outputs of at most L tokens with their prompt, h heads of width d.
 """

@@ -4,7 +4,7 @@
     runs/<name>/lock                   the process that writes, while there is one
     runs/<name>/<stage>/stage.json     state, inputs, outputs, metrics
     runs/<name>/<stage>/model/         Hugging Face folder
-    runs/<name>/<stage>/logs/          one file for each of several processes      rlhf/system/rank_logs.py, rlhf/system/watchdog.py
+    runs/<name>/<stage>/logs/          one file for each of several processes (rlhf/system/rank_logs.py)
 
 Several machines share the run folder: it must be on a file system that all of them see.
 """

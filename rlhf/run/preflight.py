@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""What is checked before a stage starts, and the plan of a recipe as rows of a table."""
 
 from __future__ import annotations
 

@@ -3,8 +3,9 @@
     checkpoints/step-000040/manifest.json    {"of": ..., "files": {name: {"bytes": n, "sha256": hex}}}, written last
     checkpoints/.tmp-step-000041/            one that was interrupted; never read, removed by the next
 
-`of` says whose they are: a stage with its recipe and inputs (rlhf/run/fingerprints.py, `identity`). A kill, a power cut or
-a full disk at any point leaves the checkpoints sealed before as they are. rlhf/run/checkpoints.py keeps those of a stage.
+`of` says whose they are: a stage with its recipe and inputs (rlhf/run/fingerprints.py, `identity`). A kill, a power cut
+or a full disk at any point leaves the checkpoints sealed before as they are. rlhf/run/checkpoints.py keeps those of a
+stage.
 """
 
 from __future__ import annotations

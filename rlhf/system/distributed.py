@@ -1,4 +1,4 @@
-"""Signals, and what the processes of a distributed run must agree on before and while they work."""
+"""The processes of a run: which one this is, what all must agree on, and how work and results are shared."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def joined(device: torch.device, timeout_s: int) -> Iterator[None]:
     backend: dict[str, Any] = {"backend": "gloo"}
     if device.type == "cuda":
         backend = {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
-    # The watch (rlhf/system/watchdog.py) looks every hundredth of the time, at least four times a second, at most every 10 s.
+    # rlhf/system/watchdog.py looks every hundredth of the time, at least four times a second, at most every 10 s.
     margin = 5 + timeout_s // 50
     try:
         dist.init_process_group(**backend, timeout=timedelta(seconds=timeout_s + margin))

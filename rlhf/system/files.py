@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Files: hashes, sizes, reading JSON, writing so that a crash leaves the old file or the new one, checks of space."""
 
 from __future__ import annotations
 

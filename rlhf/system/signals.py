@@ -1,4 +1,4 @@
-"""The signals that ask a stage to stop, and the exit codes that say it did."""
+"""The signals that ask a stage to stop, how all processes learn of them, and the exit codes that say so."""
 
 from __future__ import annotations
 

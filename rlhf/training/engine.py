@@ -191,7 +191,7 @@ class Engine:
         return {name: self._copies.get(p, p) for name, p in self.trainable().items()}
 
     def save(self, folder: Path) -> None:
-        """Write trainable weights and optimiser state, each process what it holds (rlhf/training/sharded_state.py); all must call.
+        """Write trainable weights and optimiser state, each process what it holds; all processes must call.
 
         Frozen weights are inputs of the stage and are not copied.
         """

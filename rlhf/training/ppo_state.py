@@ -63,7 +63,7 @@ class Ppo:
 
 
 def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
-    """Load the models (rlhf/training/ppo_networks.py) and the data of a PPO run, and put the trained ones under an engine."""
+    """Load the models and the data of a PPO run, and put the trained networks under an engine."""
     cfg, plan = recipe.ppo, plan_ppo(recipe)
     rows_of = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
     if cfg.rollout == "vllm" and recipe.model.peft.method not in NOT_MERGED:  # else it is not asked

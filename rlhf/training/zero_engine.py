@@ -1,4 +1,4 @@
-"""The training engine of several processes: DeepSpeed, ZeRO stages 0 to 3, behind the interface of rlhf/training/engine.py.
+"""The training engine of several processes: DeepSpeed, ZeRO stages 0 to 3, with the interface of `Engine`.
 
 The loops call accumulate, backward and step as they do in one process. A step may hold any number of backward passes
 (PPO's micro-batches, then those of the pretraining text): DeepSpeed is told that the caller owns the boundary, for with

@@ -20,6 +20,7 @@ from benchmarks.measure import Order
 from rlhf.config import ModelSection, Recipe
 from rlhf.data.encoding import encode_prompt, encode_response
 from rlhf.data.records import Drops, read_demonstrations, read_prompts, read_rankings
+from rlhf.data.text_blocks import demonstration_row
 from rlhf.functional.seeding import row_seed
 from rlhf.models import loading
 from rlhf.rollout.experience import Experience
@@ -29,6 +30,7 @@ from rlhf.system.malloc import keep_freed_memory
 from rlhf.system.phase_timer import PhaseTimes
 from rlhf.training.engine import Engine, ParamGroup
 from rlhf.training.ppo_state import Ppo, build
+from rlhf.training.sft_trainer import build_trainer
 from rlhf.training.zero_engine import make_engine
 from stages import ppo as ppo_stage
 from stages import reward as reward_stage
@@ -60,7 +62,7 @@ def encoded_rankings(model: str) -> list[tuple[list[int], list[list[int]]]]:
 def sft_rows(model: str) -> list[dict[str, list[int]]]:
     """The embedded demonstrations as the SFT stage trains them."""
     train, _ = sft_stage.load_demonstrations(Recipe(), loading.load_tokenizer(model), Drops())
-    return [sft_stage.demonstration_row(row) for row in train]
+    return [demonstration_row(row) for row in train]
 
 
 def model_folder(name: str) -> str:
@@ -244,4 +246,4 @@ def sft_trainer(order: Order, folder: Path, clock: Any) -> Any:
         }
     )
     tokenizer, policy = loading.load_tokenizer(order["model"]), loading.load_policy(order["model"], recipe.model)
-    return sft_stage.build_trainer(policy, tokenizer, order["rows"], recipe, folder, clock)
+    return build_trainer(policy, tokenizer, order["rows"], recipe, folder, clock)

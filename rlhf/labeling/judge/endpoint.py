@@ -74,7 +74,8 @@ class EndpointReader:
         """The labels' log-probabilities for every question; none for one that is over the model's context.
 
         Args:
-            advance, keep: as of rlhf/labeling/judge/judge.py's Reader. What was answered is kept also when another question fails.
+            advance, keep: see the Reader of rlhf/labeling/judge/judge.py. An answer is kept also when another
+                question fails.
 
         Raises:
             UserError: when the endpoint cannot be reached, refuses, gives no log-probabilities, or never a label.

@@ -39,7 +39,8 @@ class Reading(NamedTuple):
     """What a model said to one question.
 
     `logprobs` has one entry for each label, in nats, given what all labels begin with, and none where the question was
-    refused as too long. `bounded` counts labels of which only an upper bound is known (rlhf/labeling/judge/endpoint.py).
+    refused as too long. `bounded` counts labels of which only an upper bound is known
+    (rlhf/labeling/judge/endpoint.py).
     """
 
     logprobs: tuple[float, ...]

@@ -364,7 +364,7 @@ class LabelStore:
 
 
 def labelled_row(item: Labelled) -> dict[str, Any]:
-    """The ranking as a row of rankings.jsonl: the contract of rlhf/data/records.py, with who gave it and what they added."""
+    """Return the ranking as a row of rankings.jsonl (rlhf/data/records.py), with who gave it and what they added."""
     return ranking_row(item.outputs.ranked(item.ranks)) | {"labeler": item.labeler} | item.about
 
 
