@@ -20,13 +20,13 @@ from rlhf.errors import UserError
 from rlhf.plan import read_hosts, world_size
 from rlhf.recipe import recipe_names
 from rlhf.run.folder import LOGS
+from rlhf.stage_table import STAGES, is_ppo
 from rlhf.system.console import console
 from rlhf.system.rank_logs import ERROR
 from rlhf.system.signals import STOPPED, STOPPING
 from rlhf.system.watchdog import last_phases
 
 ROOT = Path(__file__).resolve().parent.parent  # holds rlhf/, stages/ and launch/, in a checkout and when installed
-PORTS = ("sft", "rank", "reward", "ppo-ptx", "ppo", "evaluate")  # each a port of its own: none meets the one before
 GRACE = 25.0  # seconds that the launcher gets to end the others once a process has told an error
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # CUDA, ROCm, Windows' subsystem
 
@@ -93,7 +93,8 @@ def command(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[s
             # The launcher quotes arguments for the remote shells with single quotes and does not escape them.
             raise UserError("a quote cannot be passed to other machines", "the command line", "put it in a recipe file")
         launcher += ["--hostfile", str(Path(launch.hostfile).expanduser().resolve())]
-        launcher += ["--master_port", str(launch.master_port + PORTS.index(stage))]
+        # Each stage has a port of its own, so that it does not meet the one before it.
+        launcher += ["--master_port", str(launch.master_port + list(STAGES).index(stage))]
         address = launch.master_addr
         if launch.node_rank >= 0:
             launcher += ["--no_ssh", "--node_rank", str(launch.node_rank)]
@@ -107,9 +108,7 @@ def command(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[s
 
 def stage_program(stage: str) -> list[str]:
     """Module of a stage and the options that select its variant."""
-    if stage in ("ppo", "ppo-ptx"):
-        return ["stages.ppo", "--variant", stage]
-    return [f"stages.{stage}"]
+    return [f"stages.{STAGES[stage].program}", *(["--variant", stage] if is_ppo(stage) else [])]
 
 
 def environment(recipe: Recipe, launched: bool) -> dict[str, str]:

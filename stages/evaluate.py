@@ -45,6 +45,7 @@ from rlhf.rollout.sampling import sample
 from rlhf.rollout.scoring import scores, token_logprobs
 from rlhf.run.folder import RunFolder
 from rlhf.run.stage import StageContext, run_stage
+from rlhf.stage_table import PPO_VARIANTS
 from rlhf.system.console import Progress, console
 from rlhf.system.distributed import is_main_process
 from rlhf.system.files import write_atomic
@@ -58,7 +59,7 @@ def find_policies(run: RunFolder, ema: bool) -> dict[str, Path]:
         UserError: without an SFT policy, which everything is compared with.
     """
     found = {"sft": run.require("sft", "model")}
-    for name in ("ppo", "ppo-ptx"):
+    for name in reversed(PPO_VARIANTS):
         if run.read_stage(name) is None and not run.model_dir(name).is_dir():
             continue
         found[name] = run.require(name, "model")

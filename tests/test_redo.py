@@ -18,8 +18,8 @@ from launch.commands import status
 from launch.launcher import Redo
 from rlhf.errors import UserError
 from rlhf.recipe import fields, load_recipe
-from rlhf.run.fingerprints import MAY_CHANGE
 from rlhf.run.stage import StageContext, run_stage
+from rlhf.stage_table import STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,7 +93,7 @@ def test_a_key_that_does_not_exist_is_told(capsys: pytest.CaptureFixture[str]) -
 
 def test_what_may_change_exists() -> None:
     known = {key for key, _ in fields()}
-    assert all(key in known for keys in MAY_CHANGE.values() for key in keys)
+    assert all(key in known for stage in STAGES.values() for key in stage.may_change)
 
 
 def test_from_needs_the_stages_before_and_takes_those_after() -> None:

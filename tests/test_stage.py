@@ -16,9 +16,10 @@ import pytest
 from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.recipe import load_recipe
-from rlhf.run.fingerprints import READS, depends_on, fingerprint
+from rlhf.run.fingerprints import depends_on, fingerprint
 from rlhf.run.sealing import newest_sealed
 from rlhf.run.stage import StageContext, parse_stage_args, run_stage
+from rlhf.stage_table import STAGES
 from rlhf.system.distributed import pick_device
 from rlhf.system.files import hash_path
 from rlhf.system.signals import TWICE
@@ -211,9 +212,9 @@ READ = re.compile(r"recipe\.((?:run|model|data|sft|rank|reward|ppo|evaluate)(?:\
 FREE = {"run.device", "run.name", "run.dir", "run.stages"}  # where, not what
 
 
-@pytest.mark.parametrize("stage", [*READS])
+@pytest.mark.parametrize("stage", [*STAGES])
 def test_every_field_that_a_stage_program_names_is_among_its_dependencies(stage: str) -> None:
-    program = "ppo" if stage == "ppo-ptx" else stage
+    program = STAGES[stage].program
     files = [ROOT / "stages" / f"{program}.py"]
     files += [ROOT / "rlhf" / f"{name}.py" for name in ("ppo_state", "ppo_networks") if program == "ppo"]
     texts = [file.read_text() for file in files]

@@ -16,6 +16,7 @@ from rlhf.functional.seeding import row_seed
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.recipe import load_recipe
 from rlhf.rollout.sampling import sample
+from rlhf.stage_table import PPO_VARIANTS
 from rlhf.system.console import console
 
 
@@ -91,7 +92,7 @@ def _typed() -> str:
 
 
 def _aligned(run: Path) -> str:
-    for name in ("ppo-ptx", "ppo"):
+    for name in PPO_VARIANTS:
         if (run / name / "model").is_dir():
             return name
     raise UserError("the run has no aligned policy yet", str(run), "run the ppo-ptx or the ppo stage first")

@@ -14,11 +14,11 @@ from rlhf.models.peft.folder import AdapterFolder, find_adapter
 from rlhf.models.peft.merging import why_not_mergeable
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.recipe import load_recipe
+from rlhf.stage_table import PPO_VARIANTS
 from rlhf.system.console import console
 from rlhf.system.files import require_disk, size_of
 from rlhf.system.quiet import quiet_libraries
 
-STAGES = ("sft", "reward", "ppo-ptx", "ppo")
 FOLDER = "merged"
 
 
@@ -26,7 +26,7 @@ def export(run: Path, stage: str = "", ema: bool = False, out: Path | None = Non
     """Write the model of a stage as any program loads it; returns the folder.
 
     Args:
-        stage: one of STAGES; empty: the last of PPO-ptx, PPO and SFT that the run has.
+        stage: one of `stage_table.TRAINED`; empty: the last of PPO-ptx, PPO and SFT that the run has.
         ema: the averaged policy of a PPO stage.
         out: where; default: `merged/` in the stage's folder.
 
@@ -39,7 +39,7 @@ def export(run: Path, stage: str = "", ema: bool = False, out: Path | None = Non
     if not (run / "recipe.yaml").is_file():
         raise UserError("this is no run folder: it has no recipe.yaml", str(run), "give one, such as runs/demo")
     name = "ema" if ema else "model"
-    stage = stage or next((s for s in ("ppo-ptx", "ppo", "sft") if (run / s / name).is_dir()), "sft")
+    stage = stage or next((s for s in (*PPO_VARIANTS, "sft") if (run / s / name).is_dir()), "sft")
     source = run / stage / name
     if not source.is_dir():
         raise UserError(f"the run has no {stage}/{name}", str(source), "run the stage first, or name another (--stage)")

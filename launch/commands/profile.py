@@ -13,10 +13,10 @@ from rlhf.config import Recipe
 from rlhf.costs.roofline import PhaseCost, Row, furthest, mean_row, phase_costs
 from rlhf.errors import UserError
 from rlhf.recipe import load_recipe
+from rlhf.stage_table import PPO_VARIANTS
 from rlhf.system.console import console, table
 from rlhf.system.files import read_rows
 
-VARIANTS = ("ppo-ptx", "ppo")
 # Components of rlhf/costs/stage_memory.py that stay, or come with every update. The others come and go within a phase.
 LASTING = ("weights", "gradients", "optimiser state", "averaged policy", "Python and libraries")
 
@@ -69,7 +69,7 @@ def profile(path: Path, variant: str = "") -> Profile:
     file = path / "recipe.yaml"
     if not file.is_file():
         raise UserError("this is no run folder: it has no recipe.yaml", str(path), "give one, such as runs/demo")
-    logs = {stage: _iterations(path / stage / "metrics.jsonl") for stage in ([variant] if variant else VARIANTS)}
+    logs = {stage: _iterations(path / stage / "metrics.jsonl") for stage in ([variant] if variant else PPO_VARIANTS)}
     stage = next((stage for stage, rows in logs.items() if rows), "")
     if not stage:
         raise UserError(

@@ -14,19 +14,10 @@ from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.plan import plan_ppo
 from rlhf.recipe import load_recipe
-from rlhf.run.fingerprints import READS
 from rlhf.run.folder import RunFolder, live_owner
 from rlhf.run.sealing import list_checkpoints, verify
+from rlhf.stage_table import STAGES, is_ppo
 from rlhf.system.console import console, duration, table
-
-HEADLINES = {  # metrics to show, the first of each that there is
-    "sft": (("sft/validation_loss", "sft/loss"),),
-    "rank": (("rank/agreement", "rank/finished_fraction"), ("rank/tie_fraction",)),
-    "reward": (("reward/accuracy", "reward/train_accuracy"),),
-    "ppo-ptx": (("ppo/reward_score",), ("ppo/kl",)),
-    "ppo": (("ppo/reward_score",), ("ppo/kl",)),
-    "evaluate": (("evaluate/win_rate/ppo-ptx", "evaluate/win_rate/ppo"),),
-}
 
 
 class Progress(NamedTuple):
@@ -51,7 +42,7 @@ def show(path: Path) -> None:
     if not file.is_file():
         raise UserError("this is no run folder: it has no recipe.yaml", str(path), "give one, such as runs/demo")
     recipe, run, owner = load_recipe(str(file)), RunFolder(path), live_owner(path)
-    others = [stage for stage in READS if stage not in recipe.run.stages and run.stage_dir(stage).is_dir()]
+    others = [stage for stage in STAGES if stage not in recipe.run.stages and run.stage_dir(stage).is_dir()]
     stages = {stage: progress(run, recipe, stage, owner is not None) for stage in [*recipe.run.stages, *others]}
     columns = ["stage", "state", "sealed step", "age", "time", "metrics"]
     table(str(path), columns, [_row(stage, each) for stage, each in stages.items()])
@@ -81,7 +72,7 @@ def progress(run: RunFolder, recipe: Recipe, stage: str, in_use: bool) -> Progre
     return Progress(
         "interrupted" if state == "running" and not in_use else state,
         int(newest.name.removeprefix("step-")) if newest else None,
-        plan_ppo(recipe).iterations if stage in ("ppo-ptx", "ppo") else None,
+        plan_ppo(recipe).iterations if is_ppo(stage) else None,
         None if since is None else max(0.0, time.time() - since),  # a clock may have gone backwards
         float(record.get("seconds", 0.0)),
         record.get("metrics") or _last_metrics(folder / "metrics.jsonl"),
@@ -106,7 +97,7 @@ def _last_metrics(path: Path) -> dict[str, float]:
 
 def _row(stage: str, each: Progress) -> list[str]:
     shown = []
-    for names in HEADLINES[stage]:
+    for names in STAGES[stage].headlines:
         name = next((name for name in names if each.metrics.get(name) is not None), None)
         if name:
             shown.append(f"{name} {each.metrics[name]:.4g}")

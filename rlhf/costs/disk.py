@@ -6,9 +6,8 @@ from pathlib import Path
 
 from rlhf.config import Recipe
 from rlhf.plan import world_size
-from rlhf.run.checkpoints import KEPT
+from rlhf.stage_table import CHECKPOINTS_KEPT, TRAINED
 
-TRAINED = ("sft", "reward", "ppo-ptx", "ppo")
 SMOLLM2_BYTES = 540_000_000  # the embedded model as float32 safetensors
 
 
@@ -26,7 +25,7 @@ def disk_need(recipe: Recipe) -> int:
         networks = [] if reward else [recipe.model.peft]
         networks += [recipe.reward_peft] if ppo or reward else []
         save_every = {"sft": recipe.sft, "reward": recipe.reward}.get(stage, recipe.ppo).save_every
-        kept = KEPT + 1 if save_every else 1  # the old ones stay until the new one is whole
+        kept = CHECKPOINTS_KEPT + 1 if save_every else 1  # the old ones stay until the new one is whole
         copies += kept * 3 * sum(not peft.on for peft in networks)  # weights and two moments of all that is trained
         if stage == "sft" and recipe.model.peft.on and world_size(recipe) > 1 and recipe.launch.zero_stage:
             copies += kept  # DeepSpeed's own checkpoint holds the frozen base too

@@ -27,6 +27,7 @@ import yaml
 from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.recipe import RECIPES, described, field_value, fields, find_file, load_recipe, read_yaml
+from rlhf.stage_table import PPO_VARIANTS
 from rlhf.system.files import write_atomic
 
 COMPARISONS = RECIPES.parent / "comparisons"
@@ -61,7 +62,7 @@ class Comparison:
     @property
     def variant(self) -> str:
         """The PPO stage whose policies are compared."""
-        return "ppo-ptx" if "ppo-ptx" in self.base.run.stages else "ppo"
+        return next((variant for variant in PPO_VARIANTS if variant in self.base.run.stages), "ppo")
 
     def overrides(self, way: str) -> list[str]:
         """What the command line of a way's stages says after the name of the recipe."""
@@ -120,7 +121,7 @@ def read_comparison(name_or_path: str, overrides: Sequence[str] = ()) -> Compari
     base = load_recipe(recipe, [*_as_overrides(common), *overrides])
     resolved = {key: field_value(base, key) for key in [*common, *(text.partition("=")[0] for text in overrides)]}
     comparison = Comparison(recipe, values["reference"], resolved, ways)
-    for stages in (("sft",), ("reward",), ("ppo-ptx", "ppo"), ("evaluate",)):
+    for stages in (("sft",), ("reward",), PPO_VARIANTS, ("evaluate",)):
         if not set(stages) & set(base.run.stages):
             raise UserError(f"run.stages lacks {stages[0]}", lines.of("recipe"), "a comparison needs it")
     for way in ways:

@@ -23,16 +23,9 @@ from rlhf.evaluation.comparison_page import membership
 from rlhf.evaluation.html_page import number, percent, render
 from rlhf.functional.statistics import ENOUGH_PROMPTS
 from rlhf.recipe import load_recipe
+from rlhf.stage_table import PPO_VARIANTS, STAGES
 from rlhf.system.files import read_json, read_rows, write_atomic
 
-STAGES = ("sft", "rank", "reward", "ppo", "ppo-ptx", "evaluate")
-LABELS = {
-    "sft": "SFT",
-    "ppo": "PPO",
-    "ppo-ptx": "PPO-ptx",
-    "ppo-ema": "PPO (EMA)",
-    "ppo-ptx-ema": "PPO-ptx (EMA)",
-}
 PROMPTED = {"base": "Base", "sft": "SFT"}  # policies that also answer under templates
 SAMPLES_SHOWN = 12  # the first held-out prompts: a fixed rule, so that nothing is picked
 
@@ -40,7 +33,7 @@ SAMPLES_SHOWN = 12  # the first held-out prompts: a fixed rule, so that nothing 
 CURVES: list[tuple[str, tuple[str, ...], list[tuple[str, str, str]]]] = [
     (
         "PPO",
-        ("ppo", "ppo-ptx"),
+        PPO_VARIANTS,
         [
             ("ppo/reward_score", "Reward-model score", "normalised"),
             ("ppo/kl", "KL to SFT", "nats per response"),
@@ -155,7 +148,7 @@ def policy_rows(results: dict[str, Any] | None) -> list[dict[str, Any]]:
 def verdict(results: dict[str, Any] | None) -> str:
     """One or two sentences that say what the evaluation found, and whether the interval allows saying it."""
     rows = {row["name"]: row for row in policy_rows(results)}
-    name = next((n for n in ("ppo-ptx", "ppo") if n in rows), None)
+    name = next((n for n in PPO_VARIANTS if n in rows), None)
     if not results or name is None:
         return ""
     row, versus = rows[name], rows[name]["versus"]
@@ -253,7 +246,8 @@ def label(name: str) -> str:
     policy, _, template = name.partition("-")
     if template and policy in PROMPTED:
         return f"{PROMPTED[policy]}, {template}"
-    return LABELS.get(name, name)
+    stage = name.removesuffix("-ema")
+    return (STAGES[stage].label if stage in STAGES else stage) + (" (EMA)" if stage != name else "")
 
 
 def print_summary(run_dir: Path, console: Console | None = None) -> None:

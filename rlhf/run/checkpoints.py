@@ -13,9 +13,8 @@ from pathlib import Path
 from threading import Thread
 
 from rlhf.run.sealing import Sealed, keep_last, newest_sealed, seal, write_aside
+from rlhf.stage_table import CHECKPOINTS_KEPT
 from rlhf.system.distributed import is_main_process
-
-KEPT = 2
 
 
 class Checkpoints:
@@ -80,7 +79,7 @@ class Checkpoints:
         try:
             self.before()
             self.last = seal(staged, final, self.of)
-            keep_last(self.folder, KEPT, self.of)
+            keep_last(self.folder, CHECKPOINTS_KEPT, self.of)
         except BaseException as error:
             self._error = error
             shutil.rmtree(staged, ignore_errors=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -19,71 +18,16 @@ from rlhf.errors import UserError
 from rlhf.recipe import changed_keys, fields, load_recipe, recipe_to_yaml
 from rlhf.run.folder import RunFolder
 from rlhf.run.sealing import list_checkpoints
+from rlhf.stage_table import STAGES
 from rlhf.system.files import hash_path, size_of, write_atomic
 
 ABSENT = "absent"  # recorded for what a stage would have read, had it been there
 SHARED = ("run.seed", "model", "data.max_prompt_tokens", "data.max_response_tokens", "data.validation_fraction")
 
 
-@dataclass(frozen=True)
-class Reads:
-    """Recipe sections or fields besides SHARED, fields of `data` that name files, paths in the run folder."""
-
-    recipe: tuple[str, ...]
-    data: tuple[str, ...]
-    upstream: tuple[str, ...] = ()
-
-
-_JUDGE = tuple(
-    f"judge.{name}"
-    for name in (
-        *("model", "endpoint", "template", "demonstrations", "shots", "tie_margin", "calibrate"),
-        *("reasoning_tokens", "max_tokens", "top_logprobs"),
-    )
-)
-_PPO = Reads(("ppo", "reward.peft"), ("prompts", "pretraining"), ("sft/model", "reward/model"))
-READS = {
-    "sft": Reads(("sft",), ("demonstrations", "pretraining")),
-    "rank": Reads(
-        ("rank", *_JUDGE, "label.rankings", "label.overlap", "label.opinions"),
-        ("prompts", "rankings"),
-        ("sft/model",),
-    ),
-    "reward": Reads(("reward", "rank.labeler"), ("demonstrations", "rankings"), ("sft/model", "rank/rankings.jsonl")),
-    "ppo-ptx": _PPO,
-    "ppo": _PPO,
-    "evaluate": Reads(
-        ("evaluate", "rank", *_JUDGE, "ppo.ptx_tokens", "ppo.score_tokens", "ppo.rollout", "ppo.rollout_batch_size"),
-        ("prompts_heldout", "pretraining_heldout", "cloze", "prompts", "demonstrations", "rankings", "pretraining"),
-        (
-            "sft/model",
-            "rank/summary.json",
-            "reward/model",
-            *(f"{stage}/{what}" for stage in ("ppo-ptx", "ppo") for what in ("model", "ema")),
-        ),
-    ),
-}
-
-
-# What an interrupted stage may go on with under another value: its checkpoints hold nothing that follows from these.
-_PPO_MAY_CHANGE = tuple(
-    f"ppo.{name}"
-    for name in (
-        *("save_every", "samples_logged", "micro_batch_size", "score_tokens", "rollout_batch_size", "episodes"),
-        *("lr", "value_lr", "kl_coef", "max_kl", "clip", "value_clip", "vf_coef", "gamma", "lam"),
-        *("missing_eos_penalty", "max_skipped_steps", "ratio_tolerance"),
-    )
-)
-MAY_CHANGE = {
-    "reward": ("reward.save_every", "reward.micro_tokens", "reward.lr"),
-    "ppo-ptx": _PPO_MAY_CHANGE,
-    "ppo": _PPO_MAY_CHANGE,
-}
-
-
 def depends_on(stage: str, key: str) -> bool:
     """Whether the stage's result depends on a recipe field, given by its dotted name."""
-    reads = READS[stage]
+    reads = STAGES[stage].reads
     prefixes = (*SHARED, *reads.recipe, *(f"data.{name}" for name in reads.data))
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
@@ -115,11 +59,11 @@ def declared_inputs(recipe: Recipe, stage: str, run: RunFolder) -> dict[str, str
         UserError: for a data file that is not there.
     """
     inputs = {}
-    for name in READS[stage].data:
+    for name in STAGES[stage].reads.data:
         for entry in getattr(recipe.data, name):
             if path := local_path(entry):
                 inputs[run.key(path)] = hash_path(path)
-    for key in READS[stage].upstream:
+    for key in STAGES[stage].reads.upstream:
         path = run.from_key(key)
         inputs[key] = hash_path(path) if path.exists() else ABSENT
     return inputs
@@ -168,7 +112,7 @@ def may_change(stage: str, key: str, done: bool) -> bool:
 
     A finished stage's result stands as it is. Files of data are compared by content and have the stage done again.
     """
-    return not key.startswith("data.") if done else key in MAY_CHANGE.get(stage, ())
+    return not key.startswith("data.") if done else key in STAGES[stage].may_change
 
 
 def check_accepted(keys: Sequence[str]) -> None:
@@ -198,9 +142,7 @@ def check_recipe(recipe: Recipe, run: RunFolder, redo: str | None, accept: Seque
     path = run.path / "recipe.yaml"
     if path.exists():
         changed = changed_keys(load_recipe(str(path)), recipe)
-        order = ["sft", "rank", "reward", "ppo", "evaluate"]
-        rank = {stage: order.index("ppo" if stage == "ppo-ptx" else stage) for stage in READS}
-        bound = [s for s in READS if (redo is None or rank[s] < rank[redo]) and is_started(run, s)]
+        bound = [s for s in STAGES if (redo is None or STAGES[s].level < STAGES[redo].level) and is_started(run, s)]
         affected = [s for s in bound if any(depends_on(s, key) for key, _, _ in changed)]
         lines, refused, wanted = [], False, []
         for key, old, new in changed:
@@ -254,6 +196,6 @@ def is_started(run: RunFolder, stage: str) -> bool:
 def check_data_files(recipe: Recipe, stages: Sequence[str]) -> None:
     """Raise UserError for a data file of these stages that is not there, before any of them runs."""
     for stage in stages:
-        for name in READS[stage].data:
+        for name in STAGES[stage].reads.data:
             for entry in getattr(recipe.data, name):
                 local_path(entry)

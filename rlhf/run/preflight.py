@@ -11,8 +11,7 @@ from rlhf.data.few_shot import check_judge
 from rlhf.data.prompt_template import load_template
 from rlhf.errors import UserError
 from rlhf.plan import plan_ppo, plan_rank, plan_reward, plan_sft, read_hosts, world_size
-
-ORDER = {"sft": 0, "rank": 1, "reward": 2, "ppo-ptx": 3, "ppo": 3, "evaluate": 4}  # what needs what
+from rlhf.stage_table import STAGES
 
 
 def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
@@ -136,7 +135,8 @@ def _check_order(stages: list[str]) -> None:
     for stage in stages:
         if stages.count(stage) > 1:
             raise UserError(f"{stage} is listed twice", "run.stages", "name every stage once")
-    ordered = sorted(stages, key=ORDER.__getitem__)  # stable: the two variants of PPO may come in either order
+    # The sort is stable: the two variants of PPO may come in either order.
+    ordered = sorted(stages, key=lambda stage: STAGES[stage].level)
     if ordered != stages:
         raise UserError("a stage comes before one that it needs", "run.stages", f"run.stages=[{','.join(ordered)}]")
 

@@ -51,6 +51,7 @@ from rlhf.run.fingerprints import (
 from rlhf.run.folder import LOGS, RunFolder
 from rlhf.run.preflight import check
 from rlhf.run.tracking import Tracker
+from rlhf.stage_table import PPO_VARIANTS, STAGES
 from rlhf.system.console import close_progress, console, duration, table, warn
 from rlhf.system.distributed import from_first, is_main_process, joined, launched, pick_device, world_size
 from rlhf.system.files import hash_path, require_writable, size_of
@@ -61,7 +62,6 @@ from rlhf.system.rng import seed_rng
 from rlhf.system.signals import Signals, StopNow
 from rlhf.system.watchdog import cause, watched
 
-PRODUCTS = {"rank": "rankings.jsonl", "evaluate": "results.json"}  # what proves a stage complete; elsewhere model/
 NOT_OUTPUTS = ("stage.json", "metrics.jsonl", "wandb_id.txt", "tables", "checkpoints", "trainer", LOGS)
 
 
@@ -138,7 +138,7 @@ def parse_stage_args(argv: Sequence[str] | None, program: str) -> tuple[str, lis
         "--accept-change", action="append", default=[], metavar="KEY", help="keep what is done under another value"
     )
     if stage == "ppo":
-        parser.add_argument("--variant", choices=("ppo-ptx", "ppo"), help="default: ppo-ptx where ppo.ptx_coef > 0")
+        parser.add_argument("--variant", choices=PPO_VARIANTS, help="default: ppo-ptx where ppo.ptx_coef > 0")
     found = vars(parser.parse_intermixed_args(argv))
     recipe, overrides, _ = found.pop("recipe"), found.pop("overrides"), found.pop("local_rank")
     return recipe, overrides, {"variant": None, **found}
@@ -173,7 +173,7 @@ def run_stage(
 
 
 def _run_stage(name: str, work: Callable[[StageContext], dict[str, Any] | None], argv: Sequence[str] | None) -> int:
-    recipe_name, overrides, options = parse_stage_args(argv, f"stages/{'ppo' if name == 'ppo-ptx' else name}.py")
+    recipe_name, overrides, options = parse_stage_args(argv, f"stages/{STAGES[name].program}.py")
     recipe = as_launched(load_recipe(recipe_name, overrides), launched())
     check(recipe, [name])
     device = pick_device(recipe)
@@ -248,7 +248,6 @@ def _run_work(
     """Run the work; whatever happens, stage.json says so at the end."""
     begin, spent = time.monotonic(), record["seconds"]
     seed_rng(recipe.run.seed)
-    axis = "episodes" if name in ("ppo", "ppo-ptx") else "tokens"
     signals = Signals()
     tracker: Tracker | None = None
 
@@ -266,7 +265,9 @@ def _run_work(
     inputs: dict[str, str] = {}
     with signals.watch():
         try:
-            tracker = Tracker(run.stage_dir(name), recipe.run.name, name, recipe.tracking, recipe.model_dump(), axis)
+            tracker = Tracker(
+                run.stage_dir(name), recipe.run.name, name, recipe.tracking, recipe.model_dump(), STAGES[name].axis
+            )
             ctx = StageContext(
                 recipe, run, name, tracker, device, inputs, signals, record["inputs"], record["identity"]
             )
@@ -277,7 +278,7 @@ def _run_work(
                     ctx.checkpoints.wait()
                 raise
             ctx.checkpoints.wait()
-            stopped = bool(signals.received) and not (metrics and (ctx.dir / PRODUCTS.get(name, "model")).exists())
+            stopped = bool(signals.received) and not (metrics and (ctx.dir / STAGES[name].product).exists())
             finish("stopped" if stopped else "done", inputs, metrics=metrics, outputs=_outputs(ctx.dir))
         except (StopNow, KeyboardInterrupt):
             stopped, metrics = True, {}
