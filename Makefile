@@ -46,7 +46,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 
 data-check: $(VENV)/.installed-dev
-	$(BIN)/python tests/data_check.py $(if $(AGAINST),--against $(AGAINST))
+	$(BIN)/python tests/tools/data_check.py $(if $(AGAINST),--against $(AGAINST))
 
 clean:
 	rm -rf $(VENV) $(BENCH) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -19,6 +19,7 @@ from rlhf.config import ModelSection
 from rlhf.models import loading, tiny
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("support")  # before the first import of it: its asserts then show their values
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -67,3 +68,16 @@ def tiny_policy(tiny_dir: str) -> PreTrainedModel:
 def tiny_gpt2(tiny_gpt2_dir: str) -> PreTrainedModel:
     """A fresh tiny GPT-2 that the test may change."""
     return loading.load_policy(tiny_gpt2_dir, ModelSection(name="tiny"))
+
+
+@pytest.fixture
+def stage_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run the test as a single process in a new folder, with the data files that RECIPE of stage_runs.py names."""
+    from support.stage_runs import DATA
+
+    monkeypatch.chdir(tmp_path)
+    for name in DATA:
+        Path(f"{name}.jsonl").write_text('{"text": "never read here"}\n')
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path

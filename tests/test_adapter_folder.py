@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods import CACHED, MERGED, METHODS, VIRTUAL, stir
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -28,6 +27,7 @@ from rlhf.models.loading import (
 )
 from rlhf.models.peft.folder import AdapterFolder, Origin, base_hash, copy_into, find_adapter
 from rlhf.models.peft.methods import add_adapter, peft_of, trainable
+from support.peft_references import CACHED, MERGED, METHODS, VIRTUAL, stir
 
 SECTION = ModelSection(name="tiny")
 IDS = torch.tensor([[5, 60, 7, 300, 2]])

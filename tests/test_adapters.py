@@ -1,6 +1,6 @@
 """Parameter-efficient methods in place: what is trained, and that padding, masks and caches change no number.
 
-Expected values are those of tests/methods.py, worked out without the functions under test.
+Expected values are those of tests/support/peft_references.py, worked out without the functions under test.
 """
 
 from __future__ import annotations
@@ -10,22 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from methods import (
-    CACHED,
-    CASES,
-    EMBEDDED,
-    METHODS,
-    PROMPTS,
-    VIRTUAL,
-    adapted,
-    case,
-    hidden_by_hand,
-    in_double,
-    plain,
-    stir,
-)
-from test_rollout import run
-from test_scoring import EOS, PAIRS, by_hand
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -58,6 +42,21 @@ from rlhf.rollout.batches import build_batch
 from rlhf.rollout.decoding import ModelDecoding
 from rlhf.rollout.sampling import decoding_for
 from rlhf.rollout.scoring import check_plain_head, raw_scores, response_logprobs, response_values
+from support.peft_references import (
+    CACHED,
+    CASES,
+    EMBEDDED,
+    METHODS,
+    VIRTUAL,
+    adapted,
+    case,
+    hidden_by_hand,
+    in_double,
+    plain,
+    stir,
+)
+from support.rollout_runs import PROMPTS, run
+from support.small_models import EOS, PAIRS, by_hand
 
 ROW = [5, 6, 7, 8, 9, 10, 11]
 STARTS_AT_NO_CHANGE = ("lora", "dora", "adapter", "ia3", "bitfit")
@@ -132,7 +131,7 @@ def test_new_weights_are_drawn_from_the_global_generator(method: str) -> None:
     assert drawn == (method not in ("ia3", "bitfit"))
 
 
-def test_prompt_tuning_starts_from_words_and_p_tuning_v2_as_low_as_the_model() -> None:
+def test_prompt_tuning_starts_from_words_and_p_tuning_v2_as_low_as_they() -> None:
     model = add_adapter(plain("llama"), METHODS["prompt"])
     words = plain("llama").get_input_embeddings().weight
     (tokens,) = trainable(model).values()
@@ -392,12 +391,12 @@ IA3_MAPS = [  # keys, values, the last of the MLP; with queries where they are o
 
 
 @pytest.mark.parametrize(("config", "maps"), IA3_MAPS, ids=lambda each: getattr(each, "model_type", ""))
-def test_ia3_scales_keys_values_and_inner_activations_whatever_they_are_called(config, maps) -> None:
+def test_ia3_scales_keys_values_and_inner_activations_by_any_name(config, maps) -> None:
     model = add_adapter(AutoModelForCausalLM.from_config(config), METHODS["ia3"])
     assert {name.split(".")[-3]: weight.numel() for name, weight in trainable(model).items()} == maps
 
 
-def test_a_bottleneck_is_refused_where_the_feed_forward_layer_adds_the_residual() -> None:
+def test_a_bottleneck_is_refused_behind_an_mlp_that_adds_the_residual() -> None:
     model = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=4))
     with pytest.raises(UserError) as error:
         add_adapter(model, METHODS["adapter"])
@@ -405,7 +404,7 @@ def test_a_bottleneck_is_refused_where_the_feed_forward_layer_adds_the_residual(
     assert what.startswith("BloomMLP adds the residual itself") and where == "model.peft.method=adapter"
 
 
-def test_a_bottleneck_goes_behind_experts_too_and_leaves_their_routers_scores() -> None:
+def test_a_bottleneck_goes_behind_experts_and_leaves_router_scores() -> None:
     """GPT-OSS's feed-forward layer gives (hidden states, scores)."""
     torch.manual_seed(0)
     config = GptOssConfig(intermediate_size=32, num_key_value_heads=2, head_dim=8, num_local_experts=2,

@@ -268,7 +268,7 @@ def test_alpha_of_rankings_by_hand() -> None:
         alpha([item("p", a=(1, 2), b=(1, 2, 3))])
 
 
-def test_where_all_prompts_agree_alike_the_interval_is_wilsons_over_prompts() -> None:
+def test_where_prompts_agree_alike_the_interval_is_wilsons_over_them() -> None:
     """By hand: of n cases that are all 1 it begins at n / (n + z^2), z^2 = 3.8415."""
     # Three prompts of six pairs, all agreed on: n is 3, not 18.
     found = ratio([(f"p{i}", 6, 6) for i in range(3)], shares=True)

@@ -10,15 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from benchmarks.bench import relative_growth, run, run_all
 from benchmarks.flops import Shape, body_flops, policy_flops, update_flops, value_flops
 from benchmarks.jobs import Job
 from benchmarks.pairs import expand
 from benchmarks.table import OURS, Line, as_json, memory_ratio, render, speedup
-
 from rlhf.functional.ranking import ranking_loss
+from support.paths import TESTS
 
-PEERS = Path(__file__).parent / "benchmarks" / "peers"
+PEERS = TESTS / "benchmarks" / "peers"
 # 2 layers, hidden 4, MLP 6, 2 heads of 3 with 1 key-value head, 10 tokens.
 SMALL = Shape(layers=2, hidden=4, intermediate=6, heads=2, kv_heads=1, head_dim=3, vocabulary=10)
 

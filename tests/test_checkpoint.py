@@ -16,8 +16,7 @@ import pytest
 
 from rlhf.run.checkpoints import Checkpoints
 from rlhf.run.sealing import FOREIGN, keep_last, list_checkpoints, newest_sealed, seal, verify, write_aside
-
-ROOT = Path(__file__).resolve().parent.parent
+from support.paths import ROOT
 
 
 def write_step(folder: Path, step: int, content: str = "weights", of: str = "") -> Path:
@@ -120,7 +119,7 @@ def test_steps_are_ordered_by_number(tmp_path: Path) -> None:
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-999999", "step-1000000"]
 
 
-def test_a_leftover_of_an_interrupted_write_is_never_read_and_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_a_half_written_leftover_is_never_read_and_the_next_removes_it(tmp_path: Path) -> None:
     write_step(tmp_path, 20)
     leftover = tmp_path / ".tmp-step-000040"
     leftover.mkdir()

@@ -17,15 +17,8 @@ from launch import launcher, pipeline
 from rlhf.costs import disk
 from rlhf.errors import UserError
 from rlhf.recipe import load_recipe
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def rlhf(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The command as a user starts it, from any folder."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", "NO_COLOR": "1"}
-    command = [sys.executable, "-m", "launch.cli", *arguments]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
+from support.command import rlhf
+from support.paths import ROOT
 
 
 def test_help_names_every_command_and_shows_examples() -> None:

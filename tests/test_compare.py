@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from comparison_runs import FILE, leave
 
 import launch.commands.compare
 from launch.commands.compare import compare
@@ -18,8 +15,8 @@ from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.run.stage import StageContext, run_stage
 from rlhf.system.console import console
-
-ROOT = Path(__file__).resolve().parent.parent
+from support.command import rlhf
+from support.comparison_runs import FILE, leave
 
 
 @pytest.fixture
@@ -103,7 +100,7 @@ def test_a_way_that_fails_does_not_stop_the_others(started: list[str], capsys: p
     assert started[8:] == ["lora ppo-ptx", "lora evaluate", "prompt ppo-ptx", "prompt evaluate"]
 
 
-def test_a_stop_ends_the_comparison_and_a_reference_without_reward_model_too(
+def test_a_stop_or_a_reference_without_reward_model_ends_the_comparison(
     started: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("broken/full-reward").write_text("all scores alike")
@@ -155,12 +152,6 @@ def test_a_comparison_that_was_moved_is_drawn_where_it_is(started: list[str], tm
     assert "<h1>moved</h1>" in (tmp_path / "moved" / "comparison.html").read_text()
 
 
-def rlhf(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "160", "NO_COLOR": "1"}
-    command = [sys.executable, "-m", "launch.cli", *arguments]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=550, check=False)
-
-
 @pytest.mark.slow
 def test_a_real_comparison_of_the_tiny_model(tmp_path: Path) -> None:
     """All weights, prompt tuning, and BitFit, which a Llama has no biases for."""
@@ -169,7 +160,7 @@ def test_a_real_comparison_of_the_tiny_model(tmp_path: Path) -> None:
         + "ways:\n  full: {}\n  bitfit: {model.peft.method: bitfit}\n"
         + "  prompt: {model.peft.method: prompt, sft.lr: 3.0e-2, ppo.lr: 1.0e-2}\n"
     )
-    done = rlhf("compare", "real.yaml", cwd=tmp_path)
+    done = rlhf("compare", "real.yaml", cwd=tmp_path, timeout=550)
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
     data = json.loads((tmp_path / "runs" / "three" / "comparison.json").read_text())
     full, bitfit, prompt = data["ways"]

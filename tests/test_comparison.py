@@ -8,13 +8,13 @@ import socket
 from pathlib import Path
 
 import pytest
-from comparison_runs import BAD, by_way, hand_made
 
 from rlhf.errors import UserError
 from rlhf.evaluation.comparison import Row, finding, rows
 from rlhf.evaluation.comparison_file import Comparison
 from rlhf.functional.statistics import Interval, mean_interval
 from rlhf.run.folder import _started
+from support.comparison_runs import BAD, by_way, hand_made
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from html import escape
 from pathlib import Path
 
 import pytest
-from comparison_runs import hand_made
 
 from rlhf.evaluation.chart_labels import nearest, overlap, place
 from rlhf.evaluation.charts import Named, named_points_chart
@@ -22,6 +21,7 @@ from rlhf.evaluation.comparison_page import membership, print_rows, verdict, wri
 from rlhf.evaluation.html_page import count, share
 from rlhf.evaluation.report import write_report
 from rlhf.functional.statistics import Interval
+from support.comparison_runs import hand_made
 
 
 @pytest.fixture

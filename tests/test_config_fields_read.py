@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from rlhf.config import READ_BY, PeftSection, Recipe
 from rlhf.recipe import fields
+from support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
     path
     for folder in ("rlhf", "stages", "launch")
@@ -97,7 +96,7 @@ def test_field_is_read(field: str) -> None:
     assert (section, name) in READS, f"no code reads recipe.{field}"
 
 
-def test_every_setting_of_a_method_is_walked_and_says_which_methods_read_it() -> None:
+def test_every_setting_of_a_method_says_which_methods_read_it() -> None:
     names = {name for name, _ in fields(Recipe)}
     assert {f"model.peft.{name}" for name in PeftSection.model_fields} <= names
     assert READ_BY.keys() == PeftSection.model_fields.keys() - {"method"}

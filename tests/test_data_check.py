@@ -1,4 +1,4 @@
-"""The embedded data is clean, and each check of tests/data_check.py sees the defect that it is there for."""
+"""The embedded data is clean, and each check of tests/tools/data_check.py sees the defect that it is there for."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import data_check
-import data_measure
 import pytest
-from data_check import Text
 
 from rlhf.data.records import Prompt, Ranking
+from support.paths import DATA
+from tools import data_check, data_measure
+from tools.data_check import Text
 
-DATA = Path(__file__).resolve().parent.parent / "data"
 LONG = "the heron waits in the shallow water until the small fish come back to its feet"
 
 
@@ -48,7 +47,7 @@ def test_thirteen_words_in_common_are_found_and_twelve_are_not() -> None:
     assert "prompts.jsonl, line 1" in problems[0] and "prompts_heldout.jsonl, line 1" in problems[0]
 
 
-def test_a_short_text_that_stands_twice_is_found_and_one_of_four_words_is_not() -> None:
+def test_a_repeated_short_text_is_found_but_not_one_of_four_words() -> None:
     twice = [text("Why do cats purr?", line=1), text("why do cats purr", "prompts_heldout")]
     assert data_check.check_overlap(twice)[0] == []
     twice = [text("Why do all cats purr?", line=1), text("why do all cats purr", "prompts_heldout")]
@@ -133,7 +132,7 @@ def test_lengths_and_tokens_are_held_to_what_is_promised() -> None:
     assert ["demonstrations", "response", 2, 4, 40, 77, 114, 151, 155] in sizes
 
 
-def test_rankings_are_held_to_their_prompts_and_the_second_pass_to_its_outputs() -> None:
+def test_rankings_match_their_prompts_and_the_second_pass_its_outputs() -> None:
     row = {"prompt": "p", "responses": ["a", "b b", "c c c", "d d d d"], "ranks": [1, 2, 2, 3], "finished": [True] * 4}
     rows = {"prompts": [{"prompt": "p"}], "rankings": [row], "rankings_second": [row | {"ranks": [2, 1, 1, 3]}]}
     problems, figures = data_check.check_rankings(rows)

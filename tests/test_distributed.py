@@ -7,11 +7,7 @@ left before it. `make test-distributed` runs these; they are marked `distributed
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,24 +16,12 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
+from support.distributed_runs import Noted, arguments, run_ranks
+
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(1800)]  # the first test waits for all runs
 
-ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("sft", "rank", "reward", "ppo", "evaluate")
 FOLDER = {"ppo": "ppo-ptx"}  # where a stage leaves its results, when that is not its own name
-SIZES = [
-    "tracking.wandb=disabled",
-    "run.device=cpu",
-    "sft.batch_size=8",
-    "sft.micro_batch_size=4",
-    "sft.epochs=1.3",
-    "rank.prompts=44",
-    "ppo.episodes=80",
-    "ppo.micro_batch_size=4",
-    "ppo.adam_eps=1e-5",  # a gradient that is all but zero is not blown up to a whole step by its rounding
-    "ppo.ema_decay=0.9",
-    "evaluate.prompts=7",
-]
 TRAINED = ("sft", "reward", "ppo")
 OWN = {  # what the runs of one process set
     "one": [],
@@ -47,8 +31,6 @@ OWN = {  # what the runs of one process set
     "bf16": ["model.dtype=bfloat16", "ppo.ratio_tolerance=0.2"],
 }
 OWN["lora-bf16"] = [*OWN["lora"], *OWN["bf16"]]
-
-Noted = dict[str, list]
 
 
 @dataclass(frozen=True)
@@ -133,41 +115,6 @@ CHANGES = [
 ]
 CHANGES += [Change("sft", None, 0), Change("sft", 0, None)]
 CHANGES += [Change("ppo", before, after, "lora") for before, after in ((None, 3), (3, 2))]  # one base, and three
-
-
-def arguments(folder: Path, run: str, *more: str) -> list[str]:
-    return ["tiny", f"run.dir={folder}", f"run.name={run}", *SIZES, *more]
-
-
-def run_ranks(jobs: list[dict[str, Any]], folder: Path, processes: int = 2, timeout: float = 1500) -> list[Noted]:
-    """Run the jobs on as many ranks; returns what tests/ranks.py noted of every job."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = str(sock.getsockname()[1])
-    file = folder / f"jobs{port}.json"
-    file.write_text(json.dumps(jobs))
-    common = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    if processes > 1:
-        common |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    logs = [folder / f"rank{port}-{rank}.txt" for rank in range(processes)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "ranks.py"), str(file)],
-            env=os.environ | common | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}),
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [rank.wait(timeout=timeout) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0] * processes, "\n".join(log.read_text()[-4000:] for log in logs)
-    made = [json.loads((folder / f"jobs{port}-{rank}.json").read_text()) for rank in range(processes)]
-    assert all(each == made[0] for each in made)
-    return made[0]
 
 
 def prepared(folder: Path, setting: Setting, name: str) -> dict[str, Any]:
@@ -374,15 +321,12 @@ def test_uneven_shares_neither_hang_nor_change_a_sample(tmp_path: Path) -> None:
     """Responses of 1 token on one process and 128 on the other, an empty share, a count that does not divide."""
     ways = [("once", "whole"), ("once", "partitioned"), ("by_layer", "partitioned"), ("once", "cpu")]
     jobs = [
-        {"module": "uneven", "arguments": [str(tmp_path / f"{gather}-{where}.json"), gather, where]}
+        {"module": "support.uneven_rows", "arguments": [str(tmp_path / f"{gather}-{where}.json"), gather, where]}
         for gather, where in ways
     ]
     run_ranks(jobs, tmp_path)
     alone = tmp_path / "alone.json"
-    code = f"import uneven; raise SystemExit(uneven.main([{str(alone)!r}, 'once', 'whole']))"
-    subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT / "tests", env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True
-    )
+    run_ranks([{"module": "support.uneven_rows", "arguments": [str(alone), "once", "whole"]}], tmp_path, processes=1)
     expected = json.loads(alone.read_text())
     lengths = [len(row) for row in expected["1 and 128 tokens"]]
     assert lengths == [1, 128] * 4

@@ -137,7 +137,7 @@ def test_gradients_add_up_over_micro_batches_and_are_gone_after_the_step() -> No
     assert engine.grads("first") == []
 
 
-def test_the_norm_is_exact_for_large_tensors_and_does_not_depend_on_how_they_are_cut() -> None:
+def test_the_norm_is_exact_for_large_tensors_however_they_are_cut() -> None:
     grad = torch.randn(3_000_000, generator=torch.Generator().manual_seed(1))
     expected = math.sqrt(sum((part.double() ** 2).sum().item() for part in grad.split(100_000)))
     assert float(grad_norm([grad])) == pytest.approx(expected, rel=1e-6)
@@ -297,7 +297,7 @@ def test_a_step_in_parts_is_one_step() -> None:
     assert all(torch.equal(weights(apart)[name], each) for name, each in weights(whole).items())
 
 
-def test_a_bad_part_skips_what_follows_and_a_bad_rest_comes_too_late_for_the_part() -> None:
+def test_a_bad_part_skips_what_follows_and_a_bad_rest_only_itself() -> None:
     engine = make(max_skipped_steps=5)
     start = weights(engine)
     only(engine, "a", math.nan)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods import MERGED, METHODS, stir
 
 from launch.commands.export import export
 from rlhf.config import ModelSection, PeftSection
@@ -14,6 +13,7 @@ from rlhf.errors import UserError
 from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer, new_reward_model, save_model
 from rlhf.models.peft.folder import find_adapter
 from rlhf.models.peft.methods import add_adapter
+from support.peft_references import MERGED, METHODS, stir
 
 SECTION = ModelSection(name="tiny")
 IDS = torch.tensor([[5, 60, 7, 300, 2]])

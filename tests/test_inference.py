@@ -6,8 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from test_rollout import PROMPTS, run
-from test_scoring import EOS, PAIRS, by_hand, gpt2, llama
 from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -27,6 +25,8 @@ from rlhf.rollout.decoding import InferenceDecoding, ModelDecoding
 from rlhf.rollout.llama_forward import columns_for, inference_for
 from rlhf.rollout.sampling import decoding_for
 from rlhf.rollout.scoring import hidden_states
+from support.rollout_runs import PROMPTS, run
+from support.small_models import EOS, PAIRS, by_hand, gpt2, llama
 
 SHAPE = {
     "vocab_size": 50,

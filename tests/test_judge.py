@@ -7,14 +7,11 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import test_rank_stage
-from openai_double import Double, serving
-from test_distributed import arguments, run_ranks
 
 from rlhf.config import JudgeSection, Recipe
 from rlhf.data.encoding import encode_prompt
@@ -27,41 +24,17 @@ from rlhf.functional.statistics import clustered
 from rlhf.labeling.base import Output
 from rlhf.labeling.judge.judge import Judge, check_room, load_judge, make_reader
 from rlhf.labeling.judge.labeler import JudgeLabeler, position_bias
-from rlhf.labeling.judge.local import Fields, Reading
+from rlhf.labeling.judge.local import Fields
 from rlhf.labeling.labelers import make_judge, make_labeler
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.rollout.scoring import token_logprobs
 from rlhf.run.folder import RunFolder
+from support.distributed_runs import arguments, run_ranks
+from support.openai_double import Double, serving
+from support.rank_stage_runs import outcome, start
+from support.rigged_judge import Rigged, by_length
 
 PROMPT = Prompt.from_text("why is the sky blue")
-
-
-class Rigged:
-    """Answers by a rule, with log-odds `odds(fields)` for the first label, or the given label log-probabilities."""
-
-    def __init__(self, rule: Callable[[Fields], float | Sequence[float]], longest: int = 10**6) -> None:
-        self.rule, self.longest = rule, longest
-        self.asked: list[dict[str, str]] = []
-
-    def fits(self, template: Template, fields: Fields) -> bool:
-        return sum(map(len, fields.values())) <= self.longest
-
-    def read(
-        self,
-        template: Template,
-        questions: Sequence[Fields],
-        advance: Callable[[int], None] | None = None,
-        keep: Callable[[dict[int, Reading]], None] | None = None,
-    ) -> list[Reading]:
-        self.asked += [dict(q) for q in questions]
-        found = [self.rule(q) for q in questions]
-        # A third of the probability goes to labels: what they share does not matter.
-        return [Reading(tuple(f) if isinstance(f, Sequence) else (f / 2 - 9, -f / 2 - 9)) for f in found]
-
-
-def by_length(bias: float = 0.0) -> Callable[[Fields], float]:
-    """Log-odds by the difference of lengths, and `bias` for whatever stands first."""
-    return lambda q: len(q["first"]) - len(q["second"]) + bias
 
 
 def outputs(*texts: str) -> list[Output]:
@@ -304,20 +277,20 @@ def test_a_stop_ends_the_labelling_and_what_was_answered_is_kept(tmp_path: Path,
 
     monkeypatch.setattr(JudgeLabeler, "rank", rank)
     extra = ["rank.labeler=judge", "judge.template=pair-brief"]
-    assert test_rank_stage.start(tmp_path, tiny_dir, *extra) == 128 + signal.SIGTERM
+    assert start(tmp_path, tiny_dir, *extra) == 128 + signal.SIGTERM
     stage = tmp_path / "runs" / "t" / "rank"
     assert len(asked) == 2 and not (stage / "rankings.jsonl").exists()
     kept = len((stage / "judge.jsonl").read_text().splitlines())
     assert kept > 0
-    assert test_rank_stage.start(tmp_path, tiny_dir, *extra) == 0
+    assert start(tmp_path, tiny_dir, *extra) == 0
     answers = [json.loads(line)["question"] for line in (stage / "judge.jsonl").read_text().splitlines()]
     assert len(answers) == len(set(answers)) > kept
 
 
 def test_the_rank_stage_with_a_judge(tmp_path: Path, tiny_dir: str) -> None:
     extra = ["rank.labeler=judge", "judge.template=pair-brief", "judge.tie_margin=0", "judge.max_tokens=300"]
-    assert test_rank_stage.start(tmp_path, tiny_dir, *extra) == 0
-    text, summary, _ = test_rank_stage.outcome(tmp_path)
+    assert start(tmp_path, tiny_dir, *extra) == 0
+    text, summary, _ = outcome(tmp_path)
     stage = tmp_path / "runs" / "t" / "rank"
     rankings = read_rankings([str(stage / "rankings.jsonl")], Drops())
     judge = load_judge(recipe(template="pair-brief"))
@@ -342,12 +315,8 @@ def test_questions_over_the_limit_are_dropped_and_counted(tmp_path: Path, tiny_d
         "judge.max_tokens=110",
         "data.max_prompt_tokens=200",
     ]
-    before, test_rank_stage.PROMPTS = test_rank_stage.PROMPTS, prompts
-    try:
-        assert test_rank_stage.start(tmp_path, tiny_dir, *extra) == 0
-    finally:
-        test_rank_stage.PROMPTS = before
-    text, summary, _ = test_rank_stage.outcome(tmp_path)
+    assert start(tmp_path, tiny_dir, *extra, prompts=prompts) == 0
+    text, summary, _ = outcome(tmp_path)
     assert summary["drops"]["question to the judge over judge.max_tokens"] == 1
     assert [json.loads(line)["prompt"] for line in text.splitlines()] == ["a?"]
 
@@ -358,21 +327,21 @@ def test_the_rank_stage_asks_an_endpoint_and_nothing_twice(tmp_path: Path, tiny_
     with serving(Double(model, tokenizer, {"A": 25.0, "B": 25.0}, patience=14)) as double:
         extra = ["rank.labeler=judge", f"judge.endpoint={double.url}", "judge.model=some", "judge.concurrency=2"]
         # Five prompts of three outputs are 30 questions; two of the third prompt's are answered before the others fail.
-        assert test_rank_stage.start(tmp_path, tiny_dir, *extra) == 2
+        assert start(tmp_path, tiny_dir, *extra) == 2
         assert "export OPENAI_API_KEY" in capfd.readouterr().err
         assert len((stage / "judge.jsonl").read_text().splitlines()) == 14
         double.patience = 10**9
         asked = len(double.bodies)
-        assert test_rank_stage.start(tmp_path, tiny_dir, *extra) == 0
+        assert start(tmp_path, tiny_dir, *extra) == 0
         assert len(double.bodies) - asked == 16
-    _, summary, _ = test_rank_stage.outcome(tmp_path)
+    _, summary, _ = outcome(tmp_path)
     assert summary["judge_answers"] == 30 and summary["judge_answers_with_bounds"] == 0
 
 
 def test_the_stage_refuses_a_bad_template_before_it_samples(tmp_path: Path, tiny_dir: str, capfd) -> None:
     bad = tmp_path / "bad.txt"
     bad.write_text("kind: pair\nform: zero-shot\nlabels: A B\n---\n{{ prompt }} {{ first }}\n")
-    assert test_rank_stage.start(tmp_path, tiny_dir, "rank.labeler=judge", f"judge.template={bad}") == 2
+    assert start(tmp_path, tiny_dir, "rank.labeler=judge", f"judge.template={bad}") == 2
     assert f"{bad}, line 5" in capfd.readouterr().err
     assert not (tmp_path / "runs" / "t" / "rank" / "samples.jsonl").exists()
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from openai_double import Double, serving
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.prompt_template import load_template
@@ -17,6 +16,7 @@ from rlhf.errors import UserError
 from rlhf.labeling.judge import endpoint as judge_endpoint
 from rlhf.labeling.judge.endpoint import KEY, EndpointReader, chat, read_labels
 from rlhf.labeling.judge.judge import Judge
+from support.openai_double import Double, serving
 
 QUESTIONS = [{"prompt": f"Name {n} rivers.", "first": "The Elbe.", "second": "Rivers are water."} for n in range(6)]
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from test_judge import Rigged, by_length
 
 from launch import cli
 from rlhf.config import JudgeSection
@@ -23,6 +22,7 @@ from rlhf.labeling.judge.judge import Judge
 from rlhf.labeling.judge.labeler import JudgeLabeler
 from rlhf.labeling.judge.local import Fields
 from rlhf.labeling.judge.template_search import candidates, comments, cut, search
+from support.rigged_judge import Rigged, by_length
 
 
 def ranking(name: str, responses: list[str], ranks: list[int]) -> Ranking:
@@ -92,7 +92,7 @@ def test_points_have_no_position_and_ask_once_for_each_output() -> None:
     assert row["accuracy"] == pytest.approx(2 / 3)
 
 
-def test_points_are_right_by_what_the_labeler_ranks_by_and_closer_ones_are_its_ties() -> None:
+def test_points_are_right_by_the_labelers_rule_and_close_ones_are_ties() -> None:
     # a: 1 with 0.4 and 7 with 0.6, expected 4.6; b: 6. A draw of a's is above b's in 0.6, and yet b ranks better.
     least = math.log(1e-12)
     rows = {"a": [math.log(0.4), *[least] * 5, math.log(0.6)], "b": [*[least] * 5, 0.0, least]}
@@ -172,7 +172,7 @@ class Planted(Rigged):
         return (len(q["second"]) - len(q["first"])) * (1 if knows else -1)
 
 
-def test_the_search_finds_the_planted_template_and_confirms_on_other_prompts(tmp_path: Path) -> None:
+def test_the_search_finds_the_planted_template_and_confirms_elsewhere(tmp_path: Path) -> None:
     parts = cut(pool(), seed=1)
     found = candidates([load_template("pair-zero-shot"), load_template("pair-brief")], parts.pool, [2], 2, seed=1)
     planted = found[4]
@@ -206,7 +206,7 @@ def test_a_choice_that_does_not_hold_elsewhere_is_told() -> None:
     assert search([pair_judge(lambda q: len(q["second"]) - len(q["first"]))], parts, Drops()).warning == ""
 
 
-def test_equally_accurate_ones_are_told_apart_by_log_loss_and_then_by_order() -> None:
+def test_equally_accurate_ones_are_ranked_by_log_loss_then_by_order() -> None:
     parts, template = cut(pool(), 1), load_template("pair-brief")
 
     def sure(scale: float) -> Judge:

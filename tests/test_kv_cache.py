@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from test_rollout import PROMPTS, run
 from transformers import MistralConfig, MistralForCausalLM
 
 from rlhf.rollout.kv_cache import GROWTH, RoomyLayer, leave
+from support.rollout_runs import PROMPTS, run
 
 
 def test_rows_that_leave_are_replaced_by_the_last_that_stay():

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import started, violations
 
 from rlhf.config import LabelSection
 from rlhf.data.records import Prompt
@@ -20,6 +19,7 @@ from rlhf.labeling.outputs import Outputs
 from rlhf.labeling.page.form import Submission
 from rlhf.labeling.page.server import serving
 from rlhf.labeling.page.store import LabelStore, task_key
+from support.browser import started, violations
 
 MARKUP = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><b>bold</b>"
 ARABIC = "أعلى جبل في اسكتلندا هو بن نيفيس."
@@ -406,9 +406,7 @@ def test_a_ranking_that_meets_a_dead_server_is_stored_once_it_is_back(browser: A
         assert not [name for name in page.evaluate("() => Object.keys(localStorage)") if name.startswith("outbox")]
 
 
-def test_what_another_run_gave_out_is_kept_until_it_is_served_again_or_thrown_away(
-    browser: Any, tmp_path: Path
-) -> None:
+def test_prompts_of_another_run_are_kept_until_served_or_thrown_away(browser: Any, tmp_path: Path) -> None:
     """Two runs at one address with the same prompts and labeler, shown in different orders."""
     stores = [LabelStore(tmp_path / f"{n}.sqlite", LabelSection(), n) for n in (1, 2)]
     tokens = []

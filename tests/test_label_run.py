@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import started
-from test_label_store import rank_one
 
 from rlhf.config import LabelSection
 from rlhf.data.records import Drops, read_rankings
 from rlhf.labeling.page.store import LabelStore
+from support.browser import started
+from support.label_stores import rank_one
+from support.paths import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2000)]
-ROOT = Path(__file__).resolve().parent.parent
 SIZES = [  # seconds for each stage
     *(
         "run.stages=[sft,rank,reward,ppo-ptx,evaluate]",
@@ -148,7 +148,7 @@ def test_the_run_waits_for_people_and_goes_on_by_itself(run: Run, tmp_path: Path
     assert read_rankings([str(folder / "rankings.jsonl")], Drops())
 
 
-def test_enough_is_what_the_recipe_says_and_what_is_there_is_not_asked_for_again(tmp_path: Path) -> None:
+def test_the_recipe_says_what_is_enough_and_nothing_is_asked_twice(tmp_path: Path) -> None:
     """label.rankings=3; the labels of an earlier attempt are enough, and no page is served."""
     run = Run(tmp_path, "run.stages=[sft,rank]", "label.rankings=3")
     run.start()

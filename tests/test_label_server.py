@@ -27,8 +27,9 @@ from rlhf.labeling.outputs import Outputs, outputs_row
 from rlhf.labeling.page.presence import Audience
 from rlhf.labeling.page.server import FILES, MAX_BODY, Guard, is_loopback, serving
 from rlhf.labeling.page.store import LabelStore, task_key
+from support.paths import ROOT
+from support.ports import free_port
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "<script>window.hacked = true</script>"
 
 
@@ -243,10 +244,8 @@ def test_the_port_is_kept_and_a_taken_one_is_told(store: LabelStore) -> None:
             assert other != first
     with serving(store, "demo", "127.0.0.1") as again:
         assert again == first  # the port of the one that came second is not kept
-        with serving(store, "demo", "127.0.0.1", 0) as other, socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            free = sock.getsockname()[1]
-            sock.close()
+        with serving(store, "demo", "127.0.0.1", 0):
+            free = int(free_port())
             with serving(store, "demo", "127.0.0.1", free):  # asked for by its number, beside one that is up
                 assert store.setting("port") == str(port)
     with serving(store, "demo", "127.0.0.1", free):
@@ -262,11 +261,9 @@ class Server:
     """`rlhf label` as a program, on a port of its own."""
 
     def __init__(self, run: Path, names: list[str]) -> None:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = sock.getsockname()[1]
+        self.port = free_port()
         self.command = [sys.executable, "-m", "launch.cli", "label", str(run)]
-        self.options = ["--labelers", ",".join(names), "--port", str(self.port)]
+        self.options = ["--labelers", ",".join(names), "--port", self.port]
         self.log, self.process = run / "server.txt", None
 
     def start(self) -> str:
@@ -311,7 +308,7 @@ def labour(address: str, token: str, seed: int, acknowledged: dict[str, dict[str
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_killed_ten_times_under_eight_labelers_every_acknowledged_ranking_is_exported_once(tmp_path: Path) -> None:
+def test_ten_kills_under_eight_labelers_export_every_ranking_once(tmp_path: Path) -> None:
     """2,000 rankings: 250 prompts, each ranked by all eight."""
     run, names = tmp_path / "run", [f"labeler{i}" for i in range(8)]
     items = outputs(250)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-import uuid
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from rlhf.data.records import Drops, Message, Prompt, read_rankings, write_jsonl
 from rlhf.errors import UserError
 from rlhf.labeling.outputs import Outputs, outputs_row, read_outputs
 from rlhf.labeling.page import store as label_store
-from rlhf.labeling.page.form import FLAGS, SKIPS, Submission, complaint
+from rlhf.labeling.page.form import FLAGS, SKIPS, complaint
 from rlhf.labeling.page.store import (
     Conflict,
     Counts,
@@ -27,39 +26,7 @@ from rlhf.labeling.page.store import (
     shared_tasks,
     task_key,
 )
-
-
-def outputs(n: int, k: int = 3) -> list[Outputs]:
-    """n prompts with k outputs each."""
-    texts = [tuple(f"output {j} of {i}" for j in range(k)) for i in range(n)]
-    return [Outputs(Prompt.from_text(f"prompt {i}"), each, (True,) * k) for i, each in enumerate(texts)]
-
-
-def opened(path: Path, n: int = 4, names: tuple[str, ...] = ("anna",), seed: int = 1, **label: Any) -> LabelStore:
-    """A store with n prompts and these labelers."""
-    store = LabelStore(path / "labels.sqlite", LabelSection(**label), seed)
-    store.set_tasks(outputs(n))
-    store.invite(names)
-    return store
-
-
-def ranking(task: str, ranks: list[int], **more: Any) -> Submission:
-    return Submission(id=str(uuid.uuid4()), task=task, kind="ranking", ranks=ranks, **more)
-
-
-def skip(task: str, reason: str = "unclear") -> Submission:
-    return Submission(id=str(uuid.uuid4()), task=task, kind="skip", reason=reason)
-
-
-def rank_one(store: LabelStore, labeler: str) -> Submission | None:
-    """Rank the labeler's next task; None when there is none."""
-    task = store.next_task(labeler)
-    if task is None:
-        return None
-    given = ranking(task.id, list(range(1, len(task.outputs) + 1)))
-    store.submit(labeler, given)
-    return given
-
+from support.label_stores import opened, outputs, rank_one, ranking, skip
 
 # --- who gets what ---------------------------------------------------------------------------------------------------
 
@@ -251,7 +218,7 @@ def test_rankings_of_other_outputs_stay_and_do_not_count(tmp_path: Path) -> None
     assert store.counts() == Counts(2, 2) and store.set_aside() == 0
 
 
-def test_the_same_prompt_in_other_labels_has_another_id_and_takes_nothing_of_the_first(tmp_path: Path) -> None:
+def test_a_prompt_in_other_labels_has_its_own_id_and_takes_no_answers(tmp_path: Path) -> None:
     """Another order may be shown there: ranks by place would be stored against other outputs."""
     (tmp_path / "new").mkdir()
     old, new = opened(tmp_path, 1, seed=1), opened(tmp_path / "new", 1, seed=2)
@@ -362,7 +329,7 @@ def test_nobody_takes_back_anothers(tmp_path: Path) -> None:
     assert len(store.rankings()) == 1
 
 
-def test_a_skipped_prompt_goes_to_others_and_is_not_waited_for_when_all_skip_it(tmp_path: Path) -> None:
+def test_a_skipped_prompt_goes_to_others_until_all_have_skipped_it(tmp_path: Path) -> None:
     store = opened(tmp_path, 1, ("anna", "ben"), overlap=0)
     task = store.next_task("anna")
     store.submit("anna", skip(task.id, "expertise"))

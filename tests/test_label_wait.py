@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx
 import pytest
-from test_label_store import opened, outputs, rank_one, ranking
 
 from launch.commands.label import export, prepare, revoke, settings
 from rlhf.config import LabelSection
@@ -23,6 +22,7 @@ from rlhf.labeling.page import collect
 from rlhf.labeling.page.presence import Audience
 from rlhf.labeling.page.store import Counts, LabelStore
 from rlhf.run.folder import RunFolder
+from support.label_stores import opened, outputs, rank_one, ranking
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def test_the_page_ends_at_once_when_nobody_else_was_there(tmp_path: Path, monkey
     assert not stage.thread.is_alive() and len(stage.found[0]) == 2
 
 
-def test_the_page_waits_for_nobody_longer_than_its_grace_and_not_when_told_to_stop(tmp_path: Path, monkeypatch) -> None:
+def test_the_page_waits_no_longer_than_its_grace_and_not_after_a_stop(tmp_path: Path, monkeypatch) -> None:
     for name, grace, stop in (("a", 0.5, False), ("b", 60.0, True)):
         stage = Stage(tmp_path / name, monkeypatch, grace)
         with stage.client("anna") as anna, stage.client("ben") as ben:

@@ -10,11 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_stage_processes import free_port
+
+from support.paths import ROOT
+from support.ports import free_port
 
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 LAUNCHERS = {  # with the options that a port of its own needs here
     "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port"],

@@ -299,7 +299,7 @@ def test_endings_of_names(name: str, end: str) -> None:
     assert ending(name) == end
 
 
-def test_options_stand_for_the_field_of_their_name_before_that_of_their_ending() -> None:
+def test_an_option_names_a_field_by_its_whole_name_before_its_ending() -> None:
     names = ["reply 1", "answer1", "answer2"]
     assert named("Answer-1", names) == "answer1"
     assert named("x2", names) == "answer2"

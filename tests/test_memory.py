@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import scaling_tables
-from test_cli import rlhf
 from transformers import LlamaConfig
 
 from rlhf.config import PeftSection, Recipe
@@ -21,6 +19,8 @@ from rlhf.costs.stage_time import decode_seconds, forward_flops, training_flops
 from rlhf.errors import UserError
 from rlhf.models import tiny
 from rlhf.recipe import load_recipe
+from support.command import rlhf
+from tools import scaling_tables
 
 TINY = ModelSpec(tiny.config(), "float32", "eager")
 EMBEDDINGS, LAYER = 1024 * 64, 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 176 + 2 * 64
@@ -47,7 +47,7 @@ def test_weights_are_counted_as_by_hand() -> None:
     assert reward.total == EMBEDDINGS + 3 * LAYER + 64 + 64
 
 
-def test_adapters_alone_are_trained_and_the_gradient_passes_no_further_than_they_lie() -> None:
+def test_adapters_alone_are_trained_and_the_gradient_ends_at_the_first() -> None:
     lora = PeftSection(method="lora", rank=4, last_layers=2)
     c = count(replace(TINY, peft=lora))
     attention = (64 + 64) + 2 * (64 + 32) + (64 + 64)

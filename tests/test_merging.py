@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from methods import CACHED, CASES, EMBEDDED, MERGED, METHODS, REFERENCES, adapted, case, plain
 from torch import Tensor
 
 from rlhf.config import PeftSection
@@ -24,6 +23,7 @@ from rlhf.models.peft.merging import (
     why_not_mergeable,
 )
 from rlhf.models.peft.methods import peft_of, trainable
+from support.peft_references import CACHED, CASES, EMBEDDED, MERGED, METHODS, REFERENCES, adapted, case, plain
 
 MERGEABLE = [(kind, method) for kind, method in CASES if method in MERGED]
 ROW = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods import CASES, MERGED, METHODS, REFERENCES, stir
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -39,6 +38,7 @@ from rlhf.models.tiny import train_tokenizer
 from rlhf.models.tokenizer import PAD
 from rlhf.rollout.batches import build_batch
 from rlhf.rollout.scoring import response_logprobs
+from support.peft_references import CASES, MERGED, METHODS, REFERENCES, stir
 
 SECTION = ModelSection(name="tiny")
 IDS = torch.tensor([[5, 60, 7, 300, 2]])

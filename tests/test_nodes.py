@@ -13,11 +13,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_stage_processes import free_port, wait_for
+
+from support.paths import ROOT
+from support.ports import free_port, wait_for
 
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = [
     "tracking.wandb=disabled",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from methods import CACHED, EMBEDDED, METHODS
 
 from rlhf.config import NOT_MERGED, VIRTUAL_TOKENS, PeftSection, Recipe
 from rlhf.errors import UserError
 from rlhf.recipe import changed_keys, load_recipe, recipe_hash, recipe_to_yaml
+from support.peft_references import CACHED, EMBEDDED, METHODS
 
 # What each method reads, and a value of it that is not its default.
 OWN = {

@@ -1,8 +1,8 @@
 """Every parameter-efficient method in every stage, on a Llama-like and a GPT-2-like model that have read a little.
 
-A cell is a base and a method (tests/peft_cells.py). Its stages run once, as a user runs them, and the tests look at
-what they have left: what was trained and that it learned, the base, the folder, the checkpoint on the way, and where
-PPO began.
+A cell is a base and a method (tests/support/peft_stages.py). Its stages run once, as a user runs them, and the tests
+look at what they have left: what was trained and that it learned, the base, the folder, the checkpoint on the way, and
+where PPO began.
 """
 
 from __future__ import annotations
@@ -17,27 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft_cells import (
-    ANSWERS,
-    CELLS,
-    GPT2,
-    LLAMA,
-    QUESTIONS,
-    RANKED,
-    SMALL,
-    STAGES,
-    TOKENS,
-    VARIANTS,
-    Cell,
-    documents,
-    logprobs_by_hand,
-    make_bases,
-    plain,
-    tokens_by_hand,
-    write_data,
-)
 from safetensors.torch import load_file, save_file
-from test_resume import assert_same
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -56,6 +36,26 @@ from rlhf.rollout.experience import pad_rows
 from rlhf.rollout.scoring import response_logprobs, scores, token_logprobs, token_values
 from rlhf.training.ppo_state import build
 from stages import ppo, sft
+from support.peft_stages import (
+    ANSWERS,
+    CELLS,
+    GPT2,
+    LLAMA,
+    QUESTIONS,
+    RANKED,
+    SMALL,
+    STAGES,
+    TOKENS,
+    VARIANTS,
+    Cell,
+    documents,
+    logprobs_by_hand,
+    make_bases,
+    plain,
+    tokens_by_hand,
+    write_data,
+)
+from support.stage_runs import assert_same
 
 
 @pytest.fixture(scope="module")

@@ -137,7 +137,7 @@ def test_hostfile_counts_machines(tmp_path: Path) -> None:
         read_hosts(str(hosts))
 
 
-def test_the_launcher_decides_how_many_processes_there_are_and_without_one_the_recipe_must_agree(
+def test_a_launcher_sets_the_process_count_and_the_recipe_must_else_agree(
     tmp_path: Path,
 ) -> None:
     assert as_launched(recipe(), None) == recipe() == as_launched(recipe(), 1)

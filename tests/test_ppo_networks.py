@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods import CACHED, EMBEDDED, MERGED, METHODS, stir
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,6 +17,7 @@ from rlhf.models.loading import load_policy, load_tokenizer, new_reward_model, s
 from rlhf.models.peft.methods import add_adapter, peft_of, trainable
 from rlhf.training import ppo_networks
 from rlhf.training.ppo_networks import PpoNetworks, add_first, load_networks, policy_to_train, value_to_train
+from support.peft_references import CACHED, EMBEDDED, MERGED, METHODS, stir
 
 SECTION = ModelSection(name="tiny")
 IDS = torch.tensor([[5, 60, 7, 300, 2]])
@@ -212,7 +212,7 @@ def test_four_adapters_on_one_base(method: str, run: Path) -> None:
 
 
 @pytest.mark.parametrize("zero", [2, 3])
-def test_where_deepspeed_rounds_the_policys_adapter_the_references_is_rounded_too(
+def test_the_references_adapter_is_rounded_where_deepspeed_rounds_ours(
     zero: int, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on several processes; what DeepSpeed does to the policy is done by hand."""

@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from test_split_invariance import ALL, TEMPERATURE, llama, make_ppo, with_ppo
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from rlhf.config import PeftSection
@@ -18,6 +17,7 @@ from rlhf.rollout.batches import build_batch
 from rlhf.rollout.scoring import response_logprobs, token_logprobs
 from rlhf.training.ppo_state import Ppo
 from stages.ppo import check_first_minibatch, ppo_step, rollout, score
+from support.ppo_runs import ALL, TEMPERATURE, make_ppo, network, with_ppo
 
 
 def start(kind: str, tokenizer: PreTrainedTokenizerBase, gpt2_dir: str) -> Ppo:
@@ -25,7 +25,7 @@ def start(kind: str, tokenizer: PreTrainedTokenizerBase, gpt2_dir: str) -> Ppo:
     make = (
         (lambda: GPT2LMHeadModel.from_pretrained(gpt2_dir).train())
         if kind == "gpt2"
-        else (lambda: llama(LlamaForCausalLM, tokenizer).train())
+        else (lambda: network(LlamaForCausalLM, tokenizer).train())
     )
     policy, reference = make(), make()
     if kind == "lora":
@@ -65,7 +65,7 @@ def test_ratio_is_one_and_kl_zero_at_step_zero(tiny_dir: str, tiny_gpt2_dir: str
 
 def test_the_reference_of_an_adapter_stays_where_the_policy_started(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     ppo = start("lora", tiny_tokenizer, "")
-    plain = llama(LlamaForCausalLM, tiny_tokenizer)
+    plain = network(LlamaForCausalLM, tiny_tokenizer)
     with torch.no_grad():
         for name, parameter in trainable(ppo.networks.policy).items():
             if "lora_B" in name:

@@ -7,14 +7,12 @@ import pty
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from rlhf.system import console
 from rlhf.system.console import Progress, duration, number, table, track, warn
-
-ROOT = Path(__file__).resolve().parent.parent
+from support.paths import ROOT
 
 
 class Clock:
@@ -66,7 +64,7 @@ def test_what_a_resumed_run_did_before_is_not_in_the_rate(clock: Clock) -> None:
         assert bar.rate() == 2
 
 
-def test_rates_below_a_tenth_are_seconds_per_unit_and_an_unknown_total_has_no_end(clock: Clock) -> None:
+def test_low_rates_are_seconds_per_unit_and_an_unknown_total_has_no_end(clock: Clock) -> None:
     with Progress("reading", unit="rows") as bar:
         assert bar.rate_text() == "" and bar.seconds_left() is None
         bar.advance()

@@ -159,7 +159,7 @@ def test_response_ids_by_hand(
     assert found
 
 
-def test_where_turns_are_marked_by_tokens_the_words_of_the_plain_format_stop_nothing(
+def test_plain_turn_words_stop_nothing_where_tokens_mark_the_turns(
     tiny_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     text = "Ann: hello\nHuman: hello"

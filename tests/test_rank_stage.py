@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +14,7 @@ from rlhf.labeling.outputs import Candidate
 from rlhf.labeling.rubric import rubric_score
 from rlhf.labeling.summary import Ranked, centred_correlation, summarise
 from stages import rank
-from stages.rank import main
-
-PROMPTS = [
-    "Is tea good?",
-    "Name a river.",
-    "What is rain?",
-    "Who paints the bridge?",
-    "Boil an egg.",
-    "Name a river.",  # again: ranked once
-    "word " * 200,  # over the limit
-]
-ARGS = [
-    "model.name=tiny",
-    "run.name=t",
-    "run.device=cpu",
-    "data.max_response_tokens=8",
-    "rank.outputs_per_prompt=3",
-    "rank.batch_size=6",
-    "tracking.wandb=disabled",
-]
-
-
-def start(folder: Path, tiny_dir: str, *extra: str) -> int:
-    """Run the stage in `folder`, whose SFT policy is the tiny model."""
-    model = folder / "runs" / "t" / "sft" / "model"
-    if not model.exists():
-        shutil.copytree(tiny_dir, model)
-    prompts, recipe = folder / "prompts.jsonl", folder / "recipe.yaml"
-    prompts.write_text("".join(json.dumps({"prompt": p, "use_case": "chat"}) + "\n" for p in PROMPTS))
-    recipe.write_text(f"run: {{dir: '{folder / 'runs'}'}}\ndata: {{prompts: ['{prompts}']}}\n")
-    return main([str(recipe), *ARGS, *extra])
-
-
-def outcome(folder: Path) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
-    """Text of the rankings, the summary, and the sampled rows."""
-    stage = folder / "runs" / "t" / "rank"
-    samples = [json.loads(line) for line in (stage / "samples.jsonl").read_text().splitlines()]
-    return (stage / "rankings.jsonl").read_text(), json.loads((stage / "summary.json").read_text()), samples
+from support.rank_stage_runs import PROMPTS, outcome, start
 
 
 def test_the_stage_writes_rankings_in_the_contract(tmp_path: Path, tiny_dir: str, capsys) -> None:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from rlhf.config import Recipe
 from rlhf.training.engine import Engine, ParamGroup
 from rlhf.training.ranking_passes import Group, by_length, whole_passes
-from stages.reward import Scored
+from stages.reward import Scored, sample_outputs
 from stages.reward import step as reward_step
 
 CONFIG = LlamaConfig(
@@ -147,3 +147,12 @@ def test_prompts_of_like_length_fill_a_pass_by_hand() -> None:
     # 3 x 4 and 2 x 5: 5 rows of 5 are 25; with 4 rows of 9, 81 are too many; nor do 36 and 2 rows of 10 fit together.
     assert [[len(g.pairs) for g in p.groups] for p in passes] == [[3, 2], [4], [2]]
     assert math.prod(len(p.pairs) for p in passes) == 5 * 4 * 2
+
+
+def test_the_scale_is_measured_on_whole_prompts() -> None:
+    """Chosen first in every row, as in files of pairs: a stride over outputs would take the chosen ones only."""
+    groups = [Group([([1], [10 * i]), ([1], [10 * i + 1])], (1, 2)) for i in range(8)]
+    drawn = [response[0] for _, response in sample_outputs(groups, 8, seed=1)]
+    assert len(drawn) == len(set(drawn)) == 8
+    assert sorted(value % 10 for value in drawn) == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert len(sample_outputs(groups, 100, seed=1)) == 16

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from rlhf.data.records import Drops, read_demonstrations, read_prompts, read_rankings, read_texts
+from support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

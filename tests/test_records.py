@@ -28,8 +28,8 @@ from rlhf.data.records import (
     write_jsonl,
 )
 from rlhf.errors import UserError
+from support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder ../shared/data with public data is not there")
 

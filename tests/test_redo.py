@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_stage import RECIPE, folder, never, train  # noqa: F401 (`folder` is the fixture of both files)
 
 from launch import pipeline
 from launch.commands import status
@@ -20,8 +17,10 @@ from rlhf.errors import UserError
 from rlhf.recipe import fields, load_recipe
 from rlhf.run.stage import StageContext, run_stage
 from rlhf.stage_table import STAGES
+from support.command import rlhf
+from support.stage_runs import RECIPE, never, train
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("stage_folder")
 
 
 def record(stage: str) -> dict[str, Any]:
@@ -57,7 +56,7 @@ def test_a_finished_stage_is_kept_when_its_change_is_accepted(capsys: pytest.Cap
     assert run_stage("sft", never, RECIPE) == 2  # nor does it change back unasked
 
 
-def test_an_interrupted_stage_goes_on_with_what_may_change_and_refuses_the_rest(
+def test_an_interrupted_stage_takes_allowed_changes_and_refuses_others(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run_stage("ppo", stop, RECIPE) == 143
@@ -153,27 +152,23 @@ def test_status_of_stages_in_every_state(capsys: pytest.CaptureFixture[str], mon
         status.show(run / "sft")
 
 
-def rlhf(*arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "NO_COLOR": "1", "COLUMNS": "160"},
-        capture_output=True,
-        text=True,
-    )
+def shown_by(*arguments: str) -> str:
+    """Run the command and return what it prints."""
+    done = rlhf(*arguments, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def test_from_and_fresh_redo_and_status_shows_it() -> None:
     run = ["run", "tiny", "run.name=demo", "run.stages=[sft,rank]", "rank.prompts=8", "tracking.wandb=disabled"]
-    rlhf(*run)
+    shown_by(*run)
     before = {stage: record(stage)["ended"] for stage in ("sft", "rank")}
     weights = Path("runs/demo/sft/model/model.safetensors").stat().st_mtime_ns
-    rlhf(*run, "rank.temperature=0.5", "--from", "rank")
+    shown_by(*run, "rank.temperature=0.5", "--from", "rank")
     assert record("sft")["ended"] == before["sft"] and record("rank")["attempts"] == 1
     assert Path("runs/demo/rank.old/rankings.jsonl").exists()
     assert Path("runs/demo/sft/model/model.safetensors").stat().st_mtime_ns == weights
-    assert "all stages are done" in rlhf("status", "runs/demo")
-    rlhf(*run, "rank.temperature=0.5", "--fresh")
+    assert "all stages are done" in shown_by("status", "runs/demo")
+    shown_by(*run, "rank.temperature=0.5", "--fresh")
     assert Path("runs/demo/sft.old/model").exists()
     assert Path("runs/demo/sft/model/model.safetensors").stat().st_mtime_ns != weights

@@ -15,6 +15,7 @@ from rlhf.errors import UserError
 from rlhf.evaluation.charts import calibration_chart, line_chart, smooth
 from rlhf.evaluation.html_page import duration, number, signed
 from rlhf.evaluation.report import policy_rows, print_summary, read_run, verdict, write_report
+from support.evaluation_results import policy, results
 
 EVIL = '<script>alert("x")</script> & {{ 7 * 7 }}'
 
@@ -25,42 +26,6 @@ def put(path: Path, content: Any) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in content))
     else:
         path.write_text(content if isinstance(content, str) else json.dumps(content))
-
-
-def policy(loss: float, cloze: float, score: float | None, kl: float) -> dict[str, Any]:
-    return {
-        "responses": 20,
-        "reward_score": score,
-        "kl": kl,
-        "kl_k3": kl,
-        "response_length": {"mean": 31.25, "p10": 12, "median": 33, "p90": 40},
-        "finished_fraction": 0.5,
-        "distinct_1": 0.4,
-        "distinct_2": 0.8,
-        "pretraining_loss": loss,
-        "pretraining_tokens": 12345,
-        "cloze_accuracy": cloze,
-        "cloze_low": cloze - 0.1,
-        "cloze_high": cloze + 0.1,
-        "cloze_accuracy_sum": cloze,
-        "cloze_n": 100,
-    }
-
-
-def results(low: float = 0.55, high: float = 0.85) -> dict[str, Any]:
-    return {
-        "labeler": "rubric",
-        "prompts": 20,
-        "samples_per_prompt": 2,
-        "judgements": 3,
-        "temperature": 1.0,
-        "bootstrap": 2000,
-        "drops": [],
-        "policies": {"sft": policy(3.4, 0.5, -0.004, 0.0), "ppo-ptx": policy(3.425, 0.48, 0.7, 5.25)},
-        "comparisons": [
-            {"a": "ppo-ptx", "b": "sft", "win_rate": 0.7, "low": low, "high": high, "n": 20, "length_matched": None}
-        ],
-    }
 
 
 def sample(i: int, s: int) -> dict[str, Any]:

@@ -5,30 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_scoring import EOS, by_hand, gpt2, llama
 from transformers import LlamaForCausalLM
 
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed, row_uniforms
-from rlhf.rollout.sampling import CDF_BLOCK, Rollout, draw, sample
-
-
-class Tokenizer:
-    """The two members that sampling needs of a tokenizer."""
-
-    pad_token_id = 0
-
-    def decode(self, ids, skip_special_tokens=True):
-        return " ".join(str(i) for i in ids if i != EOS)
-
-
-PROMPTS = [[5, 6, 7], [10], [15, 16, 17, 18, 19], [3, 4], [21, 22, 23]]
-
-
-def run(model, prompts=PROMPTS, seed=1, engine="native", **options) -> Rollout:
-    defaults = {"max_new_tokens": 12, "temperature": 1.0, "stop_ids": [EOS], "batch_size": 64}
-    seeds = [row_seed(seed, i) for i in range(len(prompts))]
-    return sample(model, Tokenizer(), prompts, seeds=seeds, engine=engine, **(defaults | options))
+from rlhf.rollout.sampling import CDF_BLOCK, draw
+from support.rollout_runs import PROMPTS, Tokenizer, run
+from support.small_models import EOS, by_hand, gpt2, llama
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])

@@ -16,8 +16,7 @@ import pytest
 from rlhf.errors import UserError
 from rlhf.run.folder import RunFolder, is_alive
 from rlhf.system.files import hash_path, require_disk, size_of, write_atomic
-
-ROOT = Path(__file__).resolve().parent.parent
+from support.paths import ROOT
 
 
 def test_paths_and_records(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaForSequenceClassification
 
 from rlhf.errors import UserError
 from rlhf.rollout import lm_head
@@ -17,43 +17,7 @@ from rlhf.rollout.scoring import (
     scores,
     token_logprobs,
 )
-
-EOS = 2
-PAIRS = [([5, 6, 7], [8, 9, EOS]), ([10], [11, 12, 13, 14, EOS]), ([15, 16, 17, 18, 19], [20])]
-
-
-def llama(cls: type = LlamaForCausalLM, **extra: object) -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        eos_token_id=EOS,
-        initializer_range=0.3,
-        **extra,
-    )
-    return cls(config).eval()
-
-
-def gpt2() -> torch.nn.Module:
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
-    return GPT2LMHeadModel(config).eval()
-
-
-def by_hand(model: torch.nn.Module, prompt: list[int], response: list[int], temperature: float) -> list[float]:
-    """One row without padding, the whole logits, a Python loop over positions."""
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + response])).logits[0].double() / temperature
-    out = []
-    for t, token in enumerate(response):
-        row = logits[len(prompt) + t - 1]
-        out.append(float(row[token] - torch.logsumexp(row, 0)))
-    return out
+from support.small_models import EOS, PAIRS, by_hand, gpt2, llama
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
@@ -109,7 +73,7 @@ def test_score_is_read_at_the_last_response_token(side, pad):
             assert float(score) == pytest.approx(float(model.score(hidden)), abs=1e-5)
 
 
-def test_the_model_sees_whether_the_answer_ended_even_with_pad_equal_to_eos():
+def test_the_model_sees_that_an_answer_ended_though_pad_equals_eos():
     model = llama(LlamaForSequenceClassification, num_labels=1)
     model.config.reward_mean, model.config.reward_std = 0.0, 1.0
     ended, cut = scores(model, [([5, 6], [7, EOS]), ([5, 6], [7])]).tolist()

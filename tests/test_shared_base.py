@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resume import assert_same, stop_at
 from torch import Tensor, nn
 
 from rlhf.config import ModelSection, PeftSection, Recipe
@@ -30,6 +29,7 @@ from rlhf.training import ppo_networks
 from rlhf.training.ppo_state import Ppo, build
 from stages import ppo as stage
 from stages.ppo import ppo_step, rollout, score, update
+from support.stage_runs import assert_same, stop_at
 
 SECTION = ModelSection(name="tiny")
 FIELDS = ["tracking.wandb=disabled", "run.device=cpu", "data.max_response_tokens=12"]

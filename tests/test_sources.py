@@ -26,8 +26,8 @@ from rlhf.data.records import (
 )
 from rlhf.data.sources import embedded_path, local_path, read_rows
 from rlhf.errors import UserError
+from support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 Read = Callable[[list[str], Drops], Any]
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
-    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerBase,
@@ -21,108 +20,39 @@ from transformers import (
 )
 
 from rlhf.config import ModelSection, Recipe, TrackingSection
-from rlhf.data.records import Drops
 from rlhf.models.loading import load_policy, load_tokenizer
-from rlhf.plan import plan_ppo
 from rlhf.rollout.experience import Experience
 from rlhf.run.checkpoints import Checkpoints
 from rlhf.run.tracking import Tracker
 from rlhf.training.engine import Engine, ParamGroup
-from rlhf.training.policy_value import PolicyValue
 from rlhf.training.ppo_state import Ppo
 from rlhf.training.sft_trainer import Reporter, build_trainer
 from stages.ppo import ppo_step, ptx_step, rollout, score
 from stages.reward import Group, Scored
 from stages.reward import step as reward_step
+from support.ppo_runs import (
+    ALL,
+    CLIP,
+    EPISODES,
+    PTX_COEF,
+    REWARD_MEAN,
+    REWARD_STD,
+    TEMPERATURE,
+    VALUE_CLIP,
+    VF_COEF,
+    make_ppo,
+    network,
+    tokens,
+    with_ppo,
+)
 
-EPISODES = 8
 SPLITS = [1, 2, 4]  # micro-batch sizes held against one forward of all eight
-TEMPERATURE, CLIP, VALUE_CLIP, VF_COEF, PTX_COEF = 0.8, 0.2, 0.3, 0.7, 3.0
-REWARD_MEAN, REWARD_STD = 0.3, 1.7
-ALL = list(range(EPISODES))
-
-
-def tokens(rng: random.Random, low: int, high: int) -> list[int]:
-    return [rng.randrange(10, 1000) for _ in range(rng.randint(low, high))]
-
-
-def llama(cls: type, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> nn.Module:
-    """A small Llama whose distributions are far from uniform, with dropout in its config."""
-    torch.manual_seed(seed)
-    return cls(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_labels=1,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            initializer_range=0.2,
-            attention_dropout=0.3,
-        )
-    )
-
-
-def make_ppo(policy: nn.Module, reference: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Ppo:
-    """A PPO run of one iteration of eight episodes, put together from real parts."""
-    recipe = Recipe.model_validate(
-        {
-            "run": {"device": "cpu", "seed": 3},
-            "model": {"name": "tiny"},
-            "data": {"max_response_tokens": 12},
-            "ppo": {
-                "episodes": EPISODES,
-                "batch_size": EPISODES,
-                "minibatch_size": EPISODES,
-                "micro_batch_size": EPISODES,
-                "temperature": TEMPERATURE,
-                "clip": CLIP,
-                "value_clip": VALUE_CLIP,
-                "vf_coef": VF_COEF,
-                "ptx_coef": PTX_COEF,
-                "ptx_examples_per_episode": 1,
-                "missing_eos_penalty": 0.5,
-            },
-        }
-    )
-    value, reward_model = (llama(LlamaForSequenceClassification, tokenizer, seed=1) for _ in range(2))
-    for model in (value, reward_model):
-        model.config.reward_mean, model.config.reward_std = REWARD_MEAN, REWARD_STD
-    networks = PolicyValue(policy.eval(), value.eval())
-    groups = [ParamGroup("policy", networks.policy, 1e-3, 1.0), ParamGroup("value", networks.value, 1e-3, 1.0)]
-    rng = random.Random(5)
-    return Ppo(
-        recipe=recipe,
-        plan=plan_ppo(recipe),
-        ptx_coef=PTX_COEF,
-        tokenizer=tokenizer,
-        prompts=[tokens(rng, 1, 9) for _ in range(EPISODES)],
-        ptx_rows=[tokens(rng, 2, 12) for _ in range(EPISODES)],
-        # One token in six ends a response, so that the lengths differ.
-        stop_ids=[tokenizer.eos_token_id, *range(0, len(tokenizer), 6)],
-        engine=Engine(networks, groups, device="cpu"),
-        reference=reference,
-        reward_model=reward_model.requires_grad_(False).eval(),
-        ema={},
-        kl_coef=0.05,
-        drops=Drops(),
-    )
 
 
 @pytest.fixture
 def ppo(tiny_tokenizer: PreTrainedTokenizerBase) -> Ppo:
-    policy = llama(LlamaForCausalLM, tiny_tokenizer)
-    return make_ppo(policy, llama(LlamaForCausalLM, tiny_tokenizer).requires_grad_(False).eval(), tiny_tokenizer)
-
-
-def with_ppo(ppo: Ppo, **changes: Any) -> Ppo:
-    """The same run with other options of the ppo section."""
-    return dataclasses.replace(
-        ppo, recipe=ppo.recipe.model_copy(update={"ppo": ppo.recipe.ppo.model_copy(update=changes)})
-    )
+    policy = network(LlamaForCausalLM, tiny_tokenizer)
+    return make_ppo(policy, network(LlamaForCausalLM, tiny_tokenizer).requires_grad_(False).eval(), tiny_tokenizer)
 
 
 def moved(ppo: Ppo) -> Experience:
@@ -162,7 +92,7 @@ def test_reward_gradient(tiny_tokenizer: PreTrainedTokenizerBase, ties: str) -> 
     rng = random.Random(1)
     ranks = [(1, 2), (2, 1, 2, 3), (1, 1, 2), (3, 2, 1), (2, 1), (1, 2, 3, 4, 4), (2, 1, 1), (1, 2)]
     groups = [Group([(prompt, tokens(rng, 1, 12)) for _ in r], r) for r in ranks for prompt in [tokens(rng, 1, 9)]]
-    model = Scored(llama(LlamaForSequenceClassification, tiny_tokenizer).eval())
+    model = Scored(network(LlamaForSequenceClassification, tiny_tokenizer).eval())
     engine = Engine(model, [ParamGroup("reward", model, 1e-3, 1.0)], device="cpu")
 
     def run(size: int) -> tuple[Tensor, float, int]:

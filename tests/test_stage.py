@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import signal
@@ -23,38 +22,10 @@ from rlhf.stage_table import STAGES
 from rlhf.system.distributed import pick_device
 from rlhf.system.files import hash_path
 from rlhf.system.signals import TWICE
+from support.paths import ROOT
+from support.stage_runs import RECIPE, never, stage_json, train
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = ("demonstrations", "prompts", "prompts_heldout", "pretraining", "pretraining_heldout", "cloze")
-RECIPE = ["tiny", "tracking.wandb=disabled", "run.device=cpu", "run.name=demo", "run.dir=runs"]
-RECIPE += [f"data.{name}=[{name}.jsonl]" for name in DATA]
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    for name in DATA:
-        Path(f"{name}.jsonl").write_text('{"text": "never read here"}\n')
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path
-
-
-def train(ctx: StageContext) -> dict[str, Any]:
-    """Work with a model, a metric and a checkpoint."""
-    (ctx.dir / "model").mkdir(exist_ok=True)
-    (ctx.dir / "model" / "weights").write_text(f"{ctx.name} {ctx.recipe.sft.lr}")
-    ctx.checkpoints.save(1, lambda staged: (staged / "state").write_text("x"))
-    ctx.tracker.log({f"{ctx.name}/loss": 0.5}, 10)
-    return {f"{ctx.name}/loss": 0.5}
-
-
-def never(ctx: StageContext) -> dict[str, Any]:
-    raise AssertionError("the stage should have been skipped")
-
-
-def stage_json(name: str = "sft") -> dict[str, Any]:
-    return json.loads(Path("runs/demo", name, "stage.json").read_text())
+pytestmark = pytest.mark.usefixtures("stage_folder")
 
 
 def test_a_finished_stage_leaves_a_record(capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,7 +143,7 @@ def test_a_recipe_that_changes_a_finished_stage_is_refused(capsys: pytest.Captur
     assert run_stage("sft", train, [*RECIPE, "sft.lr=0.5", "run.name=other"]) == 0
 
 
-def test_a_stopped_stage_with_a_checkpoint_binds_the_recipe_and_one_without_does_not() -> None:
+def test_a_stopped_stage_binds_the_recipe_only_with_a_checkpoint() -> None:
     def fails(ctx: StageContext) -> dict[str, Any]:
         raise UserError("bad data")
 

@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from test_stage import RECIPE, folder, never, stage_json, train  # noqa: F401 (`folder` is the fixture of both files)
 
 from rlhf.run.stage import run_stage
 from rlhf.system.signals import Signals
+from support.paths import ROOT
+from support.ports import free_port, wait_for
+from support.stage_runs import RECIPE, never, stage_json, train
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("stage_folder")
 
 
 def start(program: str, *arguments: str, **env: str) -> subprocess.Popen[str]:
@@ -32,13 +31,6 @@ def start(program: str, *arguments: str, **env: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def wait_for(what: Callable[[], bool], *children: subprocess.Popen[str], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline and all(child.poll() is None for child in children)
-        time.sleep(0.02)
 
 
 def test_a_killed_stage_is_taken_up_again_and_a_live_one_is_not_disturbed(
@@ -86,12 +78,6 @@ def work(ctx):
     return {"total": float(total)}
 sys.exit(run_stage("sft", work, sys.argv[1:]))
 """
-
-
-def free_port() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return str(sock.getsockname()[1])
 
 
 def start_pair(*arguments: str, **env: str) -> list[subprocess.Popen[str]]:

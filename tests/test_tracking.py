@@ -15,8 +15,7 @@ import torch
 from rlhf.config import TrackingSection
 from rlhf.run import tracking
 from rlhf.run.tracking import Tracker, wandb_mode
-
-ROOT = Path(__file__).resolve().parent.parent
+from support.paths import ROOT
 
 
 def make(stage_dir: Path, wandb: str = "disabled") -> Tracker:
@@ -35,7 +34,7 @@ def test_rows_hold_step_axis_time_and_values(tmp_path: Path) -> None:
     assert row == {"step": 64, "axis": "episodes", "ppo/kl": 0.25, "ppo/entropy": 2.0, "ppo/skipped_steps": 0}
 
 
-def test_a_tracker_opened_again_appends_and_cuts_what_lies_beyond_the_resumed_position(tmp_path: Path) -> None:
+def test_a_reopened_tracker_appends_and_cuts_rows_after_its_resume_point(tmp_path: Path) -> None:
     first = make(tmp_path)
     for step in (64, 128, 192):
         first.log({"ppo/kl": step / 64}, step)

@@ -8,7 +8,6 @@ other versions of transformers and torch.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ from urllib.request import urlopen
 import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from vllm_double import serving
 
 from rlhf.config import LaunchSection, ModelSection, PeftSection
 from rlhf.errors import UserError
@@ -32,6 +30,8 @@ from rlhf.rollout.rescoring import rescore
 from rlhf.rollout.sampling import Rollout, sample
 from rlhf.rollout.vllm_engine import check_server
 from rlhf.run.preflight import check
+from support.ports import free_port
+from support.vllm_double import serving
 
 PROMPTS = [[5, 6, 7], [10], [15, 16, 17, 18, 19], [3, 4], [5, 6, 7]]
 
@@ -62,10 +62,8 @@ def url(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.T
     python = os.environ.get("RLHF_VLLM_PYTHON")
     if not python:
         pytest.skip("RLHF_VLLM_PYTHON names no Python with vllm")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
+    port = free_port()
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", port]
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "512", "--enforce-eager"]
     command += ["--logprobs-mode", "processed_logprobs"]
     settings = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}

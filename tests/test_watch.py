@@ -15,17 +15,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_stage import RECIPE, folder  # noqa: F401 (`folder` is the fixture of both files)
-from test_stage_processes import free_port, wait_for
 
 from launch import launcher
 from rlhf.run.stage import StageContext, run_stage
 from rlhf.system.rank_logs import current
 from rlhf.system.watchdog import Watch
+from support.paths import ROOT
+from support.ports import free_port, wait_for
+from support.stage_runs import RECIPE
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("stage_folder")]
 
-ROOT = Path(__file__).resolve().parent.parent
 LOGS = Path("runs/demo/sft/logs")
 
 WORK = """

@@ -20,8 +20,8 @@ from pathlib import Path
 from benchmarks.jobs import HERE, PARTS, Job, peers
 from benchmarks.table import OURS, Line, as_json, render
 from benchmarks.workload import FULL, QUICK, Workload
+from support.paths import ROOT, TESTS
 
-ROOT = Path(__file__).resolve().parents[2]
 BF16_FLAGS = ("avx512_bf16", "amx_bf16")  # what oneDNN needs for products of bfloat16 at more than emulated speed
 NO_BF16 = "not run: this CPU has no bf16 instructions"
 LONGEST_S = 7200.0
@@ -43,7 +43,7 @@ def run(job: Job, folder: Path, limit: float) -> str:
     order = folder / "orders" / f"{job.part}-{job.case}-{job.module}.json".replace(" ", "_")
     order.parent.mkdir(parents=True, exist_ok=True)
     order.write_text(json.dumps(job.order))
-    paths = [str(ROOT / "tests")] + ([str(ROOT)] if job.side == OURS else [])
+    paths = [str(TESTS)] + ([str(ROOT)] if job.side == OURS else [])
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
     log = order.with_suffix(".log")
     command = [job.python, "-m", f"benchmarks.{job.module}", str(order)]

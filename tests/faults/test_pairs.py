@@ -21,7 +21,9 @@ from pathlib import Path
 
 import pytest
 from compare import differences
-from trials import ROOT, SIZES, Bench, served
+from trials import SIZES, Bench, served
+
+from support.paths import ROOT
 
 SEED = int(os.environ.get("FAULTS_SEED", "1"))
 DOWN = 60.0  # seconds in which a stage must be down

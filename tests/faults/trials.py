@@ -17,8 +17,8 @@ from typing import Any
 
 from compare import differences
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+from support.paths import ROOT, TESTS
+
 STAGES = {"sft": "sft", "rank": "rank", "reward": "reward", "ppo": "ppo-ptx"}  # module: folder
 # Many steps and a checkpoint after each; dropout, an average and a moving KL coefficient, so that all state matters.
 SIZES = [
@@ -53,7 +53,7 @@ class Server:
     def __init__(self) -> None:
         env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "attempts.py")],
+            [sys.executable, str(TESTS / "faults" / "attempts.py")],
             env=os.environ | env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

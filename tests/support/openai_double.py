@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from http_double import listening
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from support.http_double import listening
 
 
 @dataclass

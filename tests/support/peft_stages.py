@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_resume import rows
 from torch import Tensor
 from torch.nn.functional import linear, relu
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -26,6 +25,7 @@ from rlhf.rollout.experience import Experience
 from rlhf.rollout.scoring import response_logprobs
 from rlhf.training.ppo_state import Ppo
 from stages import ppo, reward, sft
+from support.stage_runs import rows
 
 SETTINGS = {  # of each method: its rate in SFT, the other stages take a part of it; and how small it is here
     "lora": (1e-2, {"rank": 4, "alpha": 8}),

@@ -1,4 +1,4 @@
-"""The changes that tests/mutate.py makes to a formula: one operator, constant, mask or argument at a time."""
+"""The changes that tests/tools/mutate.py makes to a formula: one operator, constant, mask or argument at a time."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
-from test_scoring import EOS, gpt2, llama
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 from transformers import (
@@ -32,6 +31,7 @@ from transformers import (
 
 from rlhf.config import PeftSection
 from rlhf.models.peft.methods import add_adapter, trainable
+from support.small_models import EOS, gpt2, llama
 
 VIRTUAL, WIDTH, RANK, ALPHA, BOTTLENECK = 3, 7, 3, 6.0, 5
 METHODS = {
@@ -52,7 +52,6 @@ CACHED = ("prefix", "p_tuning_v2")
 # linear maps, and OPT a language model that goes past its body to the decoder in it.
 CASES = [(kind, method) for method in METHODS for kind in ("llama", "gpt2") if (kind, method) != ("llama", "bitfit")]
 CASES += [("qwen2", method) for method in MERGED] + [("opt", method) for method in (*EMBEDDED, *CACHED)]
-PROMPTS = [[5, 6, 7], [10], [15, 16, 17, 18, 19], [3, 4], [21, 22, 23]]
 LINEAR = {
     kind: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] for kind in ("llama", "qwen2")
 }

@@ -1,4 +1,4 @@
-"""Do the tests see a wrong formula? `python tests/mutate.py [--quick] [--only TEXT] [--list]`
+"""Do the tests see a wrong formula? `python tests/tools/mutate.py [--quick] [--only TEXT] [--list]`
 
 Changes one operator, constant, mask or argument at a time in the arithmetic of the objectives, runs the tests of that
 file, and requires that at least one fails. Exits with 1 when a mutant survives, or when an entry of EQUIVALENT matches
@@ -28,18 +28,19 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # a fork of a process with a thread pool may hang
 os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-TESTS = Path(__file__).resolve().parent
-ROOT = TESTS.parent
-sys.path[:0] = [str(ROOT), str(TESTS)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this program is run by its path
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import pytest  # noqa: E402
-from mutations import Edit, edits  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.markup import escape  # noqa: E402
-from rich.table import Table  # noqa: E402
+import pytest
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from support.paths import ROOT, TESTS
+from tools.mutations import Edit, edits
 
 TARGETS = {
-    "rlhf.functional.ppo": ["test_objectives.py", "test_losses.py"],
+    "rlhf.functional.ppo": ["test_ppo.py"],
     "rlhf.functional.ranking": ["test_ranking.py"],
     "rlhf.rollout.experience": ["test_experience.py"],
     "rlhf.functional.judge_odds": ["test_judging.py"],
@@ -228,7 +229,7 @@ class FirstFailure:
 def run_tests(module: str) -> str:
     """The name of the first failing test, or an empty string."""
     plugin = FirstFailure()
-    files = [str(TESTS / name) for name in TARGETS[module]]
+    files = [str(next(TESTS.rglob(name))) for name in TARGETS[module]]
     # Not the comparison with TRL: every mutant is to fall to numbers worked by hand.
     options = ["-x", "-q", "--tb=no", "--noconftest", "-k", "not trl", "-c", os.devnull]
     options += [f"-pno:{plugin}" for plugin in ("cacheprovider", "logging", "junitxml", "doctest", "unittest")]

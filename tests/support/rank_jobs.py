@@ -1,6 +1,6 @@
 """One rank of a distributed test: runs a list of jobs in one process, which is started once and not once a job.
 
-    RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python tests/ranks.py JOBS.json
+    RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python -m support.rank_jobs JOBS.json
 
 Without those variables it is a single process, with no group and no DeepSpeed.
 

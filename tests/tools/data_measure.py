@@ -1,4 +1,6 @@
-"""What the embedded data does to the embedded model: `python tests/data_measure.py cloze|sft|rewards [--runs FOLDER]`
+"""What the embedded data does to the embedded model.
+
+    python tests/tools/data_measure.py cloze|sft|rewards [--runs FOLDER]
 
     cloze    accuracy of the model as shipped on cloze.jsonl, and again with the choices shuffled
     sft      loss on held-out demonstrations before and after the SFT stage
@@ -23,18 +25,19 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this program is run by its path
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from rlhf.config import ModelSection  # noqa: E402
-from rlhf.data.encoding import fit_rankings  # noqa: E402
-from rlhf.data.records import Drops, Ranking, ranking_row, read_cloze, read_rankings, write_jsonl  # noqa: E402
-from rlhf.evaluation.alignment_tax import cloze_accuracy  # noqa: E402
-from rlhf.functional.ranking import PairCounts, count_pairs, ordered_pairs  # noqa: E402
-from rlhf.functional.statistics import accuracy_interval  # noqa: E402
-from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer  # noqa: E402
-from rlhf.system.console import Progress, table  # noqa: E402
-from stages.reward import Group, measure  # noqa: E402
+from rlhf.config import ModelSection
+from rlhf.data.encoding import fit_rankings
+from rlhf.data.records import Drops, Ranking, ranking_row, read_cloze, read_rankings, write_jsonl
+from rlhf.evaluation.alignment_tax import cloze_accuracy
+from rlhf.functional.ranking import PairCounts, count_pairs, ordered_pairs
+from rlhf.functional.statistics import accuracy_interval
+from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer
+from rlhf.system.console import Progress, table
+from stages.reward import Group, measure
+from support.paths import ROOT
 
 FOLDS, SEEDS, SHUFFLES = 5, (1, 2, 3), 3
 # 125 prompts are few: the demo's first 8 layers and 16 steps learn next to nothing from them.

@@ -1,4 +1,4 @@
-"""Is the embedded data what its datasheet says? `python tests/data_check.py [--against FOLDER] [--data FOLDER]`
+"""Is the embedded data what its datasheet says? `python tests/tools/data_check.py [--against FOLDER] [--data FOLDER]`
 
 Checks keys and schema (by the readers that the stages use), counts and proportions, stray characters, duplicates,
 runs of 13 words shared within and between the files (and with the files of FOLDER), how responses begin, and lengths.
@@ -22,17 +22,17 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this program is run by its path
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data_overlap import NGRAM, Text, content, ngrams, overlaps, similar, words  # noqa: E402
-
-from rlhf.data.records import Drops, read_cloze, read_demonstrations, read_prompts, read_rankings, read_texts  # noqa: E402
-from rlhf.errors import UserError  # noqa: E402
-from rlhf.functional.ranking import ordered_pairs, tied_pairs  # noqa: E402
-from rlhf.labeling.base import agreement  # noqa: E402
-from rlhf.labeling.summary import centred_correlation  # noqa: E402
-from rlhf.system.console import table  # noqa: E402
+from rlhf.data.records import Drops, read_cloze, read_demonstrations, read_prompts, read_rankings, read_texts
+from rlhf.errors import UserError
+from rlhf.functional.ranking import ordered_pairs, tied_pairs
+from rlhf.labeling.base import agreement
+from rlhf.labeling.summary import centred_correlation
+from rlhf.system.console import table
+from support.paths import DATA
+from tools.data_overlap import NGRAM, Text, content, ngrams, overlaps, similar, words
 
 # InstructGPT, Table 1: the use cases of the API prompts, in percent.
 TABLE_1 = {
@@ -118,7 +118,9 @@ def check_schema(folder: Path) -> tuple[Rows, list[str]]:
     """Rows of every file and the problems of its keys, its rows and their number; a file that fails is left out."""
     rows: Rows = {}
     problems = [
-        f"{path.name}: not listed in tests/data_check.py" for path in folder.glob("*.jsonl") if path.stem not in SPECS
+        f"{path.name}: not listed in tests/tools/data_check.py"
+        for path in folder.glob("*.jsonl")
+        if path.stem not in SPECS
     ]
     for name, spec in SPECS.items():
         path = folder / f"{name}.jsonl"
@@ -338,7 +340,7 @@ def check(folder: Path, against: Path | None, count: Callable[[str], int]) -> li
 def main() -> int:
     """Run the checks from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=ROOT / "data", help="the folder to check")
+    parser.add_argument("--data", type=Path, default=DATA, help="the folder to check")
     parser.add_argument("--against", type=Path, help="a folder of other data that nothing may be shared with")
     args = parser.parse_args()
     if args.against is not None and not args.against.is_dir():

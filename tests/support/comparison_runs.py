@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import test_report
 from safetensors.numpy import save_file
 
 from rlhf.evaluation.comparison import Row
 from rlhf.evaluation.comparison_file import Comparison, read_comparison, write_comparison
 from rlhf.recipe import recipe_to_yaml
+from support.evaluation_results import policy, results
 
 FILE = """\
 recipe: tiny
@@ -60,7 +60,7 @@ def leave(folder: Path, stage: str, way: str) -> dict[str, float]:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in peaks))
         return {"ppo/reward_score": 0.125, "ppo/kl": 1.0}
     if stage == "evaluate":
-        found = results(way)
+        found = results_of(way)
         if not (folder.parent / "ppo-ptx").exists():  # SFT alone, so far
             found["policies"].pop("ppo-ptx")
             found["comparisons"] = []
@@ -69,13 +69,13 @@ def leave(folder: Path, stage: str, way: str) -> dict[str, float]:
     return {}
 
 
-def results(way: str) -> dict[str, Any]:
+def results_of(way: str) -> dict[str, Any]:
     low = {"full": 0.4, "lora": 0.6, "prompt": 0.1}[way]
-    found = test_report.results(low, low + 0.2)
+    found = results(low, low + 0.2)
     found["comparisons"][0]["win_rate"] = low + 0.1
     found["policies"] = {
-        "sft": test_report.policy(3.4, 0.5, 0.25, 0.0),
-        "ppo-ptx": test_report.policy(3.4, 0.5, 0.75, 1.5),
+        "sft": policy(3.4, 0.5, 0.25, 0.0),
+        "ppo-ptx": policy(3.4, 0.5, 0.75, 1.5),
     }
     return found
 

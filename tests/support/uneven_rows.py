@@ -1,4 +1,4 @@
-"""A job of tests/ranks.py: samples and scores rows that the processes cannot share out evenly.
+"""A job of support/rank_jobs.py: samples and scores rows that the processes cannot share out evenly.
 
 `main(["OUT.json", "gather", "frozen"])` writes what each case gave; where the model lies and how it comes together must
 not change it.

@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md: `python tests/scaling_tables.py` prints them, `--write` puts them into the file.
+"""The tables of docs/scaling.md: `python tests/tools/scaling_tables.py` prints them, `--write` puts them into the file.
 
 Models have the shapes of Brown et al. 2020 (arXiv 2005.14165, table 2.1; the 1.3B row with 16 heads, for its 24 of 128
 do not make a width of 2048), the reward and value models 6B as in Ouyang et al. 2022. All is arithmetic: nothing here
@@ -10,6 +10,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this program is run by its path
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from transformers import GPT2Config
 
 from rlhf.config import Recipe
@@ -20,9 +23,10 @@ from rlhf.costs.stage_memory import stage_memory
 from rlhf.costs.stage_time import stage_time
 from rlhf.recipe import load_recipe
 from rlhf.system.quiet import quiet_libraries
+from support.paths import ROOT
 
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
-BEGIN, END = "<!-- tables: python tests/scaling_tables.py --write -->\n", "<!-- end of tables -->\n"
+DOCS = ROOT / "docs" / "scaling.md"
+BEGIN, END = "<!-- tables: python tests/tools/scaling_tables.py --write -->\n", "<!-- end of tables -->\n"
 CARD = "h100-80g"
 GPUS = (8, 16, 64, 128, 256)
 STAGES = ("sft", "reward", "ppo-ptx")

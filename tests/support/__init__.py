@@ -1,0 +1,1 @@
+"""Helpers and doubles that several test files share."""

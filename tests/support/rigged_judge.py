@@ -1,0 +1,36 @@
+"""Give a judge's answers by a rule, where a model would read its log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rlhf.data.prompt_template import Template
+from rlhf.labeling.judge.local import Fields, Reading
+
+
+class Rigged:
+    """Answers with `rule(fields)`: the log-odds of the first label, or the log-probabilities of all labels."""
+
+    def __init__(self, rule: Callable[[Fields], float | Sequence[float]], longest: int = 10**6) -> None:
+        self.rule, self.longest = rule, longest
+        self.asked: list[dict[str, str]] = []
+
+    def fits(self, template: Template, fields: Fields) -> bool:
+        return sum(map(len, fields.values())) <= self.longest
+
+    def read(
+        self,
+        template: Template,
+        questions: Sequence[Fields],
+        advance: Callable[[int], None] | None = None,
+        keep: Callable[[dict[int, Reading]], None] | None = None,
+    ) -> list[Reading]:
+        self.asked += [dict(q) for q in questions]
+        found = [self.rule(q) for q in questions]
+        # A third of the probability goes to labels: what they share does not matter.
+        return [Reading(tuple(f) if isinstance(f, Sequence) else (f / 2 - 9, -f / 2 - 9)) for f in found]
+
+
+def by_length(bias: float = 0.0) -> Callable[[Fields], float]:
+    """Return a rule whose log-odds are the difference of the lengths, and `bias` for whatever comes first."""
+    return lambda q: len(q["first"]) - len(q["second"]) + bias
