@@ -1,4 +1,4 @@
-"""A base model, a parameter-efficient method and the stages that ran on them; for tests/test_peft_stages.py."""
+"""A base model, a parameter-efficient method and the stages that ran on them; for tests/stages/test_peft_stages.py."""
 
 from __future__ import annotations
 

@@ -40,11 +40,11 @@ from support.paths import ROOT, TESTS
 from tools.mutations import Edit, edits
 
 TARGETS = {
-    "rlhf.functional.ppo": ["test_ppo.py"],
-    "rlhf.functional.ranking": ["test_ranking.py"],
-    "rlhf.rollout.experience": ["test_experience.py"],
-    "rlhf.functional.judge_odds": ["test_judging.py"],
-    "rlhf.functional.agreement": ["test_agreement.py"],
+    "rlhf.functional.ppo": ["functional/test_ppo.py"],
+    "rlhf.functional.ranking": ["functional/test_ranking.py"],
+    "rlhf.rollout.experience": ["rollout/test_experience.py"],
+    "rlhf.functional.judge_odds": ["functional/test_judge_odds.py"],
+    "rlhf.functional.agreement": ["functional/test_agreement.py"],
 }
 LIMIT_S = 60  # a mutant that hangs counts as seen
 QUICK = 12

@@ -102,7 +102,7 @@ def test_k_outputs_are_ranked_by_their_mean_win_probability() -> None:
 
     four = outputs("a", "b", "c", "d")
     labeler = JudgeLabeler(pair_judge(rule))
-    # By hand in test_judging.py: 0.6, 0.167, 0.567, 0.667.
+    # By hand in test_judge_odds.py: 0.6, 0.167, 0.567, 0.667.
     assert labeler.utilities(PROMPT, four) == pytest.approx([0.6, 0.5 / 3, 1.7 / 3, 2 / 3])
     assert labeler.rank(PROMPT, four) == labeler.rank(PROMPT, four, seed=7) == (2, 4, 3, 1)
     assert JudgeLabeler(labeler.judge, tie_margin=0.07).rank(PROMPT, four) == (1, 3, 2, 1)
