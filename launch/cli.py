@@ -156,7 +156,7 @@ def evaluate(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh =
 def compare(
     name: Annotated[str, typer.Argument(metavar="COMPARISON", help="Name from `rlhf recipes`, or a YAML file.")],
     overrides: Overrides = None,
-    way: Annotated[
+    arm: Annotated[
         list[str] | None, typer.Option("--way", metavar="WAY", help="Run this way alone; repeatable. Default: all.")
     ] = None,
     fresh: Fresh = False,
@@ -168,7 +168,7 @@ def compare(
     """
     from launch.commands.compare import compare as run_ways
 
-    raise typer.Exit(run_ways(name, overrides or [], way or [], fresh))
+    raise typer.Exit(run_ways(name, overrides or [], arm or [], fresh))
 
 
 @app.command()
@@ -206,10 +206,10 @@ def report(run: RunArgument) -> None:
     if not run.is_dir():
         raise UserError("there is no such run folder", str(run), "give one that `rlhf run` made, such as runs/demo")
     if (run / FILE).is_file():
-        from launch.commands.compare import draw
+        from launch.commands.compare import write_results
 
         here = run.resolve()  # wherever it was when it was written
-        draw(read_comparison(str(here / FILE), [f"run.dir={here.parent}", f"run.name={here.name}"]))
+        write_results(read_comparison(str(here / FILE), [f"run.dir={here.parent}", f"run.name={here.name}"]))
     else:
         write(run)
 
@@ -292,13 +292,13 @@ def plan(
     h200-141g, b200-180g, l40s-48g, a10-24g, rtx4090-24g, v100-32g, cpu.
     """
     from launch.pipeline import show_plan
-    from rlhf.costs.fit_to_card import with_count
+    from rlhf.costs.fit_to_card import with_processes
     from rlhf.recipe import load_recipe
     from rlhf.run.preflight import check
 
     loaded = load_recipe(recipe, overrides or [])
     if count is not None:
-        loaded = with_count(loaded, count)
+        loaded = with_processes(loaded, count)
     check(loaded)
     show_plan(loaded, loaded.run.stages)
     from launch.commands.plan import show_memory_and_time

@@ -17,7 +17,7 @@ import psutil
 
 from rlhf.config import Recipe
 from rlhf.errors import UserError
-from rlhf.plan import read_hosts, world_size
+from rlhf.plan import read_hosts, recipe_processes
 from rlhf.recipe import recipe_names
 from rlhf.run.folder import LOGS
 from rlhf.stage_table import STAGES, is_ppo
@@ -51,7 +51,7 @@ class Redo:
         return fresh + [word for key in self.accept for word in ("--accept-change", key)]
 
 
-NOTHING = Redo()
+NO_REDO = Redo()
 REFUSED = 2  # exit code of a stage that a UserError ended
 
 
@@ -65,25 +65,25 @@ def how_ended(code: int, launched: bool) -> str:
     return f"failed (exit code {code}): the cause is named above"
 
 
-def start(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str], redo: Redo = NOTHING) -> int:
+def start(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str], redo: Redo = NO_REDO) -> int:
     """Run a stage program to its end; returns its exit code, 128 + N when signal N ended it."""
-    launched, logs = world_size(recipe) > 1, Path(recipe.run.dir) / recipe.run.name / stage / LOGS
+    launched, logs = recipe_processes(recipe) > 1, Path(recipe.run.dir) / recipe.run.name / stage / LOGS
     by_ssh = bool(recipe.launch.hostfile) and recipe.launch.node_rank < 0  # its runner passes signals on itself
     line = command(stage, recipe, name_or_path, overrides, redo)
-    before = _when_told(logs)
+    before = _error_time(logs)
     code = _supervise(line, environment(recipe, launched), launched and not by_ssh, logs if launched else None)
-    if launched and code not in (0, 2, *STOPPED) and not _told(logs, before):
-        for text in last_phases(logs, world_size(recipe)):
+    if launched and code not in (0, 2, *STOPPED) and not _error_reported(logs, before):
+        for text in last_phases(logs, recipe_processes(recipe)):
             console.print(text, markup=False, soft_wrap=True)
     return code
 
 
-def command(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str], redo: Redo = NOTHING) -> list[str]:
+def command(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str], redo: Redo = NO_REDO) -> list[str]:
     """The command line of a stage: the program itself, or DeepSpeed's launcher around it."""
     program, *options = stage_program(stage)
     where = name_or_path if name_or_path in recipe_names() else str(Path(name_or_path).expanduser().resolve())
     arguments = [program, where, *overrides, *options, *redo.options()]
-    if world_size(recipe) == 1:
+    if recipe_processes(recipe) == 1:
         return [sys.executable, "-m", *arguments]
     # It logs how its processes end, which is told better here, as errors.
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"]
@@ -139,7 +139,7 @@ def _supervise(arguments: list[str], env: dict[str, str], local_ranks: bool, log
         local_ranks: signals are for the processes below the launcher, which would leave them behind.
         logs: of a launched stage.
     """
-    told_before = _when_told(logs) if logs else 0.0
+    told_before = _error_time(logs) if logs else 0.0
     # Slurm signals every process of a step: the launcher is to outlive that, its processes have handlers of their own.
     deaf = (lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN)) if logs else None
     process = subprocess.Popen(arguments, env=env, start_new_session=True, preexec_fn=deaf)
@@ -171,19 +171,19 @@ def _supervise(arguments: list[str], env: dict[str, str], local_ranks: bool, log
 
 
 def _wait(process: subprocess.Popen[bytes], logs: Path | None, before: float) -> int:
-    """The exit code of the launcher; `before` is what `_when_told` gave before it was started."""
+    """The exit code of the launcher; `before` is what `_error_time` gave before it was started."""
     told_at = 0.0
     while True:
         try:
             return process.wait(timeout=1.0 if logs else None)
         except subprocess.TimeoutExpired:
-            if logs and not told_at and _told(logs, before):
+            if logs and not told_at and _error_reported(logs, before):
                 told_at = time.monotonic()
             if told_at and time.monotonic() - told_at > GRACE:
                 _kill_group(process)
 
 
-def _when_told(logs: Path) -> float:
+def _error_time(logs: Path) -> float:
     """When a process told the error that is in error.txt, 0 when there is none."""
     try:
         return (logs / ERROR).stat().st_mtime
@@ -191,9 +191,9 @@ def _when_told(logs: Path) -> float:
         return 0.0
 
 
-def _told(logs: Path, before: float) -> bool:
+def _error_reported(logs: Path, before: float) -> bool:
     """Whether an error was told since; one of an earlier attempt is there at first, and then removed."""
-    return _when_told(logs) not in (0.0, before)
+    return _error_time(logs) not in (0.0, before)
 
 
 def _kill_group(leader: subprocess.Popen[bytes]) -> None:

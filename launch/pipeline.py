@@ -11,11 +11,11 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.launcher import NOTHING, REFUSED, Redo, how_ended, start
+from launch.launcher import NO_REDO, REFUSED, Redo, how_ended, start
 from rlhf.config import Recipe
 from rlhf.costs.disk import disk_need
 from rlhf.errors import UserError
-from rlhf.plan import world_size
+from rlhf.plan import recipe_processes
 from rlhf.recipe import load_recipe
 from rlhf.run.fingerprints import check_accepted, check_data_files
 from rlhf.run.folder import RunFolder
@@ -46,7 +46,7 @@ def stages_from(recipe: Recipe, redo: Redo) -> list[str]:
     return list(stages[len(before) :])
 
 
-def run(name_or_path: str, overrides: Sequence[str], redo: Redo = NOTHING) -> int:
+def run(name_or_path: str, overrides: Sequence[str], redo: Redo = NO_REDO) -> int:
     """Run all stages of `run.stages`; returns the exit code of the one that stopped, or 0.
 
     Raises:
@@ -54,7 +54,7 @@ def run(name_or_path: str, overrides: Sequence[str], redo: Redo = NOTHING) -> in
     """
     recipe = load_recipe(name_or_path, overrides)
     check(recipe)
-    leads = speaks(recipe)
+    leads = is_first_machine(recipe)
     check_accepted(redo.accept)
     stages = stages_from(recipe, redo)
     check_data_files(recipe, stages)
@@ -65,7 +65,7 @@ def run(name_or_path: str, overrides: Sequence[str], redo: Redo = NOTHING) -> in
         code = start(stage, recipe, name_or_path, overrides, redo)
         if code:
             again = shlex.join(["rlhf", "run", name_or_path, *overrides])
-            how = how_ended(code, world_size(recipe) > 1)
+            how = how_ended(code, recipe_processes(recipe) > 1)
             go_on = "Once that is corrected, run again" if code == REFUSED else "To go on where it stopped"
             console.print(f"stage {stage} {how}. {go_on}: {again}", markup=False, soft_wrap=True)
             return code
@@ -74,17 +74,17 @@ def run(name_or_path: str, overrides: Sequence[str], redo: Redo = NOTHING) -> in
     return 0
 
 
-def run_one(stage: str, name_or_path: str, overrides: Sequence[str], redo: Redo = NOTHING) -> int:
+def run_one(stage: str, name_or_path: str, overrides: Sequence[str], redo: Redo = NO_REDO) -> int:
     """Run a single stage, whatever `run.stages` says; returns its exit code."""
     recipe = load_recipe(name_or_path, overrides)
     check_accepted(redo.accept)
     check(recipe, [stage])
-    speaks(recipe)
+    is_first_machine(recipe)
     show_plan(recipe, [stage])
     return start(stage, recipe, name_or_path, overrides, redo)
 
 
-def speaks(recipe: Recipe) -> bool:
+def is_first_machine(recipe: Recipe) -> bool:
     """Whether this is the machine that shows and reports; the console of the others is silenced."""
     console.quiet = recipe.launch.node_rank > 0
     return not console.quiet

@@ -13,16 +13,21 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Schedule = Literal["cosine", "linear", "constant"]
 PeftMethod = Literal["none", "lora", "dora", "prefix", "p_tuning", "p_tuning_v2", "prompt", "adapter", "ia3", "bitfit"]
-VIRTUAL_TOKENS = ("prefix", "p_tuning", "p_tuning_v2", "prompt")  # rows with tokens that are no words before them
-CACHED_TOKENS = ("prefix", "p_tuning_v2")  # of these, the methods whose tokens are keys and values of every layer
-LABELER = r"[\w.-]{1,40}"  # letters of any script
-NOT_MERGED = (*VIRTUAL_TOKENS, "adapter")  # what they add is no change of a weight that is there
-STEPPED_WHOLE = ("none", "bitfit")  # they train the model's own weights, in whatever type those are
-READ_BY = {
+VIRTUAL_TOKEN_METHODS = (
+    "prefix",
+    "p_tuning",
+    "p_tuning_v2",
+    "prompt",
+)  # rows with tokens that are no words before them
+KV_PREFIX_METHODS = ("prefix", "p_tuning_v2")  # of these, the methods whose tokens are keys and values of every layer
+LABELER_PATTERN = r"[\w.-]{1,40}"  # letters of any script
+UNMERGEABLE = (*VIRTUAL_TOKEN_METHODS, "adapter")  # what they add is no change of a weight that is there
+TRAINS_BASE_WEIGHTS = ("none", "bitfit")  # they train the model's own weights, in whatever type those are
+METHODS_OF_SETTING = {
     "rank": ("lora", "dora"),
     "alpha": ("lora", "dora"),
     "last_layers": ("lora", "dora", "ia3", "adapter", "bitfit"),
-    "virtual_tokens": VIRTUAL_TOKENS,
+    "virtual_tokens": VIRTUAL_TOKEN_METHODS,
     "hidden": ("prefix", "p_tuning"),
     "bottleneck": ("adapter",),
 }
@@ -70,10 +75,15 @@ class PeftSection(Section):
             return self
         for name in sorted(self.model_fields_set - {"method"}):
             # A resolved recipe names every field: what counts is that the value is not its default.
-            if name in READ_BY and self.method not in READ_BY[name] and getattr(self, name) != default(self, name):
+            if (
+                name in METHODS_OF_SETTING
+                and self.method not in METHODS_OF_SETTING[name]
+                and getattr(self, name) != default(self, name)
+            ):
                 raise ValueError(
                     f"{self.method} has no {name}",
-                    f"set {name}={default(self, name)}, or leave it out: it belongs to {', '.join(READ_BY[name])}",
+                    f"set {name}={default(self, name)}, or leave it out: "
+                    f"it belongs to {', '.join(METHODS_OF_SETTING[name])}",
                 )
         return self
 
@@ -86,7 +96,7 @@ def settings_of(peft: PeftSection) -> str:
 def read_settings(peft: PeftSection) -> str:
     """The settings that a method reads, in words; empty without a method."""
     words = []
-    for name in (name for name, methods in READ_BY.items() if peft.method in methods):
+    for name in (name for name, methods in METHODS_OF_SETTING.items() if peft.method in methods):
         value = getattr(peft, name)
         if name == "last_layers":
             words.append(f"the last {value} layers" if value > 1 else "the last layer" if value else "all layers")
@@ -208,7 +218,7 @@ class LabelSection(Section):
     @model_validator(mode="after")
     def _names(self) -> LabelSection:
         for name in self.labelers:
-            if not re.fullmatch(LABELER, name):
+            if not re.fullmatch(LABELER_PATTERN, name):
                 raise ValueError(
                     f"{name!r} is no name for a labeler", "1 to 40 letters, digits or . _ - without blanks"
                 )
@@ -385,7 +395,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _methods_fit(self) -> Recipe:
         method, launch = self.model.peft.method, self.launch
-        if method in NOT_MERGED and self.reward.peft.method == "none" and self.reward.model == "sft":
+        if method in UNMERGEABLE and self.reward.peft.method == "none" and self.reward.model == "sft":
             raise ValueError(
                 f"reward.peft.method is none: the reward model would start from SFT's weights, and {method} is no "
                 "change of weights",
@@ -397,12 +407,12 @@ class Recipe(Section):
                 f"{self.reward_peft.last_layers}: a reward model of fewer layers cannot train so many",
                 "lower model.peft.last_layers, keep more layers, or set reward.peft.method=none",
             )
-        if method in VIRTUAL_TOKENS and self.sft.packing:
+        if method in VIRTUAL_TOKEN_METHODS and self.sft.packing:
             raise ValueError(
                 f"sft.packing is true: with {method}, packed rows would share one set of virtual tokens",
                 "set sft.packing=false",
             )
-        if method in CACHED_TOKENS and launch.gradient_checkpointing:
+        if method in KV_PREFIX_METHODS and launch.gradient_checkpointing:
             raise ValueError(
                 f"launch.gradient_checkpointing is true: it leaves out the keys and values that {method} puts before "
                 "every row",

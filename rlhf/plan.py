@@ -63,7 +63,7 @@ class PpoPlan:
 
 def plan_sft(recipe: Recipe) -> SftPlan:
     """Raises UserError when sft.batch_size does not divide by processes x sft.micro_batch_size."""
-    cfg, processes = recipe.sft, world_size(recipe)
+    cfg, processes = recipe.sft, recipe_processes(recipe)
     accumulation = _accumulation("sft", cfg.batch_size, cfg.micro_batch_size, processes)
     return SftPlan(processes, cfg.batch_size, cfg.micro_batch_size, accumulation)
 
@@ -76,13 +76,13 @@ def plan_rank(recipe: Recipe) -> RankPlan:
 
 def plan_reward(recipe: Recipe) -> RewardPlan:
     """Raises UserError when reward.batch_size does not divide by the number of processes."""
-    size, processes = recipe.reward.batch_size, world_size(recipe)
+    size, processes = recipe.reward.batch_size, recipe_processes(recipe)
     return RewardPlan(processes, size, exact_div("reward.batch_size", size, "processes", processes))
 
 
 def plan_ppo(recipe: Recipe) -> PpoPlan:
     """Raises UserError when episodes, batch, minibatch, micro-batch or pretraining rows leave a remainder."""
-    cfg, processes = recipe.ppo, world_size(recipe)
+    cfg, processes = recipe.ppo, recipe_processes(recipe)
     if cfg.minibatch_size > cfg.batch_size:
         raise UserError(
             f"ppo.minibatch_size {cfg.minibatch_size} is larger than ppo.batch_size {cfg.batch_size}",
@@ -122,7 +122,7 @@ def exact_div(name: str, value: int, by_name: str, by: int) -> int:
     raise UserError(f"{name} {value} does not divide by {by_name} {by}", f"{name} and {by_name}", fix)
 
 
-def world_size(recipe: Recipe) -> int:
+def recipe_processes(recipe: Recipe) -> int:
     """Processes of the training stages: launch.processes on every machine of launch.hostfile."""
     if not recipe.launch.hostfile:
         return recipe.launch.processes
@@ -160,14 +160,14 @@ def as_launched(recipe: Recipe, processes: int | None) -> Recipe:
     Raises:
         UserError: without a launcher, when the recipe is for several processes.
     """
-    if processes is None and world_size(recipe) > 1:
+    if processes is None and recipe_processes(recipe) > 1:
         raise UserError(
-            f"the recipe is for {world_size(recipe)} processes, and this program runs as one without a launcher",
+            f"the recipe is for {recipe_processes(recipe)} processes, and this program runs as one without a launcher",
             "launch.processes",
             "start it with `rlhf run`, `rlhf STAGE`, deepspeed or torchrun (on CPUs `accelerate launch` starts several "
             "with --use_deepspeed alone), or set launch.processes=1",
         )
-    if processes in (None, world_size(recipe)):
+    if processes in (None, recipe_processes(recipe)):
         return recipe
     launch = recipe.launch.model_copy(update={"processes": processes, "hostfile": "", "node_rank": -1})
     return recipe.model_copy(update={"launch": launch})

@@ -27,16 +27,16 @@ from rlhf.data.encoding import stop_ids
 from rlhf.data.prompt_template import Template, find_template, load_template
 from rlhf.data.records import Drops, write_jsonl
 from rlhf.evaluation.alignment_tax import cloze_accuracy, pretraining_loss
-from rlhf.evaluation.heldout import Questions, read_questions
+from rlhf.evaluation.heldout import HeldOut, read_heldout
 from rlhf.evaluation.prompted_baseline import answer_prompted
-from rlhf.evaluation.results import Answers, grouped, headline, interval_row, sample_rows, summarise
-from rlhf.evaluation.win_rate import compare
+from rlhf.evaluation.results import Answers, group_by_prompt, headline, interval_row, sample_rows, summarise
+from rlhf.evaluation.win_rate import pairwise_wins
 from rlhf.functional.ppo import kl_k1, kl_k3
 from rlhf.functional.seeding import row_seed
 from rlhf.functional.statistics import length_matched_win_rate, prompt_means, win_rate
 from rlhf.labeling.base import Labeler
-from rlhf.labeling.judge.judge import check_room, judge_files
-from rlhf.labeling.labelers import make_judge
+from rlhf.labeling.judge.judge import check_context_fits, judge_files
+from rlhf.labeling.labelers import make_evaluation_labeler
 from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from rlhf.models.zero import frozen
 from rlhf.rollout.probes import check_probes
@@ -77,7 +77,9 @@ def templates_in_use(ctx: StageContext) -> list[Template]:
     return [load_template(name, "answer") for name in names]
 
 
-def ask(recipe: Recipe, name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: Questions) -> Answers:
+def sample_answers(
+    recipe: Recipe, name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: HeldOut
+) -> Answers:
     """Sample the policy's responses and measure its alignment tax."""
     tokens = recipe.ppo.score_tokens
     phase("rollout")
@@ -117,12 +119,12 @@ def ask(recipe: Recipe, name: str, policy: nn.Module, tokenizer: PreTrainedToken
     return Answers(rollout, rollout.texts(tokenizer), tax)
 
 
-def ask_prompted(
+def sample_prompted_answers(
     recipe: Recipe,
     name: str,
     policy: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    asked: Questions,
+    asked: HeldOut,
     template: Template,
 ) -> Answers:
     """Sample the policy's responses under a template; it has no tax and no KL of its own."""
@@ -160,7 +162,7 @@ def add_scores(recipe: Recipe, reward_model: nn.Module, answers: dict[str, Answe
 def compare_all(
     recipe: Recipe,
     labeler: Labeler,
-    asked: Questions,
+    asked: HeldOut,
     answers: dict[str, Answers],
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[list[dict[str, Any]], dict[str, list[float]]] | None:
@@ -171,10 +173,12 @@ def compare_all(
         for b, a in pairs:
             sides = [answers[name].outputs(cfg.samples_per_prompt) for name in (a, b)]
             seed = row_seed(recipe.run.seed, "compare", a, b)
-            wins = compare(labeler, asked.prompts, *sides, seed, progress.advance, cfg.judgements, stop)
+            wins = pairwise_wins(labeler, asked.prompts, *sides, seed, progress.advance, cfg.judgements, stop)
             if stop():
                 return None
-            lengths = [grouped(answers[name].rollout.lengths.tolist(), cfg.samples_per_prompt) for name in (a, b)]
+            lengths = [
+                group_by_prompt(answers[name].rollout.lengths.tolist(), cfg.samples_per_prompt) for name in (a, b)
+            ]
             rate = win_rate(prompt_means(wins), cfg.bootstrap, seed)
             matched, n = length_matched_win_rate(wins, *lengths, resamples=cfg.bootstrap, seed=seed)
             rows.append(
@@ -206,7 +210,7 @@ def write_outputs(ctx: StageContext, results: dict[str, Any], rows: list[dict[st
     return metrics
 
 
-def work(ctx: StageContext) -> dict[str, Any]:
+def run(ctx: StageContext) -> dict[str, Any]:
     """The stage."""
     recipe, cfg, drops = ctx.recipe, ctx.recipe.evaluate, Drops()
     ctx.tracker.truncate_after(-1)  # it keeps no checkpoints: a run that was stopped logs everything again
@@ -216,8 +220,8 @@ def work(ctx: StageContext) -> dict[str, Any]:
     tokenizer = load_tokenizer(str(folders["sft"]), recipe.model.prompt_format)
     templates = templates_in_use(ctx)
     if cfg.labeler == "judge":
-        check_room(recipe)
-    asked = read_questions(recipe, tokenizer, drops)
+        check_context_fits(recipe)
+    asked = read_heldout(recipe, tokenizer, drops)
     for reason, n in drops.table():
         console.print(f"dropped {n}: {reason}")
 
@@ -233,12 +237,12 @@ def work(ctx: StageContext) -> dict[str, Any]:
             return {}
         policy = load(name)
         if name in folders:
-            answers[name] = ask(recipe, name, policy, tokenizer, asked)
+            answers[name] = sample_answers(recipe, name, policy, tokenizer, asked)
         if name == "sft":
             add_kl(recipe, policy, answers)
         for template in under.get(name, []):
             called = f"{name}-{template.name}"
-            answers[called] = ask_prompted(recipe, called, policy, tokenizer, asked, template)
+            answers[called] = sample_prompted_answers(recipe, called, policy, tokenizer, asked, template)
         del policy  # before the next one is loaded
     answers = {name: answers[name] for name in [*folders, *(n for n in answers if n not in folders)]}
 
@@ -250,7 +254,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
         add_scores(recipe, reward_model, answers)
         del reward_model
 
-    found = compare_all(recipe, make_judge(recipe, ctx.run), asked, answers, lambda: ctx.stop_requested)
+    found = compare_all(recipe, make_evaluation_labeler(recipe, ctx.run), asked, answers, lambda: ctx.stop_requested)
     if found is None:
         return {}
     comparisons, over_sft = found
@@ -271,7 +275,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stage from the command line."""
-    return run_stage("evaluate", work, argv)
+    return run_stage("evaluate", run, argv)
 
 
 if __name__ == "__main__":

@@ -31,21 +31,21 @@ from torch import Tensor
 from rlhf.errors import UserError
 from rlhf.functional.ppo import adaptive_kl_coef, policy_loss, ptx_loss, value_loss
 from rlhf.functional.schedule import lr_factor
-from rlhf.functional.seeding import row_seed, stream
+from rlhf.functional.seeding import row_seed, shuffled_indices
 from rlhf.models.loading import save_model
-from rlhf.models.placement import whole_state, with_ties
+from rlhf.models.placement import full_state_dict, with_tied_names
 from rlhf.recipe import load_recipe
 from rlhf.rollout.batches import SequenceBatch, build_batch
 from rlhf.rollout.experience import Experience, make_experience, summary
-from rlhf.rollout.lm_head import head_pieces
+from rlhf.rollout.lm_head import head_chunks
 from rlhf.rollout.rescoring import rescore
 from rlhf.rollout.sampling import Rollout, sample
 from rlhf.rollout.scoring import scores, token_logprobs, token_values
 from rlhf.run.stage import StageContext, exit_code, parse_stage_args, run_stage
 from rlhf.system.console import Progress, console
-from rlhf.system.distributed import everyones, from_first, is_main_process, own
+from rlhf.system.distributed import all_gather_objects, broadcast_from_main, is_main_process, shard
 from rlhf.system.malloc import return_freed_memory
-from rlhf.system.phase_timer import PhaseTimes
+from rlhf.system.phase_timer import PhaseTimer
 from rlhf.system.phases import phase
 from rlhf.training.clipped_adamw import grad_norm
 from rlhf.training.policy_value import Networks, text_pairs
@@ -57,7 +57,7 @@ def rollout(ppo: Ppo) -> Rollout:
     """Sample one response for each prompt of this iteration."""
     cfg, seed = ppo.recipe.ppo, ppo.recipe.run.seed
     first = ppo.iteration * cfg.batch_size
-    chosen = stream(len(ppo.prompts), seed, "prompts", first, cfg.batch_size)
+    chosen = shuffled_indices(len(ppo.prompts), seed, "prompts", first, cfg.batch_size)
     episodes = sample(
         ppo.networks.policy,
         ppo.tokenizer,
@@ -98,7 +98,7 @@ def micro_batches(
     Rows of like length share a micro-batch, so that little is spent on padding.
     """
     device, size = ppo.engine.device, ppo.recipe.ppo.micro_batch_size
-    mine = own(sorted(minibatch, key=lambda i: sum(map(len, experience.pairs[i]))))
+    mine = shard(sorted(minibatch, key=lambda i: sum(map(len, experience.pairs[i]))))
     for start in range(0, len(mine), size):
         rows = mine[start : start + size]
         width = int(experience.mask[rows].sum(1).max())
@@ -112,7 +112,7 @@ def micro_batches(
 
 def calls_of_head(ppo: Ppo, positions: int) -> int:
     """How often a training pass calls the LM head under ZeRO-3, where that follows from the recipe; else 0, never."""
-    return head_pieces(positions) if getattr(ppo.engine, "stage", 0) == 3 else 0
+    return head_chunks(positions) if getattr(ppo.engine, "stage", 0) == 3 else 0
 
 
 def ppo_step(
@@ -148,20 +148,20 @@ def ppo_step(
                 sums["ppo/value_loss"] += float(value.detach() / tokens)
             # Divided by the tokens of the whole minibatch: any split over micro-batches and processes, one gradient.
             ppo.engine.backward(loss / tokens)
-    totals = {name: sum(each[name] for each in everyones(sums)) for name in sums}
+    totals = {name: sum(each[name] for each in all_gather_objects(sums)) for name in sums}
     if "policy" not in networks:
         return totals
-    extremes = everyones((ratio_max, ratio_error))
+    extremes = all_gather_objects((ratio_max, ratio_error))
     return totals | {"ppo/ratio_max": max(r for r, _ in extremes), "ratio_error": max(e for _, e in extremes)}
 
 
 def ptx_step(ppo: Ppo, step: int) -> dict[str, float]:
     """Add the gradient of ptx_coef x mean per-token NLL of this step's pretraining rows (equation 2, second term)."""
     count, size = ppo.plan.ptx_rows_per_minibatch, ppo.recipe.ppo.micro_batch_size
-    chosen = stream(len(ppo.ptx_rows), ppo.recipe.run.seed, "ptx", step * count, count)
+    chosen = shuffled_indices(len(ppo.ptx_rows), ppo.recipe.run.seed, "ptx", step * count, count)
     rows = [ppo.ptx_rows[i] for i in chosen]
     tokens = sum(len(row) - 1 for row in rows)
-    mine, nll = own(rows), 0.0
+    mine, nll = shard(rows), 0.0
     for start in range(0, len(mine), size):
         batch = build_batch(text_pairs(mine[start : start + size]), ppo.tokenizer.pad_token_id).to(ppo.engine.device)
         with ppo.engine.accumulate(start + size >= len(mine)):
@@ -169,16 +169,16 @@ def ptx_step(ppo: Ppo, step: int) -> dict[str, float]:
             loss = ptx_loss(token_nll, torch.ones_like(token_nll, dtype=torch.bool), ppo.ptx_coef)
             ppo.engine.backward(loss / tokens)
         nll += float(token_nll.detach().sum() / tokens)
-    return {"ppo/ptx_loss": sum(everyones(nll))}
+    return {"ppo/ptx_loss": sum(all_gather_objects(nll))}
 
 
-def update(ppo: Ppo, experience: Experience, times: PhaseTimes) -> dict[str, float]:
+def update(ppo: Ppo, experience: Experience, times: PhaseTimer) -> dict[str, float]:
     """All optimiser steps of one iteration; returns their mean metrics (maxima for ratio_max)."""
     cfg, plan = ppo.recipe.ppo, ppo.plan
     history: dict[str, list[float]] = defaultdict(list)
     factor = lr_factor(ppo.iteration, plan.iterations, cfg.schedule, cfg.warmup_iterations, cfg.final_lr_fraction)
     for epoch in range(cfg.epochs):
-        order = stream(
+        order = shuffled_indices(
             len(experience.pairs),
             row_seed(ppo.recipe.run.seed, "epoch", ppo.iteration, epoch),
             "minibatch",
@@ -260,7 +260,7 @@ def train(ppo: Ppo, ctx: StageContext) -> dict[str, float]:
     """The loop, until the last iteration or a stop; returns the last iteration's metrics."""
     cfg, stopping = ppo.recipe.ppo, ctx.stop_requested
     done, total = ppo.iteration * cfg.batch_size, ppo.plan.iterations * cfg.batch_size
-    times = PhaseTimes(ppo.engine.device, next(ppo.networks.parameters()).dtype, PHASES)
+    times = PhaseTimer(ppo.engine.device, next(ppo.networks.parameters()).dtype, PHASES)
     with Progress(ctx.name, total=total, unit="episodes", initial=done) as progress:
         while ppo.iteration < ppo.plan.iterations and not stopping:
             phase("rollout", ppo.iteration)
@@ -303,7 +303,7 @@ def log(
     episodes: Rollout,
     experience: Experience,
     metrics: dict[str, float],
-    times: PhaseTimes,
+    times: PhaseTimer,
 ) -> None:
     """One row of metrics.jsonl and wandb, and the first samples of the iteration as a table."""
     cfg, done = ppo.recipe.ppo, ppo.iteration * ppo.recipe.ppo.batch_size
@@ -320,7 +320,7 @@ def log(
         ctx.tracker.table("samples", ["prompt", "response", "score", "kl"], rows, done)
 
 
-def work(ctx: StageContext, variant: str) -> dict[str, Any]:
+def run(ctx: StageContext, variant: str) -> dict[str, Any]:
     """The stage: build, resume, train, save the policy and its average."""
     sft_dir = ctx.run.require("sft", "model")
     reward_dir = ctx.run.require("reward", "model")
@@ -329,7 +329,7 @@ def work(ctx: StageContext, variant: str) -> dict[str, Any]:
     ppo = build(ctx.recipe, variant == "ppo-ptx", sft_dir, reward_dir)
     for reason, n in ppo.drops.table():
         console.print(f"dropped {n}: {reason}")
-    sealed = from_first(ctx.checkpoints.newest)
+    sealed = broadcast_from_main(ctx.checkpoints.newest)
     if sealed:
         load_checkpoint(ppo, sealed)
     ctx.tracker.truncate_after(ppo.iteration * ctx.recipe.ppo.batch_size)
@@ -344,14 +344,14 @@ def work(ctx: StageContext, variant: str) -> dict[str, Any]:
 def save_policies(ppo: Ppo, folder: Path) -> None:
     """The policy as model/ and, where there is one, its average as ema/; all processes must call."""
     policy = ppo.networks.policy
-    weights = whole_state(policy)
+    weights = full_state_dict(policy)
     if is_main_process():
         if ppo.ema:
             average = {name.removeprefix("policy."): tensor for name, tensor in ppo.ema.items()}
             average = {name: tensor.to(weights[name].dtype) for name, tensor in average.items()}
-            save_model(policy, ppo.tokenizer, folder / "ema", weights | with_ties(policy, average))
+            save_model(policy, ppo.tokenizer, folder / "ema", weights | with_tied_names(policy, average))
         save_model(policy, ppo.tokenizer, folder / "model", weights)
-    everyones(None)  # wait: what was saved belongs to the result of all processes
+    all_gather_objects(None)  # wait: what was saved belongs to the result of all processes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -362,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         variant = options["variant"]
         if variant is None:
             variant = "ppo-ptx" if load_recipe(recipe_name, overrides).ppo.ptx_coef > 0 else "ppo"
-        return run_stage(variant, lambda ctx: work(ctx, variant), argv)
+        return run_stage(variant, lambda ctx: run(ctx, variant), argv)
 
     return exit_code(start)
 

@@ -28,10 +28,10 @@ from rlhf.data.records import Drops, Prompt, Ranking, ranking_row, read_prompts,
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed
 from rlhf.labeling.base import Output
-from rlhf.labeling.judge.judge import check_room, judge_files
+from rlhf.labeling.judge.judge import check_context_fits, judge_files
 from rlhf.labeling.judge.labeler import JudgeLabeler, fitting
 from rlhf.labeling.labelers import make_labeler
-from rlhf.labeling.outputs import Candidate, Outputs, Samples
+from rlhf.labeling.outputs import Candidate, Outputs, SampledOutputs
 from rlhf.labeling.page.collect import rankings_by_people
 from rlhf.labeling.rubric_labeler import (
     _none_for_nan,
@@ -40,7 +40,7 @@ from rlhf.labeling.rubric_labeler import (
     rubric_scores,
     second_opinion,
 )
-from rlhf.labeling.summary import Ranked, summarise
+from rlhf.labeling.summary import RankResult, summarise
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.models.zero import frozen
 from rlhf.rollout.sampling import sample
@@ -72,7 +72,7 @@ def sample_outputs(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Encoded[Prompt]],
-    samples: Samples,
+    samples: SampledOutputs,
 ) -> None:
     """Fill `samples` with K outputs for each prompt; returns early, between chunks, when a stop is requested."""
     recipe, cfg = ctx.recipe, ctx.recipe.rank
@@ -132,7 +132,7 @@ def sample_outputs(
             )
 
 
-def clean(prompts: Sequence[Encoded[Prompt]], samples: Samples, drops: Drops) -> list[Candidate]:
+def distinct_candidates(prompts: Sequence[Encoded[Prompt]], samples: SampledOutputs, drops: Drops) -> list[Candidate]:
     """Candidates with at least two outputs that differ; what is left out is counted."""
     candidates = []
     for encoded in prompts:
@@ -154,7 +154,7 @@ def clean(prompts: Sequence[Encoded[Prompt]], samples: Samples, drops: Drops) ->
     return candidates
 
 
-def label(ctx: StageContext, candidates: Sequence[Candidate], drops: Drops) -> Ranked | None:
+def label(ctx: StageContext, candidates: Sequence[Candidate], drops: Drops) -> RankResult | None:
     """Rank every prompt's outputs; the rubric is given its noise first and asked a second time as another labeler.
 
     None when the stage is to stop: a judge's answers are in its log, other labelers begin again.
@@ -198,18 +198,18 @@ def label(ctx: StageContext, candidates: Sequence[Candidate], drops: Drops) -> R
                 f"{about['judge_answers_without_label']} of the judge's {about['judge_answers']} answers had no label "
                 "among the likeliest tokens: there it decided nothing"
             )
-    return Ranked(rankings, [c.lengths for c in candidates], about)
+    return RankResult(rankings, [c.lengths for c in candidates], about)
 
 
-def warn_of_room(recipe: Recipe) -> None:
+def warn_if_over_context(recipe: Recipe) -> None:
     """Say before anything is sampled when the judge has no room for the longest prompts and outputs."""
     try:
-        check_room(recipe)
+        check_context_fits(recipe)
     except UserError as error:
         warn(f"{error.what}; prompts with longer ones are left out, or {error.fix} ({error.where})")
 
 
-def label_by_people(ctx: StageContext, candidates: Sequence[Candidate]) -> Ranked | None:
+def label_by_people(ctx: StageContext, candidates: Sequence[Candidate]) -> RankResult | None:
     """Rankings from the labelling page, one or more for a prompt; None when the stage is to stop."""
     lengths = {Outputs(c.prompt, *map(tuple, zip(*c.outputs, strict=True))): c.lengths for c in candidates}
     found = rankings_by_people(ctx, list(lengths))
@@ -217,17 +217,17 @@ def label_by_people(ctx: StageContext, candidates: Sequence[Candidate]) -> Ranke
         return None
     labelled, about = found
     rankings = [item.outputs.ranked(item.ranks) for item in labelled]
-    more = [{"labeler": item.labeler} | item.about for item in labelled]
-    return Ranked(rankings, [lengths[item.outputs] for item in labelled], {"noise_sigma": 0.0} | about, more)
+    row_extras = [{"labeler": item.labeler} | item.about for item in labelled]
+    return RankResult(rankings, [lengths[item.outputs] for item in labelled], {"noise_sigma": 0.0} | about, row_extras)
 
 
-def read_labelled(ctx: StageContext, drops: Drops) -> Ranked:
+def read_file_rankings(ctx: StageContext, drops: Drops) -> RankResult:
     """Rankings of rank.labeler=file, checked by their reader."""
     paths = ctx.recipe.data.rankings
-    return Ranked(read_rankings(paths, drops), [], {"noise_sigma": 0.0})
+    return RankResult(read_rankings(paths, drops), [], {"noise_sigma": 0.0})
 
 
-def write(ctx: StageContext, ranked: Ranked, drops: Drops, step: int) -> dict[str, float]:
+def write(ctx: StageContext, ranked: RankResult, drops: Drops, step: int) -> dict[str, float]:
     """The stage's files, its table of samples and an example on the console; returns the metrics."""
     rankings = ranked.rankings
     scores = [
@@ -235,8 +235,8 @@ def write(ctx: StageContext, ranked: Ranked, drops: Drops, step: int) -> dict[st
     ]
     summary = {"labeler": ctx.recipe.rank.labeler} | summarise(ranked) | {"drops": dict(drops.table())}
     rows = [
-        ranking_row(r) | {"use_case": r.prompt.use_case, "rubric": s} | more
-        for r, s, more in zip(rankings, scores, ranked.more or [{}] * len(rankings), strict=True)
+        ranking_row(r) | {"use_case": r.prompt.use_case, "rubric": s} | row_extras
+        for r, s, row_extras in zip(rankings, scores, ranked.row_extras or [{}] * len(rankings), strict=True)
     ]
     if is_main_process():
         write_jsonl(ctx.dir / "rankings.jsonl", rows)
@@ -277,20 +277,20 @@ def fingerprint(ctx: StageContext, sft_dir: Path) -> str:
     return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def work(ctx: StageContext) -> dict[str, Any]:
+def run(ctx: StageContext) -> dict[str, Any]:
     """The stage, from prompts to rankings."""
     drops = Drops()
     if ctx.recipe.rank.labeler == "file":
-        ranked, tokens = read_labelled(ctx, drops), 0
+        ranked, tokens = read_file_rankings(ctx, drops), 0
     else:
         sft_dir = ctx.run.require("sft", "model")
-        samples = Samples(ctx.dir / "samples.jsonl", fingerprint(ctx, sft_dir))
+        samples = SampledOutputs(ctx.dir / "samples.jsonl", fingerprint(ctx, sft_dir))
         tokenizer = load_tokenizer(str(sft_dir), ctx.recipe.model.prompt_format)
         policy = frozen(
             ctx.recipe, ctx.device, lambda: load_policy(sft_dir, ctx.recipe.model, tokenizer=tokenizer, merged=True)
         )
         if ctx.recipe.rank.labeler == "judge":
-            warn_of_room(ctx.recipe)
+            warn_if_over_context(ctx.recipe)
         prompts = choose_prompts(ctx, tokenizer, drops)
         sample_outputs(ctx, policy, tokenizer, prompts, samples)
         if ctx.stop_requested:
@@ -298,7 +298,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
         del policy
         if ctx.recipe.rank.labeler == "reward_model" and Path(ctx.recipe.rank.reward_model).exists():
             ctx.use(Path(ctx.recipe.rank.reward_model))
-        candidates = clean(prompts, samples, drops)
+        candidates = distinct_candidates(prompts, samples, drops)
         if not candidates:
             raise UserError(
                 "no prompt has two different outputs to rank",
@@ -326,7 +326,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stage from the command line."""
-    return run_stage("rank", work, argv)
+    return run_stage("rank", run, argv)
 
 
 if __name__ == "__main__":

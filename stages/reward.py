@@ -27,22 +27,29 @@ from rlhf.data.splits import split_by_prompt
 from rlhf.errors import UserError
 from rlhf.functional.ranking import PairCounts, calibration, count_pairs, has_pairs, tied_pairs
 from rlhf.functional.schedule import lr_factor
-from rlhf.functional.seeding import stream
+from rlhf.functional.seeding import shuffled_indices
 from rlhf.functional.statistics import accuracy_interval
 from rlhf.models.loading import check_context, load_tokenizer, new_reward_model, recompute_activations, save_model
-from rlhf.models.placement import at_hand, whole_state
+from rlhf.models.placement import full_state_dict, materialized
 from rlhf.models.zero import trained
 from rlhf.rollout.batches import Pair, SequenceBatch, build_batch
 from rlhf.rollout.probes import write_probes
 from rlhf.rollout.scoring import raw_scores, scores
-from rlhf.rollout.shared_prompts import SharedBatch, build_shared, can_share, shared_scores, sharing
+from rlhf.rollout.shared_prompts import SharedBatch, build_shared, can_share, share_prompts, shared_scores
 from rlhf.run.stage import StageContext, run_stage
 from rlhf.system.console import Progress, console
-from rlhf.system.distributed import barrier, everyones, from_first, gathered, is_main_process, own
+from rlhf.system.distributed import (
+    all_gather_objects,
+    barrier,
+    broadcast_from_main,
+    gather_shards,
+    is_main_process,
+    shard,
+)
 from rlhf.system.phases import phase
 from rlhf.system.rng import load_rng, save_rng
 from rlhf.training.engine import Engine, ParamGroup
-from rlhf.training.ranking_passes import Group, by_length, part_passes, whole_passes
+from rlhf.training.ranking_passes import Group, by_length, split_passes, whole_passes
 from rlhf.training.zero_engine import make_engine
 
 PROBES = 8
@@ -79,7 +86,7 @@ def load_groups(ctx: StageContext, tokenizer: PreTrainedTokenizerBase, drops: Dr
     )
 
 
-class Scored(nn.Module):
+class ScoringModule(nn.Module):
     """The reward model as the engine's module: a batch in, raw scores [B] out."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -98,25 +105,25 @@ class Scored(nn.Module):
 def step(engine: Engine, groups: Sequence[Group], recipe: Recipe, pad_id: int) -> tuple[float, list[PairCounts]]:
     """Accumulate the gradient of one batch of prompts; returns the loss and the pair counts before the update."""
     # Every prompt weighs the same whatever its K, and whatever pass and process it falls in.
-    scored: Scored = engine.module
-    with sharing(scored.model) if scored.shares else nullcontext():
+    scored: ScoringModule = engine.module
+    with share_prompts(scored.model) if scored.shares else nullcontext():
         return _step(engine, scored, by_length(groups), recipe, pad_id)
 
 
 def _step(
-    engine: Engine, scored: Scored, groups: list[Group], recipe: Recipe, pad_id: int
+    engine: Engine, scored: ScoringModule, groups: list[Group], recipe: Recipe, pad_id: int
 ) -> tuple[float, list[PairCounts]]:
     size, ties = recipe.reward.micro_tokens, recipe.reward.ties
-    large = [g for g in groups if not g.fits(size)]
+    large = [g for g in groups if not g.fits_one_pass(size)]
 
     def score(parts: list[list[Pair]]) -> list[list[float]]:
-        with torch.no_grad(), at_hand(scored.model):
+        with torch.no_grad(), materialized(scored.model):
             return [scored(scored.build(part, pad_id).to(engine.device)).tolist() for part in parts]
 
-    parts, ahead, known = part_passes(large, size, ties, score)
+    parts, ahead, known = split_passes(large, size, ties, score)
     counts, loss = [], 0.0
-    passes = whole_passes(own([g for g in groups if g.fits(size)]), size) + own(parts)
-    forwards = max(everyones(len(passes)))
+    passes = whole_passes(shard([g for g in groups if g.fits_one_pass(size)]), size) + shard(parts)
+    forwards = max(all_gather_objects(len(passes)))
     for i in range(forwards):
         # A process with fewer passes goes along with one that does not count: the engine's gradients meet in every one.
         here = passes[i] if i < len(passes) else None
@@ -130,10 +137,10 @@ def _step(
             rows = flat.detach().cpu().split([len(g.ranks) for g in here.groups])
             counts += [count_pairs(s.tolist(), g.ranks) for s, g in zip(rows, here.groups, strict=True)]
     counted = [count_pairs(s, g.ranks) for s, g in zip(ahead, large, strict=True)]
-    return sum(everyones(loss)) + known / len(groups), gathered(counts) + counted
+    return sum(all_gather_objects(loss)) + known / len(groups), gather_shards(counts) + counted
 
 
-def measure(model: nn.Module, groups: Sequence[Group]) -> list[PairCounts]:
+def pair_counts(model: nn.Module, groups: Sequence[Group]) -> list[PairCounts]:
     """Pair counts of groups under the model, one forward per output."""
     flat = scores(model, [pair for g in groups for pair in g.pairs])
     split = flat.split([len(g.ranks) for g in groups])
@@ -161,7 +168,7 @@ def train(engine: Engine, groups: list[Group], ctx: StageContext, pad_id: int) -
     total = cfg.epochs * len(groups)
     steps = -(-total // cfg.batch_size)
     done, tokens = 0, 0
-    sealed = from_first(ctx.checkpoints.newest)
+    sealed = broadcast_from_main(ctx.checkpoints.newest)
     if sealed:
         engine.load(sealed / "engine")
         load_rng(sealed)
@@ -172,7 +179,7 @@ def train(engine: Engine, groups: list[Group], ctx: StageContext, pad_id: int) -
     with Progress("reward", total=total, unit="prompts", initial=min(done * cfg.batch_size, total)) as progress:
         while done < steps and not stopping:
             first = done * cfg.batch_size
-            chosen = stream(len(groups), seed, "rankings", first, min(cfg.batch_size, total - first))
+            chosen = shuffled_indices(len(groups), seed, "rankings", first, min(cfg.batch_size, total - first))
             batch = [groups[i] for i in chosen]
             factor = lr_factor(done, steps, cfg.schedule, cfg.warmup_steps, cfg.final_lr_fraction)
             phase("update", done)
@@ -206,13 +213,13 @@ def train(engine: Engine, groups: list[Group], ctx: StageContext, pad_id: int) -
     return tokens if done == steps else None
 
 
-def sample_outputs(groups: Sequence[Group], count: int, seed: int) -> list[Pair]:
+def random_outputs(groups: Sequence[Group], count: int, seed: int) -> list[Pair]:
     """About `count` ranked outputs, prompts drawn without replacement, each with all its outputs.
 
     All of them: in files that hold the chosen output first, every second row would be a sample of chosen ones.
     """
     pairs: list[Pair] = []
-    for i in stream(len(groups), seed, "scale", 0, len(groups)):
+    for i in shuffled_indices(len(groups), seed, "scale", 0, len(groups)):
         if len(pairs) >= count:
             break
         pairs += groups[i].pairs
@@ -234,7 +241,7 @@ def normalise(model: nn.Module, demonstrations: list[Pair], ranked: list[Pair], 
     return {"reward/mean": mean, "reward/std": std}
 
 
-def work(ctx: StageContext) -> dict[str, Any]:
+def run(ctx: StageContext) -> dict[str, Any]:
     """The stage, from rankings to a normalised reward model with probe scores."""
     recipe, cfg, drops = ctx.recipe, ctx.recipe.reward, Drops()
     source = str(ctx.run.require("sft", "model")) if cfg.model == "sft" else cfg.model
@@ -267,7 +274,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
     if recipe.launch.gradient_checkpointing:
         recompute_activations(model)
     engine = make_engine(
-        Scored(model),
+        ScoringModule(model),
         [ParamGroup("reward", model, cfg.lr, cfg.max_grad_norm)],
         recipe,
         weight_decay=cfg.weight_decay,
@@ -277,10 +284,10 @@ def work(ctx: StageContext) -> dict[str, Any]:
         return {}
 
     phase("scoring")
-    ranked = sample_outputs(train_groups, SCALE_SAMPLE, recipe.run.seed)
+    ranked = random_outputs(train_groups, SCALE_SAMPLE, recipe.run.seed)
     metrics = normalise(model, demonstrations, ranked, cfg.normalise_scale)
     if heldout:
-        counts = measure(model, heldout)
+        counts = pair_counts(model, heldout)
         heldout_row = heldout_metrics(counts, recipe.run.seed)
         metrics |= heldout_row
         ctx.tracker.log(heldout_row, tokens)
@@ -291,17 +298,17 @@ def work(ctx: StageContext) -> dict[str, Any]:
     metrics["reward/training_prompts"] = float(len(train_groups))
     metrics["reward/tied_pairs"] = float(sum(len(tied_pairs(g.ranks)) for g in train_groups))
     phase("save")
-    weights = whole_state(model)
+    weights = full_state_dict(model)
     if is_main_process():
         save_model(model, tokenizer, ctx.dir / "model", weights)
-    everyones(None)  # the probes are written into the folder
+    all_gather_objects(None)  # the probes are written into the folder
     write_probes(model, tokenizer, ranked[:PROBES], ctx.dir / "model")
     return metrics
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stage from the command line."""
-    return run_stage("reward", work, argv)
+    return run_stage("reward", run, argv)
 
 
 if __name__ == "__main__":

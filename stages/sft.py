@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.config import STEPPED_WHOLE, Recipe
+from rlhf.config import TRAINS_BASE_WEIGHTS, Recipe
 from rlhf.data.encoding import Encoded, fit_demonstrations
 from rlhf.data.records import Demonstration, Drops, read_demonstrations, read_texts
 from rlhf.data.splits import split_by_prompt
-from rlhf.data.text_blocks import Row, demonstration_row, text_rows
+from rlhf.data.text_blocks import TokenRow, demonstration_row, text_rows
 from rlhf.errors import UserError
 from rlhf.models.loading import check_context, load_policy, load_tokenizer, resolve_model, save_model
 from rlhf.models.peft.folder import has_adapter
 from rlhf.models.peft.methods import add_adapter
-from rlhf.models.placement import is_partitioned, whole_state
+from rlhf.models.placement import full_state_dict, is_partitioned
 from rlhf.models.zero import trained
 from rlhf.rollout.scoring import token_logprobs
 from rlhf.run.stage import StageContext, run_stage
@@ -57,7 +57,9 @@ def load_demonstrations(
     return train, heldout
 
 
-def mix_rows(rows: Sequence[Row], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, drops: Drops) -> list[Row]:
+def mix_rows(
+    rows: Sequence[TokenRow], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, drops: Drops
+) -> list[TokenRow]:
     """The demonstrations' rows and as many rows of text as make `sft.pretraining_mix` of the whole."""
     mix, data = recipe.sft.pretraining_mix, recipe.data
     count = round(len(rows) * mix / (1 - mix))
@@ -77,13 +79,13 @@ def validation_loss(policy: torch.nn.Module, heldout: Sequence[Encoded[Demonstra
 def write_policy(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save the trained policy from the first process; all of them must call."""
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    weights = whole_state(policy)
+    weights = full_state_dict(policy)
     if trainer.is_world_process_zero():
         save_model(policy, tokenizer, folder, weights)
     trainer.accelerator.wait_for_everyone()
 
 
-def work(ctx: StageContext) -> dict[str, Any]:
+def run(ctx: StageContext) -> dict[str, Any]:
     """The stage, from demonstrations to the SFT policy."""
     recipe, drops = ctx.recipe, Drops()
     if has_adapter(recipe.model.name):
@@ -104,7 +106,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
 
     torch.manual_seed(recipe.run.seed)
     section = recipe.model
-    if section.peft.method in STEPPED_WHOLE:
+    if section.peft.method in TRAINS_BASE_WEIGHTS:
         # The optimiser needs float32 weights: an update of 1e-5 is lost in a bfloat16 weight of 0.01. Adapters are.
         section = section.model_copy(update={"dtype": "float32"})
 
@@ -143,7 +145,7 @@ def work(ctx: StageContext) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stage from the command line."""
-    return run_stage("sft", work, argv)
+    return run_stage("sft", run, argv)
 
 
 if __name__ == "__main__":

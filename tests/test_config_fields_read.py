@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from rlhf.config import READ_BY, PeftSection, Recipe
+from rlhf.config import METHODS_OF_SETTING, PeftSection, Recipe
 from rlhf.recipe import fields
 from support.paths import ROOT
 
@@ -99,7 +99,7 @@ def test_field_is_read(field: str) -> None:
 def test_every_setting_of_a_method_says_which_methods_read_it() -> None:
     names = {name for name, _ in fields(Recipe)}
     assert {f"model.peft.{name}" for name in PeftSection.model_fields} <= names
-    assert READ_BY.keys() == PeftSection.model_fields.keys() - {"method"}
+    assert METHODS_OF_SETTING.keys() == PeftSection.model_fields.keys() - {"method"}
 
 
 def test_the_reward_models_method_is_read_through_the_recipe() -> None:

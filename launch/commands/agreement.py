@@ -14,16 +14,16 @@ from rlhf.errors import UserError
 from rlhf.functional.agreement import (
     CONVENTIONS,
     HEADLINE,
-    Comparison,
-    Estimate,
+    AgreementEstimate,
+    LabelerPair,
     alpha,
-    comparisons,
     kendall,
-    of_labeler,
+    labeler_pairs,
+    pairs_of_labeler,
     pairwise,
-    windows,
+    time_windows,
 )
-from rlhf.labeling.matched_rankings import Matched, match
+from rlhf.labeling.matched_rankings import MatchedRankings, match
 from rlhf.system.console import console, table
 
 WORDS = {
@@ -54,9 +54,9 @@ def show(files: Sequence[str], parts: int = 5, seed: int = 0, as_json: bool = Fa
     _tables(result)
 
 
-def report(found: Matched, parts: int, seed: int) -> dict[str, Any]:
+def report(found: MatchedRankings, parts: int, seed: int) -> dict[str, Any]:
     """Everything that is known of the labelers' agreement; see rlhf/functional/agreement.py for the measures."""
-    compared = comparisons(found.shared)
+    compared = labeler_pairs(found.shared)
     names = sorted(found.rankings)
     return {
         "labelers": len(names),
@@ -74,8 +74,10 @@ def report(found: Matched, parts: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _labeler(found: Matched, compared: Sequence[Comparison], name: str, parts: int, seed: int) -> dict[str, Any]:
-    own = of_labeler(compared, name)
+def _labeler(
+    found: MatchedRankings, compared: Sequence[LabelerPair], name: str, parts: int, seed: int
+) -> dict[str, Any]:
+    own = pairs_of_labeler(compared, name)
     shared = [item.ranks[name] for item in found.shared if name in item.ranks]
     pairs = sum(len(ranks) * (len(ranks) - 1) // 2 for ranks in shared)
     ordered = sum(len([1 for a in ranks for b in ranks if a < b]) for ranks in shared)
@@ -90,7 +92,7 @@ def _labeler(found: Matched, compared: Sequence[Comparison], name: str, parts: i
     }
 
 
-def _pairs(compared: Sequence[Comparison]) -> list[dict[str, Any]]:
+def _pairs(compared: Sequence[LabelerPair]) -> list[dict[str, Any]]:
     """Counts of every two labelers, summed over what both ranked."""
     sums: dict[tuple[str, str], dict[str, int]] = {}
     for c in compared:
@@ -100,10 +102,10 @@ def _pairs(compared: Sequence[Comparison]) -> list[dict[str, Any]]:
     return [{"first": first, "second": second} | counts for (first, second), counts in sorted(sums.items())]
 
 
-def _over_time(compared: Sequence[Comparison], parts: int, seed: int) -> list[dict[str, Any]]:
+def _over_time(compared: Sequence[LabelerPair], parts: int, seed: int) -> list[dict[str, Any]]:
     return [
         {"from": part[0].time, "to": part[-1].time, "comparisons": len(part), "agreement": pairwise(part, seed=seed)}
-        for part in windows(compared, parts)
+        for part in time_windows(compared, parts)
     ]
 
 
@@ -141,7 +143,7 @@ def _named(files: Sequence[str], drops: Drops) -> list[tuple[str, Ranking]]:
     return [(ranking.labeler or file, ranking) for file in files for ranking in read_rankings([file], drops)]
 
 
-def _nothing_shared(files: Sequence[str], found: Matched) -> UserError:
+def _nothing_shared(files: Sequence[str], found: MatchedRankings) -> UserError:
     n = len(found.rankings)
     if n < 2:
         what = "all rankings are by one labeler" if n else "no ranking is left"
@@ -185,7 +187,7 @@ def _labeler_row(r: dict[str, Any]) -> list[Any]:
     ]  # fmt: skip
 
 
-def _cells(estimate: Estimate, form: str = "{:.1%}") -> list[str]:
+def _cells(estimate: AgreementEstimate, form: str = "{:.1%}") -> list[str]:
     """Value, interval, standard error."""
     low, high = _cell(estimate.low, form), _cell(estimate.high, form)
     return [_cell(estimate.value, form), low if low == "-" else f"{low} to {high}", _cell(estimate.error, form)]

@@ -13,9 +13,16 @@ from rlhf.data.few_shot import why_not_calibrated
 from rlhf.data.prompt_template import Template, template_names, write_template
 from rlhf.data.records import Drops, read_rankings
 from rlhf.errors import UserError
-from rlhf.labeling.judge.accuracy import Graded, fitting_all, graded, measure, questions, templates_of
+from rlhf.labeling.judge.accuracy import (
+    GradedPrompt,
+    drop_too_long_for_any,
+    graded_prompts,
+    measure_judge,
+    questions,
+    templates_of,
+)
 from rlhf.labeling.judge.judge import Judge, check_judge, make_reader, question_key
-from rlhf.labeling.judge.template_search import candidates, comments, cut, search
+from rlhf.labeling.judge.template_search import candidate_templates, search, split_rankings, template_comments
 from rlhf.system.console import Progress, console, table, warn
 from rlhf.system.distributed import pick_device
 from rlhf.system.files import write_atomic
@@ -42,7 +49,7 @@ def compare_templates(
     check_judge(check)
     rankings = read_rankings(files, drops)
     judges = _judges(recipe, templates, answers)
-    items = fitting_all(graded(rankings, drops), judges, limit, drops)
+    items = drop_too_long_for_any(graded_prompts(rankings, drops), judges, limit, drops)
     _tell(drops)
     rows: list[dict[str, Any]] = []
     for judge in judges:
@@ -74,11 +81,11 @@ def search_template(
     drops, seed = Drops(), recipe.run.seed
     templates = templates_of(recipe.judge, names or template_names("judge"))
     check_judge(recipe.judge.model_copy(update={"demonstrations": ""}))
-    parts = cut(read_rankings(files, drops), seed)
+    parts = split_rankings(read_rankings(files, drops), seed)
     for name, part in zip(parts._fields, parts, strict=True):
         if not part and (name != "pool" or shots):
             raise UserError(f"the part `{name}` of the rankings is empty", ", ".join(files), "give more rankings")
-    found = candidates(templates, parts.pool, shots, trials, seed)
+    found = candidate_templates(templates, parts.pool, shots, trials, seed)
     judges = _judges(recipe, found, answers)
     console.print(
         f"{len(judges)} candidate{'s' * (len(judges) > 1)}; {len(parts.pool)} rankings to draw demonstrations from, "
@@ -87,7 +94,7 @@ def search_template(
     rows: list[dict[str, Any]] = []
     path = out.with_suffix(".json")
 
-    def watch(judge: Judge, items: Sequence[Graded], part: str) -> dict[str, Any]:
+    def watch(judge: Judge, items: Sequence[GradedPrompt], part: str) -> dict[str, Any]:
         row = _measured(judge, items, recipe, part)
         rows.append({"part": part} | row)
         write_atomic(path, json.dumps(_about(recipe, files, drops) | {"so_far": rows}, indent=1) + "\n")
@@ -95,7 +102,7 @@ def search_template(
 
     result = search(judges, parts, drops, limit, seed, watch)
     _tell(drops)
-    write_template(result.template, out, comments(result.report, files))
+    write_template(result.template, out, template_comments(result.report, files))
     write_atomic(path, json.dumps(_about(recipe, files, drops) | result.report, indent=1) + "\n")
     _show(f"{_model(recipe)}, by candidate", result.report["candidates"])
     again, first = result.report["confirmation"], result.report["first_candidate_confirmation"]
@@ -123,12 +130,12 @@ def _judges(recipe: Recipe, templates: Sequence[Template], answers: Path | None)
     return [Judge(template, reader, answers, identity, recipe.judge.calibrate) for template in templates]
 
 
-def _measured(judge: Judge, items: Sequence[Graded], recipe: Recipe, part: str = "") -> dict[str, Any]:
+def _measured(judge: Judge, items: Sequence[GradedPrompt], recipe: Recipe, part: str = "") -> dict[str, Any]:
     seed, tie_margin = recipe.run.seed, recipe.judge.tie_margin
     name = f"{judge.template.name}{f' ({part})' if part else ''}"
     new = [question for question in questions(judge, items) if question_key(question) not in judge.answers]
     with Progress(name, total=len(new), unit="questions") as progress:
-        return measure(judge, items, seed, progress.advance, tie_margin)
+        return measure_judge(judge, items, seed, progress.advance, tie_margin)
 
 
 def _about(recipe: Recipe, files: Sequence[str], drops: Drops) -> dict[str, Any]:

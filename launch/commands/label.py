@@ -13,7 +13,7 @@ from rlhf.config import Recipe
 from rlhf.data.records import Drops, write_jsonl
 from rlhf.errors import UserError
 from rlhf.labeling.outputs import read_outputs
-from rlhf.labeling.page.collect import LABELS, OUTPUTS, opened, page, tell_set_aside, wait
+from rlhf.labeling.page.collect import LABELS, OUTPUTS, open_store, report_set_aside, serve_page, wait_for_rankings
 from rlhf.labeling.page.store import LabelStore, labelled_row
 from rlhf.recipe import load_recipe
 from rlhf.run.folder import RunFolder, live_owner
@@ -45,13 +45,13 @@ def serve(run: Path, recipe: Recipe) -> None:
         UserError: for outputs that are not there or cannot be read, and when the page cannot be served.
     """
     outputs_of(run)  # before the labels are opened, which makes their file
-    with opened(run, recipe.label, recipe.run.seed) as store:
+    with open_store(run, recipe.label, recipe.run.seed) as store:
         prepare(run, store)
         try:
-            with page(store, run.resolve().name):
+            with serve_page(store, run.resolve().name):
                 if RunFolder(run).is_done("rank"):
                     console.print(what_next(run, recipe), markup=False, soft_wrap=True)
-                wait(store.counts, lambda: False)
+                wait_for_rankings(store.counts, lambda: False)
                 console.print(
                     "All rankings that are wanted are in: `rlhf run` goes on with them. Ctrl-C ends the page."
                 )
@@ -101,7 +101,7 @@ def prepare(run: Path, store: LabelStore) -> None:
             console.print(f"left out {n}: {reason}", markup=False)
         store.set_tasks(outputs)
     store.invite(store.label.labelers, besides=True)
-    tell_set_aside(store)
+    report_set_aside(store)
 
 
 def revoke(run: Path, recipe: Recipe, names: str) -> None:
@@ -114,7 +114,7 @@ def revoke(run: Path, recipe: Recipe, names: str) -> None:
         UserError: when the run has no labels, and for somebody whom they do not know.
     """
     gone = [name.strip() for name in names.split(",") if name.strip()]
-    with opened(_labels(run), recipe.label, recipe.run.seed) as store:
+    with open_store(_labels(run), recipe.label, recipe.run.seed) as store:
         known = store.known()
         if strange := [name for name in gone if name not in known] or ([] if gone else [names]):
             fix = f"name some of {', '.join(known)}" if known else "nobody has a link yet"
@@ -137,8 +137,8 @@ def export(run: Path, recipe: Recipe, file: Path) -> None:
     """
     if file.exists():
         raise UserError("the file is there already, and is not overwritten", str(file), "name another, or delete it")
-    with opened(_labels(run), recipe.label, recipe.run.seed) as store:
-        tell_set_aside(store)
+    with open_store(_labels(run), recipe.label, recipe.run.seed) as store:
+        report_set_aside(store)
         rows = [labelled_row(item) for item in store.rankings()]
     try:
         write_jsonl(file, rows)

@@ -7,7 +7,7 @@ from typing import get_args
 from pydantic import ValidationError
 
 from launch.commands.plan import device_of
-from rlhf.config import CACHED_TOKENS, READ_BY, VIRTUAL_TOKENS, PeftMethod, Recipe, read_settings
+from rlhf.config import KV_PREFIX_METHODS, METHODS_OF_SETTING, VIRTUAL_TOKEN_METHODS, PeftMethod, Recipe, read_settings
 from rlhf.costs.cards import Card, find_card, this_machine
 from rlhf.costs.fit_to_card import Settings, with_settings
 from rlhf.costs.model_shapes import Shapes, count, shapes_of
@@ -77,12 +77,12 @@ def with_method(recipe: Recipe, method: str) -> Recipe:
     """The recipe with another method, its settings as they are, for all four networks of PPO with all their layers."""
     peft = recipe.model.peft
     settings: Settings = {"model.peft.method": method, "reward.peft.method": "model", "reward.keep_layers": 0}
-    for name, methods in READ_BY.items():
+    for name, methods in METHODS_OF_SETTING.items():
         default = type(peft).model_fields[name].default
         settings[f"model.peft.{name}"] = getattr(peft, name) if method in methods else default
-    if method in VIRTUAL_TOKENS:
+    if method in VIRTUAL_TOKEN_METHODS:
         settings["sft.packing"] = False
-    if method in CACHED_TOKENS:
+    if method in KV_PREFIX_METHODS:
         settings["launch.gradient_checkpointing"] = False
     try:
         return with_settings(recipe, settings)

@@ -6,12 +6,12 @@ import torch
 
 from rlhf.config import Recipe
 from rlhf.costs.cards import Card, find_card, this_machine
-from rlhf.costs.fit_to_card import budget, settings_that_fit
+from rlhf.costs.fit_to_card import memory_budget, settings_that_fit
 from rlhf.costs.model_shapes import Shapes, shapes_of
 from rlhf.costs.stage_memory import StageMemory, all_stages
 from rlhf.costs.stage_time import ASSUMPTIONS, stage_time
 from rlhf.errors import UserError
-from rlhf.plan import world_size
+from rlhf.plan import recipe_processes
 from rlhf.system.console import console, duration, table
 from rlhf.system.quiet import quiet_libraries
 
@@ -36,8 +36,8 @@ def show_memory_and_time(recipe: Recipe, card_name: str | None) -> None:
         console.print(f"memory and time are not estimated: {error}", markup=False, soft_wrap=True)
         return
     memories = list(all_stages(recipe, shapes, card))
-    processes = world_size(recipe)
-    columns, rows = memory_rows(memories, budget(recipe, card))
+    processes = recipe_processes(recipe)
+    columns, rows = memory_rows(memories, memory_budget(recipe, card))
     table(f"Memory of each of {processes} processes on {card.name}, GB", columns, rows)
     console.print(_verdict(recipe, shapes, card, memories), markup=False, soft_wrap=True)
     _show_time(recipe, shapes, card)
@@ -58,7 +58,7 @@ def memory_rows(memories: list[StageMemory], allowed: float) -> tuple[list[str],
 
 
 def _verdict(recipe: Recipe, shapes: Shapes, card: Card, memories: list[StageMemory]) -> str:
-    if all(memory.peak <= budget(recipe, card) for memory in memories):
+    if all(memory.peak <= memory_budget(recipe, card) for memory in memories):
         return (
             "It fits. Components of different phases are not there at the same time: the peak is the largest phase's."
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import Recipe
-from rlhf.costs.roofline import PhaseCost, Row, furthest, mean_row, phase_costs
+from rlhf.costs.roofline import MetricsRow, PhaseCost, mean_row, phase_costs, worst_phase
 from rlhf.errors import UserError
 from rlhf.recipe import load_recipe
 from rlhf.stage_table import PPO_VARIANTS
@@ -95,10 +95,10 @@ def as_dict(found: Profile) -> dict[str, Any]:
     """The profile for a program to read: seconds, FLOP/s, bytes."""
 
     def phase(cost: PhaseCost) -> dict[str, Any]:
-        floors = [vars(floor) | {"seconds": floor.seconds, "bound": floor.bound} for floor in cost.floors]
+        floors = [vars(floor) | {"seconds": floor.seconds, "bound": floor.limited_by} for floor in cost.floors]
         return vars(cost) | {"floors": floors, "floor": cost.floor, "times_floor": cost.times_floor}
 
-    worst = furthest(found.costs)
+    worst = worst_phase(found.costs)
     return {
         "stage": found.stage,
         "iterations": found.iterations,
@@ -118,14 +118,25 @@ def _time_rows(found: Profile) -> list[list[Any]]:
     first = {cost.name: cost.seconds for cost in found.first}
     rows: list[list[Any]] = []
     for cost in found.costs:
-        bound = cost.floors[0].bound if len(cost.floors) == 1 else ""
+        limited_by = cost.floors[0].limited_by if len(cost.floors) == 1 else ""
         padding = "" if cost.padding is None else f"{cost.padding:.0%}"
         numbers = [cost.tokens_per_s, cost.floor, cost.times_floor]
         rows.append(
-            [cost.name, cost.seconds, f"{cost.share:.0%}", first.get(cost.name), *numbers, bound, padding, cost.peak_gb]
+            [
+                cost.name,
+                cost.seconds,
+                f"{cost.share:.0%}",
+                first.get(cost.name),
+                *numbers,
+                limited_by,
+                padding,
+                cost.peak_gb,
+            ]
         )
         if len(cost.floors) > 1:
-            rows += [[f"  {f.part}", None, "", None, None, f.seconds, None, f.bound, "", None] for f in cost.floors]
+            rows += [
+                [f"  {f.part}", None, "", None, None, f.seconds, None, f.limited_by, "", None] for f in cost.floors
+            ]
     floors = [cost.floor for cost in found.costs if cost.floor is not None]
     total = sum(cost.seconds for cost in found.costs)
     rows.append(["all", total, "", sum(first.values()) or None, None, sum(floors) or None, None, "", "",
@@ -136,7 +147,7 @@ def _time_rows(found: Profile) -> list[list[Any]]:
 
 
 def _verdict(found: Profile) -> str:
-    worst = furthest(found.costs)
+    worst = worst_phase(found.costs)
     if worst is None or not worst.floor:
         return "This run was made before floors were logged: seconds alone are known."
     lost = worst.seconds - worst.floor
@@ -153,7 +164,7 @@ def _iterations(path: Path) -> list[dict[str, Any]]:
     return [row for row in read_rows(path) if row.get("perf/seconds_rollout") is not None]
 
 
-def _rate(rows: Sequence[Row]) -> float | None:
+def _rate(rows: Sequence[MetricsRow]) -> float | None:
     """Tokens per second from one row to the next, the middle one: a stop between two rows does not count."""
     points = [(row["step"], row["time"]) for row in rows if row.get("step") is not None and row.get("time") is not None]
     pairs = zip(points, points[1:], strict=False)
@@ -161,7 +172,7 @@ def _rate(rows: Sequence[Row]) -> float | None:
     return statistics.median(rates) if rates else None
 
 
-def _memory(path: Path, recipe: Recipe, stage: str, largest: Row) -> dict[str, float]:
+def _memory(path: Path, recipe: Recipe, stage: str, largest: MetricsRow) -> dict[str, float]:
     """Bytes by component as the plan has them, and what the measured peak has besides; {} where no peak was logged."""
     peak = (largest.get("memory/peak_gb") or 0.0) * 1e9
     if not peak:

@@ -20,7 +20,7 @@ from rlhf.stage_table import STAGES, is_ppo
 from rlhf.system.console import console, duration, table
 
 
-class Progress(NamedTuple):
+class StageProgress(NamedTuple):
     """Where a stage stands."""
 
     state: str  # not started, running, interrupted, stopped, failed, done, or unreadable
@@ -52,7 +52,7 @@ def show(path: Path) -> None:
     console.print(_next(path, recipe, stages, owner), markup=False, soft_wrap=True)
 
 
-def progress(run: RunFolder, recipe: Recipe, stage: str, in_use: bool) -> Progress:
+def progress(run: RunFolder, recipe: Recipe, stage: str, in_use: bool) -> StageProgress:
     """What the files of a stage tell.
 
     Args:
@@ -61,15 +61,15 @@ def progress(run: RunFolder, recipe: Recipe, stage: str, in_use: bool) -> Progre
     try:
         record = run.read_stage(stage)
     except UserError as error:
-        return Progress("unreadable", error=error.what)
+        return StageProgress("unreadable", error=error.what)
     if record is None:
-        return Progress("not started")
+        return StageProgress("not started")
     state, folder = str(record.get("state")), run.stage_dir(stage)
     newest = _newest(folder / "checkpoints", str(record.get("identity", "")))
     since = newest.stat().st_mtime if newest else None
     if state == "done" and "ended" in record:
         since = datetime.fromisoformat(record["ended"]).timestamp()
-    return Progress(
+    return StageProgress(
         "interrupted" if state == "running" and not in_use else state,
         int(newest.name.removeprefix("step-")) if newest else None,
         plan_ppo(recipe).iterations if is_ppo(stage) else None,
@@ -95,7 +95,7 @@ def _last_metrics(path: Path) -> dict[str, float]:
     return found
 
 
-def _row(stage: str, each: Progress) -> list[str]:
+def _row(stage: str, each: StageProgress) -> list[str]:
     shown = []
     for names in STAGES[stage].headlines:
         name = next((name for name in names if each.metrics.get(name) is not None), None)
@@ -105,7 +105,7 @@ def _row(stage: str, each: Progress) -> list[str]:
     return [stage, each.state, _step(each), age, duration(each.seconds) if each.seconds else "", ", ".join(shown)]
 
 
-def _step(each: Progress) -> str:
+def _step(each: StageProgress) -> str:
     return "" if each.step is None else f"{each.step} of {each.total}" if each.total else str(each.step)
 
 
@@ -117,7 +117,7 @@ def _age(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _next(path: Path, recipe: Recipe, stages: Mapping[str, Progress], owner: dict[str, Any] | None) -> str:
+def _next(path: Path, recipe: Recipe, stages: Mapping[str, StageProgress], owner: dict[str, Any] | None) -> str:
     if owner:
         return f"running now: process {owner['pid']} on {owner['host']}"
     command = shlex.join(["rlhf", "run", str(path / "recipe.yaml")])

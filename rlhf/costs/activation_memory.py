@@ -24,12 +24,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.costs.model_shapes import ModelSpec, build
 from rlhf.models.layers import decoder_layers
-from rlhf.models.low_memory_layers import keep_less
+from rlhf.models.low_memory_layers import use_low_memory_layers
 from rlhf.rollout.batches import build_batch
-from rlhf.rollout.lm_head import head_pieces
-from rlhf.rollout.sampling import draw
+from rlhf.rollout.lm_head import head_chunks
+from rlhf.rollout.sampling import sample_token
 from rlhf.rollout.scoring import hidden_states, raw_scores, response_logprobs, response_values
-from rlhf.rollout.shared_prompts import build_shared, shared_scores, sharing
+from rlhf.rollout.shared_prompts import build_shared, share_prompts, shared_scores
 
 PassKind = Literal["backbone", "policy", "value", "reward"]
 SAMPLE = (1, 2)  # layers of the models that are run
@@ -52,7 +52,7 @@ class Footprint:
     head_gradients: float = 0.0
 
 
-class Live(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors that come into being inside, the model's own left out.
 
     `peak` follows `live` until `frozen` is set.
@@ -75,7 +75,7 @@ class Live(TorchDispatchMode):
                 self._add(tensor)
         return out
 
-    def __enter__(self) -> Live:
+    def __enter__(self) -> LiveBytes:
         # Not by a mode: recomputed layers run in a thread of the backward, where modes of functions do not hold.
         self.attention = functional.scaled_dot_product_attention
         functional.scaled_dot_product_attention = _fused_attention
@@ -136,7 +136,7 @@ def training_pass(
 def scoring_pass(spec: ModelSpec, kind: PassKind, rows: int, prompt: int, response: int) -> float:
     """Most bytes besides the weights in a pass without gradients; it does not depend on the number of layers."""
     model = build(_cut(spec, SAMPLE[0]))
-    with torch.no_grad(), Live(model) as memory:
+    with torch.no_grad(), LiveBytes(model) as memory:
         _forward(model, kind, rows, prompt, response)
     return float(memory.peak)
 
@@ -145,13 +145,13 @@ def scoring_pass(spec: ModelSpec, kind: PassKind, rows: int, prompt: int, respon
 def decoding_pass(spec: ModelSpec, rows: int, prompts: int, prompt: int, response: int) -> float:
     """Most bytes besides weights and KV cache while `rows` responses to `prompts` distinct prompts are sampled."""
     model = build(_cut(spec, SAMPLE[0]))
-    with torch.no_grad(), Live(model) as memory:
+    with torch.no_grad(), LiveBytes(model) as memory:
         prefill = _decode_step(model, memory, prompts, 0, prompt)
         last = _decode_step(model, memory, rows, prompt + response, 1)
     return float(max(prefill, last))
 
 
-def _decode_step(model: PreTrainedModel, memory: Live, rows: int, cached: int, tokens: int) -> int:
+def _decode_step(model: PreTrainedModel, memory: LiveBytes, rows: int, cached: int, tokens: int) -> int:
     """Most bytes besides the KV cache in a step of the decode loop, as rlhf/rollout/sampling.py does it."""
     config, device = model.config, model.device
     cache = DynamicCache(config=config)
@@ -173,7 +173,7 @@ def _decode_step(model: PreTrainedModel, memory: Live, rows: int, cached: int, t
         use_cache=True,
         logits_to_keep=1,
     ).logits[:, -1]
-    draw(logits, torch.zeros(rows, dtype=torch.float64, device=device))
+    sample_token(logits, torch.zeros(rows, dtype=torch.float64, device=device))
     kept = 0 if cached else sum(t.numel() * t.element_size() for each in cache.layers for t in (each.keys, each.values))
     return memory.peak - before - kept
 
@@ -200,7 +200,7 @@ def _run_training(
 ) -> Footprint:
     model = build(spec)
     if kind != "backbone" and not spec.partitioned:
-        keep_less(model)  # as the engines do; SFT is TRL's
+        use_low_memory_layers(model)  # as the engines do; SFT is TRL's
     if recompute:
         # Without the generator's state, which is kept for dropout and which no fake tensor has.
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
@@ -208,7 +208,7 @@ def _run_training(
     layers = decoder_layers(model)
     inside = {id(p) for p in layers.parameters()}
     kept: list[int] = []
-    with Live(model) as memory, sharing(model) if outputs > 1 else nullcontext():
+    with LiveBytes(model) as memory, share_prompts(model) if outputs > 1 else nullcontext():
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.register_post_accumulate_grad_hook(_on_gradient(memory, id(parameter) in inside))
         layers[-1].register_forward_hook(lambda *_: kept.append(memory.live))
@@ -219,7 +219,7 @@ def _run_training(
     return Footprint(kept[0], max(0, after - kept[0]), max(0, held - after), memory.gradients_at_peak)
 
 
-def _on_gradient(memory: Live, in_layers: bool) -> Callable[[Tensor], None]:
+def _on_gradient(memory: LiveBytes, in_layers: bool) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         memory.mark_gradient(parameter)
         memory.frozen = memory.frozen or in_layers  # from here on activations go and gradients come
@@ -246,7 +246,7 @@ def _forward(
     if kind == "backbone":
         return hidden_states(model, batch).sum()
     if kind == "policy":
-        pieces = head_pieces(rows * response) if calls_head else 0
+        pieces = head_chunks(rows * response) if calls_head else 0
         logprobs, entropies = response_logprobs(model, batch, 1.0, pieces)
         return logprobs.sum() + entropies.sum().detach()
     return (response_values(model, batch) if kind == "value" else raw_scores(model, batch)).sum()

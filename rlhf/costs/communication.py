@@ -8,15 +8,15 @@ from __future__ import annotations
 from rlhf.config import Recipe
 from rlhf.costs.cards import Card
 from rlhf.costs.model_shapes import ModelSpec, count
-from rlhf.costs.stage_memory import sharding
-from rlhf.plan import world_size
+from rlhf.costs.stage_memory import sharding_of
+from rlhf.plan import recipe_processes
 
 SHARE = 0.7  # of a link's rate that a collective reaches
 
 
 def training_traffic(recipe: Recipe, spec: ModelSpec, micro_batches: int) -> float:
     """Bytes of one optimiser step for a trained model: every process sends as many and receives as many."""
-    c, stage = count(spec), sharding(recipe).stage
+    c, stage = count(spec), sharding_of(recipe).stage
     if stage < 2:  # a reduction to all; ZeRO 1 makes it of parts: reduced, stepped, gathered
         return 2.0 * c.trained_bytes
     if stage == 2:  # parts are reduced after every backward
@@ -26,14 +26,14 @@ def training_traffic(recipe: Recipe, spec: ModelSpec, micro_batches: int) -> flo
 
 def gathering_traffic(recipe: Recipe, spec: ModelSpec, passes: float, partitioned: bool) -> float:
     """Bytes to have partitioned weights whole: once for all forward passes, or layer by layer for each of them."""
-    if not partitioned or world_size(recipe) == 1:
+    if not partitioned or recipe_processes(recipe) == 1:
         return 0.0
     return count(spec).bytes * (1.0 if recipe.launch.gather == "once" else passes)
 
 
 def exchange_seconds(recipe: Recipe, card: Card, traffic: float) -> float:
     """Seconds for so many bytes by each process; 0 on a CPU, where processes share the memory."""
-    processes = world_size(recipe)
+    processes = recipe_processes(recipe)
     if processes == 1 or not card.is_gpu:
         return 0.0
     link = card.link if processes <= card.per_machine else card.network

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf.config import Recipe
-from rlhf.plan import world_size
+from rlhf.plan import recipe_processes
 from rlhf.stage_table import CHECKPOINTS_KEPT, TRAINED
 
 SMOLLM2_BYTES = 540_000_000  # the embedded model as float32 safetensors
@@ -27,7 +27,7 @@ def disk_need(recipe: Recipe) -> int:
         save_every = {"sft": recipe.sft, "reward": recipe.reward}.get(stage, recipe.ppo).save_every
         kept = CHECKPOINTS_KEPT + 1 if save_every else 1  # the old ones stay until the new one is whole
         copies += kept * 3 * sum(not peft.on for peft in networks)  # weights and two moments of all that is trained
-        if stage == "sft" and recipe.model.peft.on and world_size(recipe) > 1 and recipe.launch.zero_stage:
+        if stage == "sft" and recipe.model.peft.on and recipe_processes(recipe) > 1 and recipe.launch.zero_stage:
             copies += kept  # DeepSpeed's own checkpoint holds the frozen base too
     return copies * size
 

@@ -10,7 +10,7 @@ from rlhf.costs.cards import Card
 from rlhf.costs.model_shapes import Shapes
 from rlhf.costs.stage_memory import all_stages
 from rlhf.errors import UserError
-from rlhf.plan import world_size
+from rlhf.plan import recipe_processes
 
 Settings = dict[str, Any]  # dotted field: value
 LORA: Settings = {"model.peft.method": "lora", "reward.peft.method": "model"}
@@ -28,28 +28,28 @@ def with_settings(recipe: Recipe, settings: Settings) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def budget(recipe: Recipe, card: Card) -> float:
+def memory_budget(recipe: Recipe, card: Card) -> float:
     """Bytes that one process may take: its card, or its share of the machine's memory."""
     return card.memory if card.is_gpu else card.memory / recipe.launch.processes
 
 
-def fits(recipe: Recipe, shapes: Shapes, card: Card) -> bool:
+def fits_card(recipe: Recipe, shapes: Shapes, card: Card) -> bool:
     """Whether the peak of every stage stays within the budget."""
-    return all(memory.peak <= budget(recipe, card) for memory in all_stages(recipe, shapes, card))
+    return all(memory.peak <= memory_budget(recipe, card) for memory in all_stages(recipe, shapes, card))
 
 
 def settings_that_fit(recipe: Recipe, shapes: Shapes, card: Card) -> Settings | None:
     """The first settings that fit, in the order of `ladder`, with the largest micro-batches; None when none does."""
-    for base in ladder(recipe):
+    for base in settings_to_try(recipe):
         variants = list(micro_batches(recipe))
         # The smallest first: where that does not fit, no other does.
-        if not fits(with_settings(recipe, base | variants[-1]), shapes, card):
+        if not fits_card(with_settings(recipe, base | variants[-1]), shapes, card):
             continue
-        return next(base | v for v in variants if fits(with_settings(recipe, base | v), shapes, card))
+        return next(base | v for v in variants if fits_card(with_settings(recipe, base | v), shapes, card))
     return None
 
 
-def ladder(recipe: Recipe) -> Iterator[Settings]:
+def settings_to_try(recipe: Recipe) -> Iterator[Settings]:
     """Settings to try, each with all before it: none, gradient checkpointing, ZeRO 1 to 3, frozen models in parts,
     layers gathered one by one, the optimiser in the host's memory; at last LoRA instead of them."""
     found: Settings = {}
@@ -59,7 +59,7 @@ def ladder(recipe: Recipe) -> Iterator[Settings]:
         found["launch.gradient_checkpointing"] = True
         yield dict(found)
     first = dict(found)
-    if world_size(recipe) > 1 and not launch.deepspeed_config:
+    if recipe_processes(recipe) > 1 and not launch.deepspeed_config:
         for stage in range(launch.zero_stage + 1, 4):
             found["launch.zero_stage"] = stage
             yield dict(found)
@@ -73,7 +73,7 @@ def ladder(recipe: Recipe) -> Iterator[Settings]:
 
 def micro_batches(recipe: Recipe) -> Iterator[Settings]:
     """Smaller and smaller micro-batches of every stage; only those that divide the batches. The first is no change."""
-    processes = world_size(recipe)
+    processes = recipe_processes(recipe)
     row = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
     sizes = {
         "sft.micro_batch_size": (recipe.sft.micro_batch_size, recipe.sft.batch_size // processes, 1),
@@ -97,7 +97,7 @@ def micro_batches(recipe: Recipe) -> Iterator[Settings]:
             yield smaller
 
 
-def with_count(recipe: Recipe, count: int) -> Recipe:
+def with_processes(recipe: Recipe, count: int) -> Recipe:
     """The recipe on `count` processes in all, whatever its hosts.
 
     Raises:

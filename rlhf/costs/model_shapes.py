@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
-from rlhf.config import VIRTUAL_TOKENS, PeftSection, Recipe
+from rlhf.config import VIRTUAL_TOKEN_METHODS, PeftSection, Recipe
 from rlhf.models import smollm2, tiny
 from rlhf.models.layers import cut_layers, decoder_layers
 from rlhf.models.peft.methods import add_adapter
@@ -46,12 +46,12 @@ class ModelSpec:
     keep_layers: int = 0
     peft: PeftSection | None = None
     partitioned: bool = False
-    borrowed: bool = False
+    shares_base: bool = False
 
     @property
     def key(self) -> tuple:
         peft = self.peft.model_dump_json() if self.peft else ""
-        rest = (self.dtype, self.attention, self.scalar, self.keep_layers, peft, self.partitioned, self.borrowed)
+        rest = (self.dtype, self.attention, self.scalar, self.keep_layers, peft, self.partitioned, self.shares_base)
         return (self.config.to_json_string(), *rest)
 
     def __hash__(self) -> int:
@@ -71,7 +71,7 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
-class Counts:
+class ParameterCounts:
     """Parameters of a model, tied ones once.
 
     Attributes:
@@ -141,20 +141,20 @@ def build(spec: ModelSpec) -> nn.Module:
 
 
 @lru_cache(maxsize=64)
-def count(spec: ModelSpec) -> Counts:
+def count(spec: ModelSpec) -> ParameterCounts:
     """Parameters of the model, counted on the meta device."""
     model = build(spec)
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     # Before the first layer, though not in the order of the modules.
-    through, reached = 0, spec.peft is not None and spec.peft.method in VIRTUAL_TOKENS
+    through, reached = 0, spec.peft is not None and spec.peft.method in VIRTUAL_TOKEN_METHODS
     for parameter in parameters:
         reached = reached or parameter.requires_grad
         through += parameter.numel() if reached else 0
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Counts(
+    return ParameterCounts(
         total=sum(p.numel() for p in parameters),
         bytes=sum(p.numel() * p.element_size() for p in parameters),
         trained=sum(p.numel() for p in trained),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-Row = Mapping[str, float | None]
+MetricsRow = Mapping[str, float | None]
 PHASES = ("rollout", "score", "train", "ptx", "optimizer", "save", "other")
 PARTS = {  # of perf/flops_PART and perf/bytes_PART
     "rollout": ("prefill", "decode", "rescore"),
@@ -21,7 +21,7 @@ PARTS = {  # of perf/flops_PART and perf/bytes_PART
 
 
 @dataclass(frozen=True)
-class Floor:
+class Bound:
     """Least seconds of a part, by its arithmetic and by its bytes."""
 
     part: str
@@ -33,7 +33,7 @@ class Floor:
         return max(self.arithmetic, self.bandwidth)
 
     @property
-    def bound(self) -> str:
+    def limited_by(self) -> str:
         return "arithmetic" if self.arithmetic >= self.bandwidth else "bandwidth"
 
 
@@ -45,7 +45,7 @@ class PhaseCost:
     seconds: float
     share: float  # of the iteration
     tokens_per_s: float | None
-    floors: tuple[Floor, ...]
+    floors: tuple[Bound, ...]
     peak_gb: float | None
     padding: float | None
 
@@ -59,7 +59,7 @@ class PhaseCost:
         return self.seconds / self.floor if self.floor else None
 
 
-def mean_row(rows: Sequence[Row]) -> dict[str, float]:
+def mean_row(rows: Sequence[MetricsRow]) -> dict[str, float]:
     """Means of what is a number; memory is the largest."""
     found: dict[str, list[float]] = {}
     for row in rows:
@@ -69,16 +69,16 @@ def mean_row(rows: Sequence[Row]) -> dict[str, float]:
     return {name: max(v) if name.startswith("memory/") else sum(v) / len(v) for name, v in found.items()}
 
 
-def floors_of(row: Row, phase: str) -> tuple[Floor, ...]:
+def bounds_of(row: MetricsRow, phase: str) -> tuple[Bound, ...]:
     """The floor of each part of a phase that did anything."""
     peak, bandwidth = row.get("perf/peak_flops"), row.get("perf/bandwidth")
     if not peak or not bandwidth:
         return ()
     needs = [(part, *(row.get(f"perf/{kind}_{part}") or 0.0 for kind in ("flops", "bytes"))) for part in PARTS[phase]]
-    return tuple(Floor(part, flops / peak, size / bandwidth) for part, flops, size in needs if flops or size)
+    return tuple(Bound(part, flops / peak, size / bandwidth) for part, flops, size in needs if flops or size)
 
 
-def phase_costs(row: Row) -> list[PhaseCost]:
+def phase_costs(row: MetricsRow) -> list[PhaseCost]:
     """The phases that took time, in the order of the iteration."""
     seconds = {phase: row.get(f"perf/seconds_{phase}") or 0.0 for phase in PHASES}
     total = sum(seconds.values())
@@ -88,7 +88,7 @@ def phase_costs(row: Row) -> list[PhaseCost]:
             seconds[phase],
             seconds[phase] / total,
             row.get(f"perf/{phase}_tokens_per_s"),
-            floors_of(row, phase) if phase in PARTS else (),
+            bounds_of(row, phase) if phase in PARTS else (),
             row.get(f"memory/{phase}_gb"),
             row.get(f"perf/padding_{phase}"),
         )
@@ -97,7 +97,7 @@ def phase_costs(row: Row) -> list[PhaseCost]:
     ]
 
 
-def furthest(costs: Sequence[PhaseCost]) -> PhaseCost | None:
+def worst_phase(costs: Sequence[PhaseCost]) -> PhaseCost | None:
     """The phase that lost most seconds above its floor, None where no floor is known."""
     known = [cost for cost in costs if cost.floor is not None]
     return max(known, key=lambda cost: cost.seconds - (cost.floor or 0.0), default=None)

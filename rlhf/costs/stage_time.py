@@ -13,10 +13,10 @@ from rlhf.config import Recipe
 from rlhf.costs.cards import Card
 from rlhf.costs.communication import SHARE, exchange_seconds, gathering_traffic, training_traffic
 from rlhf.costs.model_shapes import ModelSpec, Shapes, count
-from rlhf.costs.stage_memory import policy_spec, reward_spec, sharding
+from rlhf.costs.stage_memory import policy_spec, reward_spec, sharding_of
 from rlhf.data.records import Drops, read_demonstrations, read_prompts, read_rankings
 from rlhf.data.sources import local_path
-from rlhf.plan import plan_ppo, plan_reward, plan_sft, world_size
+from rlhf.plan import plan_ppo, plan_reward, plan_sft, recipe_processes
 
 TRAINING, FORWARD, READING = 0.35, 0.4, 0.5  # share of the card's FLOP/s in training and scoring, of its bandwidth
 THOUSAND = 1000  # rows that a time is told for where their number is not known before the data is read
@@ -28,7 +28,7 @@ ASSUMPTIONS = (
 
 
 @dataclass(frozen=True)
-class Estimate:
+class StageTime:
     """Seconds of a stage by what it does; `rows` says how many examples they are for, 0 for the whole stage."""
 
     stage: str
@@ -61,12 +61,12 @@ def decode_seconds(spec: ModelSpec, rows: int, prompt: int, response: int, card:
     return forward_flops(spec, rows * prompt, prompt) / speed + response * step
 
 
-def stage_time(recipe: Recipe, stage: str, shapes: Shapes, card: Card) -> Estimate:
+def stage_time(recipe: Recipe, stage: str, shapes: Shapes, card: Card) -> StageTime:
     """Time of a stage on all of the recipe's processes, each on a card of its own (on the CPU they share it)."""
     make = {"sft": _sft, "rank": _rank, "reward": _reward, "evaluate": _evaluate}.get(stage)
     found = make(recipe, shapes, card) if make else _ppo(recipe, shapes, card, stage)
-    share = 1 if card.is_gpu else world_size(recipe)
-    return Estimate(found.stage, {name: seconds * share for name, seconds in found.parts.items()}, found.rows)
+    share = 1 if card.is_gpu else recipe_processes(recipe)
+    return StageTime(found.stage, {name: seconds * share for name, seconds in found.parts.items()}, found.rows)
 
 
 # --- stages ----------------------------------------------------------------------------------------------------------
@@ -80,32 +80,32 @@ def _lengths(recipe: Recipe) -> tuple[int, int]:
     return recipe.data.max_prompt_tokens, recipe.data.max_response_tokens
 
 
-def _sft(recipe: Recipe, shapes: Shapes, card: Card) -> Estimate:
+def _sft(recipe: Recipe, shapes: Shapes, card: Card) -> StageTime:
     spec, length = policy_spec(recipe, shapes, sft=True), min(recipe.sft.max_tokens, sum(_lengths(recipe)))
     known = _known_demonstrations(recipe)
     rows = known or THOUSAND
-    tokens = rows * recipe.sft.epochs * length / (1 - recipe.sft.pretraining_mix) / world_size(recipe)
+    tokens = rows * recipe.sft.epochs * length / (1 - recipe.sft.pretraining_mix) / recipe_processes(recipe)
     flops = training_flops(spec, tokens, length, recipe.launch.gradient_checkpointing)
     dtype = recipe.model.dtype  # mixed precision where the weights are float32
     steps = rows * recipe.sft.epochs / (1 - recipe.sft.pretraining_mix) / recipe.sft.batch_size
     traffic = steps * training_traffic(recipe, spec, plan_sft(recipe).accumulation)
     parts = {"train": flops / (card.flops[dtype] * TRAINING), "exchange": exchange_seconds(recipe, card, traffic)}
-    return Estimate("sft", parts, 0 if known else THOUSAND)
+    return StageTime("sft", parts, 0 if known else THOUSAND)
 
 
-def _rank(recipe: Recipe, shapes: Shapes, card: Card) -> Estimate:
+def _rank(recipe: Recipe, shapes: Shapes, card: Card) -> StageTime:
     cfg = recipe.rank
     if cfg.labeler == "file":
-        return Estimate("rank", {"reading files": 0.0})
+        return StageTime("rank", {"reading files": 0.0})
     known = cfg.prompts or _known_prompts(recipe.data.prompts)
     spec = policy_spec(recipe, shapes, trained=False)
     rows = (known or THOUSAND) * cfg.outputs_per_prompt
     partitioned = recipe.launch.frozen == "partitioned"
     parts = _sampling(spec, recipe, rows, cfg.batch_size, card, partitioned, calls=-(-rows // cfg.batch_size))
-    return Estimate("rank", parts, 0 if known else THOUSAND)
+    return StageTime("rank", parts, 0 if known else THOUSAND)
 
 
-def _reward(recipe: Recipe, shapes: Shapes, card: Card) -> Estimate:
+def _reward(recipe: Recipe, shapes: Shapes, card: Card) -> StageTime:
     cfg, spec = recipe.reward, reward_spec(recipe, shapes)
     if recipe.rank.labeler == "file":
         known, length = _known_rankings(recipe), cfg.max_tokens
@@ -113,16 +113,16 @@ def _reward(recipe: Recipe, shapes: Shapes, card: Card) -> Estimate:
         known = recipe.rank.prompts or _known_prompts(recipe.data.prompts)
         length = min(cfg.max_tokens, sum(_lengths(recipe)))
     prompts = (known or THOUSAND) * cfg.epochs
-    tokens = prompts * recipe.rank.outputs_per_prompt * length / world_size(recipe)
+    tokens = prompts * recipe.rank.outputs_per_prompt * length / recipe_processes(recipe)
     flops = training_flops(spec, tokens, length, recipe.launch.gradient_checkpointing)
     outputs = plan_reward(recipe).batch_per_process * recipe.rank.outputs_per_prompt
     passes = -(-outputs // max(1, cfg.micro_tokens // length))
     traffic = prompts / cfg.batch_size * training_traffic(recipe, spec, passes)
     parts = {"train": flops / (card.flops[spec.dtype] * TRAINING), "exchange": exchange_seconds(recipe, card, traffic)}
-    return Estimate("reward", parts, 0 if known else THOUSAND)
+    return StageTime("reward", parts, 0 if known else THOUSAND)
 
 
-def _ppo(recipe: Recipe, shapes: Shapes, card: Card, stage: str) -> Estimate:
+def _ppo(recipe: Recipe, shapes: Shapes, card: Card, stage: str) -> StageTime:
     cfg, plan = recipe.ppo, plan_ppo(recipe)
     prompt, response = _lengths(recipe)
     policy, value = policy_spec(recipe, shapes), reward_spec(recipe, shapes)
@@ -132,11 +132,11 @@ def _ppo(recipe: Recipe, shapes: Shapes, card: Card, stage: str) -> Estimate:
     passes = [plain, reward, reward] + ([plain] if recipe.model.dtype != "float32" else [])
     trained = sum(training_flops(spec, tokens * cfg.epochs, context, recompute) for spec in (policy, value))
     partitioned, parts = recipe.launch.frozen == "partitioned", {}
-    parts |= _sampling(plain, recipe, cfg.batch_size, cfg.rollout_batch_size, card, sharding(recipe).stage == 3)
+    parts |= _sampling(plain, recipe, cfg.batch_size, cfg.rollout_batch_size, card, sharding_of(recipe).stage == 3)
     parts["scoring"] = sum(forward_flops(spec, tokens, context) for spec in passes) / (speed * FORWARD)
     parts["PPO steps"] = trained / (speed * TRAINING)
     batches = tokens / cfg.score_tokens
-    traffic = gathering_traffic(recipe, plain, batches, sharding(recipe).stage == 3)
+    traffic = gathering_traffic(recipe, plain, batches, sharding_of(recipe).stage == 3)
     traffic += sum(gathering_traffic(recipe, spec, batches, partitioned) for spec in (plain, reward))
     micro_batches = plan.micro_batches + (plan.ptx_micro_batches if stage == "ppo-ptx" else 0)
     for spec, forwards in ((policy, micro_batches), (value, plan.micro_batches)):
@@ -146,23 +146,23 @@ def _ppo(recipe: Recipe, shapes: Shapes, card: Card, stage: str) -> Estimate:
         text = plan.ptx_rows_per_process * cfg.ptx_tokens * plan.steps_per_iteration
         flops = training_flops(policy, text, cfg.ptx_tokens, recompute)
         parts["pretraining steps"] = flops / (speed * TRAINING)
-    return Estimate(stage, {name: seconds * plan.iterations for name, seconds in parts.items()})
+    return StageTime(stage, {name: seconds * plan.iterations for name, seconds in parts.items()})
 
 
-def _evaluate(recipe: Recipe, shapes: Shapes, card: Card) -> Estimate:
+def _evaluate(recipe: Recipe, shapes: Shapes, card: Card) -> StageTime:
     cfg, plain = recipe.evaluate, policy_spec(recipe, shapes, trained=False)
     known = cfg.prompts or _known_prompts(recipe.data.prompts_heldout)
     aligned = [stage for stage in recipe.run.stages if stage.startswith("ppo")]
     policies = 1 + len(aligned) * (2 if cfg.ema and recipe.ppo.ema_decay else 1)
     rows = (known or THOUSAND) * cfg.samples_per_prompt
-    tokens = rows * sum(_lengths(recipe)) / world_size(recipe)
+    tokens = rows * sum(_lengths(recipe)) / recipe_processes(recipe)
     reward = reward_spec(recipe, shapes, trained=False)
     flops = forward_flops(plain, tokens, sum(_lengths(recipe))) + forward_flops(reward, tokens, sum(_lengths(recipe)))
     partitioned = recipe.launch.frozen == "partitioned"
     parts = _sampling(plain, recipe, rows, recipe.ppo.rollout_batch_size, card, partitioned)
     parts["scoring"] = flops / (card.flops[recipe.model.dtype] * FORWARD)
     parts = {name: seconds * policies for name, seconds in parts.items()}
-    return Estimate("evaluate", parts, 0 if known else THOUSAND)
+    return StageTime("evaluate", parts, 0 if known else THOUSAND)
 
 
 def _sampling(
@@ -173,7 +173,7 @@ def _sampling(
     Args:
         calls: how often the sampling begins anew, and gathers a partitioned model.
     """
-    mine = -(-rows // world_size(recipe))
+    mine = -(-rows // recipe_processes(recipe))
     together = min(together, mine)
     batches = -(-mine // together)
     passes = batches * (1 + recipe.data.max_response_tokens)

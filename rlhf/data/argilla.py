@@ -19,8 +19,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from rlhf.data.layout_fields import Counter, Layout, Ranked, find_prompt, named, objects, text_or_empty
-from rlhf.data.sources import Row, check_list, check_object, check_text, check_time, check_whole
+from rlhf.data.layout_fields import Counter, Layout, RawRanking, find_prompt, named, objects, text_or_empty
+from rlhf.data.sources import SourceRow, check_list, check_object, check_text, check_time, check_whole
 
 NAME = "Argilla"
 USERS = ".responses.users"  # ends the name of a column that the 2.x client makes
@@ -35,16 +35,16 @@ class _Response(NamedTuple):
     values: Any  # options and ranks; None where it has none
 
 
-def _record(row: Row, drops: Counter) -> Iterator[Ranked]:
+def _record(row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
     yield from _of_record(row, "", row.fields, drops)
 
 
-def _page(row: Row, drops: Counter) -> Iterator[Ranked]:
+def _page(row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
     for place, record in objects(row, "items", row.fields["items"]):
         yield from _of_record(row, f"{place}.", record, drops)
 
 
-def _of_record(row: Row, prefix: str, record: dict[str, Any], drops: Counter) -> Iterator[Ranked]:
+def _of_record(row: SourceRow, prefix: str, record: dict[str, Any], drops: Counter) -> Iterator[RawRanking]:
     fields = check_object(row, f"{prefix}fields", record.get("fields"))
     responses = objects(row, f"{prefix}responses", record.get("responses") or [])
     if not responses:
@@ -60,7 +60,7 @@ def _of_record(row: Row, prefix: str, record: dict[str, Any], drops: Counter) ->
         yield from _ranking(row, f"{prefix}fields.", fields, _Response(place, about, values_at, values), drops)
 
 
-def _columns(row: Row, drops: Counter) -> Iterator[Ranked]:
+def _columns(row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
     questions = [name for name in row.fields if _is_question(row.fields, name)]
     fields = {name: value for name, value in row.fields.items() if isinstance(value, str)}
     responses = [response for name in questions for response in objects(row, name, row.fields[name])]
@@ -72,7 +72,9 @@ def _columns(row: Row, drops: Counter) -> Iterator[Ranked]:
         yield from _ranking(row, "", fields, response, drops)
 
 
-def _ranking(row: Row, prefix: str, fields: dict[str, Any], response: _Response, drops: Counter) -> Iterator[Ranked]:
+def _ranking(
+    row: SourceRow, prefix: str, fields: dict[str, Any], response: _Response, drops: Counter
+) -> Iterator[RawRanking]:
     about, status = response.about, response.about.get("status") or "submitted"
     if status != "submitted" or response.values is None:
         drops.add(f"{NAME}: a response that ranks nothing" if status == "submitted" else f"{NAME}: a {status} response")
@@ -94,10 +96,10 @@ def _ranking(row: Row, prefix: str, fields: dict[str, Any], response: _Response,
     # A draft is stored first, and updated when it is submitted.
     stamp = next((name for name in ("updated_at", "inserted_at") if about.get(name) is not None), None)
     time = check_time(row, f"{response.place}.{stamp}", about[stamp]) if stamp else None
-    yield Ranked(words, texts, list(ranks.values()), labeler, time)
+    yield RawRanking(words, texts, list(ranks.values()), labeler, time)
 
 
-def _options(row: Row, response: _Response) -> Iterator[tuple[str, Any, Any]]:
+def _options(row: SourceRow, response: _Response) -> Iterator[tuple[str, Any, Any]]:
     """(place, option, rank) of a list of {value, rank}, or of the two columns that `datasets` makes of such a list."""
     place, values = response.values_at, response.values
     if not isinstance(values, dict):
@@ -137,7 +139,7 @@ def _is_page(fields: dict[str, Any]) -> bool:
     return isinstance(items, list) and all(isinstance(item, dict) and "fields" in item for item in items)
 
 
-def _without_ranks(row: Row, drops: Counter) -> Iterator[Ranked]:
+def _without_ranks(row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
     """A record or row of the 2.x client."""
     fields = row.fields
     if fields.get("responses") == {}:

@@ -32,7 +32,7 @@ def judge_template(cfg: JudgeSection) -> Template:
                 "judge.demonstrations",
                 "take a few-shot template, or leave the field empty",
             )
-        found = examples_from(usable(read_rankings([cfg.demonstrations], Drops()))[: cfg.shots], template)
+        found = examples_from(example_rankings(read_rankings([cfg.demonstrations], Drops()))[: cfg.shots], template)
         template = with_examples(template, found)
     if template.form != "zero-shot" and not template.reasons and not template.examples:
         raise UserError(
@@ -80,7 +80,7 @@ def check_judge(cfg: JudgeSection) -> None:
     judge_template(cfg)
 
 
-def usable(rankings: Sequence[Ranking]) -> list[Ranking]:
+def example_rankings(rankings: Sequence[Ranking]) -> list[Ranking]:
     """Rankings that an example can be made of: not all of their outputs tie."""
     return [ranking for ranking in rankings if len(set(ranking.ranks)) > 1]
 

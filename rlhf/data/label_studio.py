@@ -21,7 +21,7 @@ from typing import Any
 from rlhf.data.layout_fields import (
     Counter,
     Layout,
-    Ranked,
+    RawRanking,
     ending,
     find_prompt,
     has,
@@ -30,7 +30,7 @@ from rlhf.data.layout_fields import (
     plain,
     text_or_empty,
 )
-from rlhf.data.sources import Row, check_list, check_object, check_text, check_time, check_whole
+from rlhf.data.sources import SourceRow, check_list, check_object, check_text, check_time, check_whole
 
 NAME = "Label Studio"
 SIDES = (("1", "2"), ("0", "1"), ("a", "b"), ("left", "right"))
@@ -53,7 +53,7 @@ Answer = tuple[list[str], list[int]]  # responses, ranks
 Result = tuple[str, dict[str, Any]]  # place, one result of an annotation
 
 
-def _read(row: Row, drops: Counter) -> Iterator[Ranked]:
+def _read(row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
     data = check_object(row, "data", row.need("data"))
     annotations = objects(row, "annotations", row.need("annotations"))
     if not annotations:
@@ -69,17 +69,17 @@ def _read(row: Row, drops: Counter) -> Iterator[Ranked]:
         labeler = _user(row, f"{place}.completed_by", annotation.get("completed_by"))
         key = next((key for key in ("updated_at", "created_at") if annotation.get(key) is not None), "")
         when = check_time(row, f"{place}.{key}", annotation[key]) if key else None
-        yield Ranked(find_prompt(row, "data.", data)[1], *answer, labeler, when)
+        yield RawRanking(find_prompt(row, "data.", data)[1], *answer, labeler, when)
 
 
-def _user(row: Row, field: str, user: Any) -> str:
+def _user(row: SourceRow, field: str, user: Any) -> str:
     """An id, or an object with an email address and an id; nothing where nobody is named."""
     if isinstance(user, dict):
         field, user = next(((f"{field}.{k}", user[k]) for k in ("email", "id") if user.get(k)), (field, None))
     return user or "" if user is None or isinstance(user, str) else str(check_whole(row, field, user))
 
 
-def _answer(row: Row, data: dict[str, Any], results: Sequence[Result]) -> Answer | str:
+def _answer(row: SourceRow, data: dict[str, Any], results: Sequence[Result]) -> Answer | str:
     """What an annotation says; a reason to leave it out where that is no ranking."""
     by_type = {name: [result for result in results if result[1].get("type") == name] for name in READERS}
     kind = next((name for name, found in by_type.items() if found), None)
@@ -96,7 +96,7 @@ def _answer(row: Row, data: dict[str, Any], results: Sequence[Result]) -> Answer
     return understood[0][1]
 
 
-def _ranker(row: Row, data: dict[str, Any], place: str, result: dict[str, Any]) -> Answer | str:
+def _ranker(row: SourceRow, data: dict[str, Any], place: str, result: dict[str, Any]) -> Answer | str:
     value = check_object(row, f"{place}.value", result.get("value"))
     field = f"{place}.value.ranker"
     ranks: dict[str, int | None] = {}
@@ -120,7 +120,7 @@ def _ranker(row: Row, data: dict[str, Any], place: str, result: dict[str, Any]) 
     return list(texts.values()), [rank for rank in order if rank is not None]
 
 
-def _items(row: Row, data: dict[str, Any], field: str, ids: set[str]) -> dict[str, str]:
+def _items(row: SourceRow, data: dict[str, Any], field: str, ids: set[str]) -> dict[str, str]:
     """Text by id of the list in `data` that has these ids."""
     found: list[tuple[str, dict[str, str]]] = []
     for name, value in data.items():
@@ -143,14 +143,14 @@ def _items(row: Row, data: dict[str, Any], field: str, ids: set[str]) -> dict[st
     raise row.fail(field, what, 'give the task a list of {"id": ..., "body": ...}')
 
 
-def _pairwise(row: Row, data: dict[str, Any], place: str, result: dict[str, Any]) -> Answer:
+def _pairwise(row: SourceRow, data: dict[str, Any], place: str, result: dict[str, Any]) -> Answer:
     selected = check_object(row, f"{place}.value", result.get("value")).get("selected")
     if selected not in ("left", "right"):
         raise row.fail(f"{place}.value.selected", f"`selected` is {selected!r}", "it is left or right")
     return _texts(row, data, _two(row, data)), [1, 2] if selected == "left" else [2, 1]
 
 
-def _choices(row: Row, data: dict[str, Any], place: str, result: dict[str, Any]) -> Answer | None:
+def _choices(row: SourceRow, data: dict[str, Any], place: str, result: dict[str, Any]) -> Answer | None:
     value = check_object(row, f"{place}.value", result.get("value"))
     chosen = check_list(row, f"{place}.value.choices", value.get("choices"))
     if len(chosen) != 1:
@@ -167,11 +167,11 @@ def _choices(row: Row, data: dict[str, Any], place: str, result: dict[str, Any])
 READERS = {"ranker": _ranker, "pairwise": _pairwise, "choices": _choices}
 
 
-def _texts(row: Row, data: dict[str, Any], names: Sequence[str]) -> list[str]:
+def _texts(row: SourceRow, data: dict[str, Any], names: Sequence[str]) -> list[str]:
     return [text_or_empty(row, f"data.{name}", data[name]) for name in names]
 
 
-def _two(row: Row, data: dict[str, Any]) -> list[str]:
+def _two(row: SourceRow, data: dict[str, Any]) -> list[str]:
     """The two fields of a task that are compared, left before right: the export does not say which they are."""
     prompt, _ = find_prompt(row, "data.", data)
     by_name = {

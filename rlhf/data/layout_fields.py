@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, Protocol
 
-from rlhf.data.sources import Row, check_list, check_object, check_text
+from rlhf.data.sources import SourceRow, check_list, check_object, check_text
 
 PROMPTS = ("prompt", "instruction", "question", "query", "text", "input")
 _ENDING = re.compile(r"(\d+|(?<![a-z])[a-z]|left|right)$")
@@ -20,7 +20,7 @@ class Counter(Protocol):
     def add(self, reason: str, n: int = 1) -> None: ...
 
 
-class Ranked(NamedTuple):
+class RawRanking(NamedTuple):
     """A ranking before it is checked: the prompt as the contract has it (text or messages), texts, ranks."""
 
     prompt: str | list[dict[str, str]]
@@ -35,7 +35,7 @@ class Layout(NamedTuple):
 
     name: str
     matches: Callable[[dict[str, Any]], bool]
-    read: Callable[[Row, Counter], Iterator[Ranked]]
+    read: Callable[[SourceRow, Counter], Iterator[RawRanking]]
 
 
 def has(*names: str) -> Callable[[dict[str, Any]], bool]:
@@ -49,25 +49,25 @@ def ranks_of_scores(scores: Sequence[float]) -> list[int]:
     return [order.index(score) + 1 for score in scores]
 
 
-def objects(row: Row, field: str, value: Any) -> list[tuple[str, dict[str, Any]]]:
+def objects(row: SourceRow, field: str, value: Any) -> list[tuple[str, dict[str, Any]]]:
     """(place, object) of each item of a list; UserError naming the field or item otherwise."""
     items = check_list(row, field, value)
     return [(f"{field}[{i}]", check_object(row, f"{field}[{i}]", item)) for i, item in enumerate(items)]
 
 
-def column(row: Row, field: str, name: str) -> list[str]:
+def column(row: SourceRow, field: str, name: str) -> list[str]:
     """The text `name` of every object in the list `field`."""
     return [
         text_or_empty(row, f"{place}.{name}", item.get(name)) for place, item in objects(row, field, row.need(field))
     ]
 
 
-def text_or_empty(row: Row, field: str, value: Any) -> str:
+def text_or_empty(row: SourceRow, field: str, value: Any) -> str:
     """Text that may be empty: files have such responses, and they are dropped and counted."""
     return "" if isinstance(value, str) and not value.strip() else check_text(row, field, value)
 
 
-def number(row: Row, field: str, value: Any) -> float:
+def number(row: SourceRow, field: str, value: Any) -> float:
     """A finite number; UserError naming `field` otherwise."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
         raise row.fail(field, f"`{field}` is {value!r}, not a number", "write it as a number without quotes")
@@ -92,7 +92,7 @@ def named(option: str, names: Sequence[str]) -> str | None:
     return next((found[0] for found in (same, alike) if len(found) == 1), None)
 
 
-def find_prompt(row: Row, prefix: str, fields: dict[str, Any]) -> tuple[str, Any]:
+def find_prompt(row: SourceRow, prefix: str, fields: dict[str, Any]) -> tuple[str, Any]:
     """(name, value) of the prompt among a tool's fields: the first of `PROMPTS` that is there; text, or messages.
 
     Args:

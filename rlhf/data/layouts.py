@@ -36,7 +36,7 @@ from rlhf.data import argilla, label_studio
 from rlhf.data.layout_fields import (
     Counter,
     Layout,
-    Ranked,
+    RawRanking,
     column,
     has,
     number,
@@ -44,7 +44,7 @@ from rlhf.data.layout_fields import (
     ranks_of_scores,
     text_or_empty,
 )
-from rlhf.data.sources import Row, check_object, check_text, check_whole
+from rlhf.data.sources import SourceRow, check_object, check_text, check_whole
 
 MIN_K, MAX_K = 2, 16
 _MARKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
@@ -73,7 +73,7 @@ def find_layout(fields: dict[str, Any]) -> Layout | None:
     return next((layout for layout in LAYOUTS if layout.matches(fields)), None)
 
 
-def read_published(layout: Layout, row: Row, drops: Counter) -> Iterator[Ranked]:
+def read_published(layout: Layout, row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
     """Rankings of a published row; those with a known blemish are dropped and counted.
 
     Raises:
@@ -95,7 +95,7 @@ def contradiction(responses: Sequence[str], ranks: Sequence[int]) -> tuple[int, 
     return None
 
 
-def _blemish(ranked: Ranked) -> str | None:
+def _blemish(ranked: RawRanking) -> str | None:
     if len(ranked.responses) < MIN_K:
         return f"fewer than {MIN_K} ranked responses"
     if len(ranked.responses) > MAX_K:
@@ -108,7 +108,7 @@ def _blemish(ranked: Ranked) -> str | None:
     return None if all(content.strip() for content in contents) else "an empty prompt or turn"
 
 
-def _hh(row: Row, drops: Counter) -> Iterator[Ranked]:
+def _hh(row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
     heads, tails = [], []
     for field in ("chosen", "rejected"):
         turns = split_transcript(check_text(row, field, row.need(field)))
@@ -123,14 +123,14 @@ def _hh(row: Row, drops: Counter) -> Iterator[Ranked]:
     if heads[0] != heads[1]:
         drops.add("HH-RLHF: the dialogues part before the last answer")
         return
-    yield Ranked(_messages(heads[0]), tails, [1, 2])
+    yield RawRanking(_messages(heads[0]), tails, [1, 2])
 
 
 def _messages(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"role": "user" if speaker == "Human" else "assistant", "content": words} for speaker, words in turns]
 
 
-def _summarize(row: Row, drops: Counter) -> Iterator[Ranked]:
+def _summarize(row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
     info = check_object(row, "info", row.need("info"))
     if info.get("post") is not None:
         subreddit, title, post = (check_text(row, f"info.{k}", info.get(k)) for k in ("subreddit", "title", "post"))
@@ -144,27 +144,27 @@ def _summarize(row: Row, drops: Counter) -> Iterator[Ranked]:
     if not 0 <= choice < len(texts):
         raise row.fail("choice", f"`choice` is {choice}, and there are {len(texts)} summaries", "count from 0")
     labeler = check_text(row, "worker", row.fields["worker"]) if "worker" in row.fields else ""
-    yield Ranked(prompt, texts, [1 if i == choice else 2 for i in range(len(texts))], labeler)
+    yield RawRanking(prompt, texts, [1 if i == choice else 2 for i in range(len(texts))], labeler)
 
 
-def _webgpt(row: Row, drops: Counter) -> Iterator[Ranked]:
+def _webgpt(row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
     question = check_object(row, "question", row.need("question"))
     prompt = check_text(row, "question.full_text", question.get("full_text"))
     answers = [text_or_empty(row, field, row.need(field)) for field in ("answer_0", "answer_1")]
     scores = [number(row, field, row.need(field)) for field in ("score_0", "score_1")]
-    yield Ranked(prompt, answers, ranks_of_scores(scores))
+    yield RawRanking(prompt, answers, ranks_of_scores(scores))
 
 
-def _ultrafeedback(row: Row, drops: Counter) -> Iterator[Ranked]:
+def _ultrafeedback(row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
     prompt = check_text(row, "instruction", row.need("instruction"))
     completions = objects(row, "completions", row.need("completions"))
     fine = all(item.get("fine-grained_score") is not None for _, item in completions)
     score = "fine-grained_score" if fine else "overall_score"
     scores = [number(row, f"{place}.{score}", item.get(score)) for place, item in completions]
-    yield Ranked(prompt, column(row, "completions", "response"), ranks_of_scores(scores))
+    yield RawRanking(prompt, column(row, "completions", "response"), ranks_of_scores(scores))
 
 
-def _nectar(row: Row, drops: Counter) -> Iterator[Ranked]:
+def _nectar(row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
     prompt = check_text(row, "prompt", row.need("prompt"))
     turns = split_transcript(prompt)
     answers = column(row, "answers", "answer")
@@ -172,10 +172,10 @@ def _nectar(row: Row, drops: Counter) -> Iterator[Ranked]:
     ranked = objects(row, "answers", row.need("answers"))
     ranks = [number(row, f"{place}.rank", item.get("rank")) for place, item in ranked]
     dialogue = _messages(turns[:-1]) if turns and turns[-1] == ("Assistant", "") else prompt
-    yield Ranked(dialogue, answers, ranks_of_scores([-rank for rank in ranks]))
+    yield RawRanking(dialogue, answers, ranks_of_scores([-rank for rank in ranks]))
 
 
-def _oasst(row: Row, drops: Counter) -> Iterator[Ranked]:
+def _oasst(row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
     # A tree is walked with a list of its own: a thread may be deeper than Python's recursion.
     todo: list[tuple[str, dict[str, Any], list[dict[str, str]]]] = [("prompt", row.fields["prompt"], [])]
     while todo:
@@ -189,17 +189,17 @@ def _oasst(row: Row, drops: Counter) -> Iterator[Ranked]:
         if role == "prompter" and ranked:
             texts = [text_or_empty(row, f"{where}.text", r.get("text")) for where, r in ranked]
             ranks = [check_whole(row, f"{where}.rank", r["rank"]) for where, r in ranked]
-            yield Ranked(thread, texts, [rank + 1 for rank in ranks])
+            yield RawRanking(thread, texts, [rank + 1 for rank in ranks])
         todo += [(where, reply, thread) for where, reply in reversed(replies)]
 
 
-def _shp(row: Row, drops: Counter) -> Iterator[Ranked]:
+def _shp(row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
     prompt = check_text(row, "history", row.need("history"))
     answers = [text_or_empty(row, field, row.need(field)) for field in ("human_ref_A", "human_ref_B")]
     label = check_whole(row, "labels", row.need("labels"))
     if label not in (0, 1):
         raise row.fail("labels", f"`labels` is {label}", "it is 1 when A is preferred and 0 when B is")
-    yield Ranked(prompt, answers, [1, 2] if label == 1 else [2, 1])
+    yield RawRanking(prompt, answers, [1, 2] if label == 1 else [2, 1])
 
 
 LAYOUTS = (

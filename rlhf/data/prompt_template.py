@@ -36,7 +36,7 @@ FOLDERS = {"judge": FOLDER / "judge", "answer": FOLDER / "generate"}
 FIELD_OF = {"judge": "judge.template", "answer": "evaluate.prompted"}  # the recipe's, that name them
 FIELDS = {"pair": ("prompt", "first", "second"), "points": ("prompt", "response"), "answer": ("prompt",)}
 HEADER = ("name", "kind", "form", "labels", "cue", "stop")
-MOST_LABELS = 11
+MAX_LABELS = 11
 _FIELD = re.compile(r"\{\{\s*(\w*)\s*\}\}")
 
 
@@ -80,11 +80,11 @@ class Template:
         turns = []
         for example in self.shown(fields):
             words = " ".join(filter(None, [self.cue, example.answer]))
-            turns += [("user", self.question(example.fields)), ("assistant", after(example.reason, words))]
+            turns += [("user", self.question(example.fields)), ("assistant", assistant_answer(example.reason, words))]
         return tuple(Message(*turn) for turn in [*turns, ("user", self.question(fields))])
 
 
-def after(reasoning: str, words: str) -> str:
+def assistant_answer(reasoning: str, words: str) -> str:
     """What the assistant says: its reasoning, where there is any, and on a line of its own the answer."""
     return f"{reasoning.strip()}\n{words}" if reasoning.strip() else words
 
@@ -271,8 +271,8 @@ class _Parser:
             raise self._fail(0, "the header has no `labels`", "add a line such as `labels: A B` or `labels: 1 2 3 4 5`")
         text, line = values["labels"]
         labels = tuple(text.split())
-        if len(labels) != 2 and kind == "pair" or not 2 <= len(labels) <= MOST_LABELS:
-            count = "two labels" if kind == "pair" else f"2 to {MOST_LABELS} labels"
+        if len(labels) != 2 and kind == "pair" or not 2 <= len(labels) <= MAX_LABELS:
+            count = "two labels" if kind == "pair" else f"2 to {MAX_LABELS} labels"
             raise self._fail(line, f"there are {len(labels)} labels", f"{kind} has {count}, with blanks between them")
         for i, a in enumerate(labels):
             if any(b.startswith(a) for j, b in enumerate(labels) if j != i):

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from rlhf.data.layouts import MAX_K, MIN_K, contradiction, find_layout, read_published, split_transcript
 from rlhf.data.sources import (
-    Row,
+    SourceRow,
     check_list,
     check_object,
     check_text,
@@ -228,11 +228,11 @@ def _parse(text: str) -> tuple[Message, ...]:
     return tuple(Message("user" if speaker == "Human" else "assistant", words) for speaker, words in turns[:-1])
 
 
-def _rows(paths: Sequence[str]) -> Iterator[Row]:
+def _rows(paths: Sequence[str]) -> Iterator[SourceRow]:
     return (row for path in paths for row in read_rows(path))
 
 
-def _prompt(row: Row, value: Any = None) -> Prompt:
+def _prompt(row: SourceRow, value: Any = None) -> Prompt:
     """The prompt of a row: its field `prompt`, or `value` in its place."""
     value = row.need("prompt") if value is None else value
     use_case = row.fields.get("use_case", "")
@@ -252,7 +252,7 @@ def _prompt(row: Row, value: Any = None) -> Prompt:
         raise row.fail("prompt", error.what, error.fix or "") from None
 
 
-def _messages(row: Row, name: str, value: Any) -> tuple[Message, ...]:
+def _messages(row: SourceRow, name: str, value: Any) -> tuple[Message, ...]:
     messages = []
     for i, item in enumerate(check_list(row, name, value)):
         item = check_object(row, f"{name}[{i}]", item)
@@ -266,7 +266,7 @@ def _messages(row: Row, name: str, value: Any) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def _answered(row: Row, name: str, value: Any) -> tuple[tuple[Message, ...], str]:
+def _answered(row: SourceRow, name: str, value: Any) -> tuple[tuple[Message, ...], str]:
     """Messages before the last, which must be the assistant's, and the last one's words."""
     *before, last = _messages(row, name, value)
     if last.role != "assistant":
@@ -274,7 +274,7 @@ def _answered(row: Row, name: str, value: Any) -> tuple[tuple[Message, ...], str
     return tuple(before), last.content
 
 
-def _demonstration(row: Row) -> Demonstration:
+def _demonstration(row: SourceRow) -> Demonstration:
     if "messages" not in row.fields:
         return Demonstration(_prompt(row), check_text(row, "response", row.need("response")))
     before, response = _answered(row, "messages", row.fields["messages"])
@@ -283,7 +283,7 @@ def _demonstration(row: Row) -> Demonstration:
     return Demonstration(_prompt(row, [m._asdict() for m in before]), response)
 
 
-def rankings_of(row: Row, drops: Drops) -> Iterator[Ranking]:
+def rankings_of(row: SourceRow, drops: Drops) -> Iterator[Ranking]:
     """The rankings in a row: of most layouts one. Raises UserError for a bad row."""
     fields = row.fields
     own = "ranks" in fields or isinstance(fields.get("ranking"), str)  # a tool may call its question `ranking`
@@ -297,7 +297,7 @@ def rankings_of(row: Row, drops: Drops) -> Iterator[Ranking]:
     yield replace(ranking, labeler=labeler, time=check_time(row, "time", fields["time"]) if "time" in fields else None)
 
 
-def _ranking(row: Row) -> Ranking:
+def _ranking(row: SourceRow) -> Ranking:
     prompt = _prompt(row)
     listed = check_list(row, "responses", row.need("responses"))
     responses = tuple(check_text(row, f"responses[{i}]", text) for i, text in enumerate(listed))
@@ -312,14 +312,14 @@ def _ranking(row: Row) -> Ranking:
     return Ranking(prompt, responses, ranks, _finished(row, k))
 
 
-def _no_contradiction(row: Row, responses: Sequence[str], ranks: Sequence[int]) -> None:
+def _no_contradiction(row: SourceRow, responses: Sequence[str], ranks: Sequence[int]) -> None:
     if pair := contradiction(responses, ranks):
         i, j = pair
         what = f"responses {i} and {j} (from 0) are the same text with ranks {ranks[i]} and {ranks[j]}"
         raise row.fail("ranks", what, "give them one rank, or keep one of them")
 
 
-def _ranks(row: Row, k: int) -> tuple[int, ...]:
+def _ranks(row: SourceRow, k: int) -> tuple[int, ...]:
     listed = check_list(row, "ranks", row.need("ranks"))
     ranks = tuple(check_whole(row, f"ranks[{i}]", rank) for i, rank in enumerate(listed))
     if len(ranks) != k:
@@ -330,7 +330,7 @@ def _ranks(row: Row, k: int) -> tuple[int, ...]:
     return ranks
 
 
-def _letters(row: Row, k: int) -> tuple[int, ...]:
+def _letters(row: SourceRow, k: int) -> tuple[int, ...]:
     """Ranks of "D>C>A=B": the place of each letter's group, D being response 3."""
     names = [chr(ord("A") + i) for i in range(k)]
     ranks: dict[str, int] = {}
@@ -347,14 +347,14 @@ def _letters(row: Row, k: int) -> tuple[int, ...]:
     return tuple(ranks[name] for name in names)
 
 
-def _finished(row: Row, k: int) -> tuple[bool, ...]:
+def _finished(row: SourceRow, k: int) -> tuple[bool, ...]:
     listed = check_list(row, "finished", row.fields.get("finished", [True] * k))
     if len(listed) != k or not all(isinstance(flag, bool) for flag in listed):
         raise row.fail("finished", f"`finished` is not {k} times true or false", "give one for each response, or none")
     return tuple(listed)
 
 
-def _pair(row: Row) -> Ranking:
+def _pair(row: SourceRow) -> Ranking:
     """{"prompt", "chosen", "rejected"}, each side a text or messages that may carry the prompt before the answer."""
     prompt = _prompt(row) if "prompt" in row.fields else None
     answers = []
@@ -374,7 +374,7 @@ def _pair(row: Row) -> Ranking:
     return Ranking(prompt, tuple(answers), (1, 2))
 
 
-def _cloze(row: Row) -> Cloze:
+def _cloze(row: SourceRow) -> Cloze:
     context = check_text(row, "context", row.need("context"))
     listed = check_list(row, "choices", row.need("choices"))
     choices = tuple(check_text(row, f"choices[{i}]", choice) for i, choice in enumerate(listed))

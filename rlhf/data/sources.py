@@ -30,7 +30,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w\[\]:%+.-]+)?")
 
 
 @dataclass(frozen=True)
-class Row:
+class SourceRow:
     """One object of a data file and its place. Fields whose value is null are left out, as if they were not there."""
 
     fields: dict[str, Any]
@@ -55,7 +55,7 @@ class Row:
         raise self.fail(field, f"the field `{field}` is missing", fix)
 
 
-def check_text(row: Row, field: str, value: Any) -> str:
+def check_text(row: SourceRow, field: str, value: Any) -> str:
     """`value` as it is, if it is text with something in it that can be encoded.
 
     Raises:
@@ -73,28 +73,28 @@ def check_text(row: Row, field: str, value: Any) -> str:
     return value
 
 
-def check_list(row: Row, field: str, value: Any) -> list[Any]:
+def check_list(row: SourceRow, field: str, value: Any) -> list[Any]:
     """`value` if it is a list; UserError naming `field` otherwise."""
     if not isinstance(value, list):
         raise row.fail(field, f"`{field}` is {kind(value)}, not a list", "write it as [..., ...]")
     return value
 
 
-def check_object(row: Row, field: str, value: Any) -> dict[str, Any]:
+def check_object(row: SourceRow, field: str, value: Any) -> dict[str, Any]:
     """`value` if it is an object; UserError naming `field` otherwise."""
     if not isinstance(value, dict):
         raise row.fail(field, f"`{field}` is {kind(value)}, not an object", "write it as {...}")
     return value
 
 
-def check_whole(row: Row, field: str, value: Any) -> int:
+def check_whole(row: SourceRow, field: str, value: Any) -> int:
     """`value` if it is a whole number, true and false not being numbers; UserError naming `field` otherwise."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise row.fail(field, f"`{field}` is {kind(value)}, not a whole number", "write it as a number without quotes")
     return value
 
 
-def check_time(row: Row, field: str, value: Any) -> datetime:
+def check_time(row: SourceRow, field: str, value: Any) -> datetime:
     """A point in time, in UTC: ISO 8601 (in UTC where it names no zone) or seconds since 1970.
 
     Raises:
@@ -161,7 +161,7 @@ def local_path(source: str) -> Path | None:
     raise UserError("no such data file", where=source, fix=_nearest(path))
 
 
-def read_rows(source: str) -> Iterator[Row]:
+def read_rows(source: str) -> Iterator[SourceRow]:
     """Rows of a JSON file, a parquet file, an embedded data set or a Hub data set, one after the other.
 
     Raises:
@@ -183,7 +183,7 @@ def read_rows(source: str) -> Iterator[Row]:
         empty = False
         if not isinstance(value, dict):
             raise UserError(f"the line is {kind(value)}, not an object", where=place, fix='write it as {"field": ...}')
-        yield Row({name: item for name, item in value.items() if item is not None}, place)
+        yield SourceRow({name: item for name, item in value.items() if item is not None}, place)
     if empty:
         raise UserError("the file has no rows", where=source, fix="fill it or take it out of the recipe")
 

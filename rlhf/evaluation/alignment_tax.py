@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.records import Cloze
-from rlhf.data.text_blocks import MIN_BLOCK_TOKENS, _ids
+from rlhf.data.text_blocks import MIN_BLOCK_TOKENS, token_ids
 from rlhf.errors import UserError
 from rlhf.functional.statistics import Interval, wilson_interval
 from rlhf.rollout.scoring import token_logprobs
@@ -62,8 +62,8 @@ def encode_question(tokenizer: PreTrainedTokenizerBase, question: Cloze) -> list
     The cut is where the encodings of the context and of all its continuations first differ, so that every choice is
     scored from the same place even if a tokenizer merges across the border.
     """
-    alone = _ids(tokenizer, question.context)
-    full = [_ids(tokenizer, f"{question.context.rstrip()} {choice}") for choice in question.choices]
+    alone = token_ids(tokenizer, question.context)
+    full = [token_ids(tokenizer, f"{question.context.rstrip()} {choice}") for choice in question.choices]
     shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(alone, *full, strict=False)))
     cut = max(1, shared)  # the first token has nothing to be predicted from
     return [(ids[:cut], ids[cut:]) for ids in full]

@@ -125,7 +125,7 @@ def calibration_chart(rows: Sequence[Mapping[str, float]]) -> str:
         return _svg(figure)
 
 
-class Named(NamedTuple):
+class LabelledPoint(NamedTuple):
     """A point with a name and an interval of its y."""
 
     name: str
@@ -135,7 +135,7 @@ class Named(NamedTuple):
     high: float
 
 
-def named_points_chart(points: Sequence[Named], start: float, x_label: str, share: bool = False) -> str:
+def named_points_chart(points: Sequence[LabelledPoint], start: float, x_label: str, share: bool = False) -> str:
     """Named points over a logarithmic x, each with the interval of its y.
 
     Where the interval covers `start`, which a dashed line marks, the point is hollow.
@@ -165,7 +165,7 @@ def named_points_chart(points: Sequence[Named], start: float, x_label: str, shar
         return _svg(figure)
 
 
-def _name_points(figure: Figure, axes: Axes, points: Sequence[Named], line: float) -> None:
+def _name_points(figure: Figure, axes: Axes, points: Sequence[LabelledPoint], line: float) -> None:
     """Write each name where it covers nothing, with a line to its point when it is not beside it.
 
     Args:

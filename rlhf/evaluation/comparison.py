@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.evaluation.comparison_file import Comparison
-from rlhf.evaluation.win_rate import compare
+from rlhf.evaluation.win_rate import pairwise_wins
 from rlhf.functional.statistics import ENOUGH_PROMPTS, Interval, mean_interval, prompt_means, win_rate
 from rlhf.run.folder import RunFolder, live_owner
 from rlhf.system.files import read_json, read_rows
@@ -28,10 +28,10 @@ ADAPTER = "adapter.safetensors"  # in model/: the trained weights alone
 
 
 @dataclass(frozen=True)
-class Row:
+class ArmResult:
     """One way; None for what its stages have not written (yet)."""
 
-    way: str
+    arm: str
     method: str  # model.peft.method
     lr: tuple[float, float]  # of SFT and of PPO
     state: str  # done, failed, stopped, running, interrupted, unfinished (so far no stage of it failed) or not run
@@ -81,7 +81,7 @@ def finding(interval: Interval | None, start: float, prompts: int, words: tuple[
     return words[0] if interval.low > start else words[2] if interval.high < start else words[1]
 
 
-def rows(comparison: Comparison, reasons: Mapping[str, str] | None = None) -> list[Row]:
+def arm_results(comparison: Comparison, reasons: Mapping[str, str] | None = None) -> list[ArmResult]:
     """One row for each way, in the file's order.
 
     Args:
@@ -93,15 +93,15 @@ def rows(comparison: Comparison, reasons: Mapping[str, str] | None = None) -> li
     folder, variant, found = comparison.folder, comparison.variant, []
     reference = RunFolder(folder / comparison.reference)
     base = {policy: _answers(reference, policy) for policy in ("sft", variant)}
-    whole = max(_weights(folder / way / "sft" / "model", plain=True)[0] for way in comparison.ways)
-    for way in comparison.ways:
-        run, recipe = RunFolder(folder / way), comparison.load(way)
+    whole = max(_weights(folder / arm / "sft" / "model", plain=True)[0] for arm in comparison.ways)
+    for arm in comparison.ways:
+        run, recipe = RunFolder(folder / arm), comparison.load(arm)
         state, reason = _state(run, recipe)
-        if reasons and way in reasons:
-            state, reason = "failed", reasons[way]
+        if reasons and arm in reasons:
+            state, reason = "failed", reasons[arm]
         method, lr = recipe.model.peft.method, (recipe.sft.lr, recipe.ppo.lr)
         numbers = _training(run, variant, method, whole) | _evaluation(run, recipe, variant, reference, base)
-        found.append(Row(way, method, lr, state, reason, **numbers))
+        found.append(ArmResult(arm, method, lr, state, reason, **numbers))
     return found
 
 
@@ -113,7 +113,7 @@ def why_failed(stage: str, record: dict[str, Any] | None) -> str:
     return f"{stage}: {line.removeprefix('UserError: ')}"
 
 
-def as_dicts(found: Sequence[Row]) -> list[dict[str, Any]]:
+def as_dicts(found: Sequence[ArmResult]) -> list[dict[str, Any]]:
     """The rows for a program to read; intervals as {"mean", "low", "high"}."""
 
     def plain(value: Any) -> Any:
@@ -274,7 +274,7 @@ def _difference(mine: Answers, theirs: Answers, recipe: Recipe) -> Interval | No
     return mean_interval(differences, recipe.evaluate.bootstrap, recipe.run.seed)
 
 
-def _judge(recipe: Recipe, reference: RunFolder, way: str, mine: Answers, base: Answers) -> Interval | None:
+def _judge(recipe: Recipe, reference: RunFolder, arm: str, mine: Answers, base: Answers) -> Interval | None:
     """Win rate over the reference's SFT policy under the rubric, as noisy as it was for evaluate; else None."""
     same = mine.keys() == base.keys() and all(len(mine[prompt]) == len(base[prompt]) for prompt in mine)
     if recipe.evaluate.labeler != "rubric" or not same:
@@ -282,10 +282,12 @@ def _judge(recipe: Recipe, reference: RunFolder, way: str, mine: Answers, base: 
     from rlhf.data.records import Message, Prompt
     from rlhf.functional.seeding import row_seed
     from rlhf.labeling.base import Output  # imports torch
-    from rlhf.labeling.labelers import make_judge
+    from rlhf.labeling.labelers import make_evaluation_labeler
 
     prompts = [Prompt((Message("user", text),)) for text in mine]  # of which the rubric sees the text alone
     sides = [[[Output(a["text"], a["finished"]) for a in side[text]] for text in mine] for side in (mine, base)]
-    seed = row_seed(recipe.run.seed, "compare", "reference", way)
-    wins = compare(make_judge(recipe, reference), prompts, *sides, seed, judgements=recipe.evaluate.judgements)
+    seed = row_seed(recipe.run.seed, "compare", "reference", arm)
+    wins = pairwise_wins(
+        make_evaluation_labeler(recipe, reference), prompts, *sides, seed, judgements=recipe.evaluate.judgements
+    )
     return win_rate(prompt_means(wins), recipe.evaluate.bootstrap, seed)

@@ -36,7 +36,7 @@ NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # of a way, hence of a run f
 SECTIONS = ("recipe", "reference", "common", "ways")
 SHARED_STAGES = ("rank", "reward")  # done by the reference for all ways
 # What is placed by the comparison, or has to be the same for the ways' numbers to be comparable.
-NOT_A_WAYS = ("run.dir", "run.name", "run.stages", "rank.", "reward.", "evaluate.", "data.prompts_heldout")
+FIXED_FIELDS = ("run.dir", "run.name", "run.stages", "rank.", "reward.", "evaluate.", "data.prompts_heldout")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Comparison:
     recipe: str  # name or path
     reference: str
     common: dict[str, Any]  # dotted field: value
-    ways: dict[str, dict[str, Any]]
+    arms: dict[str, dict[str, Any]]
 
     @property
     def base(self) -> Recipe:
@@ -64,19 +64,19 @@ class Comparison:
         """The PPO stage whose policies are compared."""
         return next((variant for variant in PPO_VARIANTS if variant in self.base.run.stages), "ppo")
 
-    def overrides(self, way: str) -> list[str]:
+    def overrides(self, arm: str) -> list[str]:
         """What the command line of a way's stages says after the name of the recipe."""
         base, folder = self.base, self.folder
-        placed: dict[str, Any] = {"run.dir": str(folder), "run.name": way}
-        if way != self.reference:
+        placed: dict[str, Any] = {"run.dir": str(folder), "run.name": arm}
+        if arm != self.reference:
             placed["run.stages"] = [stage for stage in base.run.stages if stage not in SHARED_STAGES]
             if base.reward.model == "sft":  # the reference's SFT model, that is
                 placed["reward.model"] = str(folder / self.reference / "sft" / "model")
-        return _as_overrides(self.common | self.ways[way] | placed)
+        return _as_overrides(self.common | self.arms[arm] | placed)
 
-    def load(self, way: str) -> Recipe:
+    def load(self, arm: str) -> Recipe:
         """The whole recipe of a way."""
-        return load_recipe(self.recipe, self.overrides(way))
+        return load_recipe(self.recipe, self.overrides(arm))
 
 
 def comparison_names() -> dict[str, str]:
@@ -98,34 +98,36 @@ def read_comparison(name_or_path: str, overrides: Sequence[str] = ()) -> Compari
     values, lines = read_yaml(path, "comparison", SECTIONS), _Lines(path)
     for key in values:
         if key not in SECTIONS:
-            raise UserError(f"unknown section {key}", lines.of(key), f"known here: {', '.join(SECTIONS)}")
+            raise UserError(f"unknown section {key}", lines.where(key), f"known here: {', '.join(SECTIONS)}")
     for key in ("recipe", "reference"):
         if not isinstance(values.get(key), str):
-            raise UserError(f"{key} is {values.get(key)!r}", lines.of(key), f"give the name of a {key}")
+            raise UserError(f"{key} is {values.get(key)!r}", lines.where(key), f"give the name of a {key}")
     common = _mapping(values.get("common", {}), lines, "common")
-    ways = {
-        way: _mapping(given, lines, "ways", way) for way, given in _mapping(values.get("ways"), lines, "ways").items()
+    arms = {
+        arm: _mapping(given, lines, "ways", arm) for arm, given in _mapping(values.get("ways"), lines, "ways").items()
     }
-    if values["reference"] not in ways:
-        fix = f"take one of {', '.join(ways)}"
-        raise UserError(f"the reference {values['reference']} is no way of this comparison", lines.of("reference"), fix)
+    if values["reference"] not in arms:
+        fix = f"take one of {', '.join(arms)}"
+        raise UserError(
+            f"the reference {values['reference']} is no way of this comparison", lines.where("reference"), fix
+        )
     recipe = values["recipe"]
     if (path.parent / recipe).is_file():
         recipe = str((path.parent / recipe).resolve())
     try:
         find_file(recipe, RECIPES, "recipe")
     except UserError as error:
-        raise UserError(error.what, lines.of("recipe"), error.fix) from None
+        raise UserError(error.what, lines.where("recipe"), error.fix) from None
     _load(recipe, _as_overrides(common), lines, "common", common)
-    _check_overrides(overrides, ways, path)
+    _check_overrides(overrides, arms, path)
     base = load_recipe(recipe, [*_as_overrides(common), *overrides])
     resolved = {key: field_value(base, key) for key in [*common, *(text.partition("=")[0] for text in overrides)]}
-    comparison = Comparison(recipe, values["reference"], resolved, ways)
+    comparison = Comparison(recipe, values["reference"], resolved, arms)
     for stages in (("sft",), ("reward",), PPO_VARIANTS, ("evaluate",)):
         if not set(stages) & set(base.run.stages):
-            raise UserError(f"run.stages lacks {stages[0]}", lines.of("recipe"), "a comparison needs it")
-    for way in ways:
-        _check_way(comparison, way, lines)
+            raise UserError(f"run.stages lacks {stages[0]}", lines.where("recipe"), "a comparison needs it")
+    for arm in arms:
+        _check_arm(comparison, arm, lines)
     return comparison
 
 
@@ -135,7 +137,7 @@ def write_comparison(comparison: Comparison) -> Path:
         "recipe": comparison.recipe,
         "reference": comparison.reference,
         "common": comparison.common,
-        "ways": comparison.ways,
+        "ways": comparison.arms,
     }
     path = comparison.folder / FILE
     write_atomic(path, yaml.safe_dump(held, sort_keys=False, width=120))
@@ -160,7 +162,7 @@ class _Lines:
                 yield inner, key.start_mark.line + 1
                 yield from self._walk(value, inner)
 
-    def of(self, *keys: str) -> str:
+    def where(self, *keys: str) -> str:
         """`FILE, line N, a.b`; without the line for what is not there."""
         line = f", line {self._lines[keys]}" if keys in self._lines else ""
         return f"{self.path}{line}, {': '.join(keys)}"
@@ -172,15 +174,17 @@ def _mapping(value: Any, lines: _Lines, *at: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, Mapping) or (not value and at == ("ways",)):
         held = "is missing or empty" if value in (None, {}) else f"is {value!r}"
-        raise UserError(f"{at[-1]} {held}", lines.of(*at), "write `name: {section.field: value}` on the lines below it")
+        raise UserError(
+            f"{at[-1]} {held}", lines.where(*at), "write `name: {section.field: value}` on the lines below it"
+        )
     return {str(key): inner for key, inner in value.items()}
 
 
-def _check_overrides(overrides: Sequence[str], ways: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def _check_overrides(overrides: Sequence[str], arms: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Refuse to set, for all ways, what they differ in."""
     for text in overrides:
         key = text.partition("=")[0].strip()
-        setting = [way for way, given in ways.items() if key in given]
+        setting = [arm for arm, given in arms.items() if key in given]
         if setting:
             raise UserError(
                 f"{key} is what the ways differ in: {', '.join(setting)}",
@@ -189,21 +193,21 @@ def _check_overrides(overrides: Sequence[str], ways: Mapping[str, Mapping[str, A
             )
 
 
-def _check_way(comparison: Comparison, way: str, lines: _Lines) -> None:
+def _check_arm(comparison: Comparison, arm: str, lines: _Lines) -> None:
     """Raise UserError for a way that cannot be a run of this comparison."""
-    given = comparison.ways[way]
-    if not NAME.fullmatch(way):
+    given = comparison.arms[arm]
+    if not NAME.fullmatch(arm):
         fix = "name it in letters, digits, dots, dashes and underscores"
-        raise UserError(f"the way {way!r} cannot be the name of a folder", lines.of("ways", way), fix)
+        raise UserError(f"the way {arm!r} cannot be the name of a folder", lines.where("ways", arm), fix)
     for key in given:
-        if key.startswith(NOT_A_WAYS):
+        if key.startswith(FIXED_FIELDS):
             fix = "set it under common, or in the recipe" if not key.startswith("run.") else "leave it out"
-            raise UserError(f"{key} is the same for all ways, or follows from them", lines.of("ways", way, key), fix)
-    recipe = _load(comparison.recipe, comparison.overrides(way), lines, "ways", way, given)
+            raise UserError(f"{key} is the same for all ways, or follows from them", lines.where("ways", arm, key), fix)
+    recipe = _load(comparison.recipe, comparison.overrides(arm), lines, "ways", arm, given)
     if recipe.reward.peft.method != "none":
         raise UserError(
             f"reward.peft.method is {recipe.reward.peft.method}: all ways share one reward model, trained whole",
-            lines.of("ways", way),
+            lines.where("ways", arm),
             "set reward.peft.method=none in the recipe or under common",
         )
 
@@ -219,7 +223,7 @@ def _load(recipe: str, overrides: Sequence[str], lines: _Lines, *at: Any) -> Rec
         return load_recipe(recipe, overrides)
     except UserError as error:
         told = [key for key in given if key in error.what.replace(",", " ").split() or error.what.startswith(key)]
-        where = lines.of(*keys, told[0]) if told else f"{lines.of(*keys)}: {error.where}"
+        where = lines.where(*keys, told[0]) if told else f"{lines.where(*keys)}: {error.where}"
         raise UserError(error.what, where, error.fix) from None
 
 

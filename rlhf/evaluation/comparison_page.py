@@ -14,8 +14,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from rlhf.evaluation.charts import Named, named_points_chart
-from rlhf.evaluation.comparison import Row, as_dicts
+from rlhf.evaluation.charts import LabelledPoint, named_points_chart
+from rlhf.evaluation.comparison import ArmResult, as_dicts
 from rlhf.evaluation.comparison_file import FILE, Comparison
 from rlhf.evaluation.html_page import count, number, percent, render, share, signed
 from rlhf.recipe import recipe_to_yaml
@@ -38,7 +38,7 @@ METHODS = {
 }
 
 
-def write_page(comparison: Comparison, rows: Sequence[Row]) -> Path:
+def write_page(comparison: Comparison, rows: Sequence[ArmResult]) -> Path:
     """Write comparison.html and comparison.json into the comparison's folder; returns the path of the former."""
     folder, reference = comparison.folder, comparison.reference
     base = comparison.load(reference)
@@ -70,13 +70,13 @@ NOTES = (
 )
 
 
-def verdict(rows: Sequence[Row], reference: str) -> str:
+def verdict(rows: Sequence[ArmResult], reference: str) -> str:
     """What the comparison found, no more than the intervals allow to say."""
     judged = [row for row in rows if row.gain is not None and row.score is not None]
     if not judged:
         return "No way has been evaluated yet."
     best = max(judged, key=lambda row: row.score)
-    text = f"Highest held-out score: {best.way}, {number(best.score)}"
+    text = f"Highest held-out score: {best.arm}, {number(best.score)}"
     text += f" with {share(best.share)} of the weights trained" if best.share else ""
     if best.versus_reference is not None:
         words = {"above": f"above {reference}", "below": f"below {reference}"}
@@ -84,9 +84,9 @@ def verdict(rows: Sequence[Row], reference: str) -> str:
         interval = best.versus_reference
         text += f": {words.get(best.standing, best.standing)} ({signed(interval.mean, 2)}, {_range(interval)})"
     groups = [
-        [row.way for row in judged if row.finding == word] for word in ("learned", "got worse", "learned nothing")
+        [row.arm for row in judged if row.finding == word] for word in ("learned", "got worse", "learned nothing")
     ]
-    groups.append([row.way for row in rows if row.state == "failed"])
+    groups.append([row.arm for row in rows if row.state == "failed"])
     for names, said in zip(
         groups, ("PPO raised the score of", "It lowered that of", "Learned nothing:", "Failed:"), strict=True
     ):
@@ -94,7 +94,7 @@ def verdict(rows: Sequence[Row], reference: str) -> str:
     return text + "."
 
 
-def basis(comparison: Comparison, rows: Sequence[Row]) -> str:
+def basis(comparison: Comparison, rows: Sequence[ArmResult]) -> str:
     """How the ways are made comparable."""
     recipe = comparison.load(comparison.reference)
     prompts = max((row.prompts for row in rows), default=0)
@@ -107,7 +107,7 @@ def basis(comparison: Comparison, rows: Sequence[Row]) -> str:
     return text + (f"Judged by the {labeler} labeler on {prompts} held-out prompts." if prompts else "")
 
 
-def charts(rows: Sequence[Row], reference: str) -> list[dict[str, Any]]:
+def charts(rows: Sequence[ArmResult], reference: str) -> list[dict[str, Any]]:
     """Trained weights against reward and against win rate, of the ways that have both."""
     found = []
     for title, unit, key, start in (
@@ -115,7 +115,7 @@ def charts(rows: Sequence[Row], reference: str) -> list[dict[str, Any]]:
         ("Win rate", f"over SFT of {reference}", "win_rate_reference", 0.5),
     ):
         there = [(row, interval) for row in rows if row.trained and (interval := getattr(row, key)) is not None]
-        points = [Named(row.way, row.trained, *interval) for row, interval in there]
+        points = [LabelledPoint(row.arm, row.trained, *interval) for row, interval in there]
         if points:
             svg = named_points_chart(points, start, "trained weights", share=start == 0.5)
             found.append({"title": title, "unit": unit, "svg": Markup(svg)})
@@ -129,13 +129,13 @@ def membership(run_dir: Path) -> dict[str, Any] | None:
     return data if data and any(row["way"] == run_dir.name for row in data["ways"]) else None
 
 
-def print_rows(comparison: Comparison, rows: Sequence[Row]) -> None:
+def print_rows(comparison: Comparison, rows: Sequence[ArmResult]) -> None:
     """The table for the terminal, and the reason of each way that is not done."""
     cells = []
     for row in rows:
         cells.append(
             [
-                row.way,
+                row.arm,
                 count(row.trained),
                 number(row.sft_loss, 3),
                 number(row.score),
@@ -154,16 +154,16 @@ def print_rows(comparison: Comparison, rows: Sequence[Row]) -> None:
     for row in rows:
         if row.state != "done":
             why = f": {row.reason}" if row.reason else ""
-            console.print(f"{row.way}: {row.state}{why}", markup=False, soft_wrap=True)
+            console.print(f"{row.arm}: {row.state}{why}", markup=False, soft_wrap=True)
         elif row.finding != "learned":
             shown = f" that {row.prompts} prompts can show" if row.finding == "learned nothing" else ""
-            console.print(f"{row.way}: {row.finding}{shown}", markup=False)
+            console.print(f"{row.arm}: {row.finding}{shown}", markup=False)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _shown(comparison: Comparison, row: Row) -> dict[str, Any]:
+def _shown(comparison: Comparison, row: ArmResult) -> dict[str, Any]:
     """A row with what only the page shows."""
     sizes = dict.fromkeys(_bytes(size) for size in (row.sft_bytes, row.ppo_bytes) if size)
     return asdict(row) | {
@@ -174,15 +174,15 @@ def _shown(comparison: Comparison, row: Row) -> dict[str, Any]:
         "finding": row.finding,
         "preference": row.preference,
         "standing": row.standing,
-        "method_name": METHODS[row.method] if METHODS[row.method] != row.way else "",
+        "method_name": METHODS[row.method] if METHODS[row.method] != row.arm else "",
         "stored": " and ".join(sizes) or "–",
         "seconds": _seconds(row),
-        "report": f"{row.way}/report.html" if row.score is not None else "",
-        "fields": ", ".join(f"{key}={value}" for key, value in comparison.ways[row.way].items()),
+        "report": f"{row.arm}/report.html" if row.score is not None else "",
+        "fields": ", ".join(f"{key}={value}" for key, value in comparison.ways[row.arm].items()),
     }
 
 
-def _seconds(row: Row) -> float | None:
+def _seconds(row: ArmResult) -> float | None:
     known = [seconds for seconds in (row.sft_seconds, row.ppo_seconds) if seconds is not None]
     return sum(known) if known else None
 

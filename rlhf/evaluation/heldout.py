@@ -18,13 +18,13 @@ from rlhf.data.records import (
     read_rankings,
     read_texts,
 )
-from rlhf.data.text_blocks import blocks
+from rlhf.data.text_blocks import token_blocks
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed
 
 
 @dataclass
-class Questions:
+class HeldOut:
     """What every policy is asked."""
 
     prompts: list[Prompt]
@@ -58,7 +58,7 @@ def unseen_texts(recipe: Recipe, drops: Drops) -> list[str]:
     return kept
 
 
-def read_questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, drops: Drops) -> Questions:
+def read_heldout(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, drops: Drops) -> HeldOut:
     """The held-out prompts, text and questions; what was trained on and too long prompts are dropped and counted."""
     cfg, data = recipe.evaluate, recipe.data
     fitting = fit_prompts(unseen_prompts(recipe, drops), tokenizer, data.max_prompt_tokens, drops)
@@ -72,11 +72,11 @@ def read_questions(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, drops: Dr
     cloze = read_cloze(data.cloze) if data.cloze else []
     texts = unseen_texts(recipe, drops)
     rows = [(encoded, s) for encoded in fitting for s in range(cfg.samples_per_prompt)]
-    return Questions(
+    return HeldOut(
         prompts=[encoded.item for encoded in fitting],
         ids=[encoded.prompt for encoded, _ in rows],
         seeds=[row_seed(recipe.run.seed, "evaluate", encoded.item.key, s) for encoded, s in rows],
         # Rows as long as those of the ptx loss, so that this loss and ppo/ptx_loss are on one scale.
-        text_rows=blocks(texts, tokenizer, recipe.ppo.ptx_tokens),
+        text_rows=token_blocks(texts, tokenizer, recipe.ppo.ptx_tokens),
         cloze=cloze[: cfg.cloze_questions or None],
     )

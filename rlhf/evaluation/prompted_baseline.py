@@ -20,14 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
 from rlhf.data.encoding import encode_prompt, encode_response, speaks_after_colon, stop_ids
-from rlhf.data.prompt_template import Template, after
+from rlhf.data.prompt_template import Template, assistant_answer
 from rlhf.data.records import Message, Prompt
 from rlhf.functional.seeding import row_seed
 from rlhf.models.loading import check_context
-from rlhf.rollout.sampling import Rollout, assemble, sample
+from rlhf.rollout.sampling import Rollout, pad_rollout, sample
 
 
-class Prompted(NamedTuple):
+class PromptedResponses(NamedTuple):
     """Responses as a rollout of the plain prompts (log-probabilities 0: they are not those under the plain prompt)."""
 
     rollout: Rollout
@@ -35,7 +35,7 @@ class Prompted(NamedTuple):
     reasoning: list[str]  # empty texts without chain-of-thought
 
 
-def dialogue(template: Template, prompt: Prompt) -> Prompt:
+def prompted_messages(template: Template, prompt: Prompt) -> Prompt:
     """The prompt under the template: a system message, the examples, earlier turns, the last request in its text."""
     *before, last = prompt.messages
     system = before[:1] if before and before[0].role == "system" else []
@@ -52,7 +52,7 @@ def answer_prompted(
     plain: Sequence[Sequence[int]],
     seeds: Sequence[int],
     advance: Callable[[int], None] | None = None,
-) -> Prompted:
+) -> PromptedResponses:
     """One response to each prompt under the template.
 
     Args:
@@ -64,8 +64,8 @@ def answer_prompted(
         UserError: when the model has no positions for template, prompt and response.
     """
     cfg, limit = recipe.evaluate, recipe.data.max_response_tokens
-    rows = [encode_prompt(tokenizer, dialogue(template, prompt)) for prompt in prompts]
-    cue = encode_response(tokenizer, after("x", template.cue), finished=False) if template.reasons else []
+    rows = [encode_prompt(tokenizer, prompted_messages(template, prompt)) for prompt in prompts]
+    cue = encode_response(tokenizer, assistant_answer("x", template.cue), finished=False) if template.reasons else []
     longest = max(map(len, rows)) + limit + (cfg.reasoning_tokens + len(cue) if template.reasons else 0)
     check_context(policy, longest, "evaluate.prompted")
     stops = stop_ids(tokenizer, policy)
@@ -92,15 +92,19 @@ def answer_prompted(
             thought = text.split(template.cue)[0].strip()
             before = _before_stop(tokenizer, template, thought)
             thoughts[i] = thought if before is None else before
-        said = [encode_response(tokenizer, after(thought, template.cue), finished=False) for thought in thoughts]
+        said = [
+            encode_response(tokenizer, assistant_answer(thought, template.cue), finished=False) for thought in thoughts
+        ]
         rows = [[*row, *ids] for row, ids in zip(rows, said, strict=True)]
     drawn = draw(rows, limit, seeds)
     responses = [
         response_ids(tokenizer, template, drawn.response(i), text, bool(drawn.finished[i]))
         for i, text in enumerate(drawn.texts(tokenizer))
     ]
-    rollout = assemble(plain, [(ids, [0.0] * len(ids)) for ids in responses], int(tokenizer.pad_token_id), set(stops))
-    return Prompted(rollout, rollout.texts(tokenizer), thoughts)
+    rollout = pad_rollout(
+        plain, [(ids, [0.0] * len(ids)) for ids in responses], int(tokenizer.pad_token_id), set(stops)
+    )
+    return PromptedResponses(rollout, rollout.texts(tokenizer), thoughts)
 
 
 def response_ids(

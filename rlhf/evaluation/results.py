@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from rlhf.evaluation.heldout import Questions
+from rlhf.evaluation.heldout import HeldOut
 from rlhf.functional.statistics import Interval, distinct_n, length_statistics
 from rlhf.labeling.base import Output
 from rlhf.rollout.sampling import Rollout
@@ -29,10 +29,10 @@ class Answers:
         flat = [
             Output(text, finished) for text, finished in zip(self.texts, self.rollout.finished.tolist(), strict=True)
         ]
-        return grouped(flat, samples)
+        return group_by_prompt(flat, samples)
 
 
-def grouped(rows: list, samples: int) -> list[list]:
+def group_by_prompt(rows: list, samples: int) -> list[list]:
     """A flat list as [prompts][samples]."""
     return [rows[i : i + samples] for i in range(0, len(rows), samples)]
 
@@ -74,7 +74,7 @@ def headline(results: dict[str, Any]) -> dict[str, float]:
 
 
 def sample_rows(
-    asked: Questions, answers: dict[str, Answers], over_sft: dict[str, list[float]], samples: int
+    asked: HeldOut, answers: dict[str, Answers], over_sft: dict[str, list[float]], samples: int
 ) -> list[dict[str, Any]]:
     """samples.jsonl: a prompt with every policy's response, its length, score, KL and its win over SFT."""
     rows = []

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rlhf.labeling.base import Labeler, Output
 
 
-def compare(
+def pairwise_wins(
     labeler: Labeler,
     prompts: Sequence[Prompt],
     outputs_a: Sequence[Sequence[Output]],

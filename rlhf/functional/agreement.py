@@ -25,9 +25,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-Ties = Literal["untied", "strict", "half"]
-CONVENTIONS: tuple[Ties, ...] = ("untied", "strict", "half")
-HEADLINE: Ties = "untied"
+TieConvention = Literal["untied", "strict", "half"]
+CONVENTIONS: tuple[TieConvention, ...] = ("untied", "strict", "half")
+HEADLINE: TieConvention = "untied"
 Z95 = 1.959963984540054  # the normal's 97.5 % quantile
 RESAMPLES, BATCH = 2000, 50  # in batches: all at once would take prompts x resamples of memory
 
@@ -35,14 +35,14 @@ RESAMPLES, BATCH = 2000, 50  # in batches: all at once would take prompts x resa
 class Tally(NamedTuple):
     """Pairs of K outputs under two rankings; the five numbers add up to K (K - 1) / 2."""
 
-    alike: int  # both put the same output first
-    opposed: int
+    concordant: int  # both put the same output first
+    discordant: int
     first_ties: int  # tied by the first ranking alone
     second_ties: int
     both_tie: int
 
 
-class Shared(NamedTuple):
+class SharedRankings(NamedTuple):
     """Outputs of one prompt that several labelers ranked: all ranks are of the same outputs in the same order."""
 
     prompt: str  # what tells prompts apart
@@ -50,7 +50,7 @@ class Shared(NamedTuple):
     times: dict[str, datetime]  # labeler: when the ranking was given, where that is known
 
 
-class Comparison(NamedTuple):
+class LabelerPair(NamedTuple):
     """Two labelers' rankings of the same outputs; `time` is when the later was given, where both times are known."""
 
     prompt: str
@@ -60,7 +60,7 @@ class Comparison(NamedTuple):
     time: datetime | None
 
 
-class Estimate(NamedTuple):
+class AgreementEstimate(NamedTuple):
     """A share or mean with its 95 % interval and standard error, nan where there is none to give."""
 
     value: float
@@ -92,12 +92,12 @@ def tally(first: Sequence[int], second: Sequence[int]) -> Tally:
     return Tally(**counts)
 
 
-def credit(counts: Tally, ties: Ties = HEADLINE) -> tuple[float, int]:
+def agreement_counts(counts: Tally, ties: TieConvention = HEADLINE) -> tuple[float, int]:
     """(pairs that agree, pairs that count) under a convention; see the head of this file."""
     if ties == "untied":
-        return counts.alike, counts.alike + counts.opposed
+        return counts.concordant, counts.concordant + counts.discordant
     one_ties = counts.first_ties + counts.second_ties
-    return counts.alike + counts.both_tie + (0.5 * one_ties if ties == "half" else 0), sum(counts)
+    return counts.concordant + counts.both_tie + (0.5 * one_ties if ties == "half" else 0), sum(counts)
 
 
 def tau_b(counts: Tally) -> float:
@@ -105,40 +105,40 @@ def tau_b(counts: Tally) -> float:
 
     (alike - opposed) / sqrt(P Q), with P the pairs that the first ranking orders and Q those that the second orders.
     """
-    ordered_by_both = counts.alike + counts.opposed
+    ordered_by_both = counts.concordant + counts.discordant
     p, q = ordered_by_both + counts.second_ties, ordered_by_both + counts.first_ties
-    return (counts.alike - counts.opposed) / math.sqrt(p * q) if p * q else math.nan
+    return (counts.concordant - counts.discordant) / math.sqrt(p * q) if p * q else math.nan
 
 
-def comparisons(shared: Iterable[Shared]) -> list[Comparison]:
+def labeler_pairs(shared: Iterable[SharedRankings]) -> list[LabelerPair]:
     """Every two labelers of every set of outputs, names in alphabetical order."""
     found = []
     for item in shared:
         for first, second in combinations(sorted(item.ranks), 2):
             times = [item.times[name] for name in (first, second) if name in item.times]
             counts = tally(item.ranks[first], item.ranks[second])
-            found.append(Comparison(item.prompt, first, second, counts, max(times) if len(times) == 2 else None))
+            found.append(LabelerPair(item.prompt, first, second, counts, max(times) if len(times) == 2 else None))
     return found
 
 
-def pairwise(compared: Sequence[Comparison], ties: Ties = HEADLINE, seed: int = 0) -> Estimate:
+def pairwise(compared: Sequence[LabelerPair], ties: TieConvention = HEADLINE, seed: int = 0) -> AgreementEstimate:
     """Share of the pairs of outputs on which two labelers agree, all comparisons pooled."""
-    credits = [(c.prompt, *credit(c.tally, ties)) for c in compared]
+    credits = [(c.prompt, *agreement_counts(c.tally, ties)) for c in compared]
     return ratio(credits, seed, shares=all(agree in (0, 1) for _, agree, _ in credits))
 
 
-def kendall(compared: Sequence[Comparison], seed: int = 0) -> Estimate:
+def kendall(compared: Sequence[LabelerPair], seed: int = 0) -> AgreementEstimate:
     """Mean tau-b of the comparisons in which neither ranking ties everything."""
     taus = [(c.prompt, tau_b(c.tally)) for c in compared]
     return ratio([(prompt, tau, 1) for prompt, tau in taus if not math.isnan(tau)], seed, span=(-1.0, 1.0))
 
 
-def of_labeler(compared: Iterable[Comparison], name: str) -> list[Comparison]:
+def pairs_of_labeler(compared: Iterable[LabelerPair], name: str) -> list[LabelerPair]:
     """The comparisons of one labeler with the others."""
     return [c for c in compared if name in (c.first, c.second)]
 
 
-def windows(compared: Iterable[Comparison], count: int) -> list[list[Comparison]]:
+def time_windows(compared: Iterable[LabelerPair], count: int) -> list[list[LabelerPair]]:
     """Comparisons that have a time, in its order, cut into at most `count` parts of equal size.
 
     Parts of equal size rather than length: labelling comes in bursts, and their intervals are to be of like width.
@@ -153,7 +153,7 @@ def ratio(
     seed: int = 0,
     shares: bool = False,
     span: tuple[float, float] = (0.0, 1.0),
-) -> Estimate:
+) -> AgreementEstimate:
     """Sum of numerators over sum of denominators, with an interval over prompts.
 
     The interval is the percentile bootstrap over prompts. Where every prompt gives one pair alone (`shares`), pairs are
@@ -172,15 +172,15 @@ def ratio(
             total = sums.setdefault(prompt, [0.0, 0.0])
             total[0], total[1] = total[0] + above, total[1] + below
     if not sums:
-        return Estimate(math.nan, math.nan, math.nan, math.nan, 0, 0, "")
+        return AgreementEstimate(math.nan, math.nan, math.nan, math.nan, 0, 0, "")
     a, b = np.array(list(sums.values())).T
     value, m = float(a.sum() / b.sum()), len(a)
     error = math.sqrt(m / (m - 1) * ((a - value * b) ** 2).sum()) / b.sum() if m > 1 else math.nan
     if (shares and bool((b == 1).all())) or (m > 1 and float(np.ptp(a / b)) < 1e-12):
         least, width = span[0], span[1] - span[0]
         low, high = (least + width * end for end in wilson((value - least) / width, m))
-        return Estimate(value, low, high, float(error), float(b.sum()), m, "wilson")
-    return Estimate(value, *_bootstrap(a, b, seed), float(error), float(b.sum()), m, "bootstrap")
+        return AgreementEstimate(value, low, high, float(error), float(b.sum()), m, "wilson")
+    return AgreementEstimate(value, *_bootstrap(a, b, seed), float(error), float(b.sum()), m, "bootstrap")
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
@@ -212,7 +212,7 @@ def positions(ranks: Sequence[int]) -> list[float]:
     return ((better + tied / 2) / (len(r) - 1)).tolist()
 
 
-def alpha(shared: Iterable[Shared]) -> float:
+def alpha(shared: Iterable[SharedRankings]) -> float:
     """Krippendorff's ordinal alpha of the outputs' positions; an output is a unit, and labelers may be missing."""
     units: list[Sequence[float]] = []
     for item in shared:

@@ -34,7 +34,7 @@ class BothOrders(NamedTuple):
         return bool(np.sign(self.ab) != -np.sign(self.ba))
 
 
-def normalised(logprobs: Sequence[float]) -> list[float]:
+def normalise_labels(logprobs: Sequence[float]) -> list[float]:
     """Log-probabilities of the labels given that one of them is said: they sum to 1."""
     total = np.logaddexp.reduce(logprobs)
     return [float(logp - total) for logp in logprobs]
@@ -47,8 +47,10 @@ def calibrated(logprobs: Sequence[float], content_free: Sequence[Sequence[float]
         logprobs: of each label.
         content_free: of each label, for inputs without content; p_cf is the mean of their probabilities.
     """
-    free = np.logaddexp.reduce([normalised(row) for row in content_free], axis=0)  # of the sum: what follows divides
-    return normalised([logp - each for logp, each in zip(logprobs, free, strict=True)])
+    free = np.logaddexp.reduce(
+        [normalise_labels(row) for row in content_free], axis=0
+    )  # of the sum: what follows divides
+    return normalise_labels([logp - each for logp, each in zip(logprobs, free, strict=True)])
 
 
 def log_odds(logprobs: Sequence[float]) -> float:
@@ -58,7 +60,7 @@ def log_odds(logprobs: Sequence[float]) -> float:
 
 def expected_points(logprobs: Sequence[float]) -> float:
     """Mean of the label's place 1, 2, .. N."""
-    return sum(place * math.exp(logp) for place, logp in enumerate(normalised(logprobs), 1))
+    return sum(place * math.exp(logp) for place, logp in enumerate(normalise_labels(logprobs), 1))
 
 
 def win_log_odds(a: Sequence[float], b: Sequence[float]) -> float:
@@ -67,7 +69,7 @@ def win_log_odds(a: Sequence[float], b: Sequence[float]) -> float:
     Args:
         a, b: log-probabilities of the labels, from worst to best.
     """
-    joint = np.add.outer(normalised(a), normalised(b))
+    joint = np.add.outer(normalise_labels(a), normalise_labels(b))
     tied = np.logaddexp.reduce(np.diag(joint)) + math.log(0.5)
     above = np.logaddexp.reduce(joint[np.tril_indices(len(joint), -1)])
     below = np.logaddexp.reduce(joint[np.triu_indices(len(joint), 1)])

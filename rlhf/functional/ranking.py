@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-Ties = Literal["drop", "half"]
+TieHandling = Literal["drop", "half"]
 
 
 class RankingLoss(NamedTuple):
@@ -36,12 +36,12 @@ def tied_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
     return [(i, j) for i in range(len(ranks)) for j in range(i + 1, len(ranks)) if ranks[i] == ranks[j]]
 
 
-def has_pairs(ranks: Sequence[int], ties: Ties) -> bool:
+def has_pairs(ranks: Sequence[int], ties: TieHandling) -> bool:
     """Whether a prompt contributes to the objective."""
     return len(ranks) > 1 if ties == "half" else len(set(ranks)) > 1
 
 
-def ranking_loss(scores: Tensor, ranks: Sequence[Sequence[int]], ties: Ties = "drop") -> RankingLoss:
+def ranking_loss(scores: Tensor, ranks: Sequence[Sequence[int]], ties: TieHandling = "drop") -> RankingLoss:
     """Sum over prompts of the mean pair loss.
 
     Args:

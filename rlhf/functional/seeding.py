@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def stream(n: int, seed: int, name: str, start: int, count: int) -> list[int]:
+def shuffled_indices(n: int, seed: int, name: str, start: int, count: int) -> list[int]:
     """Indices at positions [start, start + count) of passes over range(n), each pass in an order of its own.
 
     Args:

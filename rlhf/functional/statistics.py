@@ -126,13 +126,13 @@ def length_statistics(lengths: Sequence[int]) -> dict[str, float]:
     return {"mean": float(np.mean(lengths)), "p10": p10, "median": p50, "p90": p90}
 
 
-def with_ends(name: str, interval: Interval) -> dict[str, float | None]:
+def with_interval(name: str, interval: Interval) -> dict[str, float | None]:
     """The value under its name, and the ends of its interval under NAME_low and NAME_high: None where there is none."""
     low, high = (None if math.isnan(end) else end for end in interval[1:])
     return {name: interval.mean, f"{name}_low": low, f"{name}_high": high}
 
 
-def clustered(groups: Sequence[Sequence[float]], seed: int = 0, shares: bool = True) -> Interval:
+def cluster_bootstrap(groups: Sequence[Sequence[float]], seed: int = 0, shares: bool = True) -> Interval:
     """Mean over all values and its 95 % bootstrap interval over groups (pairs of one prompt are not independent).
 
     Groups of one and the same mean show no spread however few they are: then it is the Wilson interval of so many

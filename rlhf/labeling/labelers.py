@@ -56,7 +56,7 @@ def make_labeler(
     )
 
 
-def make_judge(recipe: Recipe, run: RunFolder) -> Labeler:
+def make_evaluation_labeler(recipe: Recipe, run: RunFolder) -> Labeler:
     """The evaluate stage's labeler, as noisy as the one that ranked the training data."""
     return make_labeler(recipe.evaluate.labeler, recipe, run, log=run.stage_dir("evaluate") / "judge.jsonl")
 

@@ -8,20 +8,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rlhf.data.records import Ranking
-from rlhf.functional.agreement import Shared
+from rlhf.functional.agreement import SharedRankings
 
 
 @dataclass
-class Matched:
+class MatchedRankings:
     """`shared` has two labelers or more each; the counts are of all that was given."""
 
-    shared: list[Shared]
+    shared: list[SharedRankings]
     outputs: int  # sets of outputs that were ranked, by however many
     rankings: Counter[str]  # by labeler, repeats left out
     repeats: int  # rankings that a later one by the same labeler took the place of
 
 
-def match(named: Iterable[tuple[str, Ranking]]) -> Matched:
+def match(named: Iterable[tuple[str, Ranking]]) -> MatchedRankings:
     """Match (labeler, ranking) by prompt and responses.
 
     When a labeler ranked the same outputs more than once the last ranking counts: by time where both have one, else in
@@ -36,7 +36,7 @@ def match(named: Iterable[tuple[str, Ranking]]) -> Matched:
         if before is None or not (before.time and ranking.time and ranking.time < before.time):
             by_labeler[name] = ranking
     shared = [
-        Shared(
+        SharedRankings(
             key,
             {name: _in_order(ranking) for name, ranking in by_labeler.items()},
             {name: ranking.time for name, ranking in by_labeler.items() if ranking.time},
@@ -45,7 +45,7 @@ def match(named: Iterable[tuple[str, Ranking]]) -> Matched:
         if len(by_labeler) > 1
     ]
     rankings = Counter(name for by_labeler in found.values() for name in by_labeler)
-    return Matched(shared, len(found), rankings, repeats)
+    return MatchedRankings(shared, len(found), rankings, repeats)
 
 
 def _in_order(ranking: Ranking) -> list[int]:

@@ -13,10 +13,10 @@ from typing import Any
 from rlhf.data.encoding import Encoded
 from rlhf.data.layouts import contradiction
 from rlhf.data.records import Drops, Prompt, Ranking, ranking_row, rankings_of, write_jsonl
-from rlhf.data.sources import Row, read_rows
+from rlhf.data.sources import SourceRow, read_rows
 from rlhf.labeling.base import Output
 from rlhf.system.distributed import is_main_process
-from rlhf.system.row_log import append_rows, whole_rows
+from rlhf.system.row_log import append_rows, complete_rows
 
 FIELDS = ("prompt", "use_case", "responses", "finished")  # others are ignored, ranks too
 
@@ -51,19 +51,19 @@ def outputs_row(outputs: Outputs) -> dict[str, Any]:
     return {name: row[name] for name in FIELDS if name in row}
 
 
-def _outputs(row: Row, drops: Drops) -> Outputs:
+def _outputs(row: SourceRow, drops: Drops) -> Outputs:
     responses = row.need("responses")
     fields = {name: row.fields[name] for name in FIELDS if name in row.fields}
     # Read as a ranking in which all are tied, so that both are checked alike.
     tied = [1] * len(responses) if isinstance(responses, list) else []
-    (item,) = rankings_of(Row(fields | {"ranks": tied}, row.place), drops)
+    (item,) = rankings_of(SourceRow(fields | {"ranks": tied}, row.place), drops)
     if pair := contradiction(item.responses, range(len(item.responses))):  # equal texts can have but one rank
         what = f"responses {pair[0]} and {pair[1]} (from 0) are the same text"
         raise row.fail("responses", what, "keep one of them: nobody can tell them apart")
     return Outputs(item.prompt, item.responses, item.finished)
 
 
-class Samples:
+class SampledOutputs:
     """rank/samples.jsonl: one row per prompt, appended chunk by chunk; rows of another policy or setting are left out.
 
     Args:
@@ -72,7 +72,7 @@ class Samples:
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path, self.fingerprint = path, fingerprint
-        known = whole_rows(path, ("key", "fingerprint"), "its chunk is sampled again")
+        known = complete_rows(path, ("key", "fingerprint"), "its chunk is sampled again")
         self.rows: dict[str, dict[str, Any]] = {row["key"]: row for row in known if row["fingerprint"] == fingerprint}
         if is_main_process():
             write_jsonl(path, list(self.rows.values()))

@@ -11,7 +11,7 @@ from rlhf.data.records import Ranking
 from rlhf.functional.ranking import ordered_pairs, tied_pairs
 
 
-class Ranked(NamedTuple):
+class RankResult(NamedTuple):
     """The stage's product and what is known about the labels."""
 
     rankings: list[Ranking]
@@ -20,7 +20,7 @@ class Ranked(NamedTuple):
     more: Sequence[dict[str, Any]] = ()  # further fields of each row: what people said, and the order that they saw
 
 
-def summarise(ranked: Ranked) -> dict[str, Any]:
+def summarise(ranked: RankResult) -> dict[str, Any]:
     """Counts, shares and the two correlations that show a labeler's bias; None where there is nothing to measure.
 
     Correlations are Pearson's over outputs, of rank (1 is best) with length in tokens and with the position in which
@@ -38,7 +38,7 @@ def summarise(ranked: Ranked) -> dict[str, Any]:
         "pairs": ordered,
         "tie_fraction": tied / (tied + ordered),
         "finished_fraction": sum(sum(r.finished) for r in rankings) / outputs,
-        "correlation_rank_position": centred_correlation(ranks, shown_at(ranked)),
+        "correlation_rank_position": centred_correlation(ranks, display_positions(ranked)),
     }
     if ranked.lengths:
         summary["response_length"] = sum(map(sum, ranked.lengths)) / outputs
@@ -46,7 +46,7 @@ def summarise(ranked: Ranked) -> dict[str, Any]:
     return summary | ranked.label_summary
 
 
-def shown_at(ranked: Ranked) -> list[Sequence[int]]:
+def display_positions(ranked: RankResult) -> list[Sequence[int]]:
     """Where each output stood on the labeler's page: in the order of the file, but for people, who have their own."""
     if not ranked.more:
         return [range(len(r.ranks)) for r in ranked.rankings]

@@ -14,12 +14,12 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from rlhf.config import VIRTUAL_TOKENS
+from rlhf.config import VIRTUAL_TOKEN_METHODS
 from rlhf.models.peft.methods import peft_of
 from rlhf.models.placement import full_shape
 
 
-class Work(NamedTuple):
+class PassSize(NamedTuple):
     """What a pass goes over, without padding.
 
     Attributes:
@@ -30,13 +30,13 @@ class Work(NamedTuple):
 
     tokens: float
     heads: float
-    seen: float
+    attended_pairs: float
 
 
-def work_of(lengths: Sequence[tuple[int, int]]) -> Work:
+def pass_size(lengths: Sequence[tuple[int, int]]) -> PassSize:
     """Whole rows of (prompt tokens, response tokens) whose responses go through the head."""
     rows = [prompt + response for prompt, response in lengths]
-    return Work(sum(rows), sum(response for _, response in lengths), sum(n * (n + 1) / 2 for n in rows))
+    return PassSize(sum(rows), sum(response for _, response in lengths), sum(n * (n + 1) / 2 for n in rows))
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,16 @@ class ModelCost:
     parameters: int
     gradient_bytes: int
 
-    def forward(self, work: Work) -> float:
+    def forward(self, work: PassSize) -> float:
         """FLOPs of a forward pass."""
-        return 2.0 * (self.layers * work.tokens + self.head * work.heads) + 4.0 * self.attention * work.seen
+        return 2.0 * (self.layers * work.tokens + self.head * work.heads) + 4.0 * self.attention * work.attended_pairs
 
-    def backward(self, work: Work) -> float:
+    def backward(self, work: PassSize) -> float:
         """FLOPs of the backward pass after it."""
         matrices = (self.through + self.trained) * work.tokens + (self.head_through + self.head_trained) * work.heads
-        return 2.0 * matrices + 8.0 * self.attention_through * work.seen
+        return 2.0 * matrices + 8.0 * self.attention_through * work.attended_pairs
 
-    def training(self, work: Work) -> float:
+    def training(self, work: PassSize) -> float:
         """FLOPs of both."""
         return self.forward(work) + self.backward(work)
 
@@ -97,7 +97,9 @@ def model_cost(model: PreTrainedModel) -> ModelCost:
     sizes = dict.fromkeys(("layers", "through", "trained", "bytes", "parameters", "gradients"), 0)
     head = head_trained = head_bytes = 0
     peft = peft_of(model)
-    virtual = peft is not None and peft.method in VIRTUAL_TOKENS  # the gradient goes back to before the first layer
+    virtual = (
+        peft is not None and peft.method in VIRTUAL_TOKEN_METHODS
+    )  # the gradient goes back to before the first layer
     first, reached, counted = config.num_hidden_layers, virtual, set()
     for name, module in model.named_modules():
         for own, parameter in module.named_parameters(recurse=False):

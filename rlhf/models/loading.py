@@ -23,11 +23,11 @@ from transformers import (
 from rlhf.config import ModelSection, PeftSection, settings_of
 from rlhf.errors import UserError
 from rlhf.models.layers import cut_layers
-from rlhf.models.peft.folder import HEAD, AdapterFolder, copy_into, find_adapter, save_adapter
+from rlhf.models.peft.folder import HEAD, AdapterFolder, find_adapter, load_adapter_weights, save_adapter
 from rlhf.models.peft.merging import merge_into, merged_state_dict, why_not_mergeable
 from rlhf.models.peft.methods import add_adapter, peft_of
 from rlhf.models.peft.virtual_tokens import attention_window, positions_taken
-from rlhf.models.placement import filled
+from rlhf.models.placement import writable
 from rlhf.models.pretrained import fit_to_tokenizer, is_classifier, load_config, load_plain, scalar_head, set_dropout
 from rlhf.models.resolve import BUILT_IN, resolve_model
 from rlhf.models.tokenizer import load_tokenizer, same_tokenizer
@@ -53,7 +53,7 @@ def load_policy(
     dropout: float = 0.0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     merged: bool = False,
-    one_type: bool = False,
+    round_to_model_dtype: bool = False,
 ) -> PreTrainedModel:
     """A causal language model that fits its tokenizer (`tokenizer`, else the one beside it), dropout set, in eval mode.
 
@@ -71,8 +71,8 @@ def load_policy(
         if adapter.scalar:
             raise _not_a_policy("a reward model's adapter", str(name_or_dir))
         tokenizer = tokenizer or _tokenizer(adapter.folder, model)
-        policy = load_policy(adapter.base.name, of_base(adapter, model), dropout, tokenizer)
-        return _with(adapter, policy, merged, one_type)
+        policy = load_policy(adapter.base.name, base_settings(adapter, model), dropout, tokenizer)
+        return _with_adapter(adapter, policy, merged, round_to_model_dtype)
     where = resolve_model(name_or_dir)
     config = load_config(where, model)
     if is_classifier(config):
@@ -115,7 +115,9 @@ def new_reward_model(
     peft = None if peft is None or not peft.on else peft
     if adapter := find_adapter(policy_dir):
         tokenizer = _tokenizer(adapter.folder, model)
-        reward = _new_scalar(adapter.base.name, of_base(adapter, model), adapter.keep_layers, head_init, tokenizer)
+        reward = _new_scalar(
+            adapter.base.name, base_settings(adapter, model), adapter.keep_layers, head_init, tokenizer
+        )
         if keep_layers:
             cut_layers(reward, keep_layers)
             reward.kept_layers = keep_layers
@@ -124,7 +126,7 @@ def new_reward_model(
             _merge(adapter, reward)
         else:
             check_method(adapter, peft)
-            copy_into(add_adapter(reward, peft), adapter, partly=True)
+            load_adapter_weights(add_adapter(reward, peft), adapter, partly=True)
         return reward
     reward = _new_scalar(str(policy_dir), model, keep_layers, head_init, None)
     return reward if peft is None else add_adapter(reward, peft)
@@ -146,7 +148,7 @@ def _new_scalar(
     if others := [name for name in missing if not name.startswith(HEAD)]:
         raise UserError(f"weights are missing: {_few(others)}", where=where, fix="name a complete language model")
     if missing:
-        with filled([head.weight]):
+        with writable([head.weight]):
             nn.init.normal_(head.weight, std=0.0 if head_init == "zero" else 1 / math.sqrt(head.in_features + 1))
     if keep_layers:
         cut_layers(reward, keep_layers)
@@ -170,8 +172,8 @@ def load_reward_model(name_or_dir: str | Path, model: ModelSection, merged: bool
             raise _no_reward_model("a policy's adapter", str(name_or_dir))
         tokenizer = _tokenizer(adapter.folder, model)
         # The zero head takes no draw from the generator, and the adapter brings its own.
-        reward = _new_scalar(adapter.base.name, of_base(adapter, model), adapter.keep_layers, "zero", tokenizer)
-        return _with(adapter, reward, merged)
+        reward = _new_scalar(adapter.base.name, base_settings(adapter, model), adapter.keep_layers, "zero", tokenizer)
+        return _with_adapter(adapter, reward, merged)
     where = resolve_model(name_or_dir)
     config = load_config(where, model)
     set_dropout(config, 0.0, where)
@@ -192,13 +194,15 @@ def load_reward_model(name_or_dir: str | Path, model: ModelSection, merged: bool
     return fit_to_tokenizer(reward, _tokenizer(where, model))
 
 
-def of_base(adapter: AdapterFolder, model: ModelSection) -> ModelSection:
+def base_settings(adapter: AdapterFolder, model: ModelSection) -> ModelSection:
     """The settings to load an adapter's base with: code that it brings is run if the recipe names that very base."""
     trusted = model.trust_remote_code and adapter.base.name == _name(model.name)
     return model.model_copy(update={"trust_remote_code": trusted})
 
 
-def put_on(adapter: AdapterFolder, model: PreTrainedModel, one_type: bool = False) -> PreTrainedModel:
+def attach_adapter(
+    adapter: AdapterFolder, model: PreTrainedModel, round_to_model_dtype: bool = False
+) -> PreTrainedModel:
     """A plain model of the adapter's base with the adapter on it, in place, trainable and normalised.
 
     Args:
@@ -209,16 +213,18 @@ def put_on(adapter: AdapterFolder, model: PreTrainedModel, one_type: bool = Fals
     """
     # The weights that are drawn here are replaced: no other draw of the run is to depend on them.
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        add_adapter(model, adapter.peft, one_type)
-    copy_into(model, adapter)
+        add_adapter(model, adapter.peft, round_to_model_dtype)
+    load_adapter_weights(model, adapter)
     return _normalised_as(adapter, model).eval()
 
 
-def _with(adapter: AdapterFolder, model: PreTrainedModel, merged: bool, one_type: bool = False) -> PreTrainedModel:
+def _with_adapter(
+    adapter: AdapterFolder, model: PreTrainedModel, merged: bool, round_to_model_dtype: bool = False
+) -> PreTrainedModel:
     """Its base with the adapter on it, or in it."""
     adapter.check_base()
     if not merged or why_not_mergeable(adapter.peft):
-        return put_on(adapter, model, one_type)
+        return attach_adapter(adapter, model, round_to_model_dtype)
     _merge(adapter, model)
     return _normalised_as(adapter, model)
 

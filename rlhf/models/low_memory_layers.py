@@ -116,7 +116,7 @@ def _lora_mlp_forward(mlp: Any, x: Tensor) -> Tensor:
     return GatedDownLora.apply(mlp.gate_proj(x), mlp.up_proj(x), inner.weight, inner.bias, a, b, scale)
 
 
-def keep_less(model: nn.Module) -> nn.Module:
+def use_low_memory_layers(model: nn.Module) -> nn.Module:
     """Give the norms and MLPs that are known here a forward that keeps less; the same numbers to rounding; in place.
 
     Left as they are: other classes; frozen norms, of which autograd keeps no normalised input either; and what ZeRO-3

@@ -26,7 +26,7 @@ class Mapping(NamedTuple):
     written: bool
 
 
-def give_back(model: nn.Module) -> int:
+def drop_resident_pages(model: nn.Module) -> int:
     """Drop the resident pages of a frozen model's mapped weights; returns the bytes of the mappings dropped.
 
     A mapping with a page that was ever written to stays: the file does not have what that page holds. So do weights

@@ -5,8 +5,8 @@
     on the CPU   in the host's memory, on the device only while they are needed
     in a file    mapped, on a CPU, and in memory only while they are needed
 
-Sampling and scoring go through `at_hand`, which makes any of them ready. Training passes do not: there DeepSpeed's own
-hooks gather partitioned weights.
+Sampling and scoring go through `materialized`, which makes any of them ready. Training passes do not: there DeepSpeed's
+own hooks gather partitioned weights.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.models.layers import decoder_layers
-from rlhf.models.mapped_weights import give_back
-from rlhf.system.distributed import anyone, is_main_process
+from rlhf.models.mapped_weights import drop_resident_pages
+from rlhf.system.distributed import any_rank, is_main_process
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Placement:
     """
 
     by_layer: bool = False
-    visits: torch.device | None = None
-    leaves: bool = False
+    onload_to: torch.device | None = None
+    drop_after_use: bool = False
 
 
 def is_partitioned(parameter: Tensor) -> bool:
@@ -51,7 +51,7 @@ def full_shape(parameter: Tensor) -> torch.Size:
 
 
 @contextmanager
-def filled(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def writable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Inside, parameters are whole and may be written to; of partitioned ones, what the first process wrote counts."""
     parted = [p for p in parameters if is_partitioned(p)]
     with ExitStack() as stack:
@@ -63,7 +63,7 @@ def filled(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def at_hand(model: nn.Module) -> Iterator[None]:
+def materialized(model: nn.Module) -> Iterator[None]:
     """Inside, a process runs as many forward passes without gradients as it has rows, without waiting for others.
 
     All processes must enter; leaving waits for the others where layers are gathered one by one, for every process has a
@@ -74,8 +74,8 @@ def at_hand(model: nn.Module) -> Iterator[None]:
     if parted:
         with _gathered(model, parted, place.by_layer):
             yield
-    elif place.visits is not None:
-        model.to(place.visits)
+    elif place.onload_to is not None:
+        model.to(place.onload_to)
         try:
             yield
         finally:
@@ -84,8 +84,8 @@ def at_hand(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            if place.leaves:
-                give_back(model)
+            if place.drop_after_use:
+                drop_resident_pages(model)
 
 
 @contextmanager
@@ -124,14 +124,14 @@ def _one_by_one(model: nn.Module, layers: list[nn.Module]) -> Iterator[None]:
         held.pop(layer).close()
 
     def take_turn(*_: object) -> None:
-        anyone(True)
+        any_rank(True)
 
     hooks = [getattr(model, model.base_model_prefix).register_forward_pre_hook(take_turn)]
     hooks += [layer.register_forward_pre_hook(gather) for layer in layers]
     hooks += [layer.register_forward_hook(release, always_call=True) for layer in layers]
     try:
         yield
-        while anyone(False):
+        while any_rank(False):
             for layer in layers:
                 gather(layer)
                 release(layer)
@@ -159,7 +159,7 @@ def _no_engine_hooks(parted: list[nn.Parameter]) -> Iterator[None]:
             add_hooks(engine)
 
 
-def with_ties(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_tied_names(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights under all names that the model has for them: a tied head is listed as embeddings alone."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -168,7 +168,7 @@ def with_ties(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]
     return {name: tensor for given, tensor in weights.items() for name in tied[given]}
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The model's weights by name, whole; partitioned ones one after the other into the first process's host memory.
 
     All processes must call; the first gets the weights, the others nothing that is partitioned.

@@ -17,9 +17,9 @@ from transformers import (
 
 from rlhf.config import ModelSection
 from rlhf.errors import UserError
-from rlhf.models.placement import filled, full_shape
+from rlhf.models.placement import full_shape, writable
 from rlhf.models.resolve import not_loaded
-from rlhf.system.quiet import quiet_transformers, say
+from rlhf.system.quiet import note, quiet_transformers
 
 RESIDUAL_DROPOUT = ("resid_pdrop", "resid_dropout", "residual_dropout", "hidden_dropout", "dropout")
 
@@ -96,7 +96,7 @@ def set_dropout(config: PretrainedConfig, rate: float, where: str) -> None:
             setattr(config, name, rate if residual else 0.0)
             found = found or residual
     if rate and not found:
-        say(f"{where}: {config.model_type} has no residual dropout; sft.dropout={rate} does nothing")
+        note(f"{where}: {config.model_type} has no residual dropout; sft.dropout={rate} does nothing")
 
 
 def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -106,7 +106,7 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         both = [model.get_input_embeddings(), model.get_output_embeddings()]
         heads = [head for head in both if head is not None]
-        with torch.no_grad(), filled([p for head in heads for p in head.parameters()]):
+        with torch.no_grad(), writable([p for head in heads for p in head.parameters()]):
             for head in heads:
                 # At the mean, a token that was never trained is as unlikely as the average one.
                 head.weight[rows:] = head.weight[:rows].mean(0)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from rlhf.errors import UserError
 from rlhf.models.build_cache import build_once, cache_root
-from rlhf.system.quiet import quiet_transformers, say
+from rlhf.system.quiet import note, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -83,7 +83,7 @@ def _convert(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     gguf = find_gguf()
-    say("converting the embedded model once (about 45 s)")
+    note("converting the embedded model once (about 45 s)")
     # The GGUF reader draws its bar on standard error whatever transformers is told.
     with quiet_transformers(), redirect_stderr(io.StringIO()):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)

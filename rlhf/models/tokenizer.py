@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
 from rlhf.models.resolve import not_loaded, resolve_model
-from rlhf.system.quiet import say
+from rlhf.system.quiet import note
 
 PAD = "<|pad|>"
 # Turns as in the published transcripts: "Human: ..\n\nAssistant: ..". %s is the BOS of tokenizers that begin with one.
@@ -47,7 +47,7 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         # With pad = EOS a model that looks for the last token that is not padding cannot see whether a text ended.
         tokenizer.add_special_tokens({"pad_token": PAD})
-        say(f"{name_or_dir}: the tokenizer gets a pad token of its own, {PAD} (id {tokenizer.pad_token_id})")
+        note(f"{name_or_dir}: the tokenizer gets a pad token of its own, {PAD} (id {tokenizer.pad_token_id})")
     if prompt_format == "verbatim":
         tokenizer.chat_template = VERBATIM % _bos(tokenizer)
     elif prompt_format == "plain" or not tokenizer.chat_template:

@@ -13,17 +13,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf.rollout.decoding import InferenceDecoding
-from rlhf.rollout.kv_cache import leave
+from rlhf.rollout.decoding import LlamaDecoding
+from rlhf.rollout.kv_cache import compaction
 from rlhf.rollout.llama_forward import KeysValues
 
 
-class GraphDecoding(InferenceDecoding):
+class GraphDecoding(LlamaDecoding):
     """As InferenceDecoding, to rounding; a step costs attention over the whole room and the rows that have ended."""
 
-    def begin(self, prompts: list[list[int]], copies: Tensor, pad_id: int) -> Tensor:
+    def prefill(self, prompts: list[list[int]], prompt_of_row: Tensor, pad_id: int) -> Tensor:
         """Logits [B, V] of the first token; row i continues prompt copies[i] of `prompts`."""
-        logits = super().begin(prompts, copies, pad_id)
+        logits = super().prefill(prompts, prompt_of_row, pad_id)
         self.mask[..., self.end :] = -torch.inf
         self._settle()
         return logits
@@ -35,12 +35,12 @@ class GraphDecoding(InferenceDecoding):
         self.end += 1
         return self.logits[self.places]
 
-    def keep(self, going: list[bool]) -> Tensor:
-        """Let the rows that are not `going` leave; returns the row [B] that is in each place afterwards."""
-        order = torch.tensor(leave(going)[2], device=self.device)
+    def drop_finished(self, unfinished: list[bool]) -> Tensor:
+        """Let the rows that are not `unfinished` leave; returns the row [B] that is in each place afterwards."""
+        order = torch.tensor(compaction(unfinished)[2], device=self.device)
         self.places = self.places[order]
         if 2 * len(self.places) <= len(self.tokens):
-            self.room = [KeysValues(*(held[self.places] for held in layer)) for layer in self.room]
+            self.buffers = [KeysValues(*(held[self.places] for held in layer)) for layer in self.buffers]
             self.positions, self.mask = self.positions[self.places], self.mask[self.places]
             self._settle()
         return order
@@ -75,13 +75,13 @@ class GraphDecoding(InferenceDecoding):
     def _advance(self) -> None:
         """One step, from and to the same tensors."""
         self.mask.index_fill_(3, self.column, 0.0)
-        hidden = self.model.step(self.tokens, self.positions, self.room, self.column, self.mask)
+        hidden = self.model.step(self.tokens, self.positions, self.buffers, self.column, self.mask)
         self.logits = self._logits(hidden, len(self.tokens))
         self.positions.add_(1)
         self.column.add_(1)
 
-    def _roomy(self, held: Tensor, copies: Tensor) -> Tensor:
+    def _preallocated(self, held: Tensor, prompt_of_row: Tensor) -> Tensor:
         # Zeros, for what is masked is still multiplied: by a weight of 0, which makes no number of a nan.
-        room = super()._roomy(held, copies)
-        room[:, :, self.end :] = 0
-        return room
+        buffers = super()._preallocated(held, prompt_of_row)
+        buffers[:, :, self.end :] = 0
+        return buffers

@@ -1,6 +1,6 @@
 """What the sampling loop asks of a model: begin with prompts, one token more for each row, and let rows leave.
 
-Two ways, with the same three methods: `InferenceDecoding` for the models that rlhf/rollout/llama_forward.py covers, and
+Two ways, with the same three methods: `LlamaDecoding` for the models that rlhf/rollout/llama_forward.py covers, and
 `ModelDecoding` for any other, by the model's own forward. Both hold a cache of keys and values with room to grow.
 
 Shapes: U distinct prompts, B rows, P the longest prompt, V vocabulary.
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.rollout.kv_cache import RoomyLayer, decode_cache, leave, rows_kept
-from rlhf.rollout.llama_forward import Inference, KeysValues, columns_for
+from rlhf.rollout.kv_cache import PreallocatedLayer, compact_rows, compaction, decode_cache
+from rlhf.rollout.llama_forward import KeysValues, LlamaForward, columns_for
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[Tensor, Tensor]:
@@ -28,48 +28,50 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[Tensor,
     return torch.tensor(ids), mask.flip(1) if left else mask
 
 
-class InferenceDecoding:
+class LlamaDecoding:
     """Decode by rlhf/rollout/llama_forward.py. Prompts are padded on the right, and generated tokens follow them."""
 
-    def __init__(self, model: Inference, max_new_tokens: int, device: torch.device) -> None:
+    def __init__(self, model: LlamaForward, max_new_tokens: int, device: torch.device) -> None:
         self.model, self.max_new_tokens, self.device = model, max_new_tokens, device
-        self.room: list[KeysValues] = []  # of every layer, [B, N, P + max_new_tokens, D]
+        self.buffers: list[KeysValues] = []  # of every layer, [B, N, P + max_new_tokens, D]
 
-    def begin(self, prompts: list[list[int]], copies: Tensor, pad_id: int) -> Tensor:
+    def prefill(self, prompts: list[list[int]], prompt_of_row: Tensor, pad_id: int) -> Tensor:
         """Logits [B, V] of the first token; row i continues prompt copies[i] of `prompts`."""
         ids, mask = (t.to(self.device) for t in pad(prompts, pad_id, left=False))
         lengths, kept = mask.sum(1), list[KeysValues]()
         last = self.model.hidden(ids, kept)[torch.arange(len(ids), device=self.device), lengths - 1]
         self.end = ids.shape[1]
         while kept:  # one layer after the other, so that none is held twice for long
-            self.room.insert(0, KeysValues(*(self._roomy(t, copies) for t in kept.pop())))
-        self.positions = lengths[copies]
-        shape = (len(copies), 1, 1, self.end + self.max_new_tokens)
+            self.buffers.insert(0, KeysValues(*(self._preallocated(t, prompt_of_row) for t in kept.pop())))
+        self.positions = lengths[prompt_of_row]
+        shape = (len(prompt_of_row), 1, 1, self.end + self.max_new_tokens)
         self.mask = torch.zeros(shape, dtype=last.dtype, device=self.device)
-        self.mask[:, 0, 0, : self.end].masked_fill_(~mask[copies], -torch.inf)
+        self.mask[:, 0, 0, : self.end].masked_fill_(~mask[prompt_of_row], -torch.inf)
         self.padded = not bool(mask.all())
-        columns = torch.nn.functional.pad(copies, (0, columns_for(len(copies)) - len(copies)))
-        return self._logits(last.t()[:, columns], len(copies))
+        columns = torch.nn.functional.pad(prompt_of_row, (0, columns_for(len(prompt_of_row)) - len(prompt_of_row)))
+        return self._logits(last.t()[:, columns], len(prompt_of_row))
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits [B, V] after one token [B] more in each row."""
         mask = self.mask[..., : self.end + 1] if self.padded else None
-        hidden = self.model.step(tokens, self.positions, self.room, self.end, mask)
+        hidden = self.model.step(tokens, self.positions, self.buffers, self.end, mask)
         self.positions, self.end = self.positions + 1, self.end + 1
         return self._logits(hidden, len(tokens))
 
-    def keep(self, going: list[bool]) -> Tensor:
-        """Let the rows that are not `going` leave; returns the row [B] that is in each place afterwards."""
-        rows, moves, places = leave(going)
-        self.room = [KeysValues(*(rows_kept(held, rows, moves, self.end) for held in layer)) for layer in self.room]
+    def drop_finished(self, unfinished: list[bool]) -> Tensor:
+        """Let the rows that are not `unfinished` leave; returns the row [B] that is in each place afterwards."""
+        rows, moves, places = compaction(unfinished)
+        self.buffers = [
+            KeysValues(*(compact_rows(held, rows, moves, self.end) for held in layer)) for layer in self.buffers
+        ]
         order = torch.tensor(places, device=self.device)
         self.positions, self.mask = self.positions[order], self.mask[order]
         return order
 
-    def _roomy(self, held: Tensor, copies: Tensor) -> Tensor:
-        room = held.new_empty(len(copies), held.shape[1], self.end + self.max_new_tokens, held.shape[3])
-        room[:, :, : self.end] = held[copies]
-        return room
+    def _preallocated(self, held: Tensor, prompt_of_row: Tensor) -> Tensor:
+        buffers = held.new_empty(len(prompt_of_row), held.shape[1], self.end + self.max_new_tokens, held.shape[3])
+        buffers[:, :, : self.end] = held[prompt_of_row]
+        return buffers
 
     def _logits(self, hidden: Tensor, rows: int) -> Tensor:
         assert self.model.head is not None
@@ -81,20 +83,20 @@ class ModelDecoding:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.cache, self.roomy = decode_cache(model.config)
+        self.cache, self.compactable = decode_cache(model.config)
         # With a mask made here the query heads of a group attend together, and the model builds none of its own.
-        self.direct = self.roomy and model.config._attn_implementation == "sdpa"
+        self.direct = self.compactable and model.config._attn_implementation == "sdpa"
 
-    def begin(self, prompts: list[list[int]], copies: Tensor, pad_id: int) -> Tensor:
+    def prefill(self, prompts: list[list[int]], prompt_of_row: Tensor, pad_id: int) -> Tensor:
         """Logits [B, V] of the first token; row i continues prompt copies[i] of `prompts`."""
         ids, mask = (t.to(self.model.device) for t in pad(prompts, pad_id, left=True))
         # Positions are explicit: a left-padded GPT-2 answers differently without them.
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         logits = self._forward(ids, mask.long(), positions)
-        if len(prompts) < len(copies):
-            self.cache.batch_select_indices(copies)
-        self.mask, self.positions = mask[copies], positions[copies, -1]
-        return logits[copies]
+        if len(prompts) < len(prompt_of_row):
+            self.cache.batch_select_indices(prompt_of_row)
+        self.mask, self.positions = mask[prompt_of_row], positions[prompt_of_row, -1]
+        return logits[prompt_of_row]
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits [B, V] after one token [B] more in each row."""
@@ -103,13 +105,13 @@ class ModelDecoding:
         mask = self.mask[:, None, None] if self.direct else self.mask.long()
         return self._forward(tokens[:, None], mask, self.positions[:, None])
 
-    def keep(self, going: list[bool]) -> Tensor:
-        """Let the rows that are not `going` leave; returns the row [B] that is in each place afterwards."""
-        rows, moves, places = leave(going)
+    def drop_finished(self, unfinished: list[bool]) -> Tensor:
+        """Let the rows that are not `unfinished` leave; returns the row [B] that is in each place afterwards."""
+        rows, moves, places = compaction(unfinished)
         order = torch.tensor(places, device=self.model.device)
-        if self.roomy:
+        if self.compactable:
             for layer in self.cache.layers:
-                assert isinstance(layer, RoomyLayer)
+                assert isinstance(layer, PreallocatedLayer)
                 layer.keep_rows(rows, moves)
         else:
             self.cache.batch_select_indices(order)

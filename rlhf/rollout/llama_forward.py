@@ -1,11 +1,11 @@
 """Llama-like models without gradients, on the weights as they are: the passes of sampling and scoring.
 
 transformers' own forward remains what is trained, and what is used for every model and adapter that is not covered here
-(`inference_for` says which); tests hold these passes to it. They make a third of its calls into torch and write less to
-memory. Two layouts, for on a CPU a matrix product's time depends on them: many tokens lie in rows, [tokens, features];
-one token of each sequence lies in a column, [features, columns], for with few columns W x takes a half to three
-quarters of the time of x W^T. Their number is rounded up (`columns_for`): with 31 columns a product takes twice the
-time of one with 32.
+(`llama_forward_for` says which); tests hold these passes to it. They make a third of its calls into torch and write
+less to memory. Two layouts, for on a CPU a matrix product's time depends on them: many tokens lie in rows, [tokens,
+features]; one token of each sequence lies in a column, [features, columns], for with few columns W x takes a half to
+three quarters of the time of x W^T. Their number is rounded up (`columns_for`): with 31 columns a product takes twice
+the time of one with 32.
 
 Shapes: B sequences, L tokens, H hidden size, D head size, N key-value heads with G query heads each, T cached tokens.
 """
@@ -62,7 +62,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Layer:
+class LlamaLayer:
     """The parts of a transformer layer; norms are vectors, and None where there is none."""
 
     before_attention: Tensor
@@ -78,7 +78,7 @@ class Layer:
     down: Linear
 
 
-class Inference:
+class LlamaForward:
     """A model's layers, made anew for every pass: it refers to the weights of that moment."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -90,7 +90,7 @@ class Inference:
         self.head = _linear(model.lm_head) if hasattr(model, "lm_head") else None
         self.size = self.layers[0].k.weight.shape[0] // self.groups  # D
 
-    def hidden(self, ids: Tensor, keep: list[KeysValues] | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, layer_caches: list[KeysValues] | None = None) -> Tensor:
         """Last hidden states [B, L, H] of tokens [B, L] that stand at positions 0 to L - 1, padded on the right.
 
         keep: gets every layer's keys and values.
@@ -116,12 +116,12 @@ class Inference:
             x = x + layer.o.rows(out.transpose(1, 2).reshape(batch, length, -1))
             y = rms_norm(x, x.shape[-1:], layer.before_mlp, self.eps)
             x = x + layer.down.rows(silu(layer.gate.rows(y), inplace=True).mul_(layer.up.rows(y)))
-            if keep is not None:
-                keep.append(kept)
+            if layer_caches is not None:
+                layer_caches.append(kept)
         return rms_norm(x, x.shape[-1:], self.body.norm.weight, self.eps)
 
     def step(
-        self, tokens: Tensor, positions: Tensor, room: list[KeysValues], end: int | Tensor, mask: Tensor | None
+        self, tokens: Tensor, positions: Tensor, buffers: list[KeysValues], end: int | Tensor, mask: Tensor | None
     ) -> Tensor:
         """Last hidden states [H, columns_for(B)] of one token [B] more for each sequence, at `positions` [B].
 
@@ -138,7 +138,7 @@ class Inference:
         x = self.body.embed_tokens.weight[pad(tokens, spare)].t().contiguous()
         cos, sin = (t.t() for t in self._angles(x, pad(positions, spare)))  # [D / 2, columns]
         answers = x.new_zeros(self.groups, self.heads // self.groups, self.size, columns)
-        for layer, (keys, values) in zip(self.layers, room, strict=True):
+        for layer, (keys, values) in zip(self.layers, buffers, strict=True):
             y = self._normed(x, layer.before_attention)
             q, k, v = (m.columns(y).view(-1, self.size, columns) for m in (layer.q, layer.k, layer.v))
             if layer.q_norm is not None and layer.k_norm is not None:
@@ -183,7 +183,7 @@ def slow_groups(x: Tensor) -> bool:
     return x.device.type == "cuda" and x.dtype == torch.float32
 
 
-def inference_for(model: nn.Module) -> Inference | None:
+def llama_forward_for(model: nn.Module) -> LlamaForward | None:
     """The passes for a model, or None for one that they do not cover: its own forward serves then."""
     config, peft = model.config, peft_of(model)
     covered = (
@@ -198,7 +198,7 @@ def inference_for(model: nn.Module) -> Inference | None:
         and (peft is None or peft.method in PEFT)
         and all(_known(module) for module in model.modules())
     )
-    return Inference(model) if covered else None
+    return LlamaForward(model) if covered else None
 
 
 def _slides(config: Any) -> bool:
@@ -219,10 +219,10 @@ def _known(module: nn.Module) -> bool:
     return is_plain_lora(module)
 
 
-def _layer(module: Any) -> Layer:
+def _layer(module: Any) -> LlamaLayer:
     attention, mlp = module.self_attn, module.mlp
     q_norm, k_norm = (getattr(getattr(attention, name, None), "weight", None) for name in ("q_norm", "k_norm"))
-    return Layer(
+    return LlamaLayer(
         before_attention=module.input_layernorm.weight,
         q=_linear(attention.q_proj),
         k=_linear(attention.k_proj),

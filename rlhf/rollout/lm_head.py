@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 LOGITS = 1 << 21  # at a time: 8 MB in float32, which a processor's cache holds
 LOGITS_ON_GPU = 1 << 26  # 256 MB: there, calls are what costs
 NARROWEST = 1024  # columns of a slice, below which its matrix product becomes slow
-HEAD_PIECE = 512  # positions for which a head is called: 100 MB of logits at V = 49152 in float32
+HEAD_CHUNK = 512  # positions for which a head is called: 100 MB of logits at V = 49152 in float32
 
 
 def _slices(vocabulary: int, hidden: Tensor) -> Iterator[slice]:
@@ -108,15 +108,15 @@ def vocabulary_logprobs(
     return VocabularyLogprobs.apply(hidden, weight, bias, targets, temperature)
 
 
-def _head_piece(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _head_chunk(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     logp = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
     entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
     return logp.gather(1, targets[:, None]).squeeze(1), entropy
 
 
-def head_pieces(tokens: int) -> int:
+def head_chunks(tokens: int) -> int:
     """In how many pieces the LM head takes that many positions."""
-    return max(1, -(-tokens // HEAD_PIECE))
+    return max(1, -(-tokens // HEAD_CHUNK))
 
 
 def head_logprobs(
@@ -131,12 +131,12 @@ def head_logprobs(
     if not pieces and type(head) is nn.Linear and head.weight.numel():
         return vocabulary_logprobs(hidden, head.weight, head.bias, targets, temperature)
     logps, entropies = [], []
-    pieces = pieces or head_pieces(len(hidden))
+    pieces = pieces or head_chunks(len(hidden))
     for h, t in zip(hidden.tensor_split(pieces), targets.tensor_split(pieces), strict=True):
         if torch.is_grad_enabled() and hidden.requires_grad and pieces > 1:
-            logp, entropy = checkpoint(_head_piece, head, h, t, temperature, use_reentrant=False)
+            logp, entropy = checkpoint(_head_chunk, head, h, t, temperature, use_reentrant=False)
         else:
-            logp, entropy = _head_piece(head, h, t, temperature)
+            logp, entropy = _head_chunk(head, h, t, temperature)
         logps.append(logp)
         entropies.append(entropy)
     return torch.cat(logps), torch.cat(entropies)

@@ -25,31 +25,29 @@ from rlhf.errors import UserError
 from rlhf.functional.seeding import row_uniforms
 from rlhf.models.peft.merging import why_not_mergeable
 from rlhf.models.peft.methods import peft_of
-from rlhf.models.placement import at_hand
-from rlhf.rollout.decoding import InferenceDecoding, ModelDecoding, pad
-from rlhf.rollout.llama_forward import inference_for
+from rlhf.models.placement import materialized
+from rlhf.rollout.decoding import LlamaDecoding, ModelDecoding, pad
+from rlhf.rollout.llama_forward import llama_forward_for
 from rlhf.rollout.scoring import token_logprobs
-from rlhf.system.distributed import gathered, own, processes
-from rlhf.system.phases import progressed
-from rlhf.system.quiet import say
+from rlhf.system.distributed import gather_shards, processes, shard
+from rlhf.system.phases import heartbeat
+from rlhf.system.quiet import note
 
-Engine = Literal["native", "generate", "vllm"]
-_told: set[str] = set()
+SamplingEngine = Literal["native", "generate", "vllm"]
+_reported: set[str] = set()
 CDF_BLOCK = 256  # tokens summed at once: a cumulative sum over the whole vocabulary is ten times as slow
 
 
-def decoding_for(
-    policy: PreTrainedModel, max_new_tokens: int, graphs: bool = False
-) -> InferenceDecoding | ModelDecoding:
+def decoding_for(policy: PreTrainedModel, max_new_tokens: int, graphs: bool = False) -> LlamaDecoding | ModelDecoding:
     """The fastest way that covers the policy; with `graphs` its steps all have one shape, where that can be had."""
-    inference = inference_for(policy)
+    inference = llama_forward_for(policy)
     if inference is None:
         return ModelDecoding(policy)
     if graphs:
         from rlhf.rollout.cuda_graphs import GraphDecoding
 
         return GraphDecoding(inference, max_new_tokens, policy.device)
-    return InferenceDecoding(inference, max_new_tokens, policy.device)
+    return LlamaDecoding(inference, max_new_tokens, policy.device)
 
 
 @dataclass
@@ -83,7 +81,7 @@ class Rollout:
         return [tokenizer.decode(self.response(i), skip_special_tokens=True) for i in range(len(self))]
 
 
-def draw(logits: Tensor, uniforms: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def sample_token(logits: Tensor, uniforms: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """One token per row from softmax(logits [B, V] / temperature), and its log-probability [B] there, in nats.
 
     By inverse CDF: the first token whose cumulative probability passes u [B] (float64), found by block of the
@@ -100,16 +98,16 @@ def draw(logits: Tensor, uniforms: Tensor | None, temperature: float = 1.0) -> t
         tokens = logits.argmax(-1)
     else:
         target = uniforms.to(logits.device)[:, None] * blocks[:, -1:]
-        block = _first_past(blocks, target)
+        block = _searchsorted_clamped(blocks, target)
         before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp(min=0)), 0.0)
         within = weights[torch.arange(len(logits), device=logits.device), block.squeeze(1)].double().cumsum(-1)
-        tokens = (block * CDF_BLOCK + _first_past(within, target - before)).squeeze(1)
+        tokens = (block * CDF_BLOCK + _searchsorted_clamped(within, target - before)).squeeze(1)
     chosen = (logits.gather(1, tokens[:, None]).float() - top).squeeze(1) / temperature
     logprobs = chosen - blocks[:, -1].log().float()
     return tokens, logprobs
 
 
-def _first_past(cumulative: Tensor, target: Tensor) -> Tensor:
+def _searchsorted_clamped(cumulative: Tensor, target: Tensor) -> Tensor:
     """Index [B, 1] of the first entry above target [B, 1], and no later than the last that adds anything.
 
     Rounding may leave a target at the very sum, and behind it lie only entries that can never be drawn.
@@ -127,7 +125,7 @@ def sample(
     temperature: float,
     seeds: Sequence[int],
     stop_ids: Sequence[int],
-    engine: Engine = "native",
+    engine: SamplingEngine = "native",
     batch_size: int = 64,
     advance: Callable[[int], None] | None = None,
     launch: LaunchSection | None = None,
@@ -157,7 +155,7 @@ def sample(
         answers = sample_vllm(
             policy, tokenizer, prompts, seeds=seeds, stop_ids=stop_ids, launch=where, advance=advance, **how
         )
-        return assemble(prompts, answers, int(tokenizer.pad_token_id), set(stop_ids))
+        return pad_rollout(prompts, answers, int(tokenizer.pad_token_id), set(stop_ids))
     decode = {"native": _native(where), "generate": _decode_generate}[engine]
     rows: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
     # Prompts of like length share a batch, so that little is spent on padding.
@@ -183,16 +181,16 @@ def sample(
         return out
 
     try:
-        with torch.no_grad(), at_hand(policy):
-            mine = decode_rows(own(order))
+        with torch.no_grad(), materialized(policy):
+            mine = decode_rows(shard(order))
     finally:
         policy.train(training)
-    for i, row in zip(order, gathered(mine), strict=True):
+    for i, row in zip(order, gather_shards(mine), strict=True):
         rows[i] = row
-    return assemble(prompts, rows, int(tokenizer.pad_token_id), set(stop_ids))
+    return pad_rollout(prompts, rows, int(tokenizer.pad_token_id), set(stop_ids))
 
 
-def engine_for(policy: PreTrainedModel, engine: Engine) -> Engine:
+def engine_for(policy: PreTrainedModel, engine: SamplingEngine) -> SamplingEngine:
     """The engine asked for, or native where that one cannot run the policy's method; the first time it says so.
 
     vLLM is given plain weights; what cannot be merged into them runs here alone.
@@ -200,9 +198,9 @@ def engine_for(policy: PreTrainedModel, engine: Engine) -> Engine:
     peft = peft_of(policy)
     if engine != "vllm" or peft is None or not (reason := why_not_mergeable(peft)):
         return engine
-    if reason not in _told:
-        _told.add(reason)
-        say(f"sampling with the native engine, for {engine} takes merged weights alone: {reason}")
+    if reason not in _reported:
+        _reported.add(reason)
+        note(f"sampling with the native engine, for {engine} takes merged weights alone: {reason}")
     return "native"
 
 
@@ -225,13 +223,13 @@ def _decode_native(
     # A prompt that is sampled several times is prefilled once.
     distinct = list(dict.fromkeys(map(tuple, prompts)))
     place = {prompt: i for i, prompt in enumerate(distinct)}
-    copies = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)
+    prompt_of_row = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)
     uniforms = row_uniforms(seeds, max_new_tokens).to(device)
     stops = torch.tensor(stop_ids, device=device)
     out: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
     alive = torch.arange(len(prompts), device=device)
     decoding = decoding_for(policy, max_new_tokens, graphs)
-    logits = decoding.begin([list(prompt) for prompt in distinct], copies, pad_id)
+    logits = decoding.prefill([list(prompt) for prompt in distinct], prompt_of_row, pad_id)
     for step in range(max_new_tokens):
         if not bool(torch.isfinite(logits.amax(-1)).all()):
             raise UserError(
@@ -239,19 +237,19 @@ def _decode_native(
                 fix="it has diverged: go back to an earlier checkpoint with a lower learning rate, or use float32",
             )
         if temperature > 0:
-            tokens, logprobs = draw(logits, uniforms[alive, step], temperature)
+            tokens, logprobs = sample_token(logits, uniforms[alive, step], temperature)
         else:
-            tokens, logprobs = draw(logits, None)
+            tokens, logprobs = sample_token(logits, None)
         for row, token, logprob in zip(alive.tolist(), tokens.tolist(), logprobs.tolist(), strict=True):
             out[row][0].append(token)
             out[row][1].append(logprob)
-        progressed()
-        going = ~torch.isin(tokens, stops)
-        if step + 1 == max_new_tokens or not bool(going.any()):
+        heartbeat()
+        unfinished = ~torch.isin(tokens, stops)
+        if step + 1 == max_new_tokens or not bool(unfinished.any()):
             break
-        if not bool(going.all()):
+        if not bool(unfinished.all()):
             # A finished row costs as much as a live one: take it out of the batch and of the cache.
-            places = decoding.keep(going.tolist())
+            places = decoding.drop_finished(unfinished.tolist())
             alive, tokens = alive[places], tokens[places]
         logits = decoding.step(tokens)
     return out
@@ -289,7 +287,7 @@ def _decode_generate(
     return [(response, lp.tolist()) for response, lp in zip(responses, logprobs, strict=True)]
 
 
-def assemble(
+def pad_rollout(
     prompts: Sequence[Sequence[int]], rows: list[tuple[list[int], list[float]]], pad_id: int, stops: set[int]
 ) -> Rollout:
     """A rollout of prompts and the (token ids, log-probabilities) that answer them; `stops` end a finished one."""

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.errors import UserError
-from rlhf.models.placement import at_hand
+from rlhf.models.placement import materialized
 from rlhf.rollout.batches import Pair, SequenceBatch, build_batch, token_budget_batches
-from rlhf.rollout.llama_forward import inference_for, slow_groups
+from rlhf.rollout.llama_forward import llama_forward_for, slow_groups
 from rlhf.rollout.lm_head import head_logprobs
-from rlhf.system.distributed import gathered, own, processes
-from rlhf.system.phases import progressed
+from rlhf.system.distributed import gather_shards, processes, shard
+from rlhf.system.phases import heartbeat
 
 
 def hidden_states(model: nn.Module, batch: SequenceBatch) -> Tensor:
     """Last hidden states [B, L, H] of the backbone, without any head."""
     # In bfloat16 another order of operations rounds otherwise, and the ratio must be 1 by the pass that trains.
     ours = not torch.is_grad_enabled() and model.dtype == torch.float32 and batch.attention_mask is None
-    if ours and (inference := inference_for(model)):
+    if ours and (inference := llama_forward_for(model)):
         return inference.hidden(batch.input_ids)
     backbone = getattr(model, model.base_model_prefix)
     mask = batch.attention_mask
@@ -50,7 +50,7 @@ def response_logprobs(
     return head_logprobs(policy.get_output_embeddings(), hidden, batch.targets, temperature, pieces)
 
 
-def normalised(model: nn.Module, raw: Tensor) -> Tensor:
+def normalise_scores(model: nn.Module, raw: Tensor) -> Tensor:
     """(raw score - reward_mean) / reward_std, both kept in the model's config since the head has no bias."""
     config = model.config
     return (raw.float() - config.reward_mean) / config.reward_std
@@ -59,7 +59,7 @@ def normalised(model: nn.Module, raw: Tensor) -> Tensor:
 def response_values(value_model: nn.Module, batch: SequenceBatch) -> Tensor:
     """Values [N] of the states in which each response token was chosen, on the scale of normalised scores."""
     hidden = hidden_states(value_model, batch)[batch.rows, batch.before]
-    return normalised(value_model, value_model.score(hidden).squeeze(-1))
+    return normalise_scores(value_model, value_model.score(hidden).squeeze(-1))
 
 
 def raw_scores(reward_model: nn.Module, batch: SequenceBatch) -> Tensor:
@@ -84,12 +84,12 @@ def _over_batches(
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), at_hand(model):
-            mine = _in_batches(model, [pairs[i] for i in own(by_length)], tokens, forward, advance)
+        with torch.no_grad(), materialized(model):
+            mine = _in_batches(model, [pairs[i] for i in shard(by_length)], tokens, forward, advance)
     finally:
         model.train(training)
     results: list[Tensor] = [torch.empty(0)] * len(pairs)
-    for i, row in zip(by_length, gathered(mine), strict=True):
+    for i, row in zip(by_length, gather_shards(mine), strict=True):
         results[i] = row
     return results
 
@@ -107,7 +107,7 @@ def _in_batches(
         batch = build_batch([pairs[i] for i in indices], 0).to(device)
         for i, result in zip(indices, forward(batch), strict=True):
             results[i] = result.cpu()
-        progressed()
+        heartbeat()
         if advance:
             advance(len(indices) * processes())
     return results
@@ -177,7 +177,11 @@ def scores(
 ) -> Tensor:
     """Normalised scores [B] float32 of whole responses, on the CPU."""
     rows = _over_batches(
-        reward_model, pairs, tokens, lambda b: list(normalised(reward_model, raw_scores(reward_model, b))), advance
+        reward_model,
+        pairs,
+        tokens,
+        lambda b: list(normalise_scores(reward_model, raw_scores(reward_model, b))),
+        advance,
     )
     return torch.stack(rows)
 
@@ -190,7 +194,7 @@ def check_plain_head(policy: nn.Module) -> None:
     """
     training = policy.training
     policy.eval()
-    with torch.no_grad(), at_hand(policy):
+    with torch.no_grad(), materialized(policy):
         vocabulary = policy.get_output_embeddings().weight.shape[0]
         ids = (torch.arange(8, device=policy.device) * 7 + 3).remainder(vocabulary)[None]
         whole = policy(input_ids=ids, use_cache=False).logits.float()

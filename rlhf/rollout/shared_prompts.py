@@ -25,9 +25,9 @@ from torch.nn.functional import embedding
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rlhf.config import VIRTUAL_TOKENS
+from rlhf.config import VIRTUAL_TOKEN_METHODS
 from rlhf.models.peft.methods import peft_of
-from rlhf.models.placement import at_hand
+from rlhf.models.placement import materialized
 from rlhf.rollout.batches import Pair, build_batch
 from rlhf.rollout.scoring import hidden_states
 
@@ -97,7 +97,7 @@ def last_states(model: nn.Module, batch: SharedBatch) -> Tensor:
 
 
 @contextmanager
-def sharing(model: nn.Module) -> Iterator[None]:
+def share_prompts(model: nn.Module) -> Iterator[None]:
     """Inside, the model's attention is that of shared prompts, in backward passes that recompute layers too."""
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
@@ -115,7 +115,7 @@ def can_share(model: nn.Module) -> bool:
     """
     windows = {getattr(model.config, name, None) for name in ("sliding_window", "attention_chunk_size")}
     peft = peft_of(model)
-    if peft is not None and peft.method in VIRTUAL_TOKENS:
+    if peft is not None and peft.method in VIRTUAL_TOKEN_METHODS:
         return False
     if model.config._attn_implementation != "sdpa" or windows != {None}:
         return False
@@ -125,12 +125,12 @@ def can_share(model: nn.Module) -> bool:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), at_hand(model):
+        with torch.no_grad(), materialized(model):
             # Not the scores, for a new head may be all zeros.
             apart = build_batch(pairs, 0).to(model.device)
             rows = torch.arange(len(pairs), device=model.device)
             expected = hidden_states(model, apart)[rows, apart.last]
-            with sharing(model):
+            with share_prompts(model):
                 found = last_states(model, build_shared(pairs).to(model.device))
     except (TypeError, ValueError, RuntimeError, IndexError):  # an architecture that does not hand the rows on
         return False

@@ -13,7 +13,7 @@ from urllib.request import Request, urlopen
 
 from rlhf.errors import UserError
 
-Row = tuple[list[int], list[float]]  # token ids of a response, and their log-probabilities
+Completion = tuple[list[int], list[float]]  # token ids of a response, and their log-probabilities
 Advance = Callable[[int], None]
 
 START = "VLLM_SERVER_DEV_MODE=1 vllm serve FOLDER --dtype DTYPE --logprobs-mode processed_logprobs"
@@ -32,10 +32,12 @@ class Sampler(Protocol):
     def version(self) -> str:
         """Of the weights that it samples from."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: list[dict[str, Any]], advance: Advance) -> list[Row]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: list[dict[str, Any]], advance: Advance
+    ) -> list[Completion]:
         """One response for each prompt; `advance` is called as they finish."""
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         """Free what can be freed until the next push."""
 
 
@@ -74,8 +76,10 @@ class Server:
     def version(self) -> str:
         return str(self._call("/weight_info")["weight_version"])
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: list[dict[str, Any]], advance: Advance) -> list[Row]:
-        rows: list[Row] = [([], [])] * len(prompts)
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: list[dict[str, Any]], advance: Advance
+    ) -> list[Completion]:
+        rows: list[Completion] = [([], [])] * len(prompts)
         pool = ThreadPoolExecutor(self.in_flight)
         try:
             jobs = {
@@ -89,10 +93,10 @@ class Server:
             pool.shutdown(wait=False, cancel_futures=True)
         return rows
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         pass
 
-    def _complete(self, prompt: list[int], params: dict[str, Any]) -> Row:
+    def _complete(self, prompt: list[int], params: dict[str, Any]) -> Completion:
         answer = self._call("/v1/completions", {"prompt": prompt, "return_token_ids": True, **params})
         try:
             (choice,) = answer["choices"]
@@ -159,7 +163,9 @@ class InProcess:
     def version(self) -> str:
         return self.llm.get_weight_version()
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: list[dict[str, Any]], advance: Advance) -> list[Row]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: list[dict[str, Any]], advance: Advance
+    ) -> list[Completion]:
         from vllm import SamplingParams
 
         tokens = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
@@ -167,12 +173,12 @@ class InProcess:
         advance(len(answers))
         return [_row(answer.outputs[0]) for answer in answers]
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         if not self.on_cpu():
             self.llm.sleep(level=2)  # the weights are pushed again before they are needed
 
 
-def _row(output: Any) -> Row:
+def _row(output: Any) -> Completion:
     ids = list(output.token_ids)
     return ids, [step[token].logprob for token, step in zip(ids, output.logprobs, strict=True)]
 

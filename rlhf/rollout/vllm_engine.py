@@ -29,10 +29,10 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.config import LaunchSection
 from rlhf.errors import UserError
 from rlhf.models.loading import save_model
-from rlhf.models.placement import whole_state
-from rlhf.rollout.vllm_clients import Advance, Row, Server, in_process
-from rlhf.system.distributed import from_first
-from rlhf.system.phases import progressed
+from rlhf.models.placement import full_state_dict
+from rlhf.rollout.vllm_clients import Advance, Completion, Server, in_process
+from rlhf.system.distributed import broadcast_from_main
+from rlhf.system.phases import heartbeat
 
 _process = secrets.token_hex(4)
 _pushes = count(1)
@@ -50,7 +50,7 @@ def sample_vllm(
     batch_size: int,
     launch: LaunchSection,
     advance: Advance | None = None,
-) -> list[Row]:
+) -> list[Completion]:
     """Push the policy and sample a response for each prompt, as `rlhf.rollout.sampling.sample` describes it.
 
     All processes must call: each gives its parts of the weights, the first talks to vLLM, all get the rows.
@@ -62,7 +62,7 @@ def sample_vllm(
         UserError: on the first process, when vLLM cannot be reached, does not take the weights, or answers otherwise
             than asked. The others end with it.
     """
-    weights = whole_state(policy)
+    weights = full_state_dict(policy)
     # The plain softmax, whatever defaults come with the model. EOS has no part of its own: only `stop_ids` end a row.
     common = {
         **{"n": 1, "max_tokens": max_new_tokens, "temperature": temperature, "logprobs": 0},
@@ -71,7 +71,7 @@ def sample_vllm(
     }
     params = [common | {"seed": seed % 2**63} for seed in seeds]
 
-    def push_and_sample() -> list[Row]:
+    def push_and_sample() -> list[Completion]:
         dtype = str(policy.dtype).removeprefix("torch.")
         sampler = Server(launch.vllm_url, launch.timeout_s, batch_size) if launch.vllm_url else in_process(dtype)
         if getattr(policy.config, "tie_word_embeddings", False) and sampler.on_cpu():
@@ -93,7 +93,7 @@ def sample_vllm(
             shutil.rmtree(folder, ignore_errors=True)  # vLLM has copied them, and a memory disk is no place to leave it
 
         def done(rows: int) -> None:
-            progressed()
+            heartbeat()
             if advance:
                 advance(rows)
 
@@ -104,21 +104,21 @@ def sample_vllm(
                 "launch.vllm_url",
                 "one run at a time may use a server, and it must not be restarted during a rollout; run again",
             )
-        sampler.rest()
+        sampler.release_memory()
         for row in rows:
             _check(row, max_new_tokens, set(stop_ids), policy.config.vocab_size)
         return rows
 
-    return from_first(push_and_sample)
+    return broadcast_from_main(push_and_sample)
 
 
 def check_server(launch: LaunchSection, tokens: int) -> None:
     """Raise UserError, before anything is loaded, unless the named server takes weights and rows of so many tokens."""
     if launch.vllm_url:
-        from_first(lambda: Server(launch.vllm_url, launch.timeout_s, 1).ready(tokens))
+        broadcast_from_main(lambda: Server(launch.vllm_url, launch.timeout_s, 1).ready(tokens))
 
 
-def _check(row: Row, max_new_tokens: int, stops: set[int], vocabulary: int) -> None:
+def _check(row: Completion, max_new_tokens: int, stops: set[int], vocabulary: int) -> None:
     """Hold a response to what was asked for."""
     ids, logprobs = row
     if ids and max(ids) >= vocabulary:

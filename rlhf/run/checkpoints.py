@@ -26,8 +26,8 @@ class Checkpoints:
         before: called by the first process before a checkpoint is sealed: makes last what it must not outlive.
     """
 
-    def __init__(self, folder: Path, of: str = "", before: Callable[[], None] = lambda: None) -> None:
-        self.folder, self.of, self.before = folder, of, before
+    def __init__(self, folder: Path, identity: str = "", before: Callable[[], None] = lambda: None) -> None:
+        self.folder, self.identity, self.before = folder, identity, before
         self.write_seconds = 0.0  # that the last save held the loop up
         self.last: Sealed | None = None  # what the last seal took
         self._thread: Thread | None = None
@@ -35,7 +35,7 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The newest sound checkpoint to go on from."""
-        return newest_sealed(self.folder, self.of)
+        return newest_sealed(self.folder, self.identity)
 
     def save(self, step: int, write: Callable[[Path], object], barrier: Callable[[], None] | None = None) -> None:
         """Write step-NNNNNN and have it sealed behind the caller's back; `write` and `barrier` as in `write_aside`.
@@ -78,8 +78,8 @@ class Checkpoints:
     def _seal(self, staged: Path, final: Path) -> None:
         try:
             self.before()
-            self.last = seal(staged, final, self.of)
-            keep_last(self.folder, CHECKPOINTS_KEPT, self.of)
+            self.last = seal(staged, final, self.identity)
+            keep_last(self.folder, CHECKPOINTS_KEPT, self.identity)
         except BaseException as error:
             self._error = error
             shutil.rmtree(staged, ignore_errors=True)

@@ -98,7 +98,7 @@ def lost_outputs(run: RunFolder, stage: str, record: dict[str, Any]) -> list[str
     ]
 
 
-def unchanged(recipe: Recipe, run: RunFolder, stage: str) -> bool:
+def is_up_to_date(recipe: Recipe, run: RunFolder, stage: str) -> bool:
     """Whether the stage program would skip itself: finished, with this recipe, these inputs, and its results there."""
     record = run.read_stage(stage)
     if record is None or record.get("state") != "done":

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from rlhf.config import NOT_MERGED, LabelSection, Recipe, settings_of
+from rlhf.config import UNMERGEABLE, LabelSection, Recipe, settings_of
 from rlhf.data.few_shot import check_judge
 from rlhf.data.prompt_template import load_template
 from rlhf.errors import UserError
-from rlhf.plan import plan_ppo, plan_rank, plan_reward, plan_sft, read_hosts, world_size
+from rlhf.plan import plan_ppo, plan_rank, plan_reward, plan_sft, read_hosts, recipe_processes
 from rlhf.stage_table import STAGES
 
 
@@ -31,7 +31,7 @@ def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
         plan_reward(recipe)
     if "ppo-ptx" in stages or "ppo" in stages:
         _check_ppo(recipe, "ppo-ptx" in stages)
-    samples_there = recipe.ppo.rollout == "vllm" and recipe.model.peft.method not in NOT_MERGED
+    samples_there = recipe.ppo.rollout == "vllm" and recipe.model.peft.method not in UNMERGEABLE
     if samples_there and set(stages) & {"ppo-ptx", "ppo", "evaluate"}:
         _check_vllm(recipe)
     if "evaluate" in stages:
@@ -49,7 +49,7 @@ def plan_rows(recipe: Recipe, stages: Sequence[str] | None = None) -> list[tuple
     if recipe.model.peft.on:
         only = "" if recipe.reward_peft.on else "; all weights of reward and value model"
         rows.append(("trained", f"{settings_of(recipe.model.peft)}{only}"))
-    rows.append(("processes", str(world_size(recipe))))
+    rows.append(("processes", str(recipe_processes(recipe))))
     if "sft" in stages:
         s = plan_sft(recipe)
         split = _split(s.processes, s.accumulation, s.micro_batch_size)
@@ -188,9 +188,9 @@ def _check_vllm(recipe: Recipe) -> None:
             "launch.vllm_url",
             "start a server in an environment that has vllm and give its URL, or ppo.rollout=native",
         )
-    if world_size(recipe) > 1:
+    if recipe_processes(recipe) > 1:
         raise UserError(
-            f"vllm in process works with one process, and there are {world_size(recipe)}",
+            f"vllm in process works with one process, and there are {recipe_processes(recipe)}",
             "launch.vllm_url",
             "start a server and give its URL",
         )

@@ -24,7 +24,7 @@ from rlhf.system.files import fsync, hash_path
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
-FOREIGN = "it belongs to another run, recipe or input"
+OF_ANOTHER_RUN = "it belongs to another run, recipe or input"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def write_aside(final_dir: Path, write: Callable[[Path], object], barrier: Calla
     return staged
 
 
-def seal(staged: Path, final_dir: Path, of: str = "") -> Sealed:
+def seal(staged: Path, final_dir: Path, identity: str = "") -> Sealed:
     """Flush every file of `staged`, write its manifest last and give it its name, in the same parent folder.
 
     What has that name already is replaced where it is a damaged checkpoint, and moved aside where it is another run's.
@@ -84,12 +84,12 @@ def seal(staged: Path, final_dir: Path, of: str = "") -> Sealed:
     }
     hash_seconds = time.perf_counter() - hashing
     manifest = staged / MANIFEST
-    manifest.write_text(json.dumps({"of": of, "files": entries}, indent=1) + "\n", encoding="utf-8")
+    manifest.write_text(json.dumps({"of": identity, "files": entries}, indent=1) + "\n", encoding="utf-8")
     fsync(manifest)
     for folder in [staged, *(p for p in staged.rglob("*") if p.is_dir())]:
         fsync(folder)
     if final_dir.exists():
-        if verify(final_dir, contents=False, of=of) == [FOREIGN]:
+        if verify(final_dir, contents=False, identity=identity) == [OF_ANOTHER_RUN]:
             _move_aside(final_dir)
         else:
             _try_to_remove(final_dir)  # a damaged one: newest_sealed went back past it
@@ -99,7 +99,7 @@ def seal(staged: Path, final_dir: Path, of: str = "") -> Sealed:
     return Sealed(int(total), time.perf_counter() - begin, hash_seconds)
 
 
-def verify(folder: Path, contents: bool = True, of: str = "") -> list[str]:
+def verify(folder: Path, contents: bool = True, identity: str = "") -> list[str]:
     """What is wrong with a sealed folder; empty when nothing is. Files that the manifest does not name are ignored.
 
     Args:
@@ -120,8 +120,8 @@ def verify(folder: Path, contents: bool = True, of: str = "") -> list[str]:
         return [f"{MANIFEST} cannot be read ({error.strerror})"]
     if not expected:
         return [f"{MANIFEST} names no file"]
-    if of and owner != of:
-        return [FOREIGN]
+    if identity and owner != identity:
+        return [OF_ANOTHER_RUN]
     problems = []
     for name, (size, digest) in expected.items():
         file = folder / name
@@ -137,7 +137,7 @@ def verify(folder: Path, contents: bool = True, of: str = "") -> list[str]:
     return problems
 
 
-def newest_sealed(checkpoints: Path, of: str = "") -> Path | None:
+def newest_sealed(checkpoints: Path, identity: str = "") -> Path | None:
     """The newest sound checkpoint, None when there is none; others are skipped with a warning that says why.
 
     Args:
@@ -145,15 +145,15 @@ def newest_sealed(checkpoints: Path, of: str = "") -> Path | None:
         of: whose they must be; anybody's when empty.
     """
     for folder in reversed(list_checkpoints(checkpoints)):
-        problems = verify(folder, of=of)
+        problems = verify(folder, identity=identity)
         if not problems:
             return folder
-        what = "skipped" if problems == [FOREIGN] else "damaged and skipped"
+        what = "skipped" if problems == [OF_ANOTHER_RUN] else "damaged and skipped"
         warn(f"checkpoint {folder} is {what}: {'; '.join(problems)}")
     return None
 
 
-def keep_last(checkpoints: Path, n: int, of: str = "") -> None:
+def keep_last(checkpoints: Path, n: int, identity: str = "") -> None:
     """Remove checkpoints older than the newest n sound ones (by size), and what interrupted writes have left.
 
     Damaged ones among the newest are left as they are and do not count; those of another run are never touched.
@@ -166,8 +166,8 @@ def keep_last(checkpoints: Path, n: int, of: str = "") -> None:
         raise ValueError(f"cannot keep {n} checkpoints")
     if not is_main_process() or not checkpoints.is_dir():
         return
-    found = {folder: verify(folder, contents=False, of=of) for folder in list_checkpoints(checkpoints)}
-    folders = [folder for folder, problems in found.items() if problems != [FOREIGN]]
+    found = {folder: verify(folder, contents=False, identity=identity) for folder in list_checkpoints(checkpoints)}
+    folders = [folder for folder, problems in found.items() if problems != [OF_ANOTHER_RUN]]
     sound = [folder for folder in folders if not found[folder]]
     if len(sound) > n:
         for folder in folders[: folders.index(sound[-n])]:

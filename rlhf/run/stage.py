@@ -53,14 +53,21 @@ from rlhf.run.preflight import check
 from rlhf.run.tracking import Tracker
 from rlhf.stage_table import PPO_VARIANTS, STAGES
 from rlhf.system.console import close_progress, console, duration, table, warn
-from rlhf.system.distributed import from_first, is_main_process, joined, launched, pick_device, world_size
+from rlhf.system.distributed import (
+    broadcast_from_main,
+    is_main_process,
+    launcher_world_size,
+    pick_device,
+    process_group,
+    world_size,
+)
 from rlhf.system.files import hash_path, require_writable, size_of
 from rlhf.system.malloc import keep_freed_memory
 from rlhf.system.quiet import quiet_libraries
 from rlhf.system.rank_logs import PeerFailed, own_log
 from rlhf.system.rng import seed_rng
 from rlhf.system.signals import Signals, StopNow
-from rlhf.system.watchdog import cause, watched
+from rlhf.system.watchdog import cause, run_watchdog
 
 NOT_OUTPUTS = ("stage.json", "metrics.jsonl", "wandb_id.txt", "tables", "checkpoints", "trainer", LOGS)
 
@@ -174,7 +181,7 @@ def run_stage(
 
 def _run_stage(name: str, work: Callable[[StageContext], dict[str, Any] | None], argv: Sequence[str] | None) -> int:
     recipe_name, overrides, options = parse_stage_args(argv, f"stages/{STAGES[name].program}.py")
-    recipe = as_launched(load_recipe(recipe_name, overrides), launched())
+    recipe = as_launched(load_recipe(recipe_name, overrides), launcher_world_size())
     check(recipe, [name])
     device = pick_device(recipe)
     if device.type == "cpu":
@@ -186,11 +193,11 @@ def _run_stage(name: str, work: Callable[[StageContext], dict[str, Any] | None],
     processes, timeout_s = world_size(), recipe.launch.timeout_s
     with (
         own_log(run.stage_dir(name) / LOGS, processes),
-        joined(device, timeout_s),
-        watched(name, processes, timeout_s),
+        process_group(device, timeout_s),
+        run_watchdog(name, processes, timeout_s),
         run.lock() if is_main_process() else nullcontext(),
     ):
-        record = from_first(lambda: _prepare(recipe, run, name, options["fresh"], options["accept_change"]))
+        record = broadcast_from_main(lambda: _prepare(recipe, run, name, options["fresh"], options["accept_change"]))
         if record is None:
             console.print(
                 f"{name}: finished, recipe and inputs unchanged; skipped ({run.stage_dir(name)})", markup=False

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf.system.distributed import is_main_process
-from rlhf.system.phases import progressed
+from rlhf.system.phases import heartbeat
 
 T = TypeVar("T")
 PLAIN_INTERVAL = 10.0  # seconds between lines when the output is not a terminal
@@ -110,7 +110,7 @@ class Progress:
         """Count n more as done."""
         self.done = self.done + n if self.total is None else min(self.done + n, self.total)
         self._last = time.monotonic()
-        progressed()
+        heartbeat()
         if self._first is None:
             self._first = (self._last, self.done)
         if self._task is not None and _display is not None:

@@ -15,22 +15,22 @@ from rlhf.config import Recipe
 from rlhf.errors import UserError
 
 T = TypeVar("T")
-Row = TypeVar("Row")
+Item = TypeVar("Row")
 Result = TypeVar("Result")
 
 
 def world_size() -> int:
     """How many processes the launcher started, 1 without one."""
-    return launched() or 1
+    return launcher_world_size() or 1
 
 
-def launched() -> int | None:
+def launcher_world_size() -> int | None:
     """How many processes the launcher started, None without one."""
     return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
 
 
 @contextmanager
-def joined(device: torch.device, timeout_s: int) -> Iterator[None]:
+def process_group(device: torch.device, timeout_s: int) -> Iterator[None]:
     """Be in one group with the processes that a launcher started; nothing for a single process.
 
     Args:
@@ -60,7 +60,7 @@ def joined(device: torch.device, timeout_s: int) -> Iterator[None]:
     dist.destroy_process_group()  # not after an error: the others may hang in a collective, and the launcher ends them
 
 
-def from_first(make: Callable[[], T]) -> T:
+def broadcast_from_main(make: Callable[[], T]) -> T:
     """What `make` returns on the first process, on all of them; where it raises there, all of them end.
 
     Raises:
@@ -97,21 +97,21 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def own(rows: Sequence[Row]) -> list[Row]:
+def shard(rows: Sequence[Item]) -> list[Item]:
     """This process's share: every n-th row, so that rows sorted by length are shared out evenly. It may be empty."""
     return list(rows[dist.get_rank() :: processes()]) if processes() > 1 else list(rows)
 
 
-def gathered(results: Sequence[Result]) -> list[Result]:
+def gather_shards(results: Sequence[Result]) -> list[Result]:
     """The results of all processes' `own` rows in the order of the whole; all processes must call it."""
-    parts = everyones(list(results))
+    parts = all_gather_objects(list(results))
     whole: list[Result] = [None] * sum(map(len, parts))  # type: ignore[list-item]
     for rank, part in enumerate(parts):
         whole[rank :: len(parts)] = part
     return whole
 
 
-def everyones(value: Result) -> list[Result]:
+def all_gather_objects(value: Result) -> list[Result]:
     """`value` of every process, in order; all processes must call it."""
     if processes() == 1:
         return [value]
@@ -122,10 +122,10 @@ def everyones(value: Result) -> list[Result]:
 
 def barrier() -> Callable[[], object] | None:
     """What waits for all processes; None where there is one."""
-    return (lambda: everyones(None)) if processes() > 1 else None
+    return (lambda: all_gather_objects(None)) if processes() > 1 else None
 
 
-def anyone(here: bool) -> bool:
+def any_rank(here: bool) -> bool:
     """Whether it is so on any process; all processes must ask."""
     if processes() == 1:
         return here

@@ -21,26 +21,26 @@ from rlhf.system.machine import (
 
 
 @dataclass
-class Batches:
+class PaddingCounts:
     """Padded batches that were built: how many, their tokens, and their places with padding."""
 
     number: int = 0
     tokens: int = 0
-    places: int = 0
+    slots: int = 0
 
     @property
     def padding(self) -> float:
         """Share of the places that is padding."""
-        return 1 - self.tokens / self.places if self.places else 0.0
+        return 1 - self.tokens / self.slots if self.slots else 0.0
 
 
 @dataclass
-class Measured:
+class PhaseMeasurements:
     """By phase: seconds, peak in GB where it can be had, and the batches; `other` is what no phase was."""
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     peaks: dict[str, float] = field(default_factory=dict)
-    batches: dict[str, Batches] = field(default_factory=lambda: defaultdict(Batches))
+    batches: dict[str, PaddingCounts] = field(default_factory=lambda: defaultdict(PaddingCounts))
 
     def metrics(self) -> dict[str, float]:
         """perf/seconds_PHASE, memory/PHASE_gb, and perf/padding_PHASE where batches were padded."""
@@ -49,18 +49,18 @@ class Measured:
         return found | {f"perf/padding_{name}": batches.padding for name, batches in self.batches.items()}
 
 
-_open: list[Batches] = []  # of the phase that is going on
+_open: list[PaddingCounts] = []  # of the phase that is going on
 
 
-def count_batch(tokens: int, places: int) -> None:
+def count_batch(tokens: int, slots: int) -> None:
     """A batch of so many tokens and places was built; it counts for the phase that is going on, if any."""
     if _open:
         _open[-1].number += 1
         _open[-1].tokens += tokens
-        _open[-1].places += places
+        _open[-1].slots += slots
 
 
-class PhaseTimes:
+class PhaseTimer:
     """Measures the phases of a loop: `with times("score"): ...`, any number of times each, and `take` at its end.
 
     Attributes:
@@ -80,7 +80,7 @@ class PhaseTimes:
     def __call__(self, phase: str) -> Iterator[None]:
         """Add what happens inside to a phase; phases do not nest."""
         counts = reset_peak(self.device)
-        _open.append(self._measured.batches[phase] if phase in self._measured.batches else Batches())
+        _open.append(self._measured.batches[phase] if phase in self._measured.batches else PaddingCounts())
         begin = time.perf_counter()
         try:
             yield
@@ -94,7 +94,7 @@ class PhaseTimes:
             peaks = self._measured.peaks
             peaks[phase] = max(peaks.get(phase, 0.0), recent_peak_gb(self.device))
 
-    def take(self, elsewhere: float = 0.0) -> Measured:
+    def take(self, elsewhere: float = 0.0) -> PhaseMeasurements:
         """What was measured since the last call; `elsewhere` are seconds of it that another clock has counted."""
         done, now = self._measured, time.perf_counter()
         done.seconds["other"] = max(0.0, now - self._since - elsewhere - sum(done.seconds.values()))
@@ -106,5 +106,5 @@ class PhaseTimes:
         return peak_memory_gb(self.device)
 
     def _begin(self) -> None:
-        self._since, self._measured = time.perf_counter(), Measured()
+        self._since, self._measured = time.perf_counter(), PhaseMeasurements()
         self._measured.seconds.update(dict.fromkeys(self._phases, 0.0))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Now:
+class PhaseState:
     """Where a process stands; all processes of a stage go through the same phases in the same order."""
 
     phase: str = "start"  # start, rollout, scoring, update, save
@@ -20,7 +20,7 @@ class Now:
         return f"phase {self.phase}" + (f", step {self.step}" if self.step is not None else "")
 
 
-now = Now()
+now = PhaseState()
 _listeners: list[Callable[[], None]] = []  # called when another phase begins
 
 
@@ -35,12 +35,12 @@ def phase(name: str, step: int | None = None) -> None:
             listener()
 
 
-def progressed() -> None:
+def heartbeat() -> None:
     """Say that the phase goes on well; loops with a progress bar say it at every advance."""
     now.activity += 1
 
 
-def listen(call: Callable[[], None] | None) -> None:
+def on_phase_change(call: Callable[[], None] | None) -> None:
     """Be at the start of a stage and have `call()` made whenever another phase begins; None ends that."""
     _listeners.clear()
     if call:

@@ -21,7 +21,7 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
     ruled = [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]
     if any(os.environ[name] == "true" for name in ruled if name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")):
-        say("ZeRO stage and precision are the recipe's (launch.zero_stage, model.dtype), not those of `accelerate`")
+        note("ZeRO stage and precision are the recipe's (launch.zero_stage, model.dtype), not those of `accelerate`")
     for name in ruled:
         del os.environ[name]
 
@@ -47,7 +47,7 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def say(line: str) -> None:
+def note(line: str) -> None:
     """One line to standard error, from the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)

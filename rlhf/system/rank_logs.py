@@ -49,11 +49,11 @@ class RankLog:
             (folder / ERROR).unlink(missing_ok=True)  # of the attempt before; nobody tells one before all have joined
         self.terminal = os.dup(2)
 
-    def told(self) -> bool:
+    def error_reported(self) -> bool:
         """Whether some process has told an error."""
         return (self.folder / ERROR).exists()
 
-    def tell(self, text: str) -> bool:
+    def report_error(self, text: str) -> bool:
         """Show an error on the terminal, unless another process was first; returns whether this one was."""
         try:
             descriptor = os.open(self.folder / ERROR, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -86,15 +86,15 @@ def own_log(folder: Path, processes: int) -> Iterator[None]:
         with _tee(log.file) if log.rank == 0 else _redirect(log.file), _deepspeed_to(log.file):
             yield
     except UserError as error:
-        log.tell(f"error: {error}" if log.rank == 0 else f"error on rank {log.rank}: {error}")
+        log.report_error(f"error: {error}" if log.rank == 0 else f"error on rank {log.rank}: {error}")
         raise SystemExit(2) from None
     except PeerFailed as failure:
-        log.tell(str(failure))
+        log.report_error(str(failure))
         raise SystemExit(1) from None
     except Exception as error:
         traceback.print_exc(file=log.file)
         what = "".join(traceback.format_exception_only(error)).strip()
-        log.tell(f"error on rank {log.rank} in {now.words()}: {what}\n  traceback: {log.path}")
+        log.report_error(f"error on rank {log.rank} in {now.words()}: {what}\n  traceback: {log.path}")
         raise SystemExit(1) from None
     finally:
         os.close(log.terminal)

@@ -13,7 +13,7 @@ from rlhf.system.console import console
 from rlhf.system.distributed import is_main_process
 
 
-def whole_rows(path: Path, fields: Collection[str], lost: str) -> list[dict[str, Any]]:
+def complete_rows(path: Path, fields: Collection[str], lost: str) -> list[dict[str, Any]]:
     """The rows of a log, [] when it is not there; a last line that a kill has cut off is told and taken off the file.
 
     Args:

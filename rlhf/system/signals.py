@@ -15,7 +15,9 @@ import torch.distributed as dist
 from rlhf.system import rank_logs
 from rlhf.system.distributed import collective_device, is_main_process
 
-TWICE = 0.5  # seconds between two signals that a person sent; a launcher's and the terminal's copies come together
+REPEAT_SECONDS = (
+    0.5  # seconds between two signals that a person sent; a launcher's and the terminal's copies come together
+)
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is Slurm's warning that the time is nearly up
 STOPPED = tuple(128 + number for number in STOPPING)
 
@@ -57,7 +59,7 @@ class Signals:
 
     def _note(self, number: int, frame: object) -> None:
         if self.received:
-            if number == signal.SIGINT and time.monotonic() - self.at > TWICE:
+            if number == signal.SIGINT and time.monotonic() - self.at > REPEAT_SECONDS:
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
                 raise StopNow
             return

@@ -27,12 +27,12 @@ from typing import Any
 import psutil
 
 from rlhf.system import phases, rank_logs
-from rlhf.system.phases import Now, now
+from rlhf.system.phases import PhaseState, now
 from rlhf.system.rank_logs import PeerFailed, RankLog
 
 HUNG = 124  # exit code of a process that ends because another hangs, as of timeout(1)
 GRACE = 5.0  # seconds that a process gets to end by itself once another has told an error
-_watch: Watch | None = None
+_watch: Watchdog | None = None
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Peer:
     moved: float  # last sign of progress
 
 
-class Watch:
+class Watchdog:
     """Keeps this process's report and reads the others'.
 
     Args:
@@ -132,7 +132,7 @@ class Watch:
         lines = []
         for rank in ranks[:4]:
             report = self._peers[rank].report
-            where = Now(report["phase"], report["step"]).words() if report else "phase start"
+            where = PhaseState(report["phase"], report["step"]).words() if report else "phase start"
             lines.append(f"rank {rank} {how}, in {where}, of {self.stage}\n  log: {self.folder}/rank-{rank}.txt")
         if len(ranks) > 4:
             lines.append(f"and so are {len(ranks) - 4} more")
@@ -145,14 +145,14 @@ class Watch:
                 if self.reads:
                     self.look()
                     if words := self.stuck():
-                        log.tell(words)
+                        log.report_error(words)
                         self._end(log, words)
-                    if not log.told() and (words := self.dead()):
-                        log.tell(words)
+                    if not log.error_reported() and (words := self.dead()):
+                        log.report_error(words)
             except (OSError, ValueError, psutil.Error) as error:  # a full or slow disk: the next round may find it well
                 os.write(log.terminal, f"warning: the watch of rank {self.rank}: {error}\n".encode())
                 continue
-            if log.told():
+            if log.error_reported():
                 self._told_at = self._told_at or time.monotonic()
                 if time.monotonic() - self._told_at > GRACE:  # in a collective that will never end
                     self._end(log, "ended: another process has failed")
@@ -166,7 +166,7 @@ class Watch:
 
 
 @contextmanager
-def watched(stage: str, processes: int, timeout: float) -> Iterator[None]:
+def run_watchdog(stage: str, processes: int, timeout: float) -> Iterator[None]:
     """Watch over the processes of a stage while the block lasts, within `own_log`; nothing for a single one."""
     global _watch
     log = rank_logs.current()
@@ -175,13 +175,13 @@ def watched(stage: str, processes: int, timeout: float) -> Iterator[None]:
         return
     # Two on every machine: each sees when the other is the one that hangs. More would only load a shared disk.
     reads = int(os.environ.get("LOCAL_RANK", "0")) < 2
-    _watch = Watch(log.folder, stage, log.rank, processes, timeout, reads)
-    phases.listen(_watch.write)
+    _watch = Watchdog(log.folder, stage, log.rank, processes, timeout, reads)
+    phases.on_phase_change(_watch.write)
     _watch.start(log)
     try:
         yield
     finally:
-        phases.listen(None)
+        phases.on_phase_change(None)
         _watch.stop()
         _watch = None
 
@@ -194,7 +194,7 @@ def cause(error: BaseException) -> BaseException:
     traceback.print_exception(error, file=log.file)
     deadline = time.monotonic() + 4 * _watch.interval + 2
     while time.monotonic() < deadline:
-        if log.told():
+        if log.error_reported():
             return PeerFailed((log.folder / rank_logs.ERROR).read_text().strip())
         _watch.look()
         if words := _watch.dead() or _watch.silent(3 * _watch.interval):
@@ -209,7 +209,7 @@ def last_phases(folder: Path, processes: int) -> list[str]:
     for path in (folder / f"rank-{rank}.json" for rank in range(processes)):
         if path.exists():
             report = json.loads(path.read_text())
-            where = Now(report["phase"], report["step"]).words()
+            where = PhaseState(report["phase"], report["step"]).words()
             lines.append(f"rank {report['rank']} was last in {where}; log: {path.with_suffix('.txt')}")
     return lines
 

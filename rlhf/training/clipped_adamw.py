@@ -60,12 +60,12 @@ class ClippedAdamW(torch.optim.AdamW):
         return norm.float()
 
 
-def steps_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> int:
+def step_count(optimizer: torch.optim.Optimizer, parameter: Tensor) -> int:
     """Adam steps that a tensor has had."""
     return int(optimizer.state.get(parameter, {}).get("step", 0))
 
 
-def set_steps(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: int) -> None:
+def set_step_count(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: int) -> None:
     """Give a tensor the state of AdamW after that many steps, its moments zero, for them to be filled in."""
     if steps == 0:
         optimizer.state.pop(parameter, None)

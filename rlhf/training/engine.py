@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rlhf.errors import UserError
 from rlhf.system.distributed import is_main_process
-from rlhf.training.clipped_adamw import ClippedAdamW, set_steps, steps_of
+from rlhf.training.clipped_adamw import ClippedAdamW, set_step_count, step_count
 from rlhf.training.sharded_state import MOMENTS, WEIGHT, Fragment, FragmentReader, write_fragments
 
 
@@ -262,12 +262,14 @@ class Engine:
 
     def _steps(self) -> dict[str, int]:
         """Adam steps that the parameters have had."""
-        return {name: steps_of(self._base_optimizer, each) for each, names in self._stepped().items() for name in names}
+        return {
+            name: step_count(self._base_optimizer, each) for each, names in self._stepped().items() for name in names
+        }
 
     def _set_steps(self, steps: dict[str, int]) -> None:
         """Make the moments of parameters that have been stepped, zero for now, and no others."""
         for each, names in self._stepped().items():
-            set_steps(self._base_optimizer, each, max(steps[name] for name in names))
+            set_step_count(self._base_optimizer, each, max(steps[name] for name in names))
 
     def _begin_load(self) -> None:
         """Be ready for fragments to be overwritten."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlhf.models.flops import ModelCost, Work, model_cost, work_of
+from rlhf.models.flops import ModelCost, PassSize, model_cost, pass_size
 from rlhf.rollout.batches import Pair
-from rlhf.system.distributed import is_main_process, own, processes
-from rlhf.system.phase_timer import Batches, PhaseTimes
+from rlhf.system.distributed import is_main_process, processes, shard
+from rlhf.system.phase_timer import PaddingCounts, PhaseTimer
 from rlhf.training.ppo_state import Ppo
 
 PHASES = ("rollout", "score", "train", "ptx", "optimizer")
@@ -19,7 +19,7 @@ STEP_BYTES = 28  # of a weight in AdamW: gradient read; weight, two moments read
 AVERAGE_BYTES = 12  # of a weight in the average: both read, one written
 
 
-def performance(ppo: Ppo, pairs: Sequence[Pair], times: PhaseTimes, saving: float) -> dict[str, float]:
+def performance(ppo: Ppo, pairs: Sequence[Pair], times: PhaseTimer, saving: float) -> dict[str, float]:
     """The metrics of the iteration that ends now.
 
     Args:
@@ -29,7 +29,7 @@ def performance(ppo: Ppo, pairs: Sequence[Pair], times: PhaseTimes, saving: floa
     measured, cfg = times.take(saving), ppo.recipe.ppo
     lengths = [(len(prompt), len(response)) for prompt, response in pairs]
     response_tokens, tokens = sum(response for _, response in lengths), sum(map(sum, lengths))
-    needs = iteration_needs(ppo, pairs, measured.batches)
+    needs = iteration_costs(ppo, pairs, measured.batches)
     seconds = measured.seconds
     found = measured.metrics() | needs
     found["perf/rollout_tokens_per_s"] = response_tokens / seconds["rollout"]
@@ -46,7 +46,7 @@ def performance(ppo: Ppo, pairs: Sequence[Pair], times: PhaseTimes, saving: floa
     return found | {"memory/peak_gb": times.peak_gb()}
 
 
-def iteration_needs(ppo: Ppo, pairs: Sequence[Pair], batches: dict[str, Batches]) -> dict[str, float]:
+def iteration_costs(ppo: Ppo, pairs: Sequence[Pair], batches: dict[str, PaddingCounts]) -> dict[str, float]:
     """perf/flops_PART and perf/bytes_PART of this process, where a phase's parts are `floors.PARTS`.
 
     Weights are read once in every forward pass, and again in a backward pass where the gradient goes through; what
@@ -57,8 +57,8 @@ def iteration_needs(ppo: Ppo, pairs: Sequence[Pair], batches: dict[str, Batches]
     plain, reward = model_cost(ppo.reference), model_cost(ppo.reward_model)
     share = 1 / processes()
     lengths = [(len(prompt), len(response)) for prompt, response in pairs]
-    whole = _scaled(work_of(lengths), share)
-    needs = decoding_needs(policy, pairs, cfg.rollout_batch_size)
+    whole = _scaled(pass_size(lengths), share)
+    needs = decoding_costs(policy, pairs, cfg.rollout_batch_size)
     if ppo.recipe.model.dtype != "float32" or cfg.rollout == "vllm":
         needs["perf/flops_rescore"] = policy.forward(whole)
         needs["perf/bytes_rescore"] = float(policy.weight_bytes)
@@ -73,7 +73,7 @@ def iteration_needs(ppo: Ppo, pairs: Sequence[Pair], batches: dict[str, Batches]
     needs |= {"perf/flops_ptx": 0.0, "perf/bytes_ptx": 0.0}
     if ppo.ptx_coef > 0:
         rows = ppo.plan.steps_per_iteration * ppo.plan.ptx_rows_per_process
-        needs["perf/flops_ptx"] = policy.training(_scaled(work_of([(1, cfg.ptx_tokens - 1)]), rows))
+        needs["perf/flops_ptx"] = policy.training(_scaled(pass_size([(1, cfg.ptx_tokens - 1)]), rows))
         passes = batches["ptx"].number if "ptx" in batches else ppo.plan.steps_per_iteration
         needs["perf/bytes_ptx"] = passes * _training_bytes(policy)
     # ZeRO 1 to 3 divide the optimiser's work; without it every process does it all.
@@ -84,34 +84,34 @@ def iteration_needs(ppo: Ppo, pairs: Sequence[Pair], batches: dict[str, Batches]
     return needs
 
 
-def decoding_needs(policy: ModelCost, pairs: Sequence[Pair], batch_size: int) -> dict[str, float]:
+def decoding_costs(policy: ModelCost, pairs: Sequence[Pair], batch_size: int) -> dict[str, float]:
     """What sampling takes on this process: prompts in one pass, then a pass for each token of the longest response.
 
     Every pass reads the weights, and for each row that goes on the keys and values of what came before. A prompt that
     a batch has several times is prefilled once. perf/decode_steps and perf/decode_rows are the passes, and the rows
     that went through them in all.
     """
-    mine = own(sorted(pairs, key=lambda pair: len(pair[0])))
+    mine = shard(sorted(pairs, key=lambda pair: len(pair[0])))
     batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
     prompts = [len(p) for batch in batches for p in {tuple(prompt) for prompt, _ in batch}]
     steps = sum(max(len(response) for _, response in batch) - 1 for batch in batches)
     rows = sum(len(response) - 1 for _, response in mine)
     # Token s of a response goes through after it is drawn, and sees the prompt and s tokens.
     seen = sum((len(r) - 1) * (len(p) + len(r) / 2) for p, r in mine)
-    prefill = Work(sum(prompts), len(prompts), sum(n * (n + 1) / 2 for n in prompts))
+    prefill = PassSize(sum(prompts), len(prompts), sum(n * (n + 1) / 2 for n in prompts))
     return {
         "perf/prefill_tokens": float(prefill.tokens),
         "perf/decode_steps": float(steps),
         "perf/decode_rows": float(rows),
         "perf/flops_prefill": policy.forward(prefill),
         "perf/bytes_prefill": float(len(batches) * policy.weight_bytes),
-        "perf/flops_decode": policy.forward(Work(rows, rows, seen)),
+        "perf/flops_decode": policy.forward(PassSize(rows, rows, seen)),
         "perf/bytes_decode": float(steps * policy.weight_bytes + seen * policy.kv_bytes),
     }
 
 
-def _scaled(work: Work, factor: float) -> Work:
-    return Work(*(part * factor for part in work))
+def _scaled(work: PassSize, factor: float) -> PassSize:
+    return PassSize(*(part * factor for part in work))
 
 
 def _training_bytes(cost: ModelCost) -> float:

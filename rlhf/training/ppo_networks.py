@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.config import VIRTUAL_TOKENS, ModelSection, PeftSection, Recipe
+from rlhf.config import VIRTUAL_TOKEN_METHODS, ModelSection, PeftSection, Recipe
 from rlhf.errors import UserError
-from rlhf.models.loading import check_method, load_policy, load_reward_model, of_base, put_on
+from rlhf.models.loading import attach_adapter, base_settings, check_method, load_policy, load_reward_model
 from rlhf.models.peft.folder import base_hash, find_adapter
 from rlhf.models.peft.merging import why_not_mergeable
 from rlhf.models.peft.methods import add_adapter, peft_of
-from rlhf.models.peft.shared_base import one_base, policies_share, policy_twin, scalar_twin
+from rlhf.models.peft.shared_base import all_share_base, policies_share_base, share_base, share_base_with_scalar_head
 from rlhf.models.zero import frozen, trained, zero_stage
 from rlhf.system.distributed import processes
 
@@ -42,20 +42,20 @@ def load_networks(recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch
     Raises:
         UserError: as of rlhf/models/loading.py; and a method that does not go with what the SFT stage has left.
     """
-    if policies_share(recipe, zero_stage(recipe)):
+    if policies_share_base(recipe, zero_stage(recipe)):
         return _on_one_base(recipe, sft_dir, reward_dir, device)
-    leaving = partial(frozen, recipe, device, leaves=True)
+    load_scorer = partial(frozen, recipe, device, drop_after_use=True)
     return PpoNetworks(
         policy=trained(recipe, lambda: policy_to_train(sft_dir, recipe.model)),
-        reference=leaving(lambda: _reference(sft_dir, recipe)),
+        reference=load_scorer(lambda: _reference(sft_dir, recipe)),
         value=trained(recipe, lambda: value_to_train(reward_dir, recipe)),
-        reward=leaving(lambda: load_reward_model(reward_dir, recipe.model)),
+        reward=load_scorer(lambda: load_reward_model(reward_dir, recipe.model)),
         bases="each of the four networks has a base of its own" if recipe.model.peft.on else "",
     )
 
 
 def _reference(sft_dir: Path, recipe: Recipe) -> PreTrainedModel:
-    return load_policy(sft_dir, recipe.model, merged=not recipe.model.peft.on, one_type=_rounded(recipe))
+    return load_policy(sft_dir, recipe.model, merged=not recipe.model.peft.on, round_to_model_dtype=_rounded(recipe))
 
 
 def _rounded(recipe: Recipe) -> bool:
@@ -65,31 +65,41 @@ def _rounded(recipe: Recipe) -> bool:
 
 def _on_one_base(recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch.device) -> PpoNetworks:
     """Policy and reference on one base, and value and reward model too where they can be."""
-    peft, sft, judge = recipe.model.peft, find_adapter(sft_dir), find_adapter(reward_dir)
+    peft, sft, reward_adapter = recipe.model.peft, find_adapter(sft_dir), find_adapter(reward_dir)
     base, section = str(sft_dir), recipe.model
     if sft is not None:
         check_method(sft, peft)
         sft.check_base()
-        base, section = sft.base.name, of_base(sft, recipe.model)
+        base, section = sft.base.name, base_settings(sft, recipe.model)
     policy = trained(recipe, lambda: load_policy(base, section))
-    reference = policy_twin(policy)
-    twins: list[PreTrainedModel | None] = [None, None]
-    if judge is not None and one_base(recipe, zero_stage(recipe)) and judge.base.hash == base_hash(base):
-        check_method(judge, recipe.reward_peft)
-        twins = [scalar_twin(policy, judge.keep_layers, section.trust_remote_code) for _ in twins]
+    reference = share_base(policy)
+    scalar_models: list[PreTrainedModel | None] = [None, None]
+    if (
+        reward_adapter is not None
+        and all_share_base(recipe, zero_stage(recipe))
+        and reward_adapter.base.hash == base_hash(base)
+    ):
+        check_method(reward_adapter, recipe.reward_peft)
+        scalar_models = [
+            share_base_with_scalar_head(policy, reward_adapter.keep_layers, section.trust_remote_code)
+            for _ in scalar_models
+        ]
     size = sum(p.numel() * p.element_size() for p in policy.parameters()) / 1e9
     if sft is not None:
-        policy, reference = (put_on(sft, model, _rounded(recipe)) for model in (policy, reference))
+        policy, reference = (attach_adapter(sft, model, _rounded(recipe)) for model in (policy, reference))
     else:
-        policy = add_first(peft, policy, sft_dir)
+        policy = add_fresh_adapter(peft, policy, sft_dir)
     reference.requires_grad_(False).to(device)
-    value, reward = twins
-    if judge is not None and value is not None and reward is not None:
-        value, reward = put_on(judge, value), put_on(judge, reward).requires_grad_(False).to(device)
+    value, reward = scalar_models
+    if reward_adapter is not None and value is not None and reward is not None:
+        value, reward = (
+            attach_adapter(reward_adapter, value),
+            attach_adapter(reward_adapter, reward).requires_grad_(False).to(device),
+        )
         bases = f"one base of {size:.2g} GB for policy, reference, value and reward model"
     else:
         value = trained(recipe, lambda: value_to_train(reward_dir, recipe))
-        reward = frozen(recipe, device, lambda: load_reward_model(reward_dir, recipe.model), leaves=True)
+        reward = frozen(recipe, device, lambda: load_reward_model(reward_dir, recipe.model), drop_after_use=True)
         bases = f"one base of {size:.2g} GB for policy and reference; value and reward model have their own"
     return PpoNetworks(policy, reference, value, reward, bases)
 
@@ -112,16 +122,16 @@ def policy_to_train(sft_dir: Path, model: ModelSection) -> PreTrainedModel:
             str(sft_dir),
             f"set model.peft.method={adapter.peft.method}",
         )
-    return add_first(peft, policy, sft_dir) if peft.on else policy
+    return add_fresh_adapter(peft, policy, sft_dir) if peft.on else policy
 
 
-def add_first(peft: PeftSection, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+def add_fresh_adapter(peft: PeftSection, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """A new adapter on a trained plain model, which is to compute what it did.
 
     Raises:
         UserError: for virtual tokens, which would change that.
     """
-    if peft.method in VIRTUAL_TOKENS:
+    if peft.method in VIRTUAL_TOKEN_METHODS:
         raise UserError(
             f"this is a plain model, and new virtual tokens ({peft.method}) would change what it computes: PPO would "
             "not start from it",
@@ -148,4 +158,4 @@ def value_to_train(reward_dir: Path, recipe: Recipe) -> PreTrainedModel:
             str(reward_dir),
             "set reward.peft.method=model",
         )
-    return add_first(peft, value, reward_dir) if peft.on else value
+    return add_fresh_adapter(peft, value, reward_dir) if peft.on else value

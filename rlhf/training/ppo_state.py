@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config import NOT_MERGED, Recipe
+from rlhf.config import UNMERGEABLE, Recipe
 from rlhf.data.encoding import fit_prompts, stop_ids
 from rlhf.data.records import Drops, read_prompts, read_texts
-from rlhf.data.text_blocks import blocks
+from rlhf.data.text_blocks import token_blocks
 from rlhf.errors import UserError
 from rlhf.functional.ppo import ema_update
 from rlhf.models.loading import check_context, load_tokenizer, recompute_activations, same_tokenizer
@@ -66,7 +66,7 @@ def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
     """Load the models and the data of a PPO run, and put the trained networks under an engine."""
     cfg, plan = recipe.ppo, plan_ppo(recipe)
     rows_of = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
-    if cfg.rollout == "vllm" and recipe.model.peft.method not in NOT_MERGED:  # else it is not asked
+    if cfg.rollout == "vllm" and recipe.model.peft.method not in UNMERGEABLE:  # else it is not asked
         check_server(recipe.launch, rows_of)
     tokenizer = load_tokenizer(str(sft_dir))
     same_tokenizer(tokenizer, load_tokenizer(str(reward_dir)))
@@ -74,7 +74,7 @@ def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
     prompts = fit_prompts(read_prompts(recipe.data.prompts, drops), tokenizer, recipe.data.max_prompt_tokens, drops)
     if not prompts:
         raise UserError("no prompt is left for PPO", where="data.prompts", fix="raise data.max_prompt_tokens")
-    ptx_rows = blocks(read_texts(recipe.data.pretraining, drops), tokenizer, cfg.ptx_tokens) if ptx else []
+    ptx_rows = token_blocks(read_texts(recipe.data.pretraining, drops), tokenizer, cfg.ptx_tokens) if ptx else []
     if ptx and not ptx_rows:
         raise UserError("PPO-ptx has no pretraining text", where="data.pretraining", fix="name a text file or run ppo")
 

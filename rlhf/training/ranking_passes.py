@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.functional.ranking import Ties, ranking_loss
+from rlhf.functional.ranking import TieHandling, ranking_loss
 from rlhf.rollout.batches import Pair, token_budget_batches
-from rlhf.system.distributed import gathered, own
+from rlhf.system.distributed import gather_shards, shard
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Group:
         """Tokens of each output with its prompt."""
         return [len(p) + len(r) for p, r in self.pairs]
 
-    def fits(self, tokens: int) -> bool:
+    def fits_one_pass(self, tokens: int) -> bool:
         """Whether its outputs, at the length of the longest, are a pass."""
         return len(self.pairs) * max(self.lengths) <= tokens
 
@@ -47,13 +47,13 @@ class Pass:
 
     pairs: list[Pair]
     groups: Sequence[Group] = ()
-    slopes: Tensor | None = None
+    score_grads: Tensor | None = None
 
-    def loss(self, scores: Tensor, ties: Ties) -> Tensor:
+    def loss(self, scores: Tensor, ties: TieHandling) -> Tensor:
         """What to go backward from: the loss of whole groups, or of a part what has the gradient of its share."""
-        if self.slopes is None:
+        if self.score_grads is None:
             return ranking_loss(scores, [g.ranks for g in self.groups], ties).loss
-        return (scores * self.slopes.to(scores.device)).sum()
+        return (scores * self.score_grads.to(scores.device)).sum()
 
 
 def by_length(groups: Sequence[Group]) -> list[Group]:
@@ -74,8 +74,8 @@ def whole_passes(groups: Sequence[Group], tokens: int) -> list[Pass]:
     return [Pass([pair for g in part for pair in g.pairs], part) for part in passes]
 
 
-def part_passes(
-    groups: Sequence[Group], tokens: int, ties: Ties, score: Callable[[list[list[Pair]]], list[list[float]]]
+def split_passes(
+    groups: Sequence[Group], tokens: int, ties: TieHandling, score: Callable[[list[list[Pair]]], list[list[float]]]
 ) -> tuple[list[Pass], list[list[float]], float]:
     """The first round for groups that do not fit; several processes share it out, and all must call.
 
@@ -89,17 +89,17 @@ def part_passes(
     if not groups:
         return [], [], 0.0
     parts = [(i, part) for i, g in enumerate(groups) for part in token_budget_batches(g.lengths, tokens)]
-    scored = gathered(score([[groups[i].pairs[k] for k in part] for i, part in own(parts)]))
+    scored = gather_shards(score([[groups[i].pairs[k] for k in part] for i, part in shard(parts)]))
     passes, found, total = [], [[0.0] * len(g.pairs) for g in groups], 0.0
     for (i, part), values in zip(parts, scored, strict=True):
         for k, value in zip(part, values, strict=True):
             found[i][k] = value
-    slopes = []
+    score_grads = []
     for group, values in zip(groups, found, strict=True):
         leaf = torch.tensor(values, requires_grad=True)
         loss = ranking_loss(leaf, [group.ranks], ties).loss
-        slopes.append(torch.autograd.grad(loss, leaf)[0])
+        score_grads.append(torch.autograd.grad(loss, leaf)[0])
         total += float(loss.detach())
     for i, part in parts:
-        passes.append(Pass([groups[i].pairs[k] for k in part], slopes=slopes[i][part]))
+        passes.append(Pass([groups[i].pairs[k] for k in part], score_grads=score_grads[i][part]))
     return passes, found, total

@@ -28,7 +28,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from trl import SFTConfig, SFTTrainer
 
 from rlhf.config import Recipe
-from rlhf.data.text_blocks import Row
+from rlhf.data.text_blocks import TokenRow
 from rlhf.errors import UserError
 from rlhf.models.peft.methods import peft_of, trainable
 from rlhf.models.zero import config_path, connect, zero_stage
@@ -36,7 +36,7 @@ from rlhf.plan import plan_sft
 from rlhf.run.checkpoints import Checkpoints
 from rlhf.run.tracking import Tracker
 from rlhf.system.console import Progress
-from rlhf.system.distributed import from_first, own, processes
+from rlhf.system.distributed import broadcast_from_main, processes, shard
 from rlhf.system.phases import phase
 from rlhf.system.quiet import quiet_transformers
 
@@ -62,7 +62,7 @@ class MicroBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self._batches():
-            mine = own(batch + [self.rows] * (self.batch_size - len(batch)))
+            mine = shard(batch + [self.rows] * (self.batch_size - len(batch)))
             for start in range(0, len(mine), self.micro_batch_size):
                 yield mine[start : start + self.micro_batch_size]
 
@@ -283,7 +283,7 @@ def check_layout(recipe: Recipe, folder: Path) -> None:
 def build_trainer(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[TokenRow],
     recipe: Recipe,
     folder: Path,
     reporter: Reporter,
@@ -307,7 +307,7 @@ def build_trainer(
 def train_sft(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[TokenRow],
     recipe: Recipe,
     folder: Path,
     tracker: Tracker,
@@ -328,7 +328,7 @@ def train_sft(
     """
     reporter = Reporter(checkpoints, tracker, stop_requested, layout_of(recipe))
     trainer = build_trainer(policy, tokenizer, rows, recipe, folder / "trainer", reporter)
-    sealed = from_first(checkpoints.newest)
+    sealed = broadcast_from_main(checkpoints.newest)
     if sealed:
         check_layout(recipe, sealed)
     with quiet_transformers():

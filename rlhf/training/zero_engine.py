@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rlhf.config import Recipe
 from rlhf.errors import UserError
-from rlhf.models.low_memory_layers import keep_less
+from rlhf.models.low_memory_layers import use_low_memory_layers
 from rlhf.models.zero import connect, settings, zero_stage
 from rlhf.system.distributed import pick_device, processes
 from rlhf.training.clipped_adamw import ClippedAdamW
@@ -213,7 +213,7 @@ def make_engine(model: nn.Module, groups: list[ParamGroup], recipe: Recipe, **op
     Args:
         options: betas, eps, weight_decay, max_skipped_steps.
     """
-    keep_less(model)
+    use_low_memory_layers(model)
     if processes() == 1:
         return Engine(model, groups, device=recipe.run.device, **options)
     return ZeroEngine(model, groups, recipe, pick_device(recipe), **options)

@@ -27,7 +27,7 @@ from rlhf.rollout.experience import Experience
 from rlhf.rollout.probes import write_probes
 from rlhf.rollout.sampling import sample
 from rlhf.system.malloc import keep_freed_memory
-from rlhf.system.phase_timer import PhaseTimes
+from rlhf.system.phase_timer import PhaseTimer
 from rlhf.training.engine import Engine, ParamGroup
 from rlhf.training.ppo_state import Ppo, build
 from rlhf.training.sft_trainer import build_trainer
@@ -145,12 +145,12 @@ def collect(ppo: Ppo, seconds: dict[str, float]) -> Experience:
     return experience
 
 
-def phase_times(ppo: Ppo) -> PhaseTimes:
+def phase_times(ppo: Ppo) -> PhaseTimer:
     """What the update measures itself with. It sets the kernel's peak back; `peak_gb` of it is that of all."""
-    return PhaseTimes(ppo.engine.device, next(ppo.networks.parameters()).dtype)
+    return PhaseTimer(ppo.engine.device, next(ppo.networks.parameters()).dtype)
 
 
-def train(ppo: Ppo, experience: Experience, seconds: dict[str, float], times: PhaseTimes) -> None:
+def train(ppo: Ppo, experience: Experience, seconds: dict[str, float], times: PhaseTimer) -> None:
     """The update phase, all optimiser steps; its seconds are added."""
     begin = time.perf_counter()
     ppo_stage.update(ppo, experience, times)
@@ -207,7 +207,7 @@ class RewardTraining:
         )
         model = loading.load_reward_model(order["reward_model"], self.recipe.model)
         group = ParamGroup("reward", model, order["lr"], self.recipe.reward.max_grad_norm)
-        self.engine: Engine = make_engine(reward_stage.Scored(model), [group], self.recipe)
+        self.engine: Engine = make_engine(reward_stage.ScoringModule(model), [group], self.recipe)
         self.groups = [
             reward_stage.Group([(g["prompt"], response) for response in g["responses"]], tuple(g["ranks"]))
             for g in order["groups"]

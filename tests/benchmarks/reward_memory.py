@@ -18,7 +18,7 @@ from rlhf.models.loading import new_reward_model
 from rlhf.system.machine import peak_memory_gb
 from rlhf.training.engine import Engine, ParamGroup
 from rlhf.training.ranking_passes import Group
-from stages.reward import Scored, step
+from stages.reward import ScoringModule, step
 
 OUTPUTS = (2, 4, 9, 16)
 PROMPTS, STEPS = 8, 2
@@ -43,7 +43,7 @@ def peak(k: int, tokens: int, layers: int) -> float:
     recipe = Recipe.model_validate({"model": {"name": "smollm2-135m"}, "reward": {"micro_tokens": tokens}})
     torch.manual_seed(0)
     model = new_reward_model(recipe.model.name, recipe.model, layers).eval()
-    engine = Engine(Scored(model), [ParamGroup("reward", model, 1e-6, 1.0)], device="cpu")
+    engine = Engine(ScoringModule(model), [ParamGroup("reward", model, 1e-6, 1.0)], device="cpu")
     for seed in range(STEPS):
         step(engine, rankings(PROMPTS, k, seed), recipe, 0)
         engine.step()
@@ -64,7 +64,9 @@ def main() -> None:
         found = next(float(line.split()[1]) for line in reversed(lines) if line.startswith("peak "))
         groups = rankings(PROMPTS, k)
         most = max(len(g.pairs) * max(g.lengths) for g in groups)
-        rounds = " and ".join(str(2 - fits) for fits in sorted({g.fits(tokens) for g in groups}, reverse=True))
+        rounds = " and ".join(
+            str(2 - fits_one_pass) for fits_one_pass in sorted({g.fits_one_pass(tokens) for g in groups}, reverse=True)
+        )
         print(f"| {k} | at most {most} | {rounds} | {found:.2f} GB |", flush=True)
 
 

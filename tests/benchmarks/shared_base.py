@@ -90,7 +90,7 @@ def measure(folder: Path, way: str) -> dict[str, float]:
 
     from rlhf.recipe import load_recipe
     from rlhf.system.malloc import keep_freed_memory
-    from rlhf.system.phase_timer import PhaseTimes
+    from rlhf.system.phase_timer import PhaseTimer
     from rlhf.system.quiet import quiet_libraries
     from rlhf.training.ppo_state import build
     from stages.ppo import rollout, score, update
@@ -101,7 +101,7 @@ def measure(folder: Path, way: str) -> dict[str, float]:
     begin = time.perf_counter()
     ppo = build(load_recipe("demo", settings(folder, way)), False, sft, reward)
     found = {"build": time.perf_counter() - begin}
-    times = PhaseTimes(ppo.engine.device, torch.float32)
+    times = PhaseTimer(ppo.engine.device, torch.float32)
     ppo.stop_ids = [-1]  # no token ends a response: the same work for all
     for ppo.iteration in (0, 1):
         begin, cpu = time.perf_counter(), time.process_time()

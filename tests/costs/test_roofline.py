@@ -16,16 +16,16 @@ from typer.testing import CliRunner
 from launch.cli import app
 from launch.commands import profile
 from rlhf.config import ModelSection, PeftSection
-from rlhf.costs.roofline import furthest, mean_row, phase_costs
+from rlhf.costs.roofline import mean_row, phase_costs, worst_phase
 from rlhf.errors import UserError
-from rlhf.models.flops import Work, model_cost, work_of
+from rlhf.models.flops import PassSize, model_cost, pass_size
 from rlhf.models.loading import load_policy, new_reward_model
 from rlhf.models.peft.methods import add_adapter
 from rlhf.rollout.batches import build_batch
 from rlhf.rollout.scoring import response_logprobs
 from rlhf.system import machine, phase_timer
-from rlhf.system.phase_timer import PhaseTimes
-from rlhf.training.ppo_metrics import decoding_needs
+from rlhf.system.phase_timer import PhaseTimer
+from rlhf.training.ppo_metrics import decoding_costs
 from stages import ppo, rank, reward, sft
 
 CPU = torch.device("cpu")
@@ -41,15 +41,15 @@ def lora(policy: PreTrainedModel, last_layers: int) -> torch.nn.Module:
 
 
 def test_flops_of_the_tiny_model_by_hand(tiny_policy: PreTrainedModel) -> None:
-    assert work_of(ROWS) == Work(14, 9, 57)
+    assert pass_size(ROWS) == PassSize(14, 9, 57)
     cost = model_cost(tiny_policy)
-    assert cost.forward(work_of(ROWS)) == FORWARD == 6398976
-    assert cost.training(work_of(ROWS)) == 3 * FORWARD  # every matrix is trained, and passes the gradient on
+    assert cost.forward(pass_size(ROWS)) == FORWARD == 6398976
+    assert cost.training(pass_size(ROWS)) == 3 * FORWARD  # every matrix is trained, and passes the gradient on
     assert cost.weight_bytes == 4 * (LAYERS + HEAD)
     assert cost.kv_bytes == 2 * 4 * 32 * 4  # keys and values, layers, their channels, bytes
     assert cost.parameters == LAYERS + HEAD + 4 * 2 * 64 + 64 and cost.gradient_bytes == 4 * cost.parameters
     frozen = model_cost(tiny_policy.requires_grad_(False))
-    assert frozen.forward(work_of(ROWS)) == FORWARD and frozen.backward(work_of(ROWS)) == 0
+    assert frozen.forward(pass_size(ROWS)) == FORWARD and frozen.backward(pass_size(ROWS)) == 0
 
 
 def test_flops_of_adapters_by_hand(tiny_policy: PreTrainedModel) -> None:
@@ -57,16 +57,16 @@ def test_flops_of_adapters_by_hand(tiny_policy: PreTrainedModel) -> None:
     adapters = 2 * 4 * ((64 + 64) + 2 * (64 + 32) + (64 + 64) + 3 * (64 + 176))
     policy = lora(tiny_policy, 2)
     cost = model_cost(policy)
-    assert cost.forward(work_of(ROWS)) == FORWARD + 2 * adapters * 14
+    assert cost.forward(pass_size(ROWS)) == FORWARD + 2 * adapters * 14
     # The gradient ends at the first adapter: neither the matrix beside it nor its own first factor pass it on.
     passed = 2 * LAYER - 64 * 64 + adapters - 4 * 64
-    assert cost.backward(work_of(ROWS)) == 2 * ((passed + adapters) * 14 + HEAD * 9) + 8 * (2 * 64) * 57
+    assert cost.backward(pass_size(ROWS)) == 2 * ((passed + adapters) * 14 + HEAD * 9) + 8 * (2 * 64) * 57
     assert cost.parameters == adapters
 
 
 def test_a_reward_model_has_a_head_of_one_row(tiny_dir: str) -> None:
     model = new_reward_model(tiny_dir, ModelSection(name="tiny"), keep_layers=3)
-    assert model_cost(model).forward(Work(14, 2, 57)) == 2 * (3 * LAYER * 14 + 64 * 2) + 4 * 3 * 64 * 57
+    assert model_cost(model).forward(PassSize(14, 2, 57)) == 2 * (3 * LAYER * 14 + 64 * 2) + 4 * 3 * 64 * 57
     cost = model_cost(add_adapter(model, PeftSection(method="lora", rank=4)))
     assert (cost.head, cost.head_trained) == (64, 64)  # the head is trained beside the adapters
 
@@ -84,11 +84,11 @@ def test_flops_are_those_that_pytorch_counts(tiny_dir: str, last_layers: int | N
     masked = rows * (length**2 - length * (length + 1) / 2)
     with FlopCounterMode(display=False) as forward:
         logprobs, _ = response_logprobs(policy, batch, 1.0, pieces=1)
-    ours = cost.forward(work_of(lengths)) + 4 * cost.attention * masked
+    ours = cost.forward(pass_size(lengths)) + 4 * cost.attention * masked
     assert ours == pytest.approx(forward.get_total_flops(), rel=0.005)
     with FlopCounterMode(display=False) as backward:
         logprobs.sum().backward()
-    ours = cost.backward(work_of(lengths)) + 8 * cost.attention_through * masked
+    ours = cost.backward(pass_size(lengths)) + 8 * cost.attention_through * masked
     # What `model_cost` says of keys and values beside the first adapter: their matrices and adapters' first factors.
     ours -= 0 if last_layers is None else 2 * rows * length * (2 * 64 * 32 + 2 * 4 * 64)
     assert ours == pytest.approx(backward.get_total_flops(), rel=0.005)
@@ -97,7 +97,7 @@ def test_flops_are_those_that_pytorch_counts(tiny_dir: str, last_layers: int | N
 def test_what_sampling_needs_by_hand(tiny_policy: PreTrainedModel) -> None:
     """Batches of two by length of the prompt: one prompt twice, with responses of 3 and 4 tokens; then one of 1."""
     pairs = [([5, 6], [1, 1, 1]), ([7, 8, 9], [1]), ([5, 6], [1, 1, 1, 1])]
-    needs = decoding_needs(model_cost(tiny_policy), pairs, batch_size=2)
+    needs = decoding_costs(model_cost(tiny_policy), pairs, batch_size=2)
     assert needs["perf/decode_steps"] == 3 + 0 and needs["perf/decode_rows"] == 2 + 3 + 0
     assert needs["perf/prefill_tokens"] == 2 + 3
     seen = (3 + 4) + (3 + 4 + 5)  # after a prompt of 2: by the tokens that go through one at a time
@@ -120,16 +120,16 @@ def test_floors_by_hand() -> None:
     costs = {cost.name: cost for cost in phase_costs(row)}
     assert list(costs) == ["rollout", "train", "optimizer", "other"]  # no pretraining, nothing saved
     sampling = costs["rollout"]
-    assert [(f.part, f.seconds, f.bound) for f in sampling.floors] == [
+    assert [(f.part, f.seconds, f.limited_by) for f in sampling.floors] == [
         ("prefill", 1.0, "arithmetic"), ("decode", 2.0, "bandwidth"),
     ]  # fmt: skip
     assert (sampling.floor, sampling.times_floor, sampling.share) == (3.0, 4.0, 12 / 25)
     assert (costs["train"].floor, costs["train"].times_floor) == (4.0, 1.5)
     assert (costs["train"].peak_gb, costs["train"].padding, costs["train"].tokens_per_s) == (3.0, 0.25, 7.0)
     assert costs["optimizer"].floor == 0.1 and costs["other"].floor is None
-    assert furthest(list(costs.values())) is sampling  # 9 s above it, though the optimiser takes 20 times its floor
+    assert worst_phase(list(costs.values())) is sampling  # 9 s above it, though the optimiser takes 20 times its floor
     without = {name: value for name, value in row.items() if name != "perf/peak_flops"}
-    assert furthest(phase_costs(without)) is None
+    assert worst_phase(phase_costs(without)) is None
 
 
 def test_iterations_are_averaged_and_memory_is_the_largest() -> None:
@@ -154,7 +154,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def test_phases_add_up_to_the_time_that_passed(clock: Callable[[float], None]) -> None:
-    times = PhaseTimes(CPU, torch.float32, ("rollout", "train", "ptx"))
+    times = PhaseTimer(CPU, torch.float32, ("rollout", "train", "ptx"))
     with times("rollout"):
         clock(4.0)
     clock(0.5)
@@ -179,7 +179,7 @@ def test_a_peak_that_cannot_be_set_back_is_not_shown(
     clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(phase_timer, "reset_peak", lambda device, forget=False: False)
-    times = PhaseTimes(CPU, torch.float32)
+    times = PhaseTimer(CPU, torch.float32)
     with times("train"):
         clock(1.0)
     assert times.take().metrics() == {"perf/seconds_train": 1.0, "perf/seconds_other": 0.0}

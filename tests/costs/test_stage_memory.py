@@ -12,9 +12,16 @@ from rlhf.config import PeftSection, Recipe
 from rlhf.costs.activation_memory import scoring_pass, training_pass
 from rlhf.costs.cards import find_card
 from rlhf.costs.communication import exchange_seconds, gathering_traffic, training_traffic
-from rlhf.costs.fit_to_card import fits, ladder, micro_batches, settings_that_fit, with_count, with_settings
+from rlhf.costs.fit_to_card import (
+    fits_card,
+    micro_batches,
+    settings_that_fit,
+    settings_to_try,
+    with_processes,
+    with_settings,
+)
 from rlhf.costs.model_shapes import ModelSpec, Shapes, count, shapes_of
-from rlhf.costs.stage_memory import Sharding, held, stage_memory
+from rlhf.costs.stage_memory import Sharding, stage_memory, trained_state
 from rlhf.costs.stage_time import decode_seconds, forward_flops, training_flops
 from rlhf.errors import UserError
 from rlhf.models import tiny
@@ -72,7 +79,7 @@ def test_adapters_alone_are_trained_and_the_gradient_ends_at_the_first() -> None
 )
 def test_zero_divides_what_it_says(stage: int, dtype: str, weights: float, gradients: float, optimiser: float) -> None:
     how = Sharding(stage, 4, bucket=5e8, buckets=1, offload=False, offload_weights=False)
-    found = held(replace(TINY, dtype=dtype), how, on_gpu=True)
+    found = trained_state(replace(TINY, dtype=dtype), how, on_gpu=True)
     assert (found.weights, found.gradients, found.optimiser) == pytest.approx(
         (weights * ALL, gradients * ALL, optimiser * ALL)
     )
@@ -140,14 +147,14 @@ def test_four_networks_on_one_base_are_counted_once() -> None:
 
 def test_settings_that_fit_are_the_first_that_do() -> None:
     recipe, shapes = large("launch.zero_stage=0")
-    assert not fits(recipe, shapes, H100)
+    assert not fits_card(recipe, shapes, H100)
     found = settings_that_fit(recipe, shapes, H100)
-    assert found is not None and fits(with_settings(recipe, found), shapes, H100)
+    assert found is not None and fits_card(with_settings(recipe, found), shapes, H100)
     base = {field: value for field, value in found.items() if field.startswith("launch.") or "peft" in field}
-    tried = list(ladder(recipe))
+    tried = list(settings_to_try(recipe))
     smallest = list(micro_batches(recipe))[-1]
     for earlier in tried[: tried.index(base)]:
-        assert not fits(with_settings(recipe, earlier | smallest), shapes, H100)
+        assert not fits_card(with_settings(recipe, earlier | smallest), shapes, H100)
     assert settings_that_fit(*large("launch.zero_stage=0"), replace(H100, memory=3e9)) is None
 
 
@@ -173,7 +180,7 @@ def test_traffic_by_hand() -> None:
     assert gathering_traffic(load_recipe("tiny", ["launch.processes=2"]), TINY, 7, partitioned=True) == size
     assert gathering_traffic(recipe, TINY, 7, partitioned=False) == 0
     assert exchange_seconds(recipe, H100, 1e9) == pytest.approx(0.5 * 1e9 / (450e9 * 0.7))
-    sixteen = with_count(recipe, 16)
+    sixteen = with_processes(recipe, 16)
     assert exchange_seconds(sixteen, H100, 1e9) == pytest.approx(15 / 16 * 1e9 / (50e9 * 0.7))
     assert exchange_seconds(load_recipe("tiny"), H100, 1e9) == 0
 
@@ -182,7 +189,7 @@ def test_what_cannot_be_planned_is_told() -> None:
     with pytest.raises(UserError, match="h100-80g"):
         find_card("h100")
     with pytest.raises(UserError, match="--count"):
-        with_count(load_recipe("tiny"), 0)
+        with_processes(load_recipe("tiny"), 0)
     with pytest.raises(UserError, match="nowhere"):
         shapes_of(load_recipe("tiny", ["model.name=./nowhere"]))
 

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf.data.records import Cloze
-from rlhf.data.text_blocks import blocks
+from rlhf.data.text_blocks import token_blocks
 from rlhf.errors import UserError
 from rlhf.evaluation.alignment_tax import cloze_accuracy, encode_question, pretraining_loss
 
@@ -45,11 +45,11 @@ def loop_logprobs(model: PreTrainedModel, ids: list[int]) -> list[float]:
 
 def test_blocks_cut_documents_and_drop_short_rests(tokenizer: PreTrainedTokenizerFast) -> None:
     texts = ["x" * 20, "y" * 27, "z" * 28, "short", "eight ab"]
-    rows = blocks(texts, tokenizer, 10)
+    rows = token_blocks(texts, tokenizer, 10)
     # 20 = 10 + 10; 27 = 10 + 10 + 7 (dropped); 28 = 10 + 10 + 8; 5 dropped; 8 kept.
     assert [len(row) for row in rows] == [10, 10, 10, 10, 10, 10, 8, 8]
     assert tokenizer.decode(rows[-1]) == "eight ab"
-    assert [len(row) for row in blocks(["abcdefgh"], tokenizer, 4)] == [4, 4]
+    assert [len(row) for row in token_blocks(["abcdefgh"], tokenizer, 4)] == [4, 4]
 
 
 @pytest.mark.parametrize("tokens_per_batch", [16, 64, 4096])

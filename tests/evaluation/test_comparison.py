@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.evaluation.comparison import Row, finding, rows
+from rlhf.evaluation.comparison import ArmResult, arm_results, finding
 from rlhf.evaluation.comparison_file import Comparison
 from rlhf.functional.statistics import Interval, mean_interval
 from rlhf.run.folder import _started
-from support.comparison_runs import BAD, by_way, hand_made
+from support.comparison_runs import BAD, by_arm, hand_made
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def comparison(tmp_path: Path) -> Comparison:
 
 
 def test_rows_are_what_the_stages_wrote(comparison: Comparison) -> None:
-    found = rows(comparison)
-    assert [row.way for row in found] == ["full", "lora", "prompt"] and {row.state for row in found} == {"done"}
+    found = arm_results(comparison)
+    assert [row.arm for row in found] == ["full", "lora", "prompt"] and {row.state for row in found} == {"done"}
     full, lora, prompt = found
     assert (full.trained, lora.trained, prompt.trained) == (150, 14, 4)
     assert (full.share, lora.share) == (1.0, pytest.approx(14 / (150 + 14)))
@@ -42,7 +42,7 @@ def test_rows_are_what_the_stages_wrote(comparison: Comparison) -> None:
 
 
 def test_gains_are_differences_prompt_by_prompt(comparison: Comparison) -> None:
-    full, lora, prompt = rows(comparison)
+    full, lora, prompt = arm_results(comparison)
     assert lora.gain == Interval(0.5, 0.5, 0.5) and prompt.gain == Interval(-0.25, -0.25, -0.25)
     assert full.gain is not None and full.gain.mean == 0
     # The mean of 20 values of +1 and -1 has a deviation of 1/sqrt(20) = 0.22, so about +-0.44 is an interval of 95 %.
@@ -55,19 +55,19 @@ def test_gains_are_differences_prompt_by_prompt(comparison: Comparison) -> None:
 
 
 def test_the_rubric_judges_a_way_against_the_references_sft_policy(comparison: Comparison) -> None:
-    full, lora, prompt = rows(comparison)
+    full, lora, prompt = arm_results(comparison)
     # 20 of 20 prompts: the Wilson interval is 1 / (1 + 1.96^2 / 20) to 1.
     assert lora.win_rate_reference == Interval(1.0, pytest.approx(0.83887, abs=1e-5), 1.0)
     assert prompt.win_rate_reference is not None and prompt.win_rate_reference.mean == 0.5  # the same text: ties
     assert full.win_rate_reference == full.win_rate
     worse = comparison.folder / "prompt" / "evaluate" / "samples.jsonl"
     worse.write_text(worse.read_text().replace(BAD, ""))
-    changed = by_way(rows(comparison))["prompt"].win_rate_reference
+    changed = by_arm(arm_results(comparison))["prompt"].win_rate_reference
     assert changed is not None and changed.mean == 0.0 and changed.high == pytest.approx(0.16113, abs=1e-5)
 
 
 def test_words_claim_no_more_than_the_interval_allows(comparison: Comparison) -> None:
-    full, lora, prompt = rows(comparison)
+    full, lora, prompt = arm_results(comparison)
     assert (full.finding, lora.finding, prompt.finding) == ("learned nothing", "learned", "got worse")
     assert (full.preference, lora.preference, prompt.preference) == (
         "no clear difference",
@@ -86,7 +86,7 @@ def test_words_claim_no_more_than_the_interval_allows(comparison: Comparison) ->
 def test_prompts_that_differ_are_not_compared(comparison: Comparison) -> None:
     path = comparison.folder / "lora" / "evaluate" / "samples.jsonl"
     path.write_text(path.read_text().replace("town 3?", "town 33?"))
-    lora = by_way(rows(comparison))["lora"]
+    lora = by_arm(arm_results(comparison))["lora"]
     assert lora.gain == Interval(0.5, 0.5, 0.5)  # its own policies still answer the same prompts
     assert lora.gain_reference is lora.versus_reference is lora.win_rate_reference is None
 
@@ -108,25 +108,25 @@ def test_a_way_that_failed_is_told_with_its_reason(comparison: Comparison) -> No
     record = {"state": "failed", "error": "UserError: KL reached 120 nats\n  where: ppo.max_kl", "metrics": {}}
     (comparison.folder / "lora" / "ppo-ptx" / "stage.json").write_text(json.dumps(record))
     (comparison.folder / "prompt" / "evaluate" / "stage.json").unlink()
-    found = by_way(rows(comparison))
+    found = by_arm(arm_results(comparison))
     assert (found["lora"].state, found["lora"].reason) == ("failed", "ppo-ptx: KL reached 120 nats")
     assert found["lora"].sft_loss == 3.25 and found["prompt"].state == "unfinished" and found["prompt"].score is None
-    found = by_way(rows(comparison, {"prompt": "evaluate was killed (signal 9)"}))
+    found = by_arm(arm_results(comparison, {"prompt": "evaluate was killed (signal 9)"}))
     assert found["prompt"].reason == "evaluate was killed (signal 9)"
 
 
 def test_states_of_a_way_that_is_not_done(comparison: Comparison) -> None:
     stage = comparison.folder / "lora" / "ppo-ptx" / "stage.json"
     stage.write_text(json.dumps({"state": "running"}))
-    assert by_way(rows(comparison))["lora"].state == "interrupted"
-    assert by_way(rows(comparison, {"lora": "ppo-ptx was killed"}))["lora"].state == "failed"
+    assert by_arm(arm_results(comparison))["lora"].state == "interrupted"
+    assert by_arm(arm_results(comparison, {"lora": "ppo-ptx was killed"}))["lora"].state == "failed"
     owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
     (comparison.folder / "lora" / "lock").write_text(json.dumps(owner))
-    assert by_way(rows(comparison))["lora"].state == "running"
+    assert by_arm(arm_results(comparison))["lora"].state == "running"
     stage.write_text(json.dumps({"state": "stopped"}))
-    assert by_way(rows(comparison))["lora"].reason == "ppo-ptx was stopped"
+    assert by_arm(arm_results(comparison))["lora"].reason == "ppo-ptx was stopped"
     (comparison.folder / "prompt").rename(comparison.folder / "elsewhere")
-    assert by_way(rows(comparison))["prompt"] == Row("prompt", "prompt", (0.001, 0.01), "not run")
+    assert by_arm(arm_results(comparison))["prompt"] == ArmResult("prompt", "prompt", (0.001, 0.01), "not run")
 
 
 @pytest.mark.parametrize(
@@ -158,6 +158,6 @@ def test_a_broken_file_is_named(
     path = comparison.folder / "lora" / file
     path.write_text(after if before is None else path.read_text().replace(before, after, 1))
     with pytest.raises(UserError) as caught:
-        rows(comparison)
+        arm_results(comparison)
     for word in words:
         assert word in str(caught.value)

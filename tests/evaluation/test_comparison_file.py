@@ -45,7 +45,7 @@ def test_the_reference_is_a_whole_run_and_the_others_have_its_reward_model(file:
     assert (lora.run.dir, lora.run.name, lora.reward.model) == ("here/three", "lora", "here/three/full/sft/model")
     assert (lora.model.peft.method, lora.sft.lr, lora.sft.packing) == ("lora", 0.005, False)
     assert full.sft.lr == load_recipe("tiny").sft.lr and comparison.load("prompt").ppo.lr == 0.01
-    assert {comparison.load(way).run.seed for way in comparison.ways} == {7}
+    assert {comparison.load(arm).run.seed for arm in comparison.ways} == {7}
 
 
 def test_what_is_written_into_the_folder_reads_back_equal(file: Path, tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_what_is_written_into_the_folder_reads_back_equal(file: Path, tmp_path: 
     again = read_comparison(str(path))
     assert again == comparison
     assert again.load("lora").data.prompts == ["a.jsonl", "b.jsonl"] and again.load("lora").tracking.project == "a: b"
-    assert [again.load(way) for way in again.ways] == [comparison.load(way) for way in comparison.ways]
+    assert [again.load(arm) for arm in again.ways] == [comparison.load(arm) for arm in comparison.ways]
 
 
 def test_a_recipe_file_is_looked_for_beside_the_comparison(
@@ -138,13 +138,13 @@ def test_the_command_line_does_not_set_what_the_ways_differ_in(file: Path) -> No
 def test_shipped_comparisons_are_whole(name: str) -> None:
     comparison = read_comparison(name)
     assert comparison.folder.name == name and len(comparison_names()[name]) > 20
-    for way in comparison.ways:
-        check(comparison.load(way))
+    for arm in comparison.ways:
+        check(comparison.load(arm))
 
 
 def test_peft_has_every_method_that_its_model_can_take() -> None:
     comparison = read_comparison("peft")
-    methods = [comparison.load(way).model.peft.method for way in comparison.ways]
+    methods = [comparison.load(arm).model.peft.method for arm in comparison.ways]
     assert sorted(methods) == sorted(
         ["none", "lora", "dora", "prefix", "p_tuning", "p_tuning_v2", "prompt", "adapter", "ia3"]
     )

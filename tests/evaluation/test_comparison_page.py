@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from rlhf.evaluation.chart_labels import nearest, overlap, place
-from rlhf.evaluation.charts import Named, named_points_chart
-from rlhf.evaluation.comparison import Row, rows
+from rlhf.evaluation.charts import LabelledPoint, named_points_chart
+from rlhf.evaluation.comparison import ArmResult, arm_results
 from rlhf.evaluation.comparison_file import Comparison
 from rlhf.evaluation.comparison_page import membership, print_rows, verdict, write_page
 from rlhf.evaluation.html_page import count, share
@@ -31,7 +31,7 @@ def comparison(tmp_path: Path) -> Comparison:
 
 
 def test_the_page_is_one_file_with_every_way(comparison: Comparison) -> None:
-    found = rows(comparison)
+    found = arm_results(comparison)
     html = write_page(comparison, found).read_text()
     assert (
         html.count("<svg") == 2
@@ -39,8 +39,8 @@ def test_the_page_is_one_file_with_every_way(comparison: Comparison) -> None:
         and "<link" not in html
         and "http" not in html.split("<svg")[0]
     )
-    for way in comparison.ways:
-        assert f"<td>{way}" in html
+    for arm in comparison.ways:
+        assert f"<td>{arm}" in html
     assert "learned nothing" in html and "83 – 100\u00a0%" not in html and "84 – 100\u00a0%" in html
     assert "var(--ptx)" in html and "#0a0003" not in html and "#0a0005" not in html
     data = json.loads((comparison.folder / "comparison.json").read_text())
@@ -50,21 +50,21 @@ def test_the_page_is_one_file_with_every_way(comparison: Comparison) -> None:
 
 
 def test_the_page_of_a_comparison_that_has_only_begun(comparison: Comparison) -> None:
-    for way in ("lora", "prompt"):
-        (comparison.folder / way).rename(comparison.folder / f"{way}.away")
+    for arm in ("lora", "prompt"):
+        (comparison.folder / arm).rename(comparison.folder / f"{arm}.away")
     (comparison.folder / "full" / "evaluate" / "stage.json").write_text('{"state": "failed", "error": "<b>disk</b>"}')
-    html = write_page(comparison, rows(comparison)).read_text()
+    html = write_page(comparison, arm_results(comparison)).read_text()
     assert "No way has been evaluated yet." in html and html.count("not run") >= 2 and "<svg" not in html
     assert "&lt;b&gt;disk&lt;/b&gt;" in html and "<b>disk" not in html
 
 
 def test_the_verdict_names_the_best_and_who_learned_nothing(comparison: Comparison) -> None:
-    found = rows(comparison)
+    found = arm_results(comparison)
     text = verdict(found, "full")
     # All three have the score of `results`: the first is named.
     assert text.startswith("Highest held-out score: full, 0.75 with 100\u00a0% of the weights trained. ")
     assert "PPO raised the score of lora. It lowered that of prompt. Learned nothing: full." in text
-    best = [found[0], Row(**vars(found[1]) | {"score": 2.0}), found[2]]
+    best = [found[0], ArmResult(**vars(found[1]) | {"score": 2.0}), found[2]]
     assert "lora, 2.00 with 8.5\u00a0% of the weights trained: no clear difference from full (+0.25, −" in verdict(
         best, "full"
     )
@@ -76,7 +76,7 @@ def test_a_run_of_a_comparison_shows_it_in_its_report(comparison: Comparison) ->
     (run / "evaluate" / "samples.jsonl").unlink()
     assert membership(run) is None and "<h2>Comparison</h2>" not in write_report(run).read_text()
     (run / "evaluate" / "stage.json").unlink()
-    write_page(comparison, rows(comparison))
+    write_page(comparison, arm_results(comparison))
     html = write_report(run).read_text()
     assert "<h2>Comparison</h2>" in html and 'href="../comparison.html"' in html
     assert re.search(r'<tr class="this">\s*<td>lora</td>', html) and "one of 3 ways" in html
@@ -85,7 +85,7 @@ def test_a_run_of_a_comparison_shows_it_in_its_report(comparison: Comparison) ->
 
 
 def test_the_terminal_table(comparison: Comparison, capsys: pytest.CaptureFixture[str]) -> None:
-    print_rows(comparison, rows(comparison, {"prompt": "sft failed"}))
+    print_rows(comparison, arm_results(comparison, {"prompt": "sft failed"}))
     shown = capsys.readouterr().out
     assert "+0.50 [0.50, 0.50]" in shown and "70 % [60, 80]".replace(" %", "\u00a0%") in shown and "2:30" in shown
     assert "full: learned nothing that 20 prompts can show" in shown
@@ -123,7 +123,7 @@ def test_labels_cover_nothing() -> None:
 
 
 def test_a_point_is_hollow_where_its_interval_covers_the_start() -> None:
-    points = [Named("a", 1e4, 0.5, 0.2, 0.8), Named("b", 1e8, 0.1, -0.1, 0.3)]
+    points = [LabelledPoint("a", 1e4, 0.5, 0.2, 0.8), LabelledPoint("b", 1e8, 0.1, -0.1, 0.3)]
     svg = named_points_chart(points, 0.0, "trained weights")
     assert svg.count("fill: var(--card)") == 1 and ">a</text>" in svg and ">b</text>" in svg
     assert "fill: var(--card)" not in named_points_chart(points[:1], 0.0, "trained weights")
@@ -155,9 +155,9 @@ def test_names_are_apart_and_nothing_sticks_out_in_a_browser(
     """With the browser's own fonts, whose widths are not matplotlib's."""
     names = ["full", "lora", "dora", "adapter", "p_tuning_v2", "p_tuning", "prefix", "prompt", "ia3"]
     sizes = [1.3e8, 4.9e6, 5.0e6, 2.2e6, 2.3e5, 1.8e5, 1.5e6, 1.2e4, 5.8e4]
-    base = rows(comparison)[1]
+    base = arm_results(comparison)[1]
     found = [
-        Row(**vars(base) | {"way": name, "trained": int(n), "gain_reference": Interval(0.5 + i / 40, 0.2, 0.9)})
+        ArmResult(**vars(base) | {"way": name, "trained": int(n), "gain_reference": Interval(0.5 + i / 40, 0.2, 0.9)})
         for i, (name, n) in enumerate(zip(names, sizes, strict=True))
     ]
     many = dataclasses.replace(comparison, ways=dict.fromkeys(names, {}))

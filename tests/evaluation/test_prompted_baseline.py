@@ -15,7 +15,7 @@ from rlhf.data.encoding import encode_prompt, encode_response, stop_ids
 from rlhf.data.prompt_template import Template, load_template, parse_template
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
-from rlhf.evaluation.prompted_baseline import answer_prompted, dialogue, response_ids
+from rlhf.evaluation.prompted_baseline import answer_prompted, prompted_messages, response_ids
 from rlhf.evaluation.report import label, print_summary, write_report
 from rlhf.evaluation.results import Answers
 from rlhf.functional.seeding import row_seed
@@ -61,13 +61,13 @@ def policy(tiny_policy: PreTrainedModel) -> PreTrainedModel:
 
 def test_the_examples_are_turns_before_the_dialogue() -> None:
     few, think = parse_template(FEW, "f", "few"), parse_template(THINK, "t", "think")
-    assert dialogue(few, PROMPTS[0]).messages == (
+    assert prompted_messages(few, PROMPTS[0]).messages == (
         ("user", "Q: one?"),
         ("assistant", "1"),
         ("user", "Q: Name a river."),
     )
     turns = (Message("system", "s"), Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
-    assert dialogue(think, Prompt(turns)).messages == (
+    assert prompted_messages(think, Prompt(turns)).messages == (
         ("system", "s"),
         ("user", "one? Think."),
         ("assistant", "it is the first\nSo: 1"),
@@ -104,7 +104,7 @@ def test_a_few_shot_answer_is_a_draw_under_the_longer_prompt(
 ) -> None:
     template = parse_template(FEW, "f", "few")
     answers, reasoning = ask(template, policy, tiny_tokenizer)
-    rows = [encode_prompt(tiny_tokenizer, dialogue(template, prompt)) for prompt in PROMPTS]
+    rows = [encode_prompt(tiny_tokenizer, prompted_messages(template, prompt)) for prompt in PROMPTS]
     expected = draw(policy, tiny_tokenizer, rows, 6, [7, 8, 9])
     assert [answers.rollout.response(i) for i in range(3)] == [expected.response(i) for i in range(3)]
     assert answers.rollout.finished.tolist() == expected.finished.tolist()
@@ -116,7 +116,7 @@ def test_of_a_reasoned_answer_only_what_follows_the_cue_is_left(
 ) -> None:
     template = parse_template(THINK, "t", "think")
     answers, reasoning = ask(template, policy, tiny_tokenizer)
-    rows = [encode_prompt(tiny_tokenizer, dialogue(template, prompt)) for prompt in PROMPTS]
+    rows = [encode_prompt(tiny_tokenizer, prompted_messages(template, prompt)) for prompt in PROMPTS]
     thoughts = draw(policy, tiny_tokenizer, rows, 5, [row_seed(seed, "reasoning") for seed in (7, 8, 9)])
     words = [text.strip() for text in thoughts.texts(tiny_tokenizer)]
     assert reasoning == words and all(words)

@@ -14,30 +14,30 @@ from hypothesis import strategies as st
 from rlhf.functional.agreement import (
     CONVENTIONS,
     HEADLINE,
-    Comparison,
-    Shared,
+    LabelerPair,
+    SharedRankings,
     Tally,
+    agreement_counts,
     alpha,
     alpha_ordinal,
-    comparisons,
-    credit,
     kendall,
-    of_labeler,
+    labeler_pairs,
+    pairs_of_labeler,
     pairwise,
     positions,
     ratio,
     tally,
     tau_b,
+    time_windows,
     wilson,
-    windows,
 )
 
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
 nan = pytest.approx(math.nan, nan_ok=True)
 
 
-def item(prompt: str, times: dict[str, int] | None = None, **ranks: tuple[int, ...]) -> Shared:
-    return Shared(prompt, ranks, {name: NOON + timedelta(minutes=m) for name, m in (times or {}).items()})
+def item(prompt: str, times: dict[str, int] | None = None, **ranks: tuple[int, ...]) -> SharedRankings:
+    return SharedRankings(prompt, ranks, {name: NOON + timedelta(minutes=m) for name, m in (times or {}).items()})
 
 
 # Pairs of outputs
@@ -45,7 +45,9 @@ def item(prompt: str, times: dict[str, int] | None = None, **ranks: tuple[int, .
 
 def test_pairs_by_hand() -> None:
     # Outputs 0 to 3. Pairs  01: ordered, tied   02: alike   03: alike   12: tied, ordered   13: alike   23: alike
-    assert tally((1, 2, 2, 3), (1, 1, 2, 3)) == Tally(alike=4, opposed=0, first_ties=1, second_ties=1, both_tie=0)
+    assert tally((1, 2, 2, 3), (1, 1, 2, 3)) == Tally(
+        concordant=4, discordant=0, first_ties=1, second_ties=1, both_tie=0
+    )
     # 01: opposed   02: opposed   12: ordered, tied
     assert tally((1, 2, 3), (2, 1, 1)) == Tally(0, 2, 0, 1, 0)
     # 01: tied in both   02: tied, ordered   12: tied, ordered
@@ -55,11 +57,11 @@ def test_pairs_by_hand() -> None:
 
 
 def test_conventions_of_ties_by_hand() -> None:
-    counts = Tally(alike=6, opposed=2, first_ties=3, second_ties=1, both_tie=4)
+    counts = Tally(concordant=6, discordant=2, first_ties=3, second_ties=1, both_tie=4)
     assert HEADLINE == "untied"
-    assert credit(counts) == credit(counts, "untied") == (6, 8)
-    assert credit(counts, "strict") == (10, 16)
-    assert credit(counts, "half") == (12, 16)  # 6 + 4 + (3 + 1) / 2
+    assert agreement_counts(counts) == agreement_counts(counts, "untied") == (6, 8)
+    assert agreement_counts(counts, "strict") == (10, 16)
+    assert agreement_counts(counts, "half") == (12, 16)  # 6 + 4 + (3 + 1) / 2
 
 
 @pytest.mark.parametrize(
@@ -90,13 +92,13 @@ def test_any_two_rankings(ranks: tuple[list[int], list[int]], random) -> None:
     first, second = (np.sign(np.subtract.outer(r, r)) for r in ranks)
     counts = tally(*ranks)
     product = first * second
-    assert counts.alike == (product > 0).sum() / 2 and counts.opposed == (product < 0).sum() / 2
+    assert counts.concordant == (product > 0).sum() / 2 and counts.discordant == (product < 0).sum() / 2
     # Tau-b is the correlation of the signs over all ordered pairs.
     norm = math.sqrt((first**2).sum() * (second**2).sum())
     assert tau_b(counts) == pytest.approx(product.sum() / norm if norm else math.nan, nan_ok=True)
     off = ~np.eye(len(ranks[0]), dtype=bool)
-    assert credit(counts, "strict")[0] == ((first == second) & off).sum() / 2
-    assert credit(counts, "half")[0] == pytest.approx((1 - abs(first - second) / 2)[off].sum() / 2)
+    assert agreement_counts(counts, "strict")[0] == ((first == second) & off).sum() / 2
+    assert agreement_counts(counts, "half")[0] == pytest.approx((1 - abs(first - second) / 2)[off].sum() / 2)
     assert sum(counts) == off.sum() / 2
     # The order of the outputs, and how far ranks lie apart, are no matter.
     order = random.sample(range(len(ranks[0])), len(ranks[0]))
@@ -112,7 +114,7 @@ def test_agreement_of_three_labelers_by_hand() -> None:
         item("p", a=(1, 2, 3), b=(1, 3, 2), c=(1, 2, 2)),
         item("q", a=(1, 2), c=(2, 1)),
     ]
-    compared = comparisons(shared)
+    compared = labeler_pairs(shared)
     assert [(c.prompt, c.first, c.second) for c in compared] == [
         ("p", "a", "b"), ("p", "a", "c"), ("p", "b", "c"), ("q", "a", "c"),
     ]  # fmt: skip
@@ -128,9 +130,9 @@ def test_agreement_of_three_labelers_by_hand() -> None:
     # tau-b: 1/3, 2/sqrt(6), 2/sqrt(6), -1
     assert kendall(compared).value == pytest.approx((1 / 3 + 4 / math.sqrt(6) - 1) / 4)
     # A ranking that ties everything has no tau-b.
-    assert kendall(comparisons([*shared, item("r", a=(1, 1), b=(1, 2))])) == kendall(compared)
+    assert kendall(labeler_pairs([*shared, item("r", a=(1, 1), b=(1, 2))])) == kendall(compared)
     # b meets a and c on p: 2 + 2 of 3 + 2
-    assert pairwise(of_labeler(compared, "b")).value == pytest.approx(4 / 5)
+    assert pairwise(pairs_of_labeler(compared, "b")).value == pytest.approx(4 / 5)
 
 
 def test_interval_and_standard_error_by_hand() -> None:
@@ -159,7 +161,7 @@ def test_the_interval_is_over_prompts() -> None:
     assert estimate.error == pytest.approx(deviation)
     assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * deviation, rel=0.1)
     assert estimate.low < p < estimate.high
-    pairs = comparisons(item(str(i), a=(1, 2, 3), b=(1, 2, 3) if a else (3, 2, 1)) for i, a in enumerate(agree))
+    pairs = labeler_pairs(item(str(i), a=(1, 2, 3), b=(1, 2, 3) if a else (3, 2, 1)) for i, a in enumerate(agree))
     for measure in (pairwise, kendall):
         assert measure(pairs) == measure(pairs, seed=0) != measure(pairs, seed=1)
 
@@ -168,14 +170,14 @@ def test_single_pairs_have_the_closed_form() -> None:
     # Wilson's interval of 8 in 10 and of 0 in 10, from tables.
     assert wilson(0.8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    pairs = comparisons(item(str(i), a=(1, 2), b=(1, 2) if i < 8 else (2, 1)) for i in range(10))
+    pairs = labeler_pairs(item(str(i), a=(1, 2), b=(1, 2) if i < 8 else (2, 1)) for i in range(10))
     assert pairwise(pairs)[:3] == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
     assert pairwise(pairs).interval == "wilson"
     # Half a pair is none that Wilson's interval knows.
-    tied = [*pairs, *comparisons([item("tied", a=(1, 2), b=(1, 1))])]
+    tied = [*pairs, *labeler_pairs([item("tied", a=(1, 2), b=(1, 1))])]
     assert pairwise(tied, "strict").interval == "wilson" and pairwise(tied, "half").interval == "bootstrap"
     # A second comparison of one prompt hangs together with the first.
-    more = [*pairs, *comparisons([item("0", a=(1, 2), c=(1, 2))])]
+    more = [*pairs, *labeler_pairs([item("0", a=(1, 2), c=(1, 2))])]
     assert pairwise(more).interval == kendall(pairs).interval == "bootstrap"
 
 
@@ -187,12 +189,12 @@ def test_windows_by_hand() -> None:
         item("4", {"a": 6, "b": 5}, a=(1, 2), b=(1, 2)),
         item("5", {"a": 30, "b": 5}, a=(1, 2), b=(1, 2)),
     ]
-    compared = comparisons(shared)
-    assert [[c.prompt for c in part] for part in windows(compared, 2)] == [["2", "4"], ["1", "5"]]
-    assert [[c.prompt for c in part] for part in windows(compared, 9)] == [["2"], ["4"], ["1"], ["5"]]
-    assert [pairwise(part).value for part in windows(compared, 2)] == [0.5, 1.0]
-    assert windows(compared[2:3], 3) == []
-    assert compared[2] == Comparison("3", "a", "b", Tally(1, 0, 0, 0, 0), None)
+    compared = labeler_pairs(shared)
+    assert [[c.prompt for c in part] for part in time_windows(compared, 2)] == [["2", "4"], ["1", "5"]]
+    assert [[c.prompt for c in part] for part in time_windows(compared, 9)] == [["2"], ["4"], ["1"], ["5"]]
+    assert [pairwise(part).value for part in time_windows(compared, 2)] == [0.5, 1.0]
+    assert time_windows(compared[2:3], 3) == []
+    assert compared[2] == LabelerPair("3", "a", "b", Tally(1, 0, 0, 0, 0), None)
 
 
 # Krippendorff's alpha

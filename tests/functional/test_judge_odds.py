@@ -15,7 +15,7 @@ from rlhf.functional.judge_odds import (
     log_loss,
     log_odds,
     mean_wins,
-    normalised,
+    normalise_labels,
     sigmoid,
     win_log_odds,
 )
@@ -32,10 +32,10 @@ def logit(p: float) -> float:
 
 def test_labels_are_compared_among_themselves() -> None:
     # 0.03 and 0.01 of all next tokens: 3 to 1.
-    assert normalised(logs(0.03, 0.01)) == pytest.approx(logs(0.75, 0.25))
+    assert normalise_labels(logs(0.03, 0.01)) == pytest.approx(logs(0.75, 0.25))
     assert log_odds(logs(0.03, 0.01)) == pytest.approx(math.log(3))
     assert log_odds(logs(0.01, 0.03)) == pytest.approx(-math.log(3))
-    assert sum(map(math.exp, normalised([-800.0, -801.0, -900.0]))) == pytest.approx(1)
+    assert sum(map(math.exp, normalise_labels([-800.0, -801.0, -900.0]))) == pytest.approx(1)
 
 
 def test_what_the_order_adds_cancels() -> None:

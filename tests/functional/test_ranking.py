@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 
 from rlhf.functional.ranking import (
     PairCounts,
-    Ties,
+    TieHandling,
     calibration,
     count_pairs,
     has_pairs,
@@ -92,7 +92,7 @@ def test_loss_of_four_outputs_with_a_tie_by_hand() -> None:
 
 
 @pytest.mark.parametrize("ties", ["drop", "half"])
-def test_loss_is_the_pair_loop(ties: Ties) -> None:
+def test_loss_is_the_pair_loop(ties: TieHandling) -> None:
     scores = random_scores()
     got = ranking_loss(torch.tensor(scores), RANKS, ties)
     loss, prompts = brute(scores, RANKS, ties)
@@ -101,7 +101,7 @@ def test_loss_is_the_pair_loop(ties: Ties) -> None:
 
 
 @pytest.mark.parametrize("ties", ["drop", "half"])
-def test_gradient_is_that_of_finite_differences(ties: Ties) -> None:
+def test_gradient_is_that_of_finite_differences(ties: TieHandling) -> None:
     numbers, h = random_scores(1), 1e-5
     scores = torch.tensor(numbers, requires_grad=True)
     ranking_loss(scores, RANKS, ties).loss.backward()

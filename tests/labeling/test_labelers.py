@@ -15,7 +15,7 @@ from rlhf.data.encoding import encode_prompt, encode_response
 from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.labeling.base import Output, agreement, ranks_of
-from rlhf.labeling.labelers import make_judge, make_labeler, stored_noise
+from rlhf.labeling.labelers import make_evaluation_labeler, make_labeler, stored_noise
 from rlhf.labeling.reward_model_labeler import RewardModelLabeler
 from rlhf.labeling.rubric import rubric_score
 from rlhf.labeling.rubric_labeler import RubricLabeler, expected_agreement, noise_for_agreement
@@ -140,7 +140,7 @@ def test_the_judge_takes_the_noise_of_the_rank_stage(tmp_path) -> None:
     assert stored_noise(run) == 0.0
     (tmp_path / "rank").mkdir()
     (tmp_path / "rank" / "summary.json").write_text(json.dumps({"noise_sigma": 0.125}))
-    judge = make_judge(recipe, run)
+    judge = make_evaluation_labeler(recipe, run)
     assert isinstance(judge, RubricLabeler)
     assert (judge.noise_sigma, judge.tie_margin) == (0.125, recipe.rank.tie_margin)
     assert make_labeler("rubric", recipe, run, 0.5).noise_sigma == 0.5

@@ -13,11 +13,11 @@ from launch.commands import agreement
 from rlhf.config import Recipe
 from rlhf.data.records import Drops, Prompt, Ranking, ranking_row, read_rankings, write_jsonl
 from rlhf.errors import UserError
-from rlhf.functional.agreement import CONVENTIONS, Shared, comparisons, pairwise
+from rlhf.functional.agreement import CONVENTIONS, SharedRankings, labeler_pairs, pairwise
 from rlhf.labeling.base import Output
 from rlhf.labeling.matched_rankings import match
 from rlhf.labeling.outputs import Outputs
-from rlhf.labeling.page.store import Labelled, labelled_row
+from rlhf.labeling.page.store import StoredRanking, labelled_row
 from rlhf.labeling.rubric import rubric_score
 from rlhf.labeling.rubric_labeler import RubricLabeler, noise_for_agreement
 
@@ -57,7 +57,7 @@ def test_the_last_ranking_of_a_labeler_counts() -> None:
     ]
     found = match([(r.labeler, r) for r in by_time])
     assert found.shared == [
-        Shared(by_time[0].prompt.key, {"a": [1, 2], "b": [1, 2]}, {"a": NOON + timedelta(minutes=5)})
+        SharedRankings(by_time[0].prompt.key, {"a": [1, 2], "b": [1, 2]}, {"a": NOON + timedelta(minutes=5)})
     ]
     assert found.repeats == 2 and dict(found.rankings) == {"a": 1, "b": 1}
 
@@ -102,11 +102,13 @@ def test_report_of_a_file_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_what_the_labelling_page_writes_is_read(tmp_path: Path) -> None:
     outputs = Outputs(Prompt.from_text("p"), ("x", "y"), (True, False))
     about = {"quality": [7, 2], "shown": [1, 0], "seconds": 4.5, "time": NOON.isoformat(timespec="seconds"), "id": "1"}
-    rows = [labelled_row(Labelled(outputs, ranks, who, about)) for ranks, who in (((1, 2), "ann"), ((1, 1), "bob"))]
+    rows = [
+        labelled_row(StoredRanking(outputs, ranks, who, about)) for ranks, who in (((1, 2), "ann"), ((1, 1), "bob"))
+    ]
     write_jsonl(tmp_path / "rankings.jsonl", rows)
     found = match((r.labeler, r) for r in read_rankings([str(tmp_path / "rankings.jsonl")], Drops()))
     assert found.shared == [
-        Shared(outputs.prompt.key, {"ann": [1, 2], "bob": [1, 1]}, {"ann": NOON, "bob": NOON}),
+        SharedRankings(outputs.prompt.key, {"ann": [1, 2], "bob": [1, 1]}, {"ann": NOON, "bob": NOON}),
     ]
 
 
@@ -153,5 +155,5 @@ def test_two_rubric_labelers_agree_as_the_papers_did(tmp_path: Path, capsys: pyt
     assert two["value"] == pytest.approx(0.73, abs=0.03) and two["counted"] > 1000
     assert two["low"] < 0.73 < two["high"]
     # Fifteen pairs of six labelers narrow it down.
-    six = pairwise(comparisons(match([(r.labeler, r) for r in rows]).shared))
+    six = pairwise(labeler_pairs(match([(r.labeler, r) for r in rows]).shared))
     assert six.value == pytest.approx(0.73, abs=0.015)

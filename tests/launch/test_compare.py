@@ -28,16 +28,16 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (tmp_path / "broken").mkdir()
 
     def start(stage: str, recipe: Recipe, name: str, overrides: list[str], redo: Redo) -> int:
-        way = recipe.run.name
+        arm = recipe.run.name
 
         def work(ctx: StageContext) -> dict[str, float]:
-            worked.append(f"{way} {stage}")
-            trouble = tmp_path / "broken" / f"{way}-{stage}"
+            worked.append(f"{arm} {stage}")
+            trouble = tmp_path / "broken" / f"{arm}-{stage}"
             if trouble.exists():
                 raise UserError(trouble.read_text())
-            return leave(ctx.dir, stage, way)
+            return leave(ctx.dir, stage, arm)
 
-        if (code := tmp_path / "broken" / f"{way}-{stage}-code").exists():
+        if (code := tmp_path / "broken" / f"{arm}-{stage}-code").exists():
             return int(code.read_text())
         return run_stage(stage, work, [name, *overrides, *redo.options()])
 
@@ -47,16 +47,16 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 ALL = [
     *(f"full {stage}" for stage in ("sft", "rank", "reward", "ppo-ptx", "evaluate")),
-    *(f"{way} {stage}" for way in ("lora", "prompt") for stage in ("sft", "ppo-ptx", "evaluate")),
+    *(f"{arm} {stage}" for arm in ("lora", "prompt") for stage in ("sft", "ppo-ptx", "evaluate")),
 ]
 
 
 def test_all_ways_share_the_references_reward_model(started: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert compare("three.yaml", []) == 0
     assert started == ALL
-    for way in ("lora", "prompt"):
-        assert Path(f"runs/three/{way}/reward/model/weights").read_text() == "the reference's"
-        record = json.loads(Path(f"runs/three/{way}/ppo-ptx/stage.json").read_text())
+    for arm in ("lora", "prompt"):
+        assert Path(f"runs/three/{arm}/reward/model/weights").read_text() == "the reference's"
+        record = json.loads(Path(f"runs/three/{arm}/ppo-ptx/stage.json").read_text())
         full = json.loads(Path("runs/three/full/ppo-ptx/stage.json").read_text())
         assert record["inputs"]["reward/model"] == full["inputs"]["reward/model"] != "absent"
     shown = capsys.readouterr().out
@@ -170,8 +170,8 @@ def test_a_real_comparison_of_the_tiny_model(tmp_path: Path) -> None:
     assert full["share"] == 1 and prompt["share"] == pytest.approx(20 * 64 / (full["trained"] + 20 * 64))
     assert full["ppo_bytes"] > 20 * prompt["ppo_bytes"] > 0
     assert full["sft_loss"] < full["sft_loss_before"] and full["peak_gb"] > 0
-    for way in (full, prompt):
-        assert way["prompts"] == 20 and way["gain"]["low"] <= way["gain"]["mean"] <= way["gain"]["high"]
-        assert way["gain"]["mean"] == pytest.approx(way["score"] - way["score_sft"], abs=1e-6)
+    for arm in (full, prompt):
+        assert arm["prompts"] == 20 and arm["gain"]["low"] <= arm["gain"]["mean"] <= arm["gain"]["high"]
+        assert arm["gain"]["mean"] == pytest.approx(arm["score"] - arm["score_sft"], abs=1e-6)
     assert 0 <= prompt["win_rate_reference"]["low"] <= prompt["win_rate_reference"]["high"] <= 1
     assert '<tr class="this">' in (tmp_path / "runs" / "three" / "prompt" / "report.html").read_text()

@@ -33,7 +33,7 @@ from rlhf.models.loading import (
     save_model,
 )
 from rlhf.models.peft.methods import add_adapter, trainable
-from rlhf.models.placement import with_ties
+from rlhf.models.placement import with_tied_names
 from rlhf.models.tiny import train_tokenizer
 from rlhf.models.tokenizer import PAD
 from rlhf.rollout.batches import build_batch
@@ -382,6 +382,6 @@ def test_an_averaged_weight_is_averaged_under_every_name(tiny_dir: str) -> None:
     policy = load_policy(tiny_dir, SECTION)
     averages = {name: torch.zeros_like(parameter) for name, parameter in policy.named_parameters()}
     assert "lm_head.weight" not in averages  # it is the embeddings
-    found = with_ties(policy, averages)
+    found = with_tied_names(policy, averages)
     assert found.keys() == policy.state_dict().keys()
     assert found["lm_head.weight"] is found["model.embed_tokens.weight"]

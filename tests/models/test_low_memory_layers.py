@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from rlhf.config import PeftSection
-from rlhf.models.low_memory_layers import GatedDown, GatedDownLora, RmsNorm, keep_less
+from rlhf.models.low_memory_layers import GatedDown, GatedDownLora, RmsNorm, use_low_memory_layers
 from rlhf.models.peft.methods import add_adapter, trainable
 
 FAMILIES = [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config]
@@ -59,14 +59,14 @@ def close(one: list[Tensor], two: list[Tensor], tolerance: float) -> None:
 def test_logits_and_gradients_are_those_of_transformers(kind: type[PreTrainedConfig], recompute: bool) -> None:
     extra = {"mlp_bias": True} if kind is LlamaConfig else {}
     net = model(kind, **extra)
-    changed = keep_less(copy.deepcopy(net))
+    changed = use_low_memory_layers(copy.deepcopy(net))
     assert any("forward" in vars(module) for module in changed.modules())
     close(run(changed, recompute), run(net), 2e-5)
 
 
 def test_bfloat16_rounds_as_transformers_does() -> None:
     net = model().bfloat16()
-    changed = keep_less(copy.deepcopy(net))
+    changed = use_low_memory_layers(copy.deepcopy(net))
     ids = torch.arange(24).reshape(2, 12)
     assert torch.equal(changed(input_ids=ids).logits, net(input_ids=ids).logits)
     close(run(changed), run(net), 1e-3)
@@ -84,7 +84,7 @@ def adapted(method: str, **extra: object) -> nn.Module:
 @pytest.mark.parametrize("method", ["lora", "dora", "adapter", "ia3", "prefix"])
 def test_frozen_mlps_compute_what_transformers_and_peft_do(kind: type[PreTrainedConfig], method: str) -> None:
     net = adapted(method, kind=kind)
-    changed = keep_less(copy.deepcopy(net))
+    changed = use_low_memory_layers(copy.deepcopy(net))
     mlps = {type(module).__name__ for module in changed.modules() if "forward" in vars(module)}
     own = {type(net.model).__name__} if method == "prefix" else set()  # type: ignore[union-attr]
     plain = method in ("lora", "adapter", "prefix")  # the others have more than a weight in the last map
@@ -99,7 +99,7 @@ def test_lora_in_bfloat16_rounds_as_peft_does() -> None:
     for parameter in trainable(net).values():
         nn.init.normal_(parameter, std=0.3)
     assert {parameter.dtype for parameter in trainable(net).values()} == {torch.float32}
-    changed = keep_less(copy.deepcopy(net))
+    changed = use_low_memory_layers(copy.deepcopy(net))
     ids = torch.arange(24).reshape(2, 12)
     assert torch.equal(changed(input_ids=ids).logits, net(input_ids=ids).logits)
     close(run(changed), run(net), 2e-2)
@@ -143,13 +143,13 @@ def kept(net: nn.Module) -> int:
 def test_less_is_kept_by_hand() -> None:
     """Of two MLPs, with 24 tokens of four bytes: SiLU of the gate and the product, 2 x 48 numbers a token."""
     net = model()
-    changed = keep_less(copy.deepcopy(net))
+    changed = use_low_memory_layers(copy.deepcopy(net))
     for module in changed.modules():
         if "norm" in type(module).__name__.lower():
             vars(module).pop("forward", None)
     assert kept(net) - kept(changed) == 2 * 24 * (2 * 48) * 4
     # Of five norms besides, the normalised input: 32 numbers a token. (The squares' operand is the input itself.)
-    keep_less(changed)
+    use_low_memory_layers(changed)
     assert kept(net) - kept(changed) == (2 * (2 * 48) + 5 * 32) * 24 * 4
 
 
@@ -159,18 +159,18 @@ def test_less_is_kept_under_a_method_by_hand(method: str, numbers: int) -> None:
     With a bottleneck behind it, the frozen MLP of the first layer has nothing before it that is trained and keeps
     nothing; that of the second needs no product for the frozen last map, only the SiLU."""
     net = adapted(method)
-    assert kept(net) - kept(keep_less(copy.deepcopy(net))) == 24 * numbers * 4
+    assert kept(net) - kept(use_low_memory_layers(copy.deepcopy(net))) == 24 * numbers * 4
 
 
 def test_other_models_stay_as_they_are() -> None:
     net = model(hidden_act="gelu")
-    keep_less(net)
+    use_low_memory_layers(net)
     changed = {type(module).__name__ for module in net.modules() if "forward" in vars(module)}
     assert changed == {"LlamaRMSNorm"}
 
 
 def test_a_changed_model_can_be_copied_and_pickled() -> None:
-    net = keep_less(model())
+    net = use_low_memory_layers(model())
     for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         with torch.no_grad():
             copied.model.layers[0].mlp.down_proj.weight.zero_()

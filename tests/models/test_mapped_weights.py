@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rlhf.models.mapped_weights import Mapping, _mappings, give_back
-from rlhf.models.placement import Placement, at_hand
+from rlhf.models.mapped_weights import Mapping, _mappings, drop_resident_pages
+from rlhf.models.placement import Placement, materialized
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -59,7 +59,7 @@ def test_frozen_weights_leave_memory_and_come_back(tmp_path: Path) -> None:
     layer = mapped_layer(tmp_path)
     total = float(layer.weight.double().sum())
     before = resident_file_bytes()
-    assert give_back(layer) >= 64 * 2**20
+    assert drop_resident_pages(layer) >= 64 * 2**20
     assert before - resident_file_bytes() > 60 * 2**20
     assert float(layer.weight.double().sum()) == total
 
@@ -67,22 +67,22 @@ def test_frozen_weights_leave_memory_and_come_back(tmp_path: Path) -> None:
 def test_what_was_written_stays(tmp_path: Path) -> None:
     layer = mapped_layer(tmp_path)
     layer.weight[0, 0] = -1.0
-    assert give_back(layer) == 0
+    assert drop_resident_pages(layer) == 0
     assert float(layer.weight[0, 0]) == -1.0
 
 
 def test_weights_that_are_trained_or_lie_in_no_file_stay(tmp_path: Path) -> None:
     layer = mapped_layer(tmp_path)
     layer.weight.requires_grad_(True)
-    assert give_back(layer) == 0
-    assert give_back(nn.Linear(4, 4).requires_grad_(False)) == 0
+    assert drop_resident_pages(layer) == 0
+    assert drop_resident_pages(nn.Linear(4, 4).requires_grad_(False)) == 0
 
 
 def test_a_pass_drops_the_models_that_are_to_leave_and_no_others(tmp_path: Path) -> None:
     layer = mapped_layer(tmp_path)
-    for leaves in (False, True):
-        layer.placement = Placement(leaves=leaves)
-        with at_hand(layer):
+    for drop_after_use in (False, True):
+        layer.placement = Placement(drop_after_use=drop_after_use)
+        with materialized(layer):
             float(layer.weight.sum())
             inside = resident_file_bytes()
-        assert (inside - resident_file_bytes() > 60 * 2**20) == leaves
+        assert (inside - resident_file_bytes() > 60 * 2**20) == drop_after_use

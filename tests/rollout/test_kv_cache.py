@@ -5,21 +5,21 @@ from __future__ import annotations
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from rlhf.rollout.kv_cache import GROWTH, RoomyLayer, leave
+from rlhf.rollout.kv_cache import MIN_GROWTH, PreallocatedLayer, compaction
 from support.rollout_runs import PROMPTS, run
 
 
 def test_rows_that_leave_are_replaced_by_the_last_that_stay():
-    assert leave([True, False, True, False, True]) == (3, [(1, 4)], [0, 4, 2])
-    assert leave([False, False, True, True]) == (2, [(0, 2), (1, 3)], [2, 3])
-    assert leave([True, True, False]) == (2, [], [0, 1])
+    assert compaction([True, False, True, False, True]) == (3, [(1, 4)], [0, 4, 2])
+    assert compaction([False, False, True, True]) == (2, [(0, 2), (1, 3)], [2, 3])
+    assert compaction([True, True, False]) == (2, [], [0, 1])
 
 
 def test_a_layer_holds_what_was_appended_while_it_grows_and_rows_leave():
     """Against tensors that are joined and selected anew each time."""
     generator = torch.Generator().manual_seed(0)
-    layer, keys, values = RoomyLayer(), None, None
-    for step in range(3 * GROWTH):
+    layer, keys, values = PreallocatedLayer(), None, None
+    for step in range(3 * MIN_GROWTH):
         rows, tokens = (7, 5) if keys is None else (len(keys), 1)
         new = torch.randn(2, rows, 2, tokens, 3, generator=generator)
         got = layer.update(new[0], new[1])
@@ -28,7 +28,7 @@ def test_a_layer_holds_what_was_appended_while_it_grows_and_rows_leave():
         assert torch.equal(got[0], keys) and torch.equal(got[1], values)
         assert layer.get_seq_length() == keys.shape[2]
         if step in (3, 70, 71):
-            rows, moves, places = leave([i != step % len(keys) for i in range(len(keys))])
+            rows, moves, places = compaction([i != step % len(keys) for i in range(len(keys))])
             layer.keep_rows(rows, moves)
             keys, values = keys[places], values[places]
 
@@ -36,11 +36,11 @@ def test_a_layer_holds_what_was_appended_while_it_grows_and_rows_leave():
 def test_rows_are_taken_several_times_or_not_at_all():
     """Rows that were one tensor seen several times, as virtual tokens are, become rows of their own."""
     generator = torch.Generator().manual_seed(0)
-    layer = RoomyLayer()
+    layer = PreallocatedLayer()
     one = torch.randn(2, 1, 2, 4, 3, generator=generator).expand(-1, 3, -1, -1, -1)
     layer.update(one[0], one[1])
     keys, values = one[0].clone(), one[1].clone()
-    for tokens, picked in ((5, [2, 0, 2, 2]), (1, None), (1, [3, 1]), (GROWTH, [0, 1, 1]), (1, None)):
+    for tokens, picked in ((5, [2, 0, 2, 2]), (1, None), (1, [3, 1]), (MIN_GROWTH, [0, 1, 1]), (1, None)):
         new = torch.randn(2, len(keys), 2, tokens, 3, generator=generator)
         got = layer.update(new[0], new[1])
         keys, values = torch.cat([keys, new[0]], 2), torch.cat([values, new[1]], 2)

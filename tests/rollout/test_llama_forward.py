@@ -17,12 +17,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from rlhf.config import VIRTUAL_TOKENS, LaunchSection, PeftSection
+from rlhf.config import VIRTUAL_TOKEN_METHODS, LaunchSection, PeftSection
 from rlhf.models.peft.methods import add_adapter, trainable
 from rlhf.rollout.batches import build_batch
 from rlhf.rollout.cuda_graphs import GraphDecoding
-from rlhf.rollout.decoding import InferenceDecoding, ModelDecoding
-from rlhf.rollout.llama_forward import columns_for, inference_for
+from rlhf.rollout.decoding import LlamaDecoding, ModelDecoding
+from rlhf.rollout.llama_forward import columns_for, llama_forward_for
 from rlhf.rollout.sampling import decoding_for
 from rlhf.rollout.scoring import hidden_states
 from support.rollout_runs import PROMPTS, run
@@ -104,7 +104,7 @@ def test_hidden_states_are_the_models_own(make):
     with torch.no_grad():
         ours = hidden_states(model, batch)
     real = torch.tensor([[t < len(p) + len(r) for t in range(batch.input_ids.shape[1])] for p, r in PAIRS])
-    assert inference_for(model) is not None
+    assert llama_forward_for(model) is not None
     assert torch.allclose(ours[real], theirs(model, batch)[real], atol=2e-5)
 
 
@@ -117,14 +117,14 @@ def test_with_gradients_the_model_itself_runs():
 def test_a_reward_models_body_is_covered():
     model, batch = llama(LlamaForSequenceClassification), build_batch(PAIRS, 0)
     with torch.no_grad():
-        assert torch.allclose(inference_for(model).hidden(batch.input_ids), theirs(model, batch), atol=2e-5)
+        assert torch.allclose(llama_forward_for(model).hidden(batch.input_ids), theirs(model, batch), atol=2e-5)
 
 
 @pytest.mark.parametrize("make", COVERED)
 def test_decoded_logprobs_are_those_of_a_full_forward(make):
     """Prompts of different lengths, and rows that end at different steps."""
     model = make()
-    assert isinstance(decoding_for(model, 4), InferenceDecoding)
+    assert isinstance(decoding_for(model, 4), LlamaDecoding)
     prompts = [*PROMPTS, *PROMPTS[:2]]
     out = run(model, prompts, max_new_tokens=30)
     assert len(set(out.lengths.tolist())) > 1
@@ -173,13 +173,13 @@ def test_no_step_has_a_shape_of_its_own():
         ]
 
     with torch.no_grad():
-        decoding.begin([[5, 6, 7], [8], [9, 10]], torch.arange(3), 0)
+        decoding.prefill([[5, 6, 7], [8], [9, 10]], torch.arange(3), 0)
         before = held()
         decoding.step(tokens)
-        assert decoding.keep([True, False, True]).tolist() == [0, 2]
+        assert decoding.drop_finished([True, False, True]).tolist() == [0, 2]
         decoding.step(tokens[:2])
         assert held() == before
-        assert decoding.keep([True, False]).tolist() == [0]  # one of three: now it moves
+        assert decoding.drop_finished([True, False]).tolist() == [0]  # one of three: now it moves
         decoding.step(tokens[:1])
     assert len(decoding.mask) == len(decoding.positions) == len(decoding.room[0].keys) == 1
 
@@ -228,19 +228,19 @@ def with_method(method: str) -> torch.nn.Module:
 
 
 OTHERS = [gpt2, dynamic, eager, hooked, namesake, other_linear, lambda: mistral(window=4)]
-OTHERS += [partial(with_method, m) for m in ("dora", "ia3", "adapter", *VIRTUAL_TOKENS)]
+OTHERS += [partial(with_method, m) for m in ("dora", "ia3", "adapter", *VIRTUAL_TOKEN_METHODS)]
 
 
 @pytest.mark.parametrize("make", OTHERS)
 def test_other_models_are_left_to_their_own_forward(make):
     model = make()
-    assert inference_for(model) is None
+    assert llama_forward_for(model) is None
     assert isinstance(decoding_for(model, 4), ModelDecoding)
 
 
 def test_the_weights_are_the_models_own():
     """No copy: what an update changes is seen at once."""
     model = llama(LlamaForCausalLM)
-    inference = inference_for(model)
+    inference = llama_forward_for(model)
     assert inference.layers[0].q.weight.data_ptr() == model.model.layers[0].self_attn.q_proj.weight.data_ptr()
     assert inference.head.weight.data_ptr() == model.lm_head.weight.data_ptr()

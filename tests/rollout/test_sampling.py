@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed, row_uniforms
-from rlhf.rollout.sampling import CDF_BLOCK, draw
+from rlhf.rollout.sampling import CDF_BLOCK, sample_token
 from support.rollout_runs import PROMPTS, Tokenizer, run
 from support.small_models import EOS, by_hand, gpt2, llama
 
@@ -79,18 +79,20 @@ def test_the_first_token_is_drawn_from_the_softmax():
 def test_a_draw_by_hand():
     logits = torch.log(torch.tensor([[0.1, 0.2, 0.7]])).repeat(6, 1)
     uniforms = torch.tensor([0.0, 0.09, 0.11, 0.29, 0.31, 0.999999], dtype=torch.float64)
-    tokens, logprobs = draw(logits, uniforms)
+    tokens, logprobs = sample_token(logits, uniforms)
     assert tokens.tolist() == [0, 0, 1, 1, 2, 2]
     assert logprobs.exp().tolist() == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.7, 0.7])
 
 
 def test_temperature_divides_the_logits():
-    tokens, logprobs = draw(torch.log(torch.tensor([[1.0, 9.0]])), torch.tensor([0.26], dtype=torch.float64), 2.0)
+    tokens, logprobs = sample_token(
+        torch.log(torch.tensor([[1.0, 9.0]])), torch.tensor([0.26], dtype=torch.float64), 2.0
+    )
     assert (tokens.tolist(), logprobs.exp().tolist()) == ([1], [pytest.approx(0.75)])  # 1 : 3, where it was 1 : 9
 
 
 def test_without_uniforms_the_likeliest_token_is_taken():
-    tokens, logprobs = draw(torch.log(torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.3, 0.2]])), None)
+    tokens, logprobs = sample_token(torch.log(torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.3, 0.2]])), None)
     assert (tokens.tolist(), logprobs.exp().tolist()) == ([2, 0], pytest.approx([0.7, 0.5]))
 
 
@@ -103,7 +105,7 @@ def test_a_draw_in_blocks_is_one_over_the_whole_vocabulary(vocabulary):
     p = np.exp(logits.double().numpy())
     p /= p.sum(1, keepdims=True)
     expected = [int((c <= u).sum()) for c, u in zip(p.cumsum(1), uniforms.numpy(), strict=True)]
-    tokens, logprobs = draw(logits, uniforms)
+    tokens, logprobs = sample_token(logits, uniforms)
     assert tokens.tolist() == expected
     assert np.allclose(logprobs.numpy(), np.log(p[range(400), expected]), atol=1e-5)
 
@@ -112,7 +114,7 @@ def test_an_impossible_token_is_never_drawn():
     logits = torch.full((4, 3 * CDF_BLOCK), float("-inf"))
     logits[:, [CDF_BLOCK + 1, CDF_BLOCK + 3]] = 0.0
     uniforms = torch.tensor([0.0, 0.5, 1 - 1e-16, 1.0], dtype=torch.float64)
-    assert (draw(logits, uniforms)[0] - CDF_BLOCK).tolist() == [1, 3, 3, 3]
+    assert (sample_token(logits, uniforms)[0] - CDF_BLOCK).tolist() == [1, 3, 3, 3]
 
 
 def test_seeds_are_stable_and_rows_differ():

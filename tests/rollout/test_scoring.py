@@ -43,7 +43,7 @@ def test_results_come_back_in_order_whatever_the_batches():
 def test_calls_of_the_head_and_recomputation_change_nothing(monkeypatch):
     results = []
     for piece, pieces in ((1000, 1), (2, 5), (1000, 0)):  # one call, several, none
-        monkeypatch.setattr(lm_head, "HEAD_PIECE", piece)
+        monkeypatch.setattr(lm_head, "HEAD_CHUNK", piece)
         model = llama()
         flat, entropy = response_logprobs(model, build_batch(PAIRS, 0), 1.0, pieces)
         flat.sum().backward()

@@ -25,7 +25,7 @@ from transformers import (
 from rlhf.config import PeftSection
 from rlhf.models.peft.methods import add_adapter
 from rlhf.rollout.batches import Pair
-from rlhf.rollout.shared_prompts import build_shared, can_share, shared_scores, sharing
+from rlhf.rollout.shared_prompts import build_shared, can_share, share_prompts, shared_scores
 
 VOCABULARY = 300
 COMMON = {"vocab_size": VOCABULARY, "num_labels": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -97,7 +97,7 @@ def test_scores_and_gradients_are_those_of_rows_alone(name: str, how: str) -> No
                 module.p = 0.0
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.0
-    with sharing(model):
+    with share_prompts(model):
         got = shared_scores(model, build_shared(pairs))
         (got * weights).sum().backward()
     assert float(expected.detach().std()) > 0.1, "equal scores would compare nothing"
@@ -128,6 +128,6 @@ def test_models_that_would_compute_something_else_do_not_share() -> None:
 def test_attention_outside_is_the_usual_one() -> None:
     model, pairs = make("llama"), groups()
     expected = alone(model, pairs)
-    with sharing(model):
+    with share_prompts(model):
         shared_scores(model, build_shared(pairs))
     assert torch.equal(alone(model, pairs), expected)

@@ -15,18 +15,18 @@ from pathlib import Path
 import pytest
 
 from rlhf.run.checkpoints import Checkpoints
-from rlhf.run.sealing import FOREIGN, keep_last, list_checkpoints, newest_sealed, seal, verify, write_aside
+from rlhf.run.sealing import OF_ANOTHER_RUN, keep_last, list_checkpoints, newest_sealed, seal, verify, write_aside
 from support.paths import ROOT
 
 
-def write_step(folder: Path, step: int, content: str = "weights", of: str = "") -> Path:
+def write_step(folder: Path, step: int, content: str = "weights", identity: str = "") -> Path:
     def write(staged: Path) -> None:
         (staged / "engine").mkdir()
         (staged / "engine" / "trainable.bin").write_text(f"{content} {step}")
         (staged / "state.json").write_text(json.dumps({"step": step}))
 
     final = folder / f"step-{step:06d}"
-    seal(write_aside(final, write), final, of)
+    seal(write_aside(final, write), final, identity)
     return final
 
 
@@ -226,16 +226,19 @@ dist.destroy_process_group()
 def test_another_runs_checkpoint_is_neither_used_nor_removed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ours, theirs = write_step(tmp_path, 10, of="ours"), write_step(tmp_path, 30, of="theirs")
-    assert verify(theirs, of="ours") == [FOREIGN] and verify(theirs, of="theirs") == verify(theirs) == []
+    ours, theirs = write_step(tmp_path, 10, identity="ours"), write_step(tmp_path, 30, identity="theirs")
+    assert (
+        verify(theirs, identity="ours") == [OF_ANOTHER_RUN]
+        and verify(theirs, identity="theirs") == verify(theirs) == []
+    )
     assert newest_sealed(tmp_path, "ours") == ours
-    assert FOREIGN in capsys.readouterr().err
+    assert OF_ANOTHER_RUN in capsys.readouterr().err
     for step in (20, 30, 40):
-        write_step(tmp_path, step, of="ours")
+        write_step(tmp_path, step, identity="ours")
         keep_last(tmp_path, 2, "ours")
     assert names(tmp_path) == ["step-000030", "step-000030.other-1", "step-000040"]
     assert newest_sealed(tmp_path, "ours") == tmp_path / "step-000040"
-    assert verify(tmp_path / "step-000030.other-1", of="theirs") == []
+    assert verify(tmp_path / "step-000030.other-1", identity="theirs") == []
 
 
 def test_a_checkpoint_is_sealed_behind_the_loop_after_its_rows_are_on_disk(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from rlhf.run.stage import StageContext, parse_stage_args, run_stage
 from rlhf.stage_table import STAGES
 from rlhf.system.distributed import pick_device
 from rlhf.system.files import hash_path
-from rlhf.system.signals import TWICE
+from rlhf.system.signals import REPEAT_SECONDS
 from support.paths import ROOT
 from support.stage_runs import RECIPE, never, stage_json, train
 
@@ -293,7 +293,7 @@ def test_a_signal_after_the_last_step_does_not_undo_the_stage() -> None:
 def test_a_second_ctrl_c_stops_at_once(first: int, code: int) -> None:
     def work(ctx: StageContext) -> dict[str, Any]:
         os.kill(os.getpid(), first)
-        time.sleep(2 * TWICE)
+        time.sleep(2 * REPEAT_SECONDS)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
         return {}
@@ -310,7 +310,7 @@ def test_copies_of_a_signal_and_a_schedulers_others_stop_nothing_at_once() -> No
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(os.getpid(), number)
         assert ctx.stop_requested
-        time.sleep(2 * TWICE)
+        time.sleep(2 * REPEAT_SECONDS)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             os.kill(os.getpid(), number)
         ctx.checkpoints.save(1, lambda staged: (staged / "step").write_text("1"))

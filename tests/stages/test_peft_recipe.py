@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config import NOT_MERGED, VIRTUAL_TOKENS, PeftSection, Recipe
+from rlhf.config import UNMERGEABLE, VIRTUAL_TOKEN_METHODS, PeftSection, Recipe
 from rlhf.errors import UserError
 from rlhf.recipe import changed_keys, load_recipe, recipe_hash, recipe_to_yaml
 from support.peft_references import CACHED, EMBEDDED, METHODS
@@ -42,7 +42,10 @@ def refusal(path: str, *overrides: str) -> UserError:
 
 
 def test_the_groups_of_methods() -> None:
-    assert set(VIRTUAL_TOKENS) == {*EMBEDDED, *CACHED} and set(NOT_MERGED) == {*VIRTUAL_TOKENS, "adapter"}
+    assert set(VIRTUAL_TOKEN_METHODS) == {*EMBEDDED, *CACHED} and set(UNMERGEABLE) == {
+        *VIRTUAL_TOKEN_METHODS,
+        "adapter",
+    }
     assert set(OWN) == set(METHODS)
 
 

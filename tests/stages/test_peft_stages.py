@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from rlhf.config import CACHED_TOKENS, NOT_MERGED, VIRTUAL_TOKENS
+from rlhf.config import KV_PREFIX_METHODS, UNMERGEABLE, VIRTUAL_TOKEN_METHODS
 from rlhf.data.encoding import encode_prompt, encode_response, stop_ids
 from rlhf.data.records import Prompt
 from rlhf.errors import UserError
@@ -80,7 +80,7 @@ def cell(request: pytest.FixtureRequest, cells: dict[str, Cell]) -> Cell:
     return cells[request.param]
 
 
-@pytest.fixture(params=["-".join(cell) for cell in CELLS if cell[1] in VIRTUAL_TOKENS])
+@pytest.fixture(params=["-".join(cell) for cell in CELLS if cell[1] in VIRTUAL_TOKEN_METHODS])
 def virtual(request: pytest.FixtureRequest, cells: dict[str, Cell]) -> Cell:
     """Those whose method puts tokens before every row."""
     return cells[request.param]
@@ -127,7 +127,7 @@ def test_each_stage_starts_where_the_one_before_ended(cell: Cell) -> None:
     policy, judge = cell.stage("sft").weights, cell.stage("reward").weights
     start = cell.stage("reward").start["reward"]
     assert not start["score.weight"].any()
-    if cell.method in CACHED_TOKENS:  # of fewer layers
+    if cell.method in KV_PREFIX_METHODS:  # of fewer layers
         assert torch.equal(tokens_by_hand(cell, start), tokens_by_hand(cell, policy)[:, : 2 * 2])
     else:
         others = start.keys() - {"score.weight"}
@@ -234,11 +234,11 @@ def test_ppo_starts_at_the_reference(
     run says that another engine takes them."""
     cell.stage("reward")
     folders = [cell.runs / "run" / name / "model" for name in ("sft", "reward")]
-    engines = ["native", "generate"] + ["vllm"] * (cell.method in NOT_MERGED)
+    engines = ["native", "generate"] + ["vllm"] * (cell.method in UNMERGEABLE)
     recipes = [load_recipe(cell.arguments[0], [*cell.arguments[1:], f"ppo.rollout={engine}"]) for engine in engines]
     begun = build(recipes[-1], False, *folders)
     sft_policy = load_policy(folders[0], cell.section)
-    monkeypatch.setattr(sampling, "_told", set())
+    monkeypatch.setattr(sampling, "_reported", set())
     found = {}
     for recipe in recipes:
         now = replace(begun, recipe=recipe)
@@ -253,7 +253,7 @@ def test_ppo_starts_at_the_reference(
         assert metrics["ratio_error"] < 2e-5 and metrics["ppo/clip_fraction"] == 0
         found[recipe.ppo.rollout] = experience.pairs
     assert found.get("vllm", found["native"]) == found["native"] != found["generate"]
-    assert ("sampling with the native engine" in capsys.readouterr().err) == (cell.method in NOT_MERGED)
+    assert ("sampling with the native engine" in capsys.readouterr().err) == (cell.method in UNMERGEABLE)
 
 
 def test_both_engines_take_the_likeliest_tokens(cell: Cell) -> None:
@@ -318,7 +318,7 @@ def test_virtual_tokens_stand_before_every_row(virtual: Cell, pairs: list[Pair])
     assert gap([response_logprobs(policy, left, 1.0)[0]], [torch.cat(expected)]) < 1e-4
     prompts, answers = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
     decoding = ModelDecoding(policy)
-    logits = decoding.begin([list(prompt) for prompt in prompts], torch.arange(len(prompts)), 0)
+    logits = decoding.prefill([list(prompt) for prompt in prompts], torch.arange(len(prompts)), 0)
     for t in range(min(map(len, answers))):
         tokens = torch.tensor([answer[t] for answer in answers])
         found = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)

@@ -12,7 +12,7 @@ from rlhf.data.records import Drops, Prompt, Ranking, read_rankings
 from rlhf.functional.seeding import row_seed
 from rlhf.labeling.outputs import Candidate
 from rlhf.labeling.rubric import rubric_score
-from rlhf.labeling.summary import Ranked, centred_correlation, summarise
+from rlhf.labeling.summary import RankResult, centred_correlation, summarise
 from stages import rank
 from support.rank_stage_runs import PROMPTS, outcome, start
 
@@ -104,7 +104,7 @@ def test_outputs_that_cannot_be_ranked_are_dropped_and_counted(tmp_path: Path) -
         row = {"key": prompt.item.key, "responses": responses, "finished": [True] * 4, "lengths": [1, 2, 3, 4]}
         samples.add([row])
     drops = Drops()
-    kept = rank.clean(prompts, samples, drops)
+    kept = rank.distinct_candidates(prompts, samples, drops)
     assert kept == [Candidate(prompts[0].item, [rank.Output("x", True), rank.Output("y", True)], [1, 4])]
     assert dict(drops.table()) == {
         "empty output": 2,
@@ -126,7 +126,7 @@ def test_centred_correlation_by_hand() -> None:
 
 def test_summary_by_hand() -> None:
     r = Ranking(Prompt.from_text("a"), ("x", "y", "z"), (1, 2, 2), (True, False, False))
-    summary = summarise(Ranked([r], [[6, 3, 3]], {"noise_sigma": 0.5}))
+    summary = summarise(RankResult([r], [[6, 3, 3]], {"noise_sigma": 0.5}))
     assert summary["pairs"] == 2 and summary["tie_fraction"] == pytest.approx(1 / 3)
     assert summary["finished_fraction"] == pytest.approx(1 / 3) and summary["response_length"] == 4
     # Ranks less their mean (-2, 1, 1)/3, lengths (2, -1, -1): -1 exactly; positions (-1, 0, 1): 1 / sqrt(2/3 * 2).
@@ -138,7 +138,7 @@ def test_summary_by_hand() -> None:
 def test_prompts_ranked_by_several_count_once() -> None:
     a, b = Prompt.from_text("a"), Prompt.from_text("b")
     rankings = [Ranking(prompt, ("x", "y"), (1, 2), (True, True)) for prompt in (a, b, a)]
-    summary = summarise(Ranked(rankings, [], {}))
+    summary = summarise(RankResult(rankings, [], {}))
     assert (summary["prompts"], summary["rankings"], summary["outputs"]) == (2, 3, 6)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from rlhf.evaluation.comparison import Row
+from rlhf.evaluation.comparison import ArmResult
 from rlhf.evaluation.comparison_file import Comparison, read_comparison, write_comparison
 from rlhf.recipe import recipe_to_yaml
 from support.evaluation_results import policy, results
@@ -41,13 +41,13 @@ TEXTS = {"full": (BAD, BAD), "lora": (BAD, GOOD), "prompt": (GOOD, BAD)}  # of S
 SHAPES = {"full": {"a": (10, 10), "b": (50,)}, "lora": {"a": (3, 4), "b": (2,)}, "prompt": {"a": (4, 1)}}
 
 
-def leave(folder: Path, stage: str, way: str) -> dict[str, float]:
+def leave(folder: Path, stage: str, arm: str) -> dict[str, float]:
     """Write into a stage's folder what the comparison reads, and return its metrics."""
     folder.mkdir(parents=True, exist_ok=True)
     if stage in ("sft", "ppo-ptx"):
         (folder / "model").mkdir(exist_ok=True)
-        name = "model.safetensors" if way == "full" else "adapter.safetensors"
-        save_file({key: np.zeros(shape, np.float32) for key, shape in SHAPES[way].items()}, folder / "model" / name)
+        name = "model.safetensors" if arm == "full" else "adapter.safetensors"
+        save_file({key: np.zeros(shape, np.float32) for key, shape in SHAPES[arm].items()}, folder / "model" / name)
     if stage == "sft":
         return {"sft/validation_loss_before": 3.5, "sft/validation_loss": 3.25}
     if stage == "rank":
@@ -60,17 +60,17 @@ def leave(folder: Path, stage: str, way: str) -> dict[str, float]:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in peaks))
         return {"ppo/reward_score": 0.125, "ppo/kl": 1.0}
     if stage == "evaluate":
-        found = results_of(way)
+        found = results_of(arm)
         if not (folder.parent / "ppo-ptx").exists():  # SFT alone, so far
             found["policies"].pop("ppo-ptx")
             found["comparisons"] = []
         (folder / "results.json").write_text(json.dumps(found))
-        (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples(way)))
+        (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples(arm)))
     return {}
 
 
-def results_of(way: str) -> dict[str, Any]:
-    low = {"full": 0.4, "lora": 0.6, "prompt": 0.1}[way]
+def results_of(arm: str) -> dict[str, Any]:
+    low = {"full": 0.4, "lora": 0.6, "prompt": 0.1}[arm]
     found = results(low, low + 0.2)
     found["comparisons"][0]["win_rate"] = low + 0.1
     found["policies"] = {
@@ -80,16 +80,16 @@ def results_of(way: str) -> dict[str, Any]:
     return found
 
 
-def samples(way: str) -> list[dict[str, Any]]:
+def samples(arm: str) -> list[dict[str, Any]]:
     found = []
     for i in range(PROMPTS):
-        scores = [each if isinstance(each, list) else [each, each] for each in SCORES[way](i)]
+        scores = [each if isinstance(each, list) else [each, each] for each in SCORES[arm](i)]
         for sample in range(2):
             found.append(
                 {
                     "prompt": f"Why does rain fall in town {i}?",
                     "sample": sample,
-                    "responses": dict(zip(("sft", "ppo-ptx"), TEXTS[way], strict=True)),
+                    "responses": dict(zip(("sft", "ppo-ptx"), TEXTS[arm], strict=True)),
                     "finished": {"sft": True, "ppo-ptx": True},
                     "scores": {"sft": scores[0][sample], "ppo-ptx": scores[1][sample]},
                     "lengths": {"sft": 9, "ppo-ptx": 9},
@@ -105,17 +105,17 @@ def hand_made(folder: Path) -> Comparison:
     """Three finished ways, in run folders below `folder`/three."""
     (folder / "three.yaml").write_text(FILE)
     found = read_comparison(str(folder / "three.yaml"), [f"run.dir={folder}"])
-    for way in found.ways:
-        recipe = found.load(way)
+    for arm in found.ways:
+        recipe = found.load(arm)
         for stage in recipe.run.stages:
-            where = found.folder / way / stage
-            metrics = leave(where, stage, way)
+            where = found.folder / arm / stage
+            metrics = leave(where, stage, arm)
             record = {"state": "done", "metrics": metrics, "seconds": {"sft": 60.0, "ppo-ptx": 90.0}.get(stage, 5.0)}
             (where / "stage.json").write_text(json.dumps(record))
-        (found.folder / way / "recipe.yaml").write_text(recipe_to_yaml(recipe))
+        (found.folder / arm / "recipe.yaml").write_text(recipe_to_yaml(recipe))
     write_comparison(found)
     return found
 
 
-def by_way(found: list[Row]) -> dict[str, Row]:
-    return {row.way: row for row in found}
+def by_arm(found: list[ArmResult]) -> dict[str, ArmResult]:
+    return {row.arm: row for row in found}

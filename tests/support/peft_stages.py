@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import linear, relu
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from rlhf.config import CACHED_TOKENS
-from rlhf.functional.seeding import stream
+from rlhf.config import KV_PREFIX_METHODS
+from rlhf.functional.seeding import shuffled_indices
 from rlhf.models import tiny
 from rlhf.models.peft.methods import trainable
 from rlhf.recipe import load_recipe
@@ -203,7 +203,7 @@ def read(model: PreTrainedModel, tokenizer: Any) -> None:
     pairs = [([tokenizer.eos_token_id], [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]) for text in sentences]
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     for step in range(80):
-        some = [pairs[i] for i in stream(len(pairs), 1, "sentences", 12 * step, 12)]
+        some = [pairs[i] for i in shuffled_indices(len(pairs), 1, "sentences", 12 * step, 12)]
         batch = build_batch(some, tokenizer.pad_token_id)
         optimizer.zero_grad()
         (-response_logprobs(model, batch, 1.0)[0].mean()).backward()
@@ -221,13 +221,13 @@ def tokens_by_hand(cell: Cell, weights: dict[str, Tensor]) -> Tensor:
         for i in (0, 2, 4):
             made = linear(relu(made) if i else made, w[f"mlp_head.{i}.weight"], w[f"mlp_head.{i}.bias"])
     channels = 16 if cell.kind == LLAMA else 48  # heads that hold keys, times their size of 8 or 12
-    return made.view(TOKENS, -1, channels) if cell.method in CACHED_TOKENS else made
+    return made.view(TOKENS, -1, channels) if cell.method in KV_PREFIX_METHODS else made
 
 
 def logprobs_by_hand(cell: Cell, base: PreTrainedModel, made: Tensor, pair: Pair) -> Tensor:
     """Of one row, without padding, by the plain model: words stand behind the virtual tokens, from position V on."""
     ids = torch.tensor([[*pair[0], *pair[1]]])
-    if cell.method in CACHED_TOKENS:
+    if cell.method in KV_PREFIX_METHODS:
         cache, heads = DynamicCache(config=base.config), 2 if cell.kind == LLAMA else 4
         parts = made.unflatten(-1, (heads, -1)).transpose(0, 2)[None]  # [1, heads, 2 layers, V, D]
         for layer in range(base.config.num_hidden_layers):

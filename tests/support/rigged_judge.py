@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from rlhf.data.prompt_template import Template
-from rlhf.labeling.judge.local import Fields, Reading
+from rlhf.labeling.judge.local import Fields, LabelReading
 
 
 class Rigged:
@@ -23,12 +23,12 @@ class Rigged:
         template: Template,
         questions: Sequence[Fields],
         advance: Callable[[int], None] | None = None,
-        keep: Callable[[dict[int, Reading]], None] | None = None,
-    ) -> list[Reading]:
+        keep: Callable[[dict[int, LabelReading]], None] | None = None,
+    ) -> list[LabelReading]:
         self.asked += [dict(q) for q in questions]
         found = [self.rule(q) for q in questions]
         # A third of the probability goes to labels: what they share does not matter.
-        return [Reading(tuple(f) if isinstance(f, Sequence) else (f / 2 - 9, -f / 2 - 9)) for f in found]
+        return [LabelReading(tuple(f) if isinstance(f, Sequence) else (f / 2 - 9, -f / 2 - 9)) for f in found]
 
 
 def by_length(bias: float = 0.0) -> Callable[[Fields], float]:

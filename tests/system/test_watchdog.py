@@ -19,7 +19,7 @@ import pytest
 from launch import launcher
 from rlhf.run.stage import StageContext, run_stage
 from rlhf.system.rank_logs import current
-from rlhf.system.watchdog import Watch
+from rlhf.system.watchdog import Watchdog
 from support.paths import ROOT
 from support.ports import free_port, wait_for
 from support.stage_runs import RECIPE
@@ -121,7 +121,7 @@ def test_a_hanging_rank_ends_the_stage_in_time(how: str, words: str) -> None:
 
 def test_in_time_is_when_nothing_has_to_be_said(tmp_path: Path) -> None:
     """The reports of four processes, read by rank 0; the clock is set back by hand."""
-    watch = Watch(tmp_path, "ppo", 0, 4, timeout=10, reads=True)
+    watch = Watchdog(tmp_path, "ppo", 0, 4, timeout=10, reads=True)
 
     def write(beats: list[int], waits: list[bool], tick: int) -> None:
         for rank, (beat, wait) in enumerate(zip(beats, waits, strict=True)):

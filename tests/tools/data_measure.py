@@ -36,7 +36,7 @@ from rlhf.functional.ranking import PairCounts, count_pairs, ordered_pairs
 from rlhf.functional.statistics import accuracy_interval
 from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from rlhf.system.console import Progress, table
-from stages.reward import Group, measure
+from stages.reward import Group, pair_counts
 from support.paths import ROOT
 
 FOLDS, SEEDS, SHUFFLES = 5, (1, 2, 3), 3
@@ -149,7 +149,9 @@ def measure_rewards(runs: Path, arguments: Sequence[str]) -> None:
                 load_tokenizer(str(run / "reward" / "model")),
             )
             fitted = fit_rankings(test, tokenizer, 4096, Drops())
-            counted = measure(model, [Group([(f.prompt, ids) for ids in f.responses], f.item.ranks) for f in fitted])
+            counted = pair_counts(
+                model, [Group([(f.prompt, ids) for ids in f.responses], f.item.ranks) for f in fitted]
+            )
             scored = {"length alone": length_scores(train, test), "position alone": position_scores(train, test)}
             for i, ranking in enumerate(test):
                 found["reward model"][ranking.prompt.key].append(counted[i])

@@ -16,7 +16,7 @@ from rlhf.errors import UserError
 from rlhf.models.loading import load_policy, load_tokenizer, new_reward_model, save_model
 from rlhf.models.peft.methods import add_adapter, peft_of, trainable
 from rlhf.training import ppo_networks
-from rlhf.training.ppo_networks import PpoNetworks, add_first, load_networks, policy_to_train, value_to_train
+from rlhf.training.ppo_networks import PpoNetworks, add_fresh_adapter, load_networks, policy_to_train, value_to_train
 from support.peft_references import CACHED, EMBEDDED, MERGED, METHODS, stir
 
 SECTION = ModelSection(name="tiny")
@@ -163,10 +163,10 @@ def test_a_plain_reward_model_gets_a_method_that_changes_nothing(method: str, ru
 def test_a_first_adapter_is_one_that_starts_at_no_change(method: str, run: Path) -> None:
     model = load_policy(run / "sft-none", SECTION)
     if method in STARTS_AT_NO_CHANGE:
-        assert peft_of(add_first(METHODS[method], model, run)) == METHODS[method]
+        assert peft_of(add_fresh_adapter(METHODS[method], model, run)) == METHODS[method]
     else:
         with pytest.raises(UserError):
-            add_first(METHODS[method], model, run)
+            add_fresh_adapter(METHODS[method], model, run)
         assert peft_of(model) is None and all(p.requires_grad for p in model.parameters())
 
 

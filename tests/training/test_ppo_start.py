@@ -12,7 +12,7 @@ from rlhf.config import PeftSection
 from rlhf.errors import UserError
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.peft.methods import add_adapter, trainable
-from rlhf.models.peft.shared_base import policy_twin
+from rlhf.models.peft.shared_base import share_base
 from rlhf.rollout.batches import build_batch
 from rlhf.rollout.scoring import response_logprobs, token_logprobs
 from rlhf.training.ppo_state import Ppo
@@ -29,7 +29,7 @@ def start(kind: str, tokenizer: PreTrainedTokenizerBase, gpt2_dir: str) -> Ppo:
     )
     policy, reference = make(), make()
     if kind == "lora":
-        reference = policy_twin(policy)
+        reference = share_base(policy)
         add_adapter(policy, PeftSection(method="lora", rank=4))
     return make_ppo(policy, reference.requires_grad_(False).eval(), tokenizer)
 

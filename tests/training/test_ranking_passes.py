@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from rlhf.config import Recipe
 from rlhf.training.engine import Engine, ParamGroup
 from rlhf.training.ranking_passes import Group, by_length, whole_passes
-from stages.reward import Scored, sample_outputs
+from stages.reward import ScoringModule, random_outputs
 from stages.reward import step as reward_step
 
 CONFIG = LlamaConfig(
@@ -52,7 +52,7 @@ def model() -> nn.Module:
 
 
 def engine_of(model: nn.Module, shares: bool) -> Engine:
-    scored = Scored(model)
+    scored = ScoringModule(model)
     assert scored.shares
     scored.shares = shares
     return Engine(scored, [ParamGroup("reward", model, 1e-3, 1.0)], device="cpu")
@@ -108,7 +108,7 @@ def test_two_rounds_are_one_for_every_k(model: nn.Module, k: int, ties: str) -> 
     engine = engine_of(model, True)
     gradient, loss, counts = stepped(engine, groups, 10_000, ties)
     parted, found, found_counts = stepped(engine, groups, 21, ties)  # one output of the longest
-    assert not groups[0].fits(21) or k == 2
+    assert not groups[0].fits_one_pass(21) or k == 2
     assert found == pytest.approx(loss, rel=1e-6) and found_counts == counts
     # float32 sums in another order: up to 1.0009e-6 of the norm was seen, on one kind of CPU.
     assert float((parted - gradient).norm()) < 3e-6 * max(1.0, float(gradient.norm()))
@@ -116,7 +116,7 @@ def test_two_rounds_are_one_for_every_k(model: nn.Module, k: int, ties: str) -> 
 
 def test_one_prompt_over_the_budget_does_not_disturb_the_others(model: nn.Module) -> None:
     groups = rankings([2, 2, 16, 3], seed=9)
-    assert [g.fits(80) for g in groups] == [True, True, False, True]
+    assert [g.fits_one_pass(80) for g in groups] == [True, True, False, True]
     engine = engine_of(model, True)
     gradient, loss, counts = stepped(engine, groups, 10_000, "drop")
     mixed, found, found_counts = stepped(engine, groups, 80, "drop")
@@ -127,13 +127,13 @@ def test_one_prompt_over_the_budget_does_not_disturb_the_others(model: nn.Module
 def test_no_pass_is_over_the_budget(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     groups, sizes = rankings([2, 9, 16, 4, 3, 16, 2], seed=4), []
     engine = engine_of(model, False)
-    build = Scored.build
+    build = ScoringModule.build
 
-    def noted(self: Scored, pairs: list, pad_id: int) -> object:
+    def noted(self: ScoringModule, pairs: list, pad_id: int) -> object:
         sizes.append(len(pairs) * max(len(p) + len(r) for p, r in pairs))
         return build(self, pairs, pad_id)
 
-    monkeypatch.setattr(Scored, "build", noted)
+    monkeypatch.setattr(ScoringModule, "build", noted)
     stepped(engine, groups, 60, "drop")
     assert max(sizes) <= 60 and len(sizes) > 10
 
@@ -152,7 +152,7 @@ def test_prompts_of_like_length_fill_a_pass_by_hand() -> None:
 def test_the_scale_is_measured_on_whole_prompts() -> None:
     """Chosen first in every row, as in files of pairs: a stride over outputs would take the chosen ones only."""
     groups = [Group([([1], [10 * i]), ([1], [10 * i + 1])], (1, 2)) for i in range(8)]
-    drawn = [response[0] for _, response in sample_outputs(groups, 8, seed=1)]
+    drawn = [response[0] for _, response in random_outputs(groups, 8, seed=1)]
     assert len(drawn) == len(set(drawn)) == 8
     assert sorted(value % 10 for value in drawn) == [0, 0, 0, 0, 1, 1, 1, 1]
-    assert len(sample_outputs(groups, 100, seed=1)) == 16
+    assert len(random_outputs(groups, 100, seed=1)) == 16

@@ -28,7 +28,7 @@ from rlhf.training.engine import Engine, ParamGroup
 from rlhf.training.ppo_state import Ppo
 from rlhf.training.sft_trainer import Reporter, build_trainer
 from stages.ppo import ppo_step, ptx_step, rollout, score
-from stages.reward import Group, Scored
+from stages.reward import Group, ScoringModule
 from stages.reward import step as reward_step
 from support.ppo_runs import (
     ALL,
@@ -92,7 +92,7 @@ def test_reward_gradient(tiny_tokenizer: PreTrainedTokenizerBase, ties: str) -> 
     rng = random.Random(1)
     ranks = [(1, 2), (2, 1, 2, 3), (1, 1, 2), (3, 2, 1), (2, 1), (1, 2, 3, 4, 4), (2, 1, 1), (1, 2)]
     groups = [Group([(prompt, tokens(rng, 1, 12)) for _ in r], r) for r in ranks for prompt in [tokens(rng, 1, 9)]]
-    model = Scored(network(LlamaForSequenceClassification, tiny_tokenizer).eval())
+    model = ScoringModule(network(LlamaForSequenceClassification, tiny_tokenizer).eval())
     engine = Engine(model, [ParamGroup("reward", model, 1e-3, 1.0)], device="cpu")
 
     def run(size: int) -> tuple[Tensor, float, int]:

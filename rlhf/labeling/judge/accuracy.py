@@ -25,14 +25,14 @@ from rlhf.data.records import Drops, Ranking
 from rlhf.errors import UserError
 from rlhf.functional.judge_odds import brier, calibration_error, log_loss
 from rlhf.functional.ranking import calibration, ordered_pairs
-from rlhf.functional.statistics import clustered, with_ends
-from rlhf.labeling.judge.judge import Judge, Triple, doubts, question_key
+from rlhf.functional.statistics import cluster_bootstrap, with_interval
+from rlhf.labeling.judge.judge import Judge, Triple, label_mass_summary, question_key
 from rlhf.labeling.judge.labeler import position_bias
 from rlhf.labeling.judge.local import Fields
 
 
 @dataclass
-class Graded:
+class GradedPrompt:
     """A prompt, its outputs, and the pairs of them that people ordered, the better one first."""
 
     prompt: str
@@ -45,34 +45,36 @@ class Graded:
         return [(self.prompt, better, worse) for better, worse in self.pairs]
 
 
-def graded(rankings: Sequence[Ranking], drops: Drops) -> list[Graded]:
+def graded_prompts(rankings: Sequence[Ranking], drops: Drops) -> list[GradedPrompt]:
     """One for each prompt, in the order of the prompts' hashes, which says nothing about them or their file.
 
     Several rankings of one prompt become one: intervals are over prompts.
     """
-    found: dict[str, Graded] = {}
+    found: dict[str, GradedPrompt] = {}
     for ranking in sorted(rankings, key=lambda r: r.prompt.key):
         pairs = [(ranking.responses[i], ranking.responses[j]) for i, j in ordered_pairs(ranking.ranks)]
         if not pairs:
             drops.add("ranking without an ordered pair")
             continue
-        item = found.setdefault(ranking.prompt.key, Graded(ranking.prompt.text, []))
+        item = found.setdefault(ranking.prompt.key, GradedPrompt(ranking.prompt.text, []))
         item.texts += ranking.responses
         item.pairs += pairs
     return list(found.values())
 
 
-def fitting_all(items: Sequence[Graded], judges: Sequence[Judge], limit: int, drops: Drops) -> list[Graded]:
+def drop_too_long_for_any(
+    items: Sequence[GradedPrompt], judges: Sequence[Judge], limit: int, drops: Drops
+) -> list[GradedPrompt]:
     """The first `limit` items (0: all) whose questions are short enough for every judge; those left out are counted.
 
     Raises:
         UserError: when there is none.
     """
-    kept: list[Graded] = []
+    kept: list[GradedPrompt] = []
     for item in items:
         if limit and len(kept) == limit:
             break
-        too_long = next((judge for judge in judges if not judge.fits(item.prompt, item.texts)), None)
+        too_long = next((judge for judge in judges if not judge.questions_fit(item.prompt, item.texts)), None)
         if too_long is None:
             kept.append(item)
         else:
@@ -86,9 +88,9 @@ def fitting_all(items: Sequence[Graded], judges: Sequence[Judge], limit: int, dr
     return kept
 
 
-def measure(
+def measure_judge(
     judge: Judge,
-    items: Sequence[Graded],
+    items: Sequence[GradedPrompt],
     seed: int = 0,
     advance: Callable[[int], None] | None = None,
     tie_margin: float = 0.0,
@@ -106,7 +108,7 @@ def measure(
     begin, before = time.perf_counter(), judge.asked
     judge.readings(questions(judge, items), advance)
     seconds, asked = time.perf_counter() - begin, judge.asked - before
-    whole = [item for item in items if judge.answered(judge.asking(item.triples))]
+    whole = [item for item in items if judge.all_answered(judge.both_order_questions(item.triples))]
     refused, items = len(items) - len(whole), whole
     if not items:
         raise UserError(
@@ -115,9 +117,9 @@ def measure(
             "take a shorter template, or a model with a longer context",
         )
     triples = [triple for item in items for triple in item.triples]
-    odds, gaps = judge.preferences(triples), judge.gaps(triples)
-    right = _grouped([0.5 * (1 + float(np.sign(gap))) for gap in gaps], items)
-    accuracy, reliability = clustered(right, seed), calibration(odds)
+    odds, utility_gaps = judge.preferences(triples), judge.utility_gaps(triples)
+    right = _grouped([0.5 * (1 + float(np.sign(gap))) for gap in utility_gaps], items)
+    accuracy, reliability = cluster_bootstrap(right, seed), calibration(odds)
     found = {
         "template": judge.template.name,
         "kind": judge.template.kind,
@@ -125,8 +127,8 @@ def measure(
         "prompts": len(items),
         "prompts_refused": refused,
         "pairs": len(triples),
-        **with_ends("accuracy", accuracy),
-        "ties": fmean(abs(gap) <= tie_margin for gap in gaps),
+        **with_interval("accuracy", accuracy),
+        "ties": fmean(abs(gap) <= tie_margin for gap in utility_gaps),
         "log_loss": log_loss(odds),
         "brier": brier(odds),
         "calibration_error": calibration_error(reliability),
@@ -139,12 +141,12 @@ def measure(
     if judge.template.kind == "pair":
         found["position"] = position_bias(_grouped(judge.both_orders(triples), items), seed)
     readings = judge.readings(questions(judge, items))
-    return found | doubts(readings, len(judge.template.labels))
+    return found | label_mass_summary(readings, len(judge.template.labels))
 
 
-def questions(judge: Judge, items: Sequence[Graded]) -> list[Fields]:
+def questions(judge: Judge, items: Sequence[GradedPrompt]) -> list[Fields]:
     """The questions that `measure` comes to, each once."""
-    asked = judge.asking([triple for item in items for triple in item.triples])
+    asked = judge.both_order_questions([triple for item in items for triple in item.triples])
     return list({question_key(question): question for question in asked}.values())
 
 
@@ -164,7 +166,7 @@ def templates_of(cfg: JudgeSection, names: Sequence[str]) -> list[Template]:
     return found
 
 
-def _grouped(values: Sequence[Any], items: Sequence[Graded]) -> list[list[Any]]:
+def _grouped(values: Sequence[Any], items: Sequence[GradedPrompt]) -> list[list[Any]]:
     """Values of all pairs as one list for each prompt."""
     rest = iter(values)
     return [[next(rest) for _ in item.pairs] for item in items]

@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.data.prompt_template import Template
 from rlhf.errors import UserError
-from rlhf.labeling.judge.local import Fields, Reading
-from rlhf.system.distributed import gathered, own, processes
+from rlhf.labeling.judge.local import Fields, LabelReading
+from rlhf.system.distributed import gather_shards, processes, shard
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
 KEY = "OPENAI_API_KEY"
-LEAST = 1e-9  # probabilities below it are given as this one: endpoints round, and write -9999 for nothing
-SILENT = 20  # answers without any label, from the first on, after which nobody goes on asking
+MIN_PROBABILITY = 1e-9  # probabilities below it are given as this one: endpoints round, and write -9999 for nothing
+MAX_UNLABELLED = 20  # answers without any label, from the first on, after which nobody goes on asking
 RETRIES = 4  # of the client, with growing pauses, for answers such as 429 and 503
 
 
@@ -60,7 +60,7 @@ class EndpointReader:
         key = os.environ.get(KEY) or "none"  # servers of one's own want none, and the client wants some
         self.client: OpenAI = OpenAI(base_url=url, api_key=key, timeout=timeout_s, max_retries=RETRIES)
 
-    def fits(self, template: Template, fields: Fields) -> bool:
+    def question_fits(self, template: Template, fields: Fields) -> bool:
         """The endpoint alone can tell: what is too long for it, it refuses."""
         return True
 
@@ -69,8 +69,8 @@ class EndpointReader:
         template: Template,
         questions: Sequence[Fields],
         advance: Callable[[int], None] | None = None,
-        keep: Callable[[dict[int, Reading]], None] | None = None,
-    ) -> list[Reading]:
+        keep: Callable[[dict[int, LabelReading]], None] | None = None,
+    ) -> list[LabelReading]:
         """The labels' log-probabilities for every question; none for one that is over the model's context.
 
         Args:
@@ -81,10 +81,10 @@ class EndpointReader:
             UserError: when the endpoint cannot be reached, refuses, gives no log-probabilities, or never a label.
         """
         with ThreadPoolExecutor(self.concurrency) as pool:
-            asked = {pool.submit(self._ask, template, questions[i]): i for i in own(range(len(questions)))}
+            asked = {pool.submit(self._ask, template, questions[i]): i for i in shard(range(len(questions)))}
             waiting = set(asked)
 
-            def take(future: Future[Reading]) -> None:
+            def take(future: Future[LabelReading]) -> None:
                 waiting.remove(future)
                 reading = future.result()
                 if keep:
@@ -103,13 +103,13 @@ class EndpointReader:
                 raise
         mine = [future.result() for future in asked]
         self._count(template, mine)
-        return gathered(mine)
+        return gather_shards(mine)
 
-    def _count(self, template: Template, readings: Sequence[Reading]) -> None:
+    def _count(self, template: Template, readings: Sequence[LabelReading]) -> None:
         """Raise UserError when the first SILENT answers and all since have no label in them."""
         self.answers += len(readings)
         self.without += sum(reading.bounded == len(template.labels) for reading in readings)
-        if self.answers >= SILENT and self.without == self.answers:
+        if self.answers >= MAX_UNLABELLED and self.without == self.answers:
             raise UserError(
                 f"in none of {self.answers} answers a label ({', '.join(template.labels)}) was among the likeliest "
                 "tokens: every pair would tie",
@@ -117,13 +117,13 @@ class EndpointReader:
                 "take labels of one token, such as A and B, or another template or model",
             )
 
-    def _ask(self, template: Template, fields: Fields) -> Reading:
+    def _ask(self, template: Template, fields: Fields) -> LabelReading:
         try:
             return self._answer(template, fields)
         except TooLong:
-            return Reading(())
+            return LabelReading(())
 
-    def _answer(self, template: Template, fields: Fields) -> Reading:
+    def _answer(self, template: Template, fields: Fields) -> LabelReading:
         messages, reasoning = chat(template, fields), ""
         if template.reasons:
             said = self._complete(messages, self.reasoning_tokens, {}).message.content or ""
@@ -138,7 +138,7 @@ class EndpointReader:
                 "take a model that gives them (models that reason on their own do not)",
             )
         logprobs, bounded = read_labels({t.token: t.logprob for t in told[0].top_logprobs}, template.labels)
-        return Reading(logprobs, reasoning, bounded)
+        return LabelReading(logprobs, reasoning, bounded)
 
     def _complete(self, messages: list[Any], tokens: int, more: dict[str, Any]) -> Any:
         """The first choice of an answer of at most so many tokens."""
@@ -184,8 +184,8 @@ def read_labels(told: Mapping[str, float], labels: Sequence[str]) -> tuple[tuple
     """
     shares = {label: [math.exp(logp) for token, logp in told.items() if token.strip() == label] for label in labels}
     rest = 1 - sum(math.exp(logp) for logp in told.values())
-    bound = max(LEAST, min(rest, math.exp(min(told.values()))))
-    found = tuple(math.log(max(LEAST, sum(share) if share else bound)) for share in shares.values())
+    bound = max(MIN_PROBABILITY, min(rest, math.exp(min(told.values()))))
+    found = tuple(math.log(max(MIN_PROBABILITY, sum(share) if share else bound)) for share in shares.values())
     return found, sum(1 for share in shares.values() if not share)
 
 

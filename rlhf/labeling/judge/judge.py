@@ -25,21 +25,21 @@ from rlhf.functional.judge_odds import (
     calibrated,
     expected_points,
     log_odds,
-    normalised,
+    normalise_labels,
     sigmoid,
     win_log_odds,
 )
-from rlhf.labeling.judge.local import Fields, LocalReader, Reading, question_tokens
+from rlhf.labeling.judge.local import Fields, LabelReading, LocalReader, question_tokens
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.models.peft.folder import find_adapter
 from rlhf.models.pretrained import load_config
 from rlhf.models.resolve import resolve_model
 from rlhf.system.distributed import is_main_process
 from rlhf.system.files import hash_path
-from rlhf.system.row_log import append_rows, whole_rows
+from rlhf.system.row_log import append_rows, complete_rows
 
 CONTENT_FREE = ("N/A", "[MASK]", "")  # Zhao et al. 2021, section 5
-KEPT_TOGETHER = 256  # questions to a local model before their answers go to the log
+LOG_CHUNK = 256  # questions to a local model before their answers go to the log
 Triple = tuple[str, str, str]  # a prompt and two outputs
 
 
@@ -55,8 +55,8 @@ class Reader(Protocol):
         template: Template,
         questions: Sequence[Fields],
         advance: Callable[[int], None] | None = None,
-        keep: Callable[[dict[int, Reading]], None] | None = None,
-    ) -> list[Reading]:
+        keep: Callable[[dict[int, LabelReading]], None] | None = None,
+    ) -> list[LabelReading]:
         """The labels' log-probabilities for every question.
 
         Args:
@@ -92,18 +92,18 @@ class Judge:
             blank = [dict.fromkeys(_fields(template, ("", "", "")), text) for text in CONTENT_FREE]
             self.content_free = [reading.logprobs for reading in self.readings(blank)]
 
-    def asking(self, triples: Sequence[Triple]) -> list[Fields]:
+    def both_order_questions(self, triples: Sequence[Triple]) -> list[Fields]:
         """The two questions about each pair: in both orders, or one about each output."""
         return [_fields(self.template, t) for prompt, a, b in triples for t in ((prompt, a, b), (prompt, b, a))]
 
-    def readings(self, questions: Sequence[Fields], advance: Callable[[int], None] | None = None) -> list[Reading]:
+    def readings(self, questions: Sequence[Fields], advance: Callable[[int], None] | None = None) -> list[LabelReading]:
         """The answer to every question, asked where it is not known yet."""
         keys = [question_key(question) for question in questions]
         new = {key: question for key, question in zip(keys, questions, strict=True) if key not in self.answers}
-        for keys_new in batched(new, KEPT_TOGETHER if self.log else len(new) or 1):
+        for keys_new in batched(new, LOG_CHUNK if self.log else len(new) or 1):
             asked, kept = [new[key] for key in keys_new], set[str]()
 
-            def keep(come: dict[int, Reading], keys_new: list[str] = keys_new, kept: set[str] = kept) -> None:
+            def keep(come: dict[int, LabelReading], keys_new: list[str] = keys_new, kept: set[str] = kept) -> None:
                 answers = {keys_new[place]: reading for place, reading in come.items()}
                 kept.update(answers)
                 self._keep(answers)
@@ -114,14 +114,14 @@ class Judge:
             self.answers |= found
         return [self.answers[key] for key in keys]
 
-    def _keep(self, answers: dict[str, Reading]) -> None:
+    def _keep(self, answers: dict[str, LabelReading]) -> None:
         """Remember answers, on disk too where there is a log."""
         self.answers |= answers
         if self.log and answers and is_main_process():
             rows = [{"judge": self.identity, "question": key, **found._asdict()} for key, found in answers.items()]
             append_rows(self.log, rows)
 
-    def answered(self, questions: Sequence[Fields], advance: Callable[[int], None] | None = None) -> bool:
+    def all_answered(self, questions: Sequence[Fields], advance: Callable[[int], None] | None = None) -> bool:
         """Whether all of these have an answer; an endpoint refuses those that are too long for its model."""
         return not any(reading.refused for reading in self.readings(questions, advance))
 
@@ -140,11 +140,11 @@ class Judge:
             )
         if self.content_free:
             return [calibrated(reading.logprobs, self.content_free) for reading in read]
-        return [normalised(reading.logprobs) for reading in read]
+        return [normalise_labels(reading.logprobs) for reading in read]
 
     def both_orders(self, triples: Sequence[Triple], advance: Callable[[int], None] | None = None) -> list[BothOrders]:
         """Each pair asked in both orders, by a template of pairs."""
-        odds = [log_odds(labels) for labels in self.labels(self.asking(triples), advance)]
+        odds = [log_odds(labels) for labels in self.labels(self.both_order_questions(triples), advance)]
         return [BothOrders(*two) for two in zip(odds[::2], odds[1::2], strict=True)]
 
     def points(
@@ -157,31 +157,31 @@ class Judge:
         """Log-odds that the first output of each triple is better than the second."""
         if self.template.kind == "pair":
             return [both.preference for both in self.both_orders(triples, advance)]
-        points = self.labels(self.asking(triples), advance)
+        points = self.labels(self.both_order_questions(triples), advance)
         return [win_log_odds(a, b) for a, b in zip(points[::2], points[1::2], strict=True)]
 
-    def gaps(self, triples: Sequence[Triple], advance: Callable[[int], None] | None = None) -> list[float]:
+    def utility_gaps(self, triples: Sequence[Triple], advance: Callable[[int], None] | None = None) -> list[float]:
         """By how much each triple's first output is above the second, from -1 to 1, as `JudgeLabeler` ranks the two.
 
         The difference of their probabilities to win, or of their expected points as a share of the scale.
         """
         if self.template.kind == "pair":
             return [2 * sigmoid(both.preference) - 1 for both in self.both_orders(triples, advance)]
-        points = [expected_points(labels) for labels in self.labels(self.asking(triples), advance)]
+        points = [expected_points(labels) for labels in self.labels(self.both_order_questions(triples), advance)]
         return [(a - b) / (len(self.template.labels) - 1) for a, b in zip(points[::2], points[1::2], strict=True)]
 
-    def about(self, prompt: str, texts: Sequence[str]) -> list[Fields]:
+    def questions_for(self, prompt: str, texts: Sequence[str]) -> list[Fields]:
         """All questions that ranking these outputs comes to."""
         if self.template.kind == "pair":
-            return self.asking([(prompt, a, b) for i, a in enumerate(texts) for b in texts[:i]])
+            return self.both_order_questions([(prompt, a, b) for i, a in enumerate(texts) for b in texts[:i]])
         return [_fields(self.template, (prompt, text, "")) for text in texts]
 
     def fits(self, prompt: str, texts: Sequence[str]) -> bool:
         """Whether all questions about these outputs are short enough."""
-        return all(self.reader.fits(self.template, fields) for fields in self.about(prompt, texts))
+        return all(self.reader.fits(self.template, fields) for fields in self.questions_for(prompt, texts))
 
 
-def doubts(readings: Sequence[Reading], labels: int) -> dict[str, Any]:
+def label_mass_summary(readings: Sequence[LabelReading], labels: int) -> dict[str, Any]:
     """How sure answers are: mean probability of the labels together, and how many have labels known by a bound."""
     readings = [reading for reading in readings if not reading.refused]
     return {
@@ -237,7 +237,7 @@ def judge_files(cfg: JudgeSection) -> list[Path]:
     return [find_template(cfg.template, "judge"), *(path for path in own if path.exists())]
 
 
-def check_room(recipe: Recipe) -> None:
+def check_context_fits(recipe: Recipe) -> None:
     """Hold the longest question that the recipe's limits allow to what the judge takes, before anything is sampled.
 
     Raises:
@@ -306,11 +306,13 @@ def batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
         yield part
 
 
-def _read_log(path: Path | None, identity: str) -> dict[str, Reading]:
+def _read_log(path: Path | None, identity: str) -> dict[str, LabelReading]:
     """Answers of this judge that the log holds."""
-    rows = whole_rows(path, ("judge", "question", *Reading._fields), "its question is asked again") if path else []
+    rows = (
+        complete_rows(path, ("judge", "question", *LabelReading._fields), "its question is asked again") if path else []
+    )
     return {
-        row["question"]: Reading(tuple(row["logprobs"]), row["reasoning"], row["bounded"])
+        row["question"]: LabelReading(tuple(row["logprobs"]), row["reasoning"], row["bounded"])
         for row in rows
         if row["judge"] == identity
     }

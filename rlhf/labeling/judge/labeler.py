@@ -12,9 +12,9 @@ from typing import Any
 
 from rlhf.data.records import Drops, Prompt
 from rlhf.functional.judge_odds import BothOrders, expected_points, mean_wins
-from rlhf.functional.statistics import clustered, with_ends
+from rlhf.functional.statistics import cluster_bootstrap, with_interval
 from rlhf.labeling.base import Output, preference, ranks_of
-from rlhf.labeling.judge.judge import Judge, doubts
+from rlhf.labeling.judge.judge import Judge, label_mass_summary
 
 
 class JudgeLabeler:
@@ -50,7 +50,7 @@ class JudgeLabeler:
     def answers(self, prompt: Prompt, outputs: Sequence[Output]) -> bool:
         """Ask all questions about these outputs; False when one of them is refused as too long."""
         texts = list(dict.fromkeys(output.text for output in outputs))
-        return len(texts) == 1 or self.judge.answered(self.judge.about(prompt.text, texts))
+        return len(texts) == 1 or self.judge.all_answered(self.judge.questions_for(prompt.text, texts))
 
     def rank(self, prompt: Prompt, outputs: Sequence[Output], seed: int = 0) -> tuple[int, ...]:
         """Ranks by utility; see `Labeler.rank`."""
@@ -67,7 +67,7 @@ class JudgeLabeler:
     def summary(self) -> dict[str, Any]:
         """What is known of the labels: the template, how sure the answers are, position bias."""
         judge = self.judge
-        sure = doubts(list(judge.answers.values()), len(judge.template.labels))
+        sure = label_mass_summary(list(judge.answers.values()), len(judge.template.labels))
         found = {f"judge_{name}": value for name, value in sure.items()}
         groups = [list(pairs.values()) for pairs in self.pairs.values()]
         bias = position_bias(groups) if groups else {}
@@ -87,15 +87,15 @@ def position_bias(groups: Sequence[Sequence[BothOrders]], seed: int = 0) -> dict
     Args:
         groups: one list for each prompt, the unit of the intervals.
     """
-    flips = clustered([[float(pair.flips) for pair in group] for group in groups], seed)
-    shift = clustered([[pair.shift for pair in group] for group in groups], seed, shares=False)
+    flips = cluster_bootstrap([[float(pair.flips) for pair in group] for group in groups], seed)
+    shift = cluster_bootstrap([[pair.shift for pair in group] for group in groups], seed, shares=False)
     pairs = [pair for group in groups for pair in group]
     return {
         "pairs": len(pairs),
-        **with_ends("flips", flips),
+        **with_interval("flips", flips),
         "first": fmean(pair.ab > 0 and pair.ba > 0 for pair in pairs),
         "second": fmean(pair.ab < 0 and pair.ba < 0 for pair in pairs),
-        **with_ends("shift", shift),
+        **with_interval("shift", shift),
     }
 
 

@@ -20,22 +20,22 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.encoding import encode_untrusted, speaks_after_colon, stop_ids
-from rlhf.data.prompt_template import Template, after
+from rlhf.data.prompt_template import Template, assistant_answer
 from rlhf.errors import UserError
-from rlhf.models.placement import at_hand
+from rlhf.models.placement import materialized
 from rlhf.rollout.batches import token_budget_batches
 from rlhf.rollout.sampling import sample
 from rlhf.rollout.scoring import candidate_logprobs, next_token_logprobs, token_logprobs
-from rlhf.rollout.shared_prompts import build_shared, can_share, last_states, sharing
-from rlhf.system.distributed import gathered, own, processes
+from rlhf.rollout.shared_prompts import build_shared, can_share, last_states, share_prompts
+from rlhf.system.distributed import gather_shards, processes, shard
 
 Fields = Mapping[str, str]
 SPARE = 8  # tokens kept for the label and for what encoding it anew may add
 SHARED_TOKENS = 128  # a shorter beginning is not worth the copies that attention makes of it
-MOST_ROWS = 32  # questions that are reasoned about together
+MAX_ROWS = 32  # questions that are reasoned about together
 
 
-class Reading(NamedTuple):
+class LabelReading(NamedTuple):
     """What a model said to one question.
 
     `logprobs` has one entry for each label, in nats, given what all labels begin with, and none where the question was
@@ -81,7 +81,7 @@ class LocalReader:
         self.shares: bool | None = None  # found out when there are demonstrations, the same before every question
         self.max_tokens = min(filter(None, [max_tokens, positions]), default=0)
 
-    def fits(self, template: Template, fields: Fields) -> bool:
+    def question_fits(self, template: Template, fields: Fields) -> bool:
         """Whether the question, with the longest reasoning, is within the limit."""
         tokens = question_tokens(self.tokenizer, template, fields, self.reasoning_tokens)
         return not self.max_tokens or tokens <= self.max_tokens
@@ -91,8 +91,8 @@ class LocalReader:
         template: Template,
         questions: Sequence[Fields],
         advance: Callable[[int], None] | None = None,
-        keep: Callable[[dict[int, Reading]], None] | None = None,
-    ) -> list[Reading]:
+        keep: Callable[[dict[int, LabelReading]], None] | None = None,
+    ) -> list[LabelReading]:
         """The labels' log-probabilities for every question.
 
         Args:
@@ -101,15 +101,15 @@ class LocalReader:
         Raises:
             UserError: for a question over the limit, before any is asked.
         """
-        if not all(self.fits(template, fields) for fields in questions):
+        if not all(self.question_fits(template, fields) for fields in questions):
             raise UserError(
                 f"a question to the judge has more than {self.max_tokens} tokens",
                 "judge.max_tokens",
                 "raise it, up to the positions of the model, or take a shorter template",
             )
-        found: list[Reading] = []
+        found: list[LabelReading] = []
         # Reasoning takes long: a few questions at a time, so that progress shows.
-        size = MOST_ROWS if template.reasons else max(1, len(questions))
+        size = MAX_ROWS if template.reasons else max(1, len(questions))
         for first in range(0, len(questions), size):
             answers = self._read(template, questions[first : first + size], advance)
             if keep:
@@ -119,17 +119,17 @@ class LocalReader:
 
     def _read(
         self, template: Template, questions: Sequence[Fields], advance: Callable[[int], None] | None
-    ) -> list[Reading]:
+    ) -> list[LabelReading]:
         prompts = [encode_untrusted(self.tokenizer, template.messages(fields)) for fields in questions]
         thoughts = self._reason(template, prompts) if template.reasons else [""] * len(prompts)
         cut = [
-            label_ids(self.tokenizer, prompt, after(thought, template.cue), template.labels)
+            label_ids(self.tokenizer, prompt, assistant_answer(thought, template.cue), template.labels)
             for prompt, thought in zip(prompts, thoughts, strict=True)
         ]
         if template.examples and self.shares is None:
             self.shares = can_share(self.model)
         logprobs = label_logprobs(self.model, cut, self.batch_tokens, advance, bool(self.shares))
-        return [Reading(*both) for both in zip(logprobs, thoughts, strict=True)]
+        return [LabelReading(*both) for both in zip(logprobs, thoughts, strict=True)]
 
     def _reason(self, template: Template, prompts: Sequence[list[int]]) -> list[str]:
         longest = max(map(len, prompts)) + self.reasoning_tokens
@@ -222,9 +222,9 @@ def _after_prefix(
 ) -> list[Tensor]:
     """As `next_token_logprobs`, of contexts whose first `begin` tokens are the same; the model is in eval mode."""
     prefix, by_length = contexts[0][:begin], sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
-    rests = [contexts[i][begin:] for i in own(by_length)]
+    rests = [contexts[i][begin:] for i in shard(by_length)]
     mine = [torch.empty(0)] * len(rests)
-    with torch.no_grad(), at_hand(model), sharing(model):
+    with torch.no_grad(), materialized(model), share_prompts(model):
         for batch in token_budget_batches([len(rest) for rest in rests], max(1, tokens - begin)):
             last = last_states(model, build_shared([(prefix, rests[i]) for i in batch]).to(model.device))
             for i, row in zip(batch, candidate_logprobs(model, last, candidates), strict=True):
@@ -232,6 +232,6 @@ def _after_prefix(
             if advance:
                 advance(len(batch) * processes())
     found = [torch.empty(0)] * len(contexts)
-    for i, row in zip(by_length, gathered(mine), strict=True):
+    for i, row in zip(by_length, gather_shards(mine), strict=True):
         found[i] = row
     return found

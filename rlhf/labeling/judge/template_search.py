@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.data.few_shot import examples_from, usable
+from rlhf.data.few_shot import example_rankings, examples_from
 from rlhf.data.prompt_template import Template, with_examples
 from rlhf.data.records import Drops, Ranking
 from rlhf.data.splits import split_by_prompt
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed
-from rlhf.labeling.judge.accuracy import Graded, fitting_all, graded, measure
+from rlhf.labeling.judge.accuracy import GradedPrompt, drop_too_long_for_any, graded_prompts, measure_judge
 from rlhf.labeling.judge.judge import Judge
 
 CONFIRM = 1 / 3  # of all prompts
@@ -28,7 +28,7 @@ POOL = 1 / 4  # of the others
 EXAMPLE_WORDS = 120  # a longer demonstration leaves no room for the question
 
 
-class Parts(NamedTuple):
+class SearchSplits(NamedTuple):
     """Rankings by part; no prompt is in two of them."""
 
     pool: list[Ranking]
@@ -36,14 +36,14 @@ class Parts(NamedTuple):
     confirm: list[Ranking]
 
 
-def cut(rankings: Sequence[Ranking], seed: int) -> Parts:
+def split_rankings(rankings: Sequence[Ranking], seed: int) -> SearchSplits:
     """The three parts, by hash of the prompt and seed."""
     rest, confirm = split_by_prompt(rankings, CONFIRM, seed)
     score, pool = split_by_prompt(rest, POOL, seed + 1)
-    return Parts(pool, score, confirm)
+    return SearchSplits(pool, score, confirm)
 
 
-def candidates(
+def candidate_templates(
     templates: Sequence[Template], pool: Sequence[Ranking], shots: Sequence[int], trials: int, seed: int
 ) -> list[Template]:
     """Every template as it is, and with `trials` draws of each number of demonstrations; none for those that reason.
@@ -51,7 +51,7 @@ def candidates(
     Raises:
         UserError: when the pool has fewer rankings that can serve as demonstrations.
     """
-    short = [ranking for ranking in usable(pool) if _words(ranking) <= EXAMPLE_WORDS]
+    short = [ranking for ranking in example_rankings(pool) if _words(ranking) <= EXAMPLE_WORDS]
     if shots and len(short) < max(shots):
         raise UserError(
             f"{max(shots)} demonstrations are to be drawn, and the pool has {len(short)} (of {len(pool)} rankings: "
@@ -72,7 +72,7 @@ def candidates(
     return found
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """What the search came to."""
 
     template: Template
@@ -82,12 +82,12 @@ class Found(NamedTuple):
 
 def search(
     judges: Sequence[Judge],
-    parts: Parts,
+    parts: SearchSplits,
     drops: Drops,
     limit: int = 0,
     seed: int = 0,
-    watch: Callable[[Judge, Sequence[Graded], str], dict[str, Any]] | None = None,
-) -> Found:
+    watch: Callable[[Judge, Sequence[GradedPrompt], str], dict[str, Any]] | None = None,
+) -> SearchResult:
     """Score every judge (one for each candidate), choose the most accurate, and score it again on other prompts.
 
     Of equally accurate ones it is the one with the lower log loss, then the earlier one.
@@ -96,8 +96,10 @@ def search(
         limit: prompts of each of the two parts that are scored; 0: all.
         watch: measures in place of `measure`, for progress: (judge, items, "score" or "confirm").
     """
-    how = watch or (lambda judge, items, part: measure(judge, items, seed))
-    scored, confirming = (fitting_all(graded(part, drops), judges, limit, drops) for part in parts[1:])
+    how = watch or (lambda judge, items, part: measure_judge(judge, items, seed))
+    scored, confirming = (
+        drop_too_long_for_any(graded_prompts(part, drops), judges, limit, drops) for part in parts[1:]
+    )
     scores = [how(judge, scored, "score") for judge in judges]
     best = max(range(len(judges)), key=lambda i: (scores[i]["accuracy"], -scores[i]["log_loss"], -i))
     again = how(judges[best], confirming, "confirm")
@@ -108,13 +110,13 @@ def search(
         "confirmation": again,
         "first_candidate_confirmation": first,
         "candidates": scores,
-        "prompts": {name: len(part) for name, part in zip(Parts._fields, parts, strict=True)},
+        "prompts": {name: len(part) for name, part in zip(SearchSplits._fields, parts, strict=True)},
         "drops": dict(drops.table()),
     }
-    return Found(judges[best].template, report, _disagreement(scores[best], again))
+    return SearchResult(judges[best].template, report, _disagreement(scores[best], again))
 
 
-def comments(report: dict[str, Any], files: Sequence[str]) -> list[str]:
+def template_comments(report: dict[str, Any], files: Sequence[str]) -> list[str]:
     """Lines for the head of the chosen template's file: where it comes from and what it was worth."""
 
     def line(what: str, row: dict[str, Any]) -> str:

@@ -59,7 +59,7 @@ class Submission(BaseModel):
     seconds: float = Field(0.0, ge=0, le=30 * DAY)  # that the prompt was on the labeler's screen
 
 
-def complaint(given: Submission, k: int, label: LabelSection) -> str:
+def validation_error(given: Submission, k: int, label: LabelSection) -> str:
     """What is wrong with a submission about `k` outputs, in a sentence; empty when nothing is."""
     if given.kind == "skip":
         return "" if given.reason in SKIPS and not (given.ranks or given.quality or given.flags) else "bad reason"

@@ -26,8 +26,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlhf.errors import UserError
 from rlhf.labeling.page.form import FLAGS, MAX_NOTE, QUALITY, SKIPS, Submission
-from rlhf.labeling.page.presence import Audience
-from rlhf.labeling.page.store import Conflict, LabelStore, NotGiven, Refused, Task
+from rlhf.labeling.page.presence import Presence
+from rlhf.labeling.page.store import Conflict, InvalidSubmission, LabelStore, Task, UnknownTask
 
 PAGE = Path(__file__).parent / "static"
 SCRIPTS = ("page", "link", "board", "card", "order")
@@ -46,7 +46,7 @@ HEADERS = {
 }
 
 
-class Which(BaseModel):
+class SubmissionId(BaseModel):
     """A submission, by its id."""
 
     id: str
@@ -65,7 +65,7 @@ def _is_address(host: str) -> bool:
     return True
 
 
-def who(request: Request, authorization: Annotated[str, Header()] = "") -> str:
+def authenticate(request: Request, authorization: Annotated[str, Header()] = "") -> str:
     """The labeler whose token the request carries."""
     labeler = request.app.state.store.labeler(authorization.removeprefix("Bearer "))
     if labeler is None:
@@ -74,10 +74,10 @@ def who(request: Request, authorization: Annotated[str, Header()] = "") -> str:
     return labeler
 
 
-Labeler = Annotated[str, Depends(who)]
+AuthenticatedLabeler = Annotated[str, Depends(authenticate)]
 
 
-def make_app(store: LabelStore, title: str, host: str = "127.0.0.1", audience: Audience | None = None) -> FastAPI:
+def make_app(store: LabelStore, title: str, host: str = "127.0.0.1", audience: Presence | None = None) -> FastAPI:
     """The application.
 
     Args:
@@ -85,7 +85,7 @@ def make_app(store: LabelStore, title: str, host: str = "127.0.0.1", audience: A
         host: what it is served on.
         audience: learns who asks, and what they are told.
     """
-    audience = audience or Audience()
+    audience = audience or Presence()
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # those pages load scripts from elsewhere
     app.state.store, app.state.audience = store, audience
     app.add_middleware(Guard, host=host)
@@ -100,12 +100,12 @@ def make_app(store: LabelStore, title: str, host: str = "127.0.0.1", audience: A
     def standing(labeler: str) -> dict[str, Any]:
         """How it stands, to a page that shows its end when all is in."""
         found = store.progress(labeler)
-        audience.told(labeler, found["complete"])
+        audience.mark_notified(labeler, found["complete"])
         return found
 
     # Functions without async run in threads: a commit that waits for the disk keeps nobody else waiting.
     @app.get("/api/form")
-    def form(labeler: Labeler) -> dict[str, Any]:
+    def form(labeler: AuthenticatedLabeler) -> dict[str, Any]:
         label = store.label
         return {
             "title": title,
@@ -119,25 +119,25 @@ def make_app(store: LabelStore, title: str, host: str = "127.0.0.1", audience: A
         }
 
     @app.get("/api/next")
-    def following(labeler: Labeler) -> dict[str, Any]:
+    def following(labeler: AuthenticatedLabeler) -> dict[str, Any]:
         return {"task": _shown(store.next_task(labeler)), "progress": standing(labeler)}
 
     @app.get("/api/progress")
-    def progress(labeler: Labeler) -> dict[str, Any]:
+    def progress(labeler: AuthenticatedLabeler) -> dict[str, Any]:
         return store.progress(labeler)  # asked with a prompt on the screen: its labeler may be about to submit it
 
     @app.post("/api/submit")
-    def submit(given: Submission, labeler: Labeler) -> dict[str, Any]:
+    def submit(given: Submission, labeler: AuthenticatedLabeler) -> dict[str, Any]:
         store.submit(labeler, given)
         return standing(labeler)
 
     @app.post("/api/take-back")
-    def take_back(which: Which, labeler: Labeler) -> dict[str, Any]:
+    def take_back(which: SubmissionId, labeler: AuthenticatedLabeler) -> dict[str, Any]:
         task = store.take_back(labeler, which.id)
-        audience.told(labeler, False)
+        audience.mark_notified(labeler, False)
         return {"task": _shown(task), "progress": store.progress(labeler)}
 
-    for kind, status in ((NotGiven, 404), (Conflict, 409), (Refused, 422), (sqlite3.Error, 503)):
+    for kind, status in ((UnknownTask, 404), (Conflict, 409), (InvalidSubmission, 422), (sqlite3.Error, 503)):
         app.add_exception_handler(kind, _tell(status))
     app.add_exception_handler(RequestValidationError, _bad)
     app.add_exception_handler(400, _unread)  # what FastAPI makes of a body that cannot be decoded
@@ -209,7 +209,7 @@ class Guard:
 
 
 @contextmanager
-def serving(store: LabelStore, title: str, host: str, port: int = 0, audience: Audience | None = None) -> Iterator[str]:
+def serving(store: LabelStore, title: str, host: str, port: int = 0, audience: Presence | None = None) -> Iterator[str]:
     """Serve the page in a thread while the block lasts; gives the address that links begin with.
 
     Args:

@@ -24,17 +24,17 @@ from typing import Any, NamedTuple
 from rlhf.config import LabelSection
 from rlhf.data.records import Message, Prompt, ranking_row
 from rlhf.labeling.outputs import Outputs
-from rlhf.labeling.page.form import Submission, complaint
+from rlhf.labeling.page.form import Submission, validation_error
 from rlhf.labeling.page.tables import GIVEN, new_id, open_labels
 
 RECENT = 20  # submissions that a labeler's pace is taken from
 
 
-class Refused(Exception):
+class InvalidSubmission(Exception):
     """A submission that makes no sense: the page would not have made it."""
 
 
-class NotGiven(Exception):
+class UnknownTask(Exception):
     """A submission about a prompt that these labels never gave to this labeler: it may be of another run."""
 
 
@@ -55,7 +55,7 @@ class Task(NamedTuple):
     answer: dict[str, Any] | None
 
 
-class Labelled(NamedTuple):
+class StoredRanking(NamedTuple):
     """One ranking that stands; lists are in the order of the outputs in the file."""
 
     outputs: Outputs
@@ -264,10 +264,12 @@ class LabelStore:
         with self._write() as db:
             claim = db.execute("SELECT task, shown FROM claims WHERE id = ? AND labeler = ?", (given.task, labeler))
             if (row := claim.fetchone()) is None:
-                raise NotGiven("this prompt was not given to you here; it may be of another run, or of earlier labels")
+                raise UnknownTask(
+                    "this prompt was not given to you here; it may be of another run, or of earlier labels"
+                )
             key, shown = row["task"], json.loads(row["shown"])
-            if wrong := complaint(given, len(shown), self.label):
-                raise Refused(wrong)
+            if wrong := validation_error(given, len(shown), self.label):
+                raise InvalidSubmission(wrong)
             fields = (key, labeler, given.kind, _answer(given, shown))
             old = db.execute("SELECT task, labeler, kind, answer, withdrawn FROM submissions WHERE id = ?", (given.id,))
             if (row := old.fetchone()) is not None:
@@ -340,7 +342,7 @@ class LabelStore:
             "last": self.last(labeler),
         }
 
-    def rankings(self) -> list[Labelled]:
+    def rankings(self) -> list[StoredRanking]:
         """All standing rankings of the current tasks, by task and then in the order in which they came."""
         rows = self._read(
             "SELECT s.*, messages, use_case, responses, finished, shown"
@@ -363,12 +365,12 @@ class LabelStore:
         return self._read(f"{query} AND withdrawn IS NULL AND NOT current")[0]["n"]
 
 
-def labelled_row(item: Labelled) -> dict[str, Any]:
+def labelled_row(item: StoredRanking) -> dict[str, Any]:
     """Return the ranking as a row of rankings.jsonl (rlhf/data/records.py), with who gave it and what they added."""
     return ranking_row(item.outputs.ranked(item.ranks)) | {"labeler": item.labeler} | item.about
 
 
-def _labelled(row: sqlite3.Row) -> Labelled:
+def _labelled(row: sqlite3.Row) -> StoredRanking:
     prompt = Prompt(tuple(Message(**message) for message in json.loads(row["messages"])), row["use_case"])
     outputs = Outputs(prompt, tuple(json.loads(row["responses"])), tuple(json.loads(row["finished"])))
     answer = json.loads(row["answer"])
@@ -379,7 +381,7 @@ def _labelled(row: sqlite3.Row) -> Labelled:
         "time": datetime.fromtimestamp(row["at"], UTC).isoformat(timespec="seconds"),
         "id": row["id"],
     }
-    return Labelled(outputs, tuple(answer["ranks"]), row["labeler"], about)
+    return StoredRanking(outputs, tuple(answer["ranks"]), row["labeler"], about)
 
 
 def task_key(outputs: Outputs) -> str:

@@ -29,14 +29,14 @@ from transformers.utils import cached_file
 from rlhf.config import PeftSection
 from rlhf.errors import UserError
 from rlhf.models.peft.methods import peft_of, trainable
-from rlhf.models.placement import filled, full_shape
+from rlhf.models.placement import full_shape, writable
 from rlhf.models.resolve import ADAPTER_RECORD, BUILT_IN, resolve_model
 from rlhf.system.files import hash_path
 
 WEIGHTS = "adapter.safetensors"
 FORMAT = 1
 HEAD = "score."
-SAID_BY_WRITER = ("transformers_version", "_name_or_path")  # keys of config.json that say nothing of the model
+KEYS_IGNORED_IN_HASH = ("transformers_version", "_name_or_path")  # keys of config.json that say nothing of the model
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def save_adapter(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: 
 
 
 @torch.no_grad()
-def copy_into(model: PreTrainedModel, adapter: AdapterFolder, partly: bool = False) -> None:
+def load_adapter_weights(model: PreTrainedModel, adapter: AdapterFolder, partly: bool = False) -> None:
     """Give the method on a model the weights of a folder.
 
     Args:
@@ -171,7 +171,7 @@ def copy_into(model: PreTrainedModel, adapter: AdapterFolder, partly: bool = Fal
             tensor = tensor[tuple(slice(size) for size in shape)]
         if tensor.shape != shape:
             raise _broken(adapter.path, f"{name} is {tuple(tensor.shape)} in the file and {tuple(shape)} in the model")
-        with filled([ours[name]]):
+        with writable([ours[name]]):
             ours[name].copy_(tensor)
 
 
@@ -205,7 +205,7 @@ def _hash_of(files: tuple[tuple[str, int, int], ...]) -> str:
     """Of names and contents; sizes and times tell when a file must be read again."""
     (config, _, _), *weights = files
     settings: dict[str, Any] = json.loads(Path(config).read_text(encoding="utf-8"))
-    for key in SAID_BY_WRITER:
+    for key in KEYS_IGNORED_IN_HASH:
         settings.pop(key, None)
     lines = [json.dumps(settings, sort_keys=True), *(f"{Path(path).name} {hash_path(path)}" for path, _, _ in weights)]
     return sha256("\n".join(lines).encode()).hexdigest()

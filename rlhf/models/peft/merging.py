@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.config import NOT_MERGED, VIRTUAL_TOKENS, PeftSection
+from rlhf.config import UNMERGEABLE, VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.models.peft.methods import ADAPTER, peft_of
-from rlhf.models.placement import filled
+from rlhf.models.placement import writable
 
 BASE = ".base_layer."
 LORA_A, LORA_B = f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight"
@@ -28,7 +28,7 @@ MAGNITUDE, SCALE = f"lora_magnitude_vector.{ADAPTER}.weight", f"ia3_l.{ADAPTER}"
 PARTS = (LORA_A, LORA_B, MAGNITUDE, SCALE)
 
 
-class Linear(NamedTuple):
+class LinearWeights(NamedTuple):
     """Weight [out, in] and bias [out] of a linear map; the bias is None where it has none."""
 
     weight: Tensor
@@ -37,14 +37,14 @@ class Linear(NamedTuple):
 
 def why_not_mergeable(peft: PeftSection) -> str:
     """Why the method cannot be merged into weights; empty where it can."""
-    if peft.method not in NOT_MERGED:
+    if peft.method not in UNMERGEABLE:
         return ""
-    if peft.method in VIRTUAL_TOKENS:
+    if peft.method in VIRTUAL_TOKEN_METHODS:
         return f"{peft.method} trains tokens that stand before every row, and no weight of the model holds them"
     return "adapter trains layers with an activation between them, which the base does not have"
 
 
-def merged_linear(base: Linear, parts: Mapping[str, Tensor], peft: PeftSection) -> Linear:
+def merged_linear(base: LinearWeights, parts: Mapping[str, Tensor], peft: PeftSection) -> LinearWeights:
     """A linear map with an adapter's parts written into it, in float32 on the CPU, then in the type it had.
 
     Args:
@@ -63,7 +63,7 @@ def merged_linear(base: Linear, parts: Mapping[str, Tensor], peft: PeftSection) 
         weight = weight * scale
         if bias is not None and scale.shape[1] == 1:
             bias = (bias.detach().cpu().float() * scale[:, 0]).to(base.bias.dtype)
-    return Linear(weight.to(base.weight.dtype), bias)
+    return LinearWeights(weight.to(base.weight.dtype), bias)
 
 
 def merged_state_dict(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -81,7 +81,7 @@ def merged_state_dict(model: PreTrainedModel, state: Mapping[str, Tensor]) -> di
     for owner, parts in _by_owner(state):
         module = model.get_submodule(owner)
         bias = state.get(f"{owner}{BASE}bias")
-        linear = _turned(Linear(state[f"{owner}{BASE}weight"], bias), module.base_layer)
+        linear = _turned(LinearWeights(state[f"{owner}{BASE}weight"], bias), module.base_layer)
         linear = _turned(merged_linear(linear, parts, peft), module.base_layer)
         merged[f"{owner}.weight"] = linear.weight
         if linear.bias is not None:
@@ -103,8 +103,8 @@ def merge_into(model: PreTrainedModel, tensors: Mapping[str, Tensor], peft: Peft
         if owner not in modules:
             continue
         module = modules[owner]
-        with filled(list(module.parameters())):
-            merged = merged_linear(_turned(Linear(module.weight, module.bias), module), parts, peft)
+        with writable(list(module.parameters())):
+            merged = merged_linear(_turned(LinearWeights(module.weight, module.bias), module), parts, peft)
             merged = _turned(merged, module)
             module.weight.copy_(merged.weight)
             if merged.bias is not None:
@@ -112,7 +112,7 @@ def merge_into(model: PreTrainedModel, tensors: Mapping[str, Tensor], peft: Peft
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         if not _is_part(name) and name in parameters:  # bitfit's
-            with filled([parameters[name]]):
+            with writable([parameters[name]]):
                 parameters[name].copy_(tensor)
 
 
@@ -135,6 +135,6 @@ def _by_owner(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Te
     yield from owners.items()
 
 
-def _turned(linear: Linear, module: nn.Module) -> Linear:
+def _turned(linear: LinearWeights, module: nn.Module) -> LinearWeights:
     """From how the module keeps its weight to [out, in], or back: GPT-2 keeps [in, out]."""
-    return Linear(linear.weight.t().contiguous(), linear.bias) if isinstance(module, Conv1D) else linear
+    return LinearWeights(linear.weight.t().contiguous(), linear.bias) if isinstance(module, Conv1D) else linear

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.config import VIRTUAL_TOKENS, PeftSection
+from rlhf.config import VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.errors import UserError
 from rlhf.models.layers import decoder_layers
 from rlhf.models.peft.bottleneck import add_bottlenecks
@@ -29,7 +29,7 @@ ADAPTER = "default"  # peft's name for the one adapter of a module
 # Linear maps by what architectures call them, for ia3.
 KEYS_AND_VALUES = ("k_proj", "v_proj")
 WITH_QUERIES = ("c_attn", "query_key_value", "qkv_proj", "Wqkv")  # all in one map; scaled queries are scaled keys
-LAST_OF_FEED_FORWARD = ("down_proj", "fc2", "fc_out", "dense_4h_to_h", "mlp.c_proj")
+FEED_FORWARD_OUTPUT = ("down_proj", "fc2", "fc_out", "dense_4h_to_h", "mlp.c_proj")
 WITH_BIASES = "GPT-2, GPT-NeoX, OPT, BLOOM, Phi; Qwen2 in its attention"
 
 
@@ -38,11 +38,12 @@ def peft_of(model: nn.Module) -> PeftSection | None:
     return getattr(model, "peft_method", None)
 
 
-def add_adapter(model: PreTrainedModel, peft: PeftSection, one_type: bool = False) -> PreTrainedModel:
+def add_adapter(model: PreTrainedModel, peft: PeftSection, round_to_model_dtype: bool = False) -> PreTrainedModel:
     """Put a method on a plain model, in place: what it adds is trained, and the scalar head of a reward model.
 
-    All else is frozen. New weights are drawn from torch's global generator. They are float32, but for `one_type` and
-    under ZeRO-3, which joins trained parameters of one type only: its optimiser steps float32 copies.
+    All else is frozen. New weights are drawn from torch's global generator. They are float32, but for
+    `round_to_model_dtype` and under ZeRO-3, which joins trained parameters of one type only: its optimiser steps
+    float32 copies.
 
     Raises:
         UserError: when the architecture has nothing for the method to work on, or fewer layers than
@@ -51,21 +52,21 @@ def add_adapter(model: PreTrainedModel, peft: PeftSection, one_type: bool = Fals
     if peft_of(model) is not None:
         raise ValueError("the model has a method already")
     layers = _chosen_layers(model, peft)
-    one_type = one_type or any(is_partitioned(parameter) for parameter in model.parameters())
+    round_to_model_dtype = round_to_model_dtype or any(is_partitioned(parameter) for parameter in model.parameters())
     weights = {id(parameter) for parameter in model.parameters()}
     model.requires_grad_(False)
     if peft.method == "bitfit":
         _train_biases(model, layers if peft.last_layers else [model])
     elif peft.method == "adapter":
         add_bottlenecks(layers, model.config.hidden_size, peft.bottleneck)
-    elif peft.method in VIRTUAL_TOKENS:
+    elif peft.method in VIRTUAL_TOKEN_METHODS:
         add_virtual_tokens(model, peft)
     else:
         _inject(model, layers, peft)
     for parameter in model.parameters():
         if id(parameter) not in weights:
             if peft.method != "bitfit":  # whose vectors stand where the model's own stood
-                parameter.data = parameter.data.to(model.dtype if one_type else torch.float32)
+                parameter.data = parameter.data.to(model.dtype if round_to_model_dtype else torch.float32)
             parameter.requires_grad_(True)
     if isinstance(head := getattr(model, "score", None), nn.Module):
         head.requires_grad_(True)
@@ -152,7 +153,7 @@ def _ia3_config(model: PreTrainedModel, linear: list[str], transposed: bool) -> 
     def named(endings: Sequence[str]) -> list[str]:
         return [name for name in linear if any(f".{name}".endswith(f".{ending}") for ending in endings)]
 
-    attention, inner = named((*KEYS_AND_VALUES, *WITH_QUERIES)), named(LAST_OF_FEED_FORWARD)
+    attention, inner = named((*KEYS_AND_VALUES, *WITH_QUERIES)), named(FEED_FORWARD_OUTPUT)
     if not attention or not inner:
         missing = "keys and values" if not attention else "the feed-forward layer's output"
         raise UserError(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
-from rlhf.config import CACHED_TOKENS, VIRTUAL_TOKENS, PeftSection
+from rlhf.config import KV_PREFIX_METHODS, VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.errors import UserError
 from rlhf.models.placement import full_shape
 
@@ -38,7 +38,7 @@ class VirtualTokens(nn.Module):
 
     def __init__(self, config: PretrainedConfig, embeddings: nn.Module, peft: PeftSection) -> None:
         super().__init__()
-        self.count, self.cached = peft.virtual_tokens, peft.method in CACHED_TOKENS
+        self.count, self.cached = peft.virtual_tokens, peft.method in KV_PREFIX_METHODS
         self.heads, self.size = _heads(config) if self.cached else (0, 0)
         self.encoder = _encoder(config, embeddings, peft, self.heads * self.size)
         weight: Any = embeddings.weight
@@ -74,7 +74,7 @@ def add_virtual_tokens(model: PreTrainedModel, peft: PeftSection) -> None:
 
 def positions_taken(peft: PeftSection | None) -> int:
     """Of the model's context, by virtual tokens."""
-    return peft.virtual_tokens if peft is not None and peft.method in VIRTUAL_TOKENS else 0
+    return peft.virtual_tokens if peft is not None and peft.method in VIRTUAL_TOKEN_METHODS else 0
 
 
 def attention_window(config: PretrainedConfig) -> int:

@@ -17,11 +17,18 @@ from rlhf.data.prompt_template import Template, load_template
 from rlhf.data.records import Drops, Prompt, Ranking
 from rlhf.errors import UserError
 from rlhf.labeling.base import Output
-from rlhf.labeling.judge.accuracy import Graded, fitting_all, graded, measure, questions, templates_of
+from rlhf.labeling.judge.accuracy import (
+    GradedPrompt,
+    drop_too_long_for_any,
+    graded_prompts,
+    measure_judge,
+    questions,
+    templates_of,
+)
 from rlhf.labeling.judge.judge import Judge
 from rlhf.labeling.judge.labeler import JudgeLabeler
 from rlhf.labeling.judge.local import Fields
-from rlhf.labeling.judge.template_search import candidates, comments, cut, search
+from rlhf.labeling.judge.template_search import candidate_templates, search, split_rankings, template_comments
 from support.rigged_judge import Rigged, by_length
 
 
@@ -35,37 +42,37 @@ def pair_judge(rule, template: str = "pair-zero-shot", longest: int = 10**6) -> 
 
 def test_pairs_of_one_prompt_come_together_and_ties_are_left_out() -> None:
     drops = Drops()
-    items = graded(
+    items = graded_prompts(
         [ranking("p", ["a", "b", "c"], [2, 1, 2]), ranking("q", ["x", "y"], [1, 1]), ranking(" p", ["d", "e"], [1, 2])],
         drops,
     )
-    assert items == [Graded("p", ["a", "b", "c", "d", "e"], [("b", "a"), ("b", "c"), ("d", "e")])]
+    assert items == [GradedPrompt("p", ["a", "b", "c", "d", "e"], [("b", "a"), ("b", "c"), ("d", "e")])]
     assert dict(drops.table()) == {"ranking without an ordered pair": 1}
 
 
 def test_the_order_is_that_of_the_hashes_and_the_limit_counts_what_fits() -> None:
     rankings = [ranking(f"prompt {i}", ["aa", "b" * (i + 1)], [1, 2]) for i in range(9)]
-    items = graded(rankings, Drops())
+    items = graded_prompts(rankings, Drops())
     assert [item.prompt for item in items] == [r.prompt.text for r in sorted(rankings, key=lambda r: r.prompt.key)]
-    assert graded(rankings[::-1], Drops()) == items
+    assert graded_prompts(rankings[::-1], Drops()) == items
     # "prompt i" has 8 characters, the outputs 2 and i + 1: those up to i = 4 have at most 15.
     judges, drops = [pair_judge(by_length()), pair_judge(by_length(), "pair-brief", longest=15)], Drops()
-    kept = fitting_all(items, judges, 0, drops)
+    kept = drop_too_long_for_any(items, judges, 0, drops)
     assert kept == [item for item in items if int(item.prompt[-1]) <= 4]
     assert dict(drops.table()) == {"prompt with a question over judge.max_tokens by template pair-brief": 4}
-    assert fitting_all(items, judges, 2, Drops()) == kept[:2]
+    assert drop_too_long_for_any(items, judges, 2, Drops()) == kept[:2]
     with pytest.raises(UserError, match="no pair"):
-        fitting_all(items, [pair_judge(by_length(), longest=3)], 0, Drops())
+        drop_too_long_for_any(items, [pair_judge(by_length(), longest=3)], 0, Drops())
 
 
 def test_measures_by_hand() -> None:
     # The judge likes length, and whatever stands first by 3. The preferred ones have 4, 2, -2 and 0 characters more.
     pairs = [("aaaaaa", "aa"), ("bbbb", "bb"), ("cc", "cccc"), ("dd", "ee")]
-    items = [Graded("p", [t for pair in pairs[:2] for t in pair], pairs[:2])]
-    items += [Graded(f"q{i}", list(pair), [pair]) for i, pair in enumerate(pairs[2:])]
+    items = [GradedPrompt("p", [t for pair in pairs[:2] for t in pair], pairs[:2])]
+    items += [GradedPrompt(f"q{i}", list(pair), [pair]) for i, pair in enumerate(pairs[2:])]
     judge, counted = pair_judge(by_length(3.0)), []
     assert len(questions(judge, items)) == 8
-    row = measure(judge, items, advance=counted.append)
+    row = measure_judge(judge, items, advance=counted.append)
     assert (row["prompts"], row["pairs"], row["questions"]) == (3, 4, 8)
     assert row["accuracy"] == (1 + 1 + 0 + 0.5) / 4
     p = [1 / (1 + math.exp(-x)) for x in (4, 2, -2, 0)]
@@ -81,13 +88,13 @@ def test_measures_by_hand() -> None:
     assert row["label_mass"] == pytest.approx(
         sum(math.exp(d / 2 - 9) + math.exp(-d / 2 - 9) for d in (7, -1, 5, 1, 1, 5, 3, 3)) / 8
     )
-    assert measure(judge, items)["questions"] == 0  # known already
+    assert measure_judge(judge, items)["questions"] == 0  # known already
 
 
 def test_points_have_no_position_and_ask_once_for_each_output() -> None:
     judge = Judge(load_template("points-zero-shot"), Rigged(lambda q: [-abs(i - len(q["response"])) for i in range(7)]))
-    items = [Graded("p", ["aaaa", "aa", "a"], [("aaaa", "aa"), ("aaaa", "a"), ("a", "aa")])]
-    row = measure(judge, items)
+    items = [GradedPrompt("p", ["aaaa", "aa", "a"], [("aaaa", "aa"), ("aaaa", "a"), ("a", "aa")])]
+    row = measure_judge(judge, items)
     assert row["position"] is None and row["questions"] == len(questions(judge, items)) == 3
     assert row["accuracy"] == pytest.approx(2 / 3)
 
@@ -97,12 +104,12 @@ def test_points_are_right_by_the_labelers_rule_and_close_ones_are_ties() -> None
     least = math.log(1e-12)
     rows = {"a": [math.log(0.4), *[least] * 5, math.log(0.6)], "b": [*[least] * 5, 0.0, least]}
     judge = Judge(load_template("points-zero-shot"), Rigged(lambda q: rows[q["response"]]))
-    items = [Graded(f"p{i}", ["a", "b"], [("b", "a")]) for i in range(2)]
+    items = [GradedPrompt(f"p{i}", ["a", "b"], [("b", "a")]) for i in range(2)]
     assert judge.preferences(items[0].triples)[0] < 0
-    assert judge.gaps(items[0].triples) == [pytest.approx(1.4 / 6)]
-    row = measure(judge, items, tie_margin=0.2)
+    assert judge.utility_gaps(items[0].triples) == [pytest.approx(1.4 / 6)]
+    row = measure_judge(judge, items, tie_margin=0.2)
     assert (row["accuracy"], row["ties"]) == (1.0, 0.0)
-    assert measure(judge, items, tie_margin=0.24)["ties"] == 1.0
+    assert measure_judge(judge, items, tie_margin=0.24)["ties"] == 1.0
     labeler = JudgeLabeler(judge, 0.2)
     assert labeler.rank(Prompt.from_text("p0"), [Output("b", True), Output("a", True)]) == (1, 2)
 
@@ -130,17 +137,17 @@ def pool(n: int = 120) -> list[Ranking]:
 
 def test_the_parts_share_no_prompt_and_follow_the_seed() -> None:
     rankings = [*pool(), *pool(20)]  # some prompts twice
-    parts = cut(rankings, seed=3)
+    parts = split_rankings(rankings, seed=3)
     keys = [{r.prompt.key for r in part} for part in parts]
     assert len(set.union(*keys)) == sum(map(len, keys)) == 120
     assert sum(map(len, parts)) == 140
     assert [len(k) for k in keys] == [pytest.approx(n, abs=15) for n in (20, 60, 40)]
-    assert cut(rankings, seed=3) == parts != cut(rankings, seed=4)
+    assert split_rankings(rankings, seed=3) == parts != split_rankings(rankings, seed=4)
 
 
 def test_candidates_are_templates_as_they_are_and_seeded_draws() -> None:
     templates = [load_template("pair-brief"), load_template("pair-chain-of-thought"), load_template("points-zero-shot")]
-    found = candidates(templates, pool(30), [2, 4], trials=2, seed=1)
+    found = candidate_templates(templates, pool(30), [2, 4], trials=2, seed=1)
     assert [t.name for t in found] == [
         "pair-brief",
         *(f"pair-brief-{n}-shots-{i}" for n in (2, 4) for i in (1, 2)),
@@ -151,13 +158,13 @@ def test_candidates_are_templates_as_they_are_and_seeded_draws() -> None:
     drawn = found[3]
     assert drawn.form == "few-shot" and [e.answer for e in drawn.examples] == ["A", "B", "B", "A"]
     assert drawn.examples[0].fields["first"] == "short"
-    assert candidates(templates, pool(30), [2, 4], 2, seed=1) == found
-    assert candidates(templates, pool(30), [2, 4], 2, seed=2) != found
+    assert candidate_templates(templates, pool(30), [2, 4], 2, seed=1) == found
+    assert candidate_templates(templates, pool(30), [2, 4], 2, seed=2) != found
     with pytest.raises(UserError, match="the pool has 3"):
-        candidates(templates, pool(3), [4], 1, seed=1)
+        candidate_templates(templates, pool(3), [4], 1, seed=1)
     long = [ranking(f"p{i}", ["word " * 70, "x " * 60], [1, 2]) for i in range(9)]
     with pytest.raises(UserError, match="the pool has 0 .of 9"):
-        candidates(templates, long, [2], 1, seed=1)
+        candidate_templates(templates, long, [2], 1, seed=1)
 
 
 class Planted(Rigged):
@@ -173,8 +180,10 @@ class Planted(Rigged):
 
 
 def test_the_search_finds_the_planted_template_and_confirms_elsewhere(tmp_path: Path) -> None:
-    parts = cut(pool(), seed=1)
-    found = candidates([load_template("pair-zero-shot"), load_template("pair-brief")], parts.pool, [2], 2, seed=1)
+    parts = split_rankings(pool(), seed=1)
+    found = candidate_templates(
+        [load_template("pair-zero-shot"), load_template("pair-brief")], parts.pool, [2], 2, seed=1
+    )
     planted = found[4]
     assert planted.name == "pair-brief-2-shots-1"
     judges = [Judge(t, Planted(t, 0.9 if t is planted else 0.6)) for t in found]
@@ -191,12 +200,12 @@ def test_the_search_finds_the_planted_template_and_confirms_elsewhere(tmp_path: 
     # By hand: the share of the score part's prompts whose number ends below 9.
     right = [int(text.split()[-1]) % 10 < 9 for text in prompts[1]]
     assert result.report["score"]["accuracy"] == pytest.approx(sum(right) / len(right))
-    lines = comments(result.report, ["some/where/r.jsonl"])
+    lines = template_comments(result.report, ["some/where/r.jsonl"])
     assert "5 candidates on r.jsonl" not in lines[0] and "6 candidates on r.jsonl" in lines[0]
 
 
 def test_a_choice_that_does_not_hold_elsewhere_is_told() -> None:
-    parts = cut(pool(), seed=1)
+    parts = split_rankings(pool(), seed=1)
     known = {r.prompt.text for r in parts.score}
     template = load_template("pair-brief")
     overfit = Judge(template, Rigged(lambda q: (len(q["second"]) - len(q["first"])) * (q["prompt"] in known or -1)))
@@ -207,7 +216,7 @@ def test_a_choice_that_does_not_hold_elsewhere_is_told() -> None:
 
 
 def test_equally_accurate_ones_are_ranked_by_log_loss_then_by_order() -> None:
-    parts, template = cut(pool(), 1), load_template("pair-brief")
+    parts, template = split_rankings(pool(), 1), load_template("pair-brief")
 
     def sure(scale: float) -> Judge:
         return Judge(template, Rigged(lambda q: scale * (len(q["second"]) - len(q["first"]))))

@@ -153,7 +153,7 @@ def test_a_question_over_the_context_has_no_answer(
             True
         ] * 2
         judge = Judge(load_template("pair-zero-shot"), reader)
-        assert not judge.answered(judge.about("p", ["a", "b"]))
+        assert not judge.all_answered(judge.questions_for("p", ["a", "b"]))
         with pytest.raises(UserError, match="too long for the endpoint's model"):
             judge.preferences([("p", "a", "b")])
 

@@ -20,12 +20,12 @@ from rlhf.data.prompt_template import Template, load_template
 from rlhf.data.records import Drops, Prompt, read_rankings
 from rlhf.errors import UserError
 from rlhf.functional.judge_odds import BothOrders
-from rlhf.functional.statistics import clustered
+from rlhf.functional.statistics import cluster_bootstrap
 from rlhf.labeling.base import Output
-from rlhf.labeling.judge.judge import Judge, check_room, load_judge, make_reader
+from rlhf.labeling.judge.judge import Judge, check_context_fits, load_judge, make_reader
 from rlhf.labeling.judge.labeler import JudgeLabeler, position_bias
 from rlhf.labeling.judge.local import Fields
-from rlhf.labeling.labelers import make_judge, make_labeler
+from rlhf.labeling.labelers import make_evaluation_labeler, make_labeler
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.rollout.scoring import token_logprobs
 from rlhf.run.folder import RunFolder
@@ -84,12 +84,12 @@ def test_intervals_are_over_prompts() -> None:
     assert even["flips_high"] == pytest.approx(0.4899, abs=1e-4)
     assert (even["shift"], even["shift_low"], even["shift_high"]) == (0, None, None)  # log-odds are no shares
     # Two prompts with 3 of 4 right, Wilson's for n = 2: (0.75 + z^2/4 -+ z sqrt(0.1875/2 + z^2/16)) / (1 + z^2/2).
-    assert clustered([[1, 1, 1, 0]] * 2)[1:] == pytest.approx((0.1979, 0.9733), abs=1e-4)
+    assert cluster_bootstrap([[1, 1, 1, 0]] * 2)[1:] == pytest.approx((0.1979, 0.9733), abs=1e-4)
     # Of one prompt nothing is known, however many pairs it has.
-    one = clustered([[1.0] * 27 + [0.0]])
+    one = cluster_bootstrap([[1.0] * 27 + [0.0]])
     assert one.mean == pytest.approx(27 / 28) and math.isnan(one.low) and math.isnan(one.high)
     # Two prompts of 1 and 3 pairs: the means of resamples are 0, 3/4 and 1 with probability 1/4, 1/2, 1/4.
-    assert clustered([[0.0], [1.0, 1.0, 1.0]]) == (0.75, 0, 1)
+    assert cluster_bootstrap([[0.0], [1.0, 1.0, 1.0]]) == (0.75, 0, 1)
 
 
 def test_k_outputs_are_ranked_by_their_mean_win_probability() -> None:
@@ -251,18 +251,18 @@ def test_evaluate_may_be_judged_as_well(tmp_path: Path) -> None:
     chosen = recipe(template="points-zero-shot").model_copy(
         update={"evaluate": Recipe().evaluate.model_copy(update={"labeler": "judge"})}
     )
-    labeler = make_judge(chosen, RunFolder(tmp_path))
+    labeler = make_evaluation_labeler(chosen, RunFolder(tmp_path))
     (tmp_path / "evaluate").mkdir()
     assert labeler.prefers(PROMPT, *outputs("one", "two"), 0) in (0.0, 0.5, 1.0)
     assert len((tmp_path / "evaluate" / "judge.jsonl").read_text().splitlines()) == 2
-    check_room(chosen)
+    check_context_fits(chosen)
     with pytest.raises(UserError, match="judge.max_tokens"):
-        check_room(recipe(template="pair-few-shot", max_tokens=300))
+        check_context_fits(recipe(template="pair-few-shot", max_tokens=300))
     for most in (0, 5000):  # the tiny model has 1,024 positions, and two responses alone would take them
         long = recipe(template="pair-zero-shot", max_tokens=most)
         long = long.model_copy(update={"data": long.data.model_copy(update={"max_response_tokens": 500})})
         with pytest.raises(UserError, match="positions for 1024"):
-            check_room(long)
+            check_context_fits(long)
 
 
 def test_a_stop_ends_the_labelling_and_what_was_answered_is_kept(tmp_path: Path, tiny_dir: str, monkeypatch) -> None:

@@ -160,11 +160,11 @@ def test_a_question_over_the_limit_is_refused_and_can_be_asked_about(
     needed = [local.question_tokens(tiny_tokenizer, template, q, 0) for q in QUESTIONS]
     assert needed[0] > len(encode_untrusted(tiny_tokenizer, template.messages(QUESTIONS[0])))
     reader = LocalReader(tiny_policy, tiny_tokenizer, max_tokens=sorted(needed)[1])
-    assert [reader.fits(template, q) for q in QUESTIONS] == [n <= sorted(needed)[1] for n in needed]
+    assert [reader.question_fits(template, q) for q in QUESTIONS] == [n <= sorted(needed)[1] for n in needed]
     with pytest.raises(UserError, match="judge.max_tokens"):
         reader.read(template, QUESTIONS)
     long = QUESTIONS[0] | {"first": "word " * 3000}  # past the 1024 positions of the model, whatever the limit
-    assert not LocalReader(tiny_policy, tiny_tokenizer).fits(template, long)
+    assert not LocalReader(tiny_policy, tiny_tokenizer).question_fits(template, long)
 
 
 def test_no_text_ends_a_turn(tiny_tokenizer: PreTrainedTokenizerBase, tiny_dir: str) -> None:

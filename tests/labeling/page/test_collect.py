@@ -19,7 +19,7 @@ from rlhf.data.records import write_jsonl
 from rlhf.errors import UserError
 from rlhf.labeling.outputs import outputs_row
 from rlhf.labeling.page import collect
-from rlhf.labeling.page.presence import Audience
+from rlhf.labeling.page.presence import Presence
 from rlhf.labeling.page.store import Counts, LabelStore
 from rlhf.run.folder import RunFolder
 from support.label_stores import opened, outputs, rank_one, ranking
@@ -37,7 +37,7 @@ def run(tmp_path: Path) -> Path:
 def joined(run: Path, names: str) -> None:
     """What `rlhf label RUN --labelers NAMES` does before it serves."""
     recipe = settings(run, names)
-    with collect.opened(run, recipe.label, recipe.run.seed) as store:
+    with collect.open_store(run, recipe.label, recipe.run.seed) as store:
         prepare(run, store)
 
 
@@ -105,7 +105,7 @@ class Stage:
     """`rankings_by_people` in a thread, as the rank stage calls it."""
 
     def __init__(self, folder: Path, monkeypatch, grace: float) -> None:
-        monkeypatch.setattr(collect, "LOOK", 0.02)
+        monkeypatch.setattr(collect, "POLL_SECONDS", 0.02)
         self.printed: list[str] = []
         monkeypatch.setattr(collect.console, "print", lambda *text, **_: self.printed.extend(map(str, text)))
         label = LabelSection(labelers=["anna", "ben"], overlap=0)
@@ -206,10 +206,10 @@ def test_what_is_taken_back_when_all_was_in_is_waited_for_on_the_same_page(tmp_p
 def test_who_was_seen_long_ago_is_not_waited_for(monkeypatch) -> None:
     now = [100.0]
     monkeypatch.setattr("rlhf.labeling.page.presence.time.monotonic", lambda: now[0])
-    audience = Audience()
+    audience = Presence()
     audience.seen("anna")
     now[0] += 59
     audience.seen("ben")
-    assert audience.unaware() == {"anna", "ben"}
+    assert audience.not_notified() == {"anna", "ben"}
     now[0] += 2
-    assert audience.unaware() == {"ben"}
+    assert audience.not_notified() == {"ben"}

@@ -9,7 +9,7 @@ import pytest
 
 from launch.commands.label import outputs_of, prepare, settings, what_next
 from rlhf.errors import UserError
-from rlhf.labeling.page.collect import opened
+from rlhf.labeling.page.collect import open_store
 
 ROWS = [
     {
@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_outputs_that_another_labeler_has_ranked_are_ranked_by_people(run: Path) -> None:
     recipe = settings(run, "anna,ben")
-    with opened(run, recipe.label, recipe.run.seed) as store:
+    with open_store(run, recipe.label, recipe.run.seed) as store:
         prepare(run, store)
         # Three prompts by one of them, and a tenth, which is none or one, by both.
         assert store.counts().wanted in (3, 4) and store.counts().rankings == 0

@@ -24,7 +24,7 @@ from rlhf.config import LabelSection
 from rlhf.data.records import Drops, Prompt, read_rankings, write_jsonl
 from rlhf.errors import UserError
 from rlhf.labeling.outputs import Outputs, outputs_row
-from rlhf.labeling.page.presence import Audience
+from rlhf.labeling.page.presence import Presence
 from rlhf.labeling.page.server import FILES, MAX_BODY, Guard, is_loopback, serving
 from rlhf.labeling.page.store import LabelStore, task_key
 from support.paths import ROOT
@@ -192,21 +192,23 @@ def test_a_prompt_of_other_labels_is_told_from_a_bad_ranking(store: LabelStore, 
 
 
 def test_who_is_at_the_page_and_does_not_know_that_all_is_in(store: LabelStore) -> None:
-    audience = Audience()
+    audience = Presence()
     store.set_tasks(outputs(2))
     with serving(store, "demo", "127.0.0.1", audience=audience) as address:
-        assert audience.unaware() == set()
+        assert audience.not_notified() == set()
         with client(address, store.new_token("anna")) as anna, client(address, store.new_token("ben")) as ben:
             first, second = anna.get("api/next").json()["task"], ben.get("api/next").json()["task"]
             anna.post("api/submit", json=submission(first))
-            assert audience.unaware() == {"anna", "ben"}
+            assert audience.not_notified() == {"anna", "ben"}
             given = submission(second)
             assert ben.post("api/submit", json=given).json()["complete"]
-            assert audience.unaware() == {"anna"}
-            assert anna.get("api/progress").json()["complete"] and audience.unaware() == {"anna"}  # at another prompt
-            assert anna.get("api/next").json()["progress"]["complete"] and audience.unaware() == set()
+            assert audience.not_notified() == {"anna"}
+            assert anna.get("api/progress").json()["complete"] and audience.not_notified() == {
+                "anna"
+            }  # at another prompt
+            assert anna.get("api/next").json()["progress"]["complete"] and audience.not_notified() == set()
             ben.post("api/take-back", json={"id": given["id"]})
-            assert audience.unaware() == {"ben"}
+            assert audience.not_notified() == {"ben"}
 
 
 def test_a_disk_that_is_full_is_no_acknowledgement(store: LabelStore, address: str) -> None:

@@ -15,13 +15,13 @@ from rlhf.data.records import Drops, Message, Prompt, read_rankings, write_jsonl
 from rlhf.errors import UserError
 from rlhf.labeling.outputs import Outputs, outputs_row, read_outputs
 from rlhf.labeling.page import store as label_store
-from rlhf.labeling.page.form import FLAGS, SKIPS, complaint
+from rlhf.labeling.page.form import FLAGS, SKIPS, validation_error
 from rlhf.labeling.page.store import (
     Conflict,
     Counts,
+    InvalidSubmission,
     LabelStore,
-    NotGiven,
-    Refused,
+    UnknownTask,
     labelled_row,
     shared_tasks,
     task_key,
@@ -166,7 +166,7 @@ def test_sent_twice_is_stored_once_and_another_ranking_of_it_is_a_conflict(tmp_p
     bens = store.next_task("ben")
     with pytest.raises(Conflict):
         store.submit("ben", given.model_copy(update={"task": bens.id}))  # somebody else's id
-    with pytest.raises(NotGiven):
+    with pytest.raises(UnknownTask):
         store.submit("ben", given)  # somebody else's claim
     (item,) = store.rankings()
     assert [item.ranks[i] for i in item.about["shown"]] == [1, 2, 3]
@@ -175,9 +175,9 @@ def test_sent_twice_is_stored_once_and_another_ranking_of_it_is_a_conflict(tmp_p
 def test_what_was_not_given_to_a_labeler_is_refused(tmp_path: Path) -> None:
     store = opened(tmp_path, 2, ("anna", "ben"), overlap=0)
     task = store.next_task("anna")
-    with pytest.raises(NotGiven, match="not given"):
+    with pytest.raises(UnknownTask, match="not given"):
         store.submit("ben", ranking(task.id, [1, 2, 3]))
-    with pytest.raises(Refused, match="ranks"):
+    with pytest.raises(InvalidSubmission, match="ranks"):
         store.submit("anna", ranking(task.id, [1, 2]))
     assert store.rankings() == []
 
@@ -225,9 +225,9 @@ def test_a_prompt_in_other_labels_has_its_own_id_and_takes_no_answers(tmp_path: 
     given, again = old.next_task("anna"), new.next_task("anna")
     assert given.messages == again.messages and given.id != again.id
     assert given.id != task_key(outputs(1)[0]) and "key" not in given._fields  # from which the order could be found
-    with pytest.raises(NotGiven, match="another run"):
+    with pytest.raises(UnknownTask, match="another run"):
         new.submit("anna", ranking(given.id, [1, 2, 3]))
-    with pytest.raises(NotGiven):
+    with pytest.raises(UnknownTask):
         new.submit("anna", ranking(task_key(outputs(1)[0]), [1, 2, 3]))  # as pages once named it
     assert new.rankings() == []
     old.submit("anna", ranking(given.id, [1, 2, 3]))
@@ -402,7 +402,7 @@ def test_progress_by_hand(tmp_path: Path) -> None:
     ],
 )
 def test_what_makes_no_sense_is_complained_about(given: dict[str, Any], words: str) -> None:
-    assert words in complaint(ranking("0" * 64, **given), 3, LabelSection())
+    assert words in validation_error(ranking("0" * 64, **given), 3, LabelSection())
 
 
 def test_what_is_asked_for_is_the_recipes(tmp_path: Path) -> None:
@@ -418,9 +418,9 @@ def test_what_is_asked_for_is_the_recipes(tmp_path: Path) -> None:
         (flagged, "optional", True, True),
         (flagged, "optional", False, False),
     ]:
-        assert (complaint(given, 3, LabelSection(quality=quality, flags=flags)) == "") is well
-    assert complaint(skip("0" * 64), 3, LabelSection()) == "" and len(SKIPS) >= 5
-    assert complaint(skip("0" * 64, "boredom"), 3, LabelSection()) != ""
+        assert (validation_error(given, 3, LabelSection(quality=quality, flags=flags)) == "") is well
+    assert validation_error(skip("0" * 64), 3, LabelSection()) == "" and len(SKIPS) >= 5
+    assert validation_error(skip("0" * 64, "boredom"), 3, LabelSection()) != ""
     assert len(FLAGS) == 11  # the binary rows of the paper's Table 3
 
 

@@ -17,15 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from rlhf.config import ModelSection, PeftSection
 from rlhf.errors import UserError
 from rlhf.models.loading import (
+    attach_adapter,
     check_method,
     load_policy,
     load_reward_model,
     load_tokenizer,
     new_reward_model,
-    put_on,
     save_model,
 )
-from rlhf.models.peft.folder import AdapterFolder, Origin, base_hash, copy_into, find_adapter
+from rlhf.models.peft.folder import AdapterFolder, Origin, base_hash, find_adapter, load_adapter_weights
 from rlhf.models.peft.methods import add_adapter, peft_of, trainable
 from support.peft_references import CACHED, MERGED, METHODS, VIRTUAL, stir
 
@@ -364,7 +364,7 @@ def test_weights_of_other_names_or_shapes_are_refused(folders, bases, tmp_path) 
         change = changes.get(place, ({name: torch.zeros(3, 63)}, ""))[0]
         adapter = with_weights(folder, tmp_path / f"{place}-partly", change)
         with pytest.raises(UserError, match="in the file and"):
-            copy_into(model, adapter, partly=True)
+            load_adapter_weights(model, adapter, partly=True)
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------
@@ -491,7 +491,7 @@ def test_put_on_leaves_the_base_and_the_normalisation_of_policies(folders, bases
     adapter = find_adapter(folders["llama", "lora"])
     assert adapter is not None
     torch.manual_seed(5)
-    model = put_on(replace(adapter, reward_mean=9.0), base)
+    model = attach_adapter(replace(adapter, reward_mean=9.0), base)
     drawn = torch.rand(1)
     torch.manual_seed(5)
     assert model is base and torch.equal(torch.rand(1), drawn)

@@ -15,7 +15,7 @@ from rlhf.models.peft.merging import (
     LORA_B,
     MAGNITUDE,
     SCALE,
-    Linear,
+    LinearWeights,
     merge_into,
     merged_linear,
     merged_state_dict,
@@ -38,12 +38,12 @@ UPDATE = {LORA_A: Tensor([[1, 0, -1]]), LORA_B: Tensor([[3], [0.5]])}
 
 
 def test_a_low_rank_update_by_hand() -> None:
-    merged = merged_linear(Linear(WEIGHT, BIAS), UPDATE, LORA)
+    merged = merged_linear(LinearWeights(WEIGHT, BIAS), UPDATE, LORA)
     # 2 B A = [[6, 0, -6], [1, 0, -1]]
     assert merged.weight.tolist() == [[7, 2, -6], [1, -1, 2]]
     assert merged.bias.tolist() == [10, 20]
     assert WEIGHT.tolist() == [[1, 2, 0], [0, -1, 3]], "what was given is left as it is"
-    assert merged_linear(Linear(WEIGHT, None), UPDATE, LORA).bias is None
+    assert merged_linear(LinearWeights(WEIGHT, None), UPDATE, LORA).bias is None
 
 
 def test_magnitudes_by_hand() -> None:
@@ -52,17 +52,17 @@ def test_magnitudes_by_hand() -> None:
     # W + 2 B A = [[1, 2, 0], [2, -1, 0]], of norm sqrt 5 each
     root = math.sqrt(5)
     expected = [[10 / root, 20 / root, 0], [8 / root, -4 / root, 0]]
-    merged = merged_linear(Linear(WEIGHT, BIAS), update, dora)
+    merged = merged_linear(LinearWeights(WEIGHT, BIAS), update, dora)
     torch.testing.assert_close(merged.weight, Tensor(expected))
     assert merged.bias.tolist() == [10, 20]
 
 
 def test_scales_by_hand() -> None:
     ia3 = PeftSection(method="ia3")
-    of_outputs = merged_linear(Linear(WEIGHT, BIAS), {SCALE: Tensor([[2], [-3]])}, ia3)
+    of_outputs = merged_linear(LinearWeights(WEIGHT, BIAS), {SCALE: Tensor([[2], [-3]])}, ia3)
     assert of_outputs.weight.tolist() == [[2, 4, 0], [0, 3, -9]]
     assert of_outputs.bias.tolist() == [20, -60]
-    of_inputs = merged_linear(Linear(WEIGHT, BIAS), {SCALE: Tensor([[2, 3, 5]])}, ia3)
+    of_inputs = merged_linear(LinearWeights(WEIGHT, BIAS), {SCALE: Tensor([[2, 3, 5]])}, ia3)
     assert of_inputs.weight.tolist() == [[2, 6, 0], [0, -3, 15]]
     assert of_inputs.bias.tolist() == [10, 20]
 
@@ -75,11 +75,11 @@ def test_a_bfloat16_weight_is_rounded_once() -> None:
     parts = {LORA_A: torch.randn(2, 8), LORA_B: torch.randn(8, 2), MAGNITUDE: torch.rand(8)}
     exact = weight.double() + 1.5 * parts[LORA_B].double() @ parts[LORA_A].double()
     exact = parts[MAGNITUDE].double()[:, None] * exact / exact.square().sum(1, keepdim=True).sqrt()
-    merged = merged_linear(Linear(weight, bias), parts, dora)
+    merged = merged_linear(LinearWeights(weight, bias), parts, dora)
     assert merged.weight.dtype == merged.bias.dtype == torch.bfloat16
     assert torch.equal(merged.weight, exact.bfloat16())
     scale = torch.rand(8, 1)
-    merged = merged_linear(Linear(weight, bias), {SCALE: scale}, PeftSection(method="ia3"))
+    merged = merged_linear(LinearWeights(weight, bias), {SCALE: scale}, PeftSection(method="ia3"))
     assert torch.equal(merged.weight, (weight.double() * scale.double()).bfloat16())
     assert torch.equal(merged.bias, (bias.double() * scale[:, 0].double()).bfloat16())
 

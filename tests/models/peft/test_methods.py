@@ -32,7 +32,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from rlhf.config import VIRTUAL_TOKENS, PeftSection
+from rlhf.config import VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.errors import UserError
 from rlhf.models.loading import check_context, recompute_activations
 from rlhf.models.peft.methods import add_adapter, peft_of, trainable
@@ -198,14 +198,14 @@ def test_decoded_logprobs_are_those_worked_out_apart(kind: str, method: str, att
     decoding = decoding_for(case(kind, method, attention).model, 8)
     places = list(range(5))
     with torch.no_grad():
-        logits = decoding.begin([list(p) for p in prompts], torch.tensor(copies), EOS)
+        logits = decoding.prefill([list(p) for p in prompts], torch.tensor(copies), EOS)
         for step, leaving in enumerate([None, 1, None, 0, 2, None]):
             tokens = torch.tensor([10 + 3 * step + place for place in places])
             for place, token, each in zip(places, tokens.tolist(), logits, strict=True):
                 found[place].append(each.double().log_softmax(-1))
                 rows[place].append(token)
             if leaving is not None:
-                order = decoding.keep([i != leaving for i in range(len(places))])
+                order = decoding.drop_finished([i != leaving for i in range(len(places))])
                 places, tokens = [places[i] for i in order], tokens[order]
             logits = decoding.step(tokens)
     assert sorted(map(len, found)) == [2, 4, 5, 6, 6]
@@ -332,9 +332,9 @@ def test_recomputed_activations_give_the_same_gradients(kind: str, method: str) 
 @pytest.mark.parametrize(("kind", "method"), CASES)
 def test_new_weights_are_float32_on_a_bfloat16_base(kind: str, method: str) -> None:
     exact = case(kind, method)
-    for one_type in (False, True):
-        model = add_adapter(plain(kind).to(torch.bfloat16), METHODS[method], one_type)
-        expected = torch.bfloat16 if one_type or method == "bitfit" else torch.float32
+    for round_to_model_dtype in (False, True):
+        model = add_adapter(plain(kind).to(torch.bfloat16), METHODS[method], round_to_model_dtype)
+        expected = torch.bfloat16 if round_to_model_dtype or method == "bitfit" else torch.float32
         assert {p.dtype for p in trainable(model).values()} == {expected}
         assert {p.dtype for name, p in model.named_parameters() if name not in trainable(model)} == {torch.bfloat16}
         with torch.no_grad():
@@ -419,7 +419,7 @@ def test_a_bottleneck_goes_behind_experts_and_leaves_router_scores() -> None:
         assert not torch.allclose(model(ids).logits, before, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", VIRTUAL_TOKENS)
+@pytest.mark.parametrize("method", VIRTUAL_TOKEN_METHODS)
 def test_virtual_tokens_are_refused_where_padding_counts_as_distance(method: str) -> None:
     model = AutoModelForCausalLM.from_config(MptConfig(vocab_size=50, d_model=32, n_heads=4, n_layers=1))
     with pytest.raises(UserError) as error:
@@ -510,7 +510,7 @@ def test_keys_and_values_are_refused_where_their_heads_are_not_known() -> None:
 
 
 def test_vllm_gives_way_to_the_native_engine_and_says_so_once(capsys, monkeypatch) -> None:
-    monkeypatch.setattr(sampling, "_told", set())
+    monkeypatch.setattr(sampling, "_reported", set())
     for method in ("adapter", *EMBEDDED, *CACHED):
         model = case("llama", method).model
         assert [sampling.engine_for(model, engine) for engine in ("vllm", "vllm", "generate", "native")] == [

@@ -19,12 +19,12 @@ from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer, 
 from rlhf.models.peft.folder import base_hash, find_adapter
 from rlhf.models.peft.merging import plain_name
 from rlhf.models.peft.methods import add_adapter, trainable
-from rlhf.models.peft.shared_base import policy_twin, scalar_twin
+from rlhf.models.peft.shared_base import share_base, share_base_with_scalar_head
 from rlhf.recipe import load_recipe
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.probes import write_probes
 from rlhf.rollout.scoring import scores, token_logprobs, token_values
-from rlhf.system.phase_timer import PhaseTimes
+from rlhf.system.phase_timer import PhaseTimer
 from rlhf.training import ppo_networks
 from rlhf.training.ppo_state import Ppo, build
 from stages import ppo as stage
@@ -168,7 +168,7 @@ def test_no_base_weight_is_held_twice_or_changed_by_training(
 
     start = {name: weight.clone() for name, weight in ppo.engine.trainable().items()}
     frozen = [{name: weight.clone() for name, weight in each.state_dict().items()} for each in networks[1::2]]
-    update(ppo, score(ppo, rollout(ppo)), PhaseTimes(ppo.engine.device, torch.float32))
+    update(ppo, score(ppo, rollout(ppo)), PhaseTimer(ppo.engine.device, torch.float32))
     for network, names in zip(networks, own, strict=True):
         found = dict(digests(network, names))
         assert found and all(before[name] == digest for name, digest in found.items())
@@ -236,7 +236,7 @@ def gradients(run: Ppo, experience: Experience) -> dict[str, Tensor]:
 def test_a_twin_leaves_the_policy_and_the_random_stream_alone(base: str, request: pytest.FixtureRequest) -> None:
     policy, keep = load_policy(request.getfixturevalue(base), SECTION), 1
     layers, state = policy.config.num_hidden_layers, torch.get_rng_state()
-    twin, second = scalar_twin(policy, keep), policy_twin(policy)
+    twin, second = share_base_with_scalar_head(policy, keep), share_base(policy)
     assert twin is not None and torch.equal(torch.get_rng_state(), state)
     assert (twin.config.num_hidden_layers, policy.config.num_hidden_layers) == (keep, layers)
     body = getattr(twin, twin.base_model_prefix)
@@ -246,7 +246,7 @@ def test_a_twin_leaves_the_policy_and_the_random_stream_alone(base: str, request
     assert [name for name, p in twin.named_parameters() if id(p) not in ours] == ["score.weight"]
     assert {id(p) for p in second.parameters()} == ours
     add_adapter(policy, PeftSection(method="lora"))
-    for make_twin in (policy_twin, lambda model: scalar_twin(model, keep)):
+    for make_twin in (share_base, lambda model: share_base_with_scalar_head(model, keep)):
         with pytest.raises(ValueError, match="has a method already"):
             make_twin(policy)
 
