@@ -94,10 +94,10 @@ def write_results(comparison: Comparison, reasons: dict[str, str] | None = None)
 def _plan(comparison: Comparison, chosen: Sequence[str]) -> dict[str, list[str]]:
     """Stages by way in the order in which they run, the reference first."""
     for arm in chosen:
-        if arm not in comparison.ways:
-            raise UserError(f"there is no way {arm!r}", "--way", f"take one of {', '.join(comparison.ways)}")
+        if arm not in comparison.arms:
+            raise UserError(f"there is no way {arm!r}", "--way", f"take one of {', '.join(comparison.arms)}")
     plan = {}
-    for arm in [comparison.reference, *(arm for arm in comparison.ways if arm != comparison.reference)]:
+    for arm in [comparison.reference, *(arm for arm in comparison.arms if arm != comparison.reference)]:
         stages = comparison.load(arm).run.stages
         if arm == comparison.reference and chosen and arm not in chosen:
             # What the others need of it: rankings, the reward model, and held-out answers of its SFT policy.
@@ -111,7 +111,7 @@ def _show(comparison: Comparison, plan: dict[str, list[str]]) -> None:
     """The ways that are run, and what each sets."""
     lines = []
     for arm, stages in plan.items():
-        fields = ", ".join(f"{key}={value}" for key, value in comparison.ways[arm].items())
+        fields = ", ".join(f"{key}={value}" for key, value in comparison.arms[arm].items())
         lines.append([arm, ", ".join(stages), fields])
     table(f"Comparison {comparison.folder}", ["way", "stages", "fields of its own"], lines)
 

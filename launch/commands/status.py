@@ -82,7 +82,7 @@ def progress(run: RunFolder, recipe: Recipe, stage: str, in_use: bool) -> StageP
 
 def _newest(checkpoints: Path, identity: str) -> Path | None:
     """The newest checkpoint whose files have the sizes that were sealed; their content is not read."""
-    sound = (f for f in reversed(list_checkpoints(checkpoints)) if not verify(f, contents=False, of=identity))
+    sound = (f for f in reversed(list_checkpoints(checkpoints)) if not verify(f, contents=False, identity=identity))
     return next(sound, None)
 
 

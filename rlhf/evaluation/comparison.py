@@ -93,8 +93,8 @@ def arm_results(comparison: Comparison, reasons: Mapping[str, str] | None = None
     folder, variant, found = comparison.folder, comparison.variant, []
     reference = RunFolder(folder / comparison.reference)
     base = {policy: _answers(reference, policy) for policy in ("sft", variant)}
-    whole = max(_weights(folder / arm / "sft" / "model", plain=True)[0] for arm in comparison.ways)
-    for arm in comparison.ways:
+    whole = max(_weights(folder / arm / "sft" / "model", plain=True)[0] for arm in comparison.arms)
+    for arm in comparison.arms:
         run, recipe = RunFolder(folder / arm), comparison.load(arm)
         state, reason = _state(run, recipe)
         if reasons and arm in reasons:

@@ -126,7 +126,7 @@ def membership(run_dir: Path) -> dict[str, Any] | None:
     """What a run's report shows of the comparison that it belongs to: name, reference and rows; None without one."""
     run_dir = run_dir.resolve()
     data = read_json(run_dir.parent / DATA)
-    return data if data and any(row["way"] == run_dir.name for row in data["ways"]) else None
+    return data if data and any(row["arm"] == run_dir.name for row in data["ways"]) else None
 
 
 def print_rows(comparison: Comparison, rows: Sequence[ArmResult]) -> None:
@@ -178,7 +178,7 @@ def _shown(comparison: Comparison, row: ArmResult) -> dict[str, Any]:
         "stored": " and ".join(sizes) or "–",
         "seconds": _seconds(row),
         "report": f"{row.arm}/report.html" if row.score is not None else "",
-        "fields": ", ".join(f"{key}={value}" for key, value in comparison.ways[row.arm].items()),
+        "fields": ", ".join(f"{key}={value}" for key, value in comparison.arms[row.arm].items()),
     }
 
 

@@ -88,7 +88,7 @@ def tally(first: Sequence[int], second: Sequence[int]) -> Tally:
         elif a2 == b2:
             counts["second_ties"] += 1
         else:
-            counts["alike" if (a1 < b1) == (a2 < b2) else "opposed"] += 1
+            counts["concordant" if (a1 < b1) == (a2 < b2) else "discordant"] += 1
     return Tally(**counts)
 
 

@@ -17,7 +17,7 @@ class RankResult(NamedTuple):
     rankings: list[Ranking]
     lengths: list[list[int]]
     label_summary: dict[str, Any]
-    more: Sequence[dict[str, Any]] = ()  # further fields of each row: what people said, and the order that they saw
+    row_extras: Sequence[dict[str, Any]] = ()  # more fields of each row: what people said, and the order shown
 
 
 def summarise(ranked: RankResult) -> dict[str, Any]:
@@ -48,9 +48,9 @@ def summarise(ranked: RankResult) -> dict[str, Any]:
 
 def display_positions(ranked: RankResult) -> list[Sequence[int]]:
     """Where each output stood on the labeler's page: in the order of the file, but for people, who have their own."""
-    if not ranked.more:
+    if not ranked.row_extras:
         return [range(len(r.ranks)) for r in ranked.rankings]
-    return [np.argsort(more["shown"]).tolist() for more in ranked.more]
+    return [np.argsort(extras["shown"]).tolist() for extras in ranked.row_extras]
 
 
 def centred_correlation(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float | None:

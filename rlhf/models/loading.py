@@ -62,7 +62,7 @@ def load_policy(
 
     Args:
         merged: an adapter is written into the weights where that can be done, for a model that is not trained.
-        one_type: an adapter's weights are rounded to the model's type, as DeepSpeed rounds those that it trains.
+        round_to_model_dtype: round the weights of an adapter to the type of the model, as DeepSpeed does in training.
 
     Raises:
         UserError: no such model, a reward model, weights missing from it, or another base than the adapter's.
@@ -206,7 +206,7 @@ def attach_adapter(
     """A plain model of the adapter's base with the adapter on it, in place, trainable and normalised.
 
     Args:
-        one_type: as of `load_policy`.
+        round_to_model_dtype: see `load_policy`.
 
     Raises:
         UserError: when the file holds other weights than the method trains.

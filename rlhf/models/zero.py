@@ -78,20 +78,20 @@ def trained(recipe: Recipe, load: Callable[[], Model]) -> Model:
     return model
 
 
-def frozen(recipe: Recipe, device: torch.device, load: Callable[[], Model], leaves: bool = False) -> Model:
+def frozen(recipe: Recipe, device: torch.device, load: Callable[[], Model], drop_after_use: bool = False) -> Model:
     """`load()` for a model that only samples or scores, without gradients, placed as `launch.frozen` says.
 
     Args:
-        leaves: on a CPU it leaves memory between its passes, where it is whole and its weights are mapped from a file.
+        drop_after_use: on a CPU, drop its pages between passes where its weights are mapped from a file.
     """
     how = recipe.launch.frozen
     with _loading(recipe, how == "partitioned"):
         model = load()
     model.requires_grad_(False)
     if how == "cpu":
-        model.placement = Placement(visits=device)
+        model.placement = Placement(onload_to=device)
     else:
-        model.placement = Placement(by_layer=recipe.launch.gather == "by_layer", leaves=leaves)
+        model.placement = Placement(by_layer=recipe.launch.gather == "by_layer", drop_after_use=drop_after_use)
         model.to(device)
     return model.eval()
 

@@ -65,6 +65,6 @@ class Signals:
             return
         self.received, self.at = number, time.monotonic()
         log = rank_logs.current()
-        if is_main_process() and not (log and log.told()):  # a launcher ends what is left after a failure
+        if is_main_process() and not (log and log.error_reported()):  # a launcher ends what is left after a failure
             # Not through a buffered stream: the signal may have come while one was being written to.
             os.write(2, b"\nstopping after this step; Ctrl-C to stop at once\n")

@@ -45,7 +45,7 @@ def test_the_reference_is_a_whole_run_and_the_others_have_its_reward_model(file:
     assert (lora.run.dir, lora.run.name, lora.reward.model) == ("here/three", "lora", "here/three/full/sft/model")
     assert (lora.model.peft.method, lora.sft.lr, lora.sft.packing) == ("lora", 0.005, False)
     assert full.sft.lr == load_recipe("tiny").sft.lr and comparison.load("prompt").ppo.lr == 0.01
-    assert {comparison.load(arm).run.seed for arm in comparison.ways} == {7}
+    assert {comparison.load(arm).run.seed for arm in comparison.arms} == {7}
 
 
 def test_what_is_written_into_the_folder_reads_back_equal(file: Path, tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_what_is_written_into_the_folder_reads_back_equal(file: Path, tmp_path: 
     again = read_comparison(str(path))
     assert again == comparison
     assert again.load("lora").data.prompts == ["a.jsonl", "b.jsonl"] and again.load("lora").tracking.project == "a: b"
-    assert [again.load(arm) for arm in again.ways] == [comparison.load(arm) for arm in comparison.ways]
+    assert [again.load(arm) for arm in again.arms] == [comparison.load(arm) for arm in comparison.arms]
 
 
 def test_a_recipe_file_is_looked_for_beside_the_comparison(
@@ -138,19 +138,19 @@ def test_the_command_line_does_not_set_what_the_ways_differ_in(file: Path) -> No
 def test_shipped_comparisons_are_whole(name: str) -> None:
     comparison = read_comparison(name)
     assert comparison.folder.name == name and len(comparison_names()[name]) > 20
-    for arm in comparison.ways:
+    for arm in comparison.arms:
         check(comparison.load(arm))
 
 
 def test_peft_has_every_method_that_its_model_can_take() -> None:
     comparison = read_comparison("peft")
-    methods = [comparison.load(arm).model.peft.method for arm in comparison.ways]
+    methods = [comparison.load(arm).model.peft.method for arm in comparison.arms]
     assert sorted(methods) == sorted(
         ["none", "lora", "dora", "prefix", "p_tuning", "p_tuning_v2", "prompt", "adapter", "ia3"]
     )
     budgets = {
         (r.sft.epochs, r.sft.batch_size, r.ppo.episodes, r.ppo.batch_size, r.ppo.minibatch_size, r.run.seed)
-        for r in map(comparison.load, comparison.ways)
+        for r in map(comparison.load, comparison.arms)
     }
     assert len(budgets) == 1
 

@@ -39,12 +39,12 @@ def test_the_page_is_one_file_with_every_way(comparison: Comparison) -> None:
         and "<link" not in html
         and "http" not in html.split("<svg")[0]
     )
-    for arm in comparison.ways:
+    for arm in comparison.arms:
         assert f"<td>{arm}" in html
     assert "learned nothing" in html and "83 – 100\u00a0%" not in html and "84 – 100\u00a0%" in html
     assert "var(--ptx)" in html and "#0a0003" not in html and "#0a0005" not in html
     data = json.loads((comparison.folder / "comparison.json").read_text())
-    assert data["reference"] == "full" and [row["way"] for row in data["ways"]] == ["full", "lora", "prompt"]
+    assert data["reference"] == "full" and [row["arm"] for row in data["ways"]] == ["full", "lora", "prompt"]
     assert data["ways"][1]["gain"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
     assert data["ways"][1]["trained"] == 14 and data["ways"][0]["finding"] == "learned nothing"
 
@@ -160,7 +160,7 @@ def test_names_are_apart_and_nothing_sticks_out_in_a_browser(
         ArmResult(**vars(base) | {"way": name, "trained": int(n), "gain_reference": Interval(0.5 + i / 40, 0.2, 0.9)})
         for i, (name, n) in enumerate(zip(names, sizes, strict=True))
     ]
-    many = dataclasses.replace(comparison, ways=dict.fromkeys(names, {}))
+    many = dataclasses.replace(comparison, arms=dict.fromkeys(names, {}))
     page = write_page(many, found).read_text()
     (tmp_path / "measure.html").write_text(MEASURE.format(width=width, page=escape(page)))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1500,900", "--dump-dom"]

@@ -87,7 +87,7 @@ def test_report_of_a_file_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (cem["shared"], cem["ties"], cem["agreement"]["value"], cem["over_time"]) == (0, None, None, [])
     assert result["by_pair"] == [
         {"first": "ann", "second": "bob", "rankings": 2}
-        | {"alike": 2, "opposed": 1, "first_ties": 0, "second_ties": 1, "both_tie": 0}
+        | {"concordant": 2, "discordant": 1, "first_ties": 0, "second_ties": 1, "both_tie": 0}
     ]
     assert [(w["from"], w["agreement"]["value"]) for w in result["over_time"]] == [
         ("2026-05-01T12:10:00+00:00", 1.0),

@@ -166,7 +166,7 @@ def test_no_step_has_a_shape_of_its_own():
     tokens = torch.tensor([3, 4, 5])
 
     def held() -> list[tuple[int, torch.Size]]:
-        room = [t for layer in decoding.room for t in layer]
+        room = [t for layer in decoding.buffers for t in layer]
         return [
             (t.data_ptr(), t.shape)
             for t in (*room, decoding.mask, decoding.positions, decoding.tokens, decoding.column)
@@ -181,7 +181,7 @@ def test_no_step_has_a_shape_of_its_own():
         assert held() == before
         assert decoding.drop_finished([True, False]).tolist() == [0]  # one of three: now it moves
         decoding.step(tokens[:1])
-    assert len(decoding.mask) == len(decoding.positions) == len(decoding.room[0].keys) == 1
+    assert len(decoding.mask) == len(decoding.positions) == len(decoding.buffers[0].keys) == 1
 
 
 @pytest.mark.parametrize("make", COVERED)

@@ -15,7 +15,7 @@ class Rigged:
         self.rule, self.longest = rule, longest
         self.asked: list[dict[str, str]] = []
 
-    def fits(self, template: Template, fields: Fields) -> bool:
+    def question_fits(self, template: Template, fields: Fields) -> bool:
         return sum(map(len, fields.values())) <= self.longest
 
     def read(

@@ -46,7 +46,7 @@ Triple = tuple[str, str, str]  # a prompt and two outputs
 class Reader(Protocol):
     """Whoever answers the questions of a template: rlhf/labeling/judge/local.py, rlhf/labeling/judge/endpoint.py."""
 
-    def fits(self, template: Template, fields: Fields) -> bool:
+    def question_fits(self, template: Template, fields: Fields) -> bool:
         """Whether the question is short enough."""
         ...
 
@@ -176,9 +176,9 @@ class Judge:
             return self.both_order_questions([(prompt, a, b) for i, a in enumerate(texts) for b in texts[:i]])
         return [_fields(self.template, (prompt, text, "")) for text in texts]
 
-    def fits(self, prompt: str, texts: Sequence[str]) -> bool:
+    def questions_fit(self, prompt: str, texts: Sequence[str]) -> bool:
         """Whether all questions about these outputs are short enough."""
-        return all(self.reader.fits(self.template, fields) for fields in self.questions_for(prompt, texts))
+        return all(self.reader.question_fits(self.template, fields) for fields in self.questions_for(prompt, texts))
 
 
 def label_mass_summary(readings: Sequence[LabelReading], labels: int) -> dict[str, Any]:

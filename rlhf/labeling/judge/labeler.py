@@ -60,9 +60,9 @@ class JudgeLabeler:
         """See `Labeler.prefers`."""
         return preference(self.rank(prompt, (a, b)))
 
-    def fits(self, prompt: Prompt, outputs: Sequence[Output]) -> bool:
+    def outputs_fit(self, prompt: Prompt, outputs: Sequence[Output]) -> bool:
         """Whether all questions about these outputs are short enough."""
-        return self.judge.fits(prompt.text, [output.text for output in outputs])
+        return self.judge.questions_fit(prompt.text, [output.text for output in outputs])
 
     def summary(self) -> dict[str, Any]:
         """What is known of the labels: the template, how sure the answers are, position bias."""
@@ -101,7 +101,7 @@ def position_bias(groups: Sequence[Sequence[BothOrders]], seed: int = 0) -> dict
 
 def fitting(labeler: JudgeLabeler, items: Sequence[Any], drops: Drops) -> list[Any]:
     """Those items (with `prompt` and `outputs`) whose questions are short enough; the others are counted."""
-    kept = [item for item in items if labeler.fits(item.prompt, item.outputs)]
+    kept = [item for item in items if labeler.outputs_fit(item.prompt, item.outputs)]
     if len(kept) < len(items):
         drops.add("question to the judge over judge.max_tokens", len(items) - len(kept))
     return kept

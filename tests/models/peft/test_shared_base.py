@@ -139,7 +139,7 @@ def own_weights(model: nn.Module, peft: PeftSection) -> set[str]:
 def apart(monkeypatch: pytest.MonkeyPatch, given: Given, **more: str) -> Ppo:
     """The same run with four bases, each loaded by itself."""
     with monkeypatch.context() as patch:
-        patch.setattr(ppo_networks, "policies_share", lambda *_: False)
+        patch.setattr(ppo_networks, "policies_share_base", lambda *_: False)
         return given.build(**more)
 
 
