@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Schedule = Literal["cosine", "linear", "constant"]
+RolloutEngine = Literal["native", "generate", "vllm"]
 PeftMethod = Literal["none", "lora", "dora", "prefix", "p_tuning", "p_tuning_v2", "prompt", "adapter", "ia3", "bitfit"]
 VIRTUAL_TOKEN_METHODS = (
     "prefix",
@@ -270,7 +271,7 @@ class PpoSection(Section):
     micro_batch_size: int = Field(8, ge=1, description="episodes per forward and process")
     epochs: int = Field(1, ge=1, description="passes over each batch (paper: 1)")
     temperature: float = Field(1.0, gt=0)
-    rollout: Literal["native", "generate", "vllm"] = Field(
+    rollout: RolloutEngine = Field(
         "native", description="engine that samples the responses; vllm: a server, see launch.vllm_url"
     )
     rollout_batch_size: int = Field(64, ge=1, description="sequences decoded together")
@@ -361,11 +362,7 @@ class LaunchSection(Section):
         "once", description="sampling and scoring with partitioned models: all layers at once, or each in its turn"
     )
     gradient_checkpointing: bool = False
-    cuda_graphs: bool = Field(
-        False,
-        description="native sampling replays its steps from CUDA graphs; tested step by step on a CPU, never on a GPU",
-    )
-    vllm_url: str = Field("", description="vLLM server for ppo.rollout=vllm, as http://host:8000; empty: in process")
+    vllm_url: str = Field("", description="vLLM server for ppo.rollout=vllm, as http://host:8000")
     vllm_weights: str = Field(
         "/dev/shm", min_length=1, description="folder for weights on their way to vLLM, which must see it as well"
     )

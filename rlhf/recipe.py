@@ -25,6 +25,8 @@ from rlhf.errors import UserError
 RECIPES = Path(__file__).resolve().parent.parent / "launch" / "recipes"  # in a checkout and in an installed wheel alike
 # What a run computes does not depend on these: they may change between two starts of one run.
 NOT_IDENTITY = ("run.dir", "run.name", "run.stages", "tracking.")
+# Fields that no longer exist, with the default that runs begun in their time have in recipe.yaml: it changes nothing.
+RETIRED = {"launch.cuda_graphs": False}
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -39,6 +41,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find_file(name_or_path, RECIPES, "recipe")
     values = read_yaml(path, "recipe", list(Recipe.model_fields))
+    _drop_retired(values)
     _check_keys(values, Recipe, "", str(path))
     for override in overrides:
         _apply(values, override)
@@ -168,6 +171,15 @@ def read_yaml(path: Path, kind: str, sections: Sequence[str]) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values) or lone_word:
         raise UserError(f"a {kind} is a mapping of sections", str(path), f"sections: {', '.join(sections)}")
     return values
+
+
+def _drop_retired(values: dict[str, Any]) -> None:
+    """Remove the retired fields that hold their default; with another value they are unknown fields like any other."""
+    for key, default in RETIRED.items():
+        section, _, name = key.partition(".")
+        held = values.get(section)
+        if isinstance(held, dict) and held.get(name) == default:
+            del held[name]
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

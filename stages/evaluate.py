@@ -37,11 +37,12 @@ from rlhf.functional.statistics import length_matched_win_rate, prompt_means, wi
 from rlhf.labeling.base import Labeler
 from rlhf.labeling.judge.judge import check_context_fits, judge_files
 from rlhf.labeling.labelers import make_evaluation_labeler
-from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer
-from rlhf.models.zero import frozen
+from rlhf.models.loading import load_reward_model, load_tokenizer
+from rlhf.models.zero import frozen, load_frozen_policy
 from rlhf.rollout.probes import check_probes
 from rlhf.rollout.rescoring import rescore
 from rlhf.rollout.sampling import sample
+from rlhf.rollout.sampling_params import SamplingParams
 from rlhf.rollout.scoring import scores, token_logprobs
 from rlhf.run.folder import RunFolder
 from rlhf.run.stage import StageContext, run_stage
@@ -88,13 +89,8 @@ def sample_answers(
             policy,
             tokenizer,
             asked.ids,
-            max_new_tokens=recipe.data.max_response_tokens,
-            temperature=recipe.evaluate.temperature,
+            SamplingParams.from_recipe(recipe, recipe.evaluate.temperature, stop_ids(tokenizer, policy)),
             seeds=asked.seeds,
-            stop_ids=stop_ids(tokenizer, policy),
-            engine=recipe.ppo.rollout,
-            batch_size=recipe.ppo.rollout_batch_size,
-            launch=recipe.launch,
             advance=progress.advance,
         )
     rescore(recipe, rollout, policy, recipe.evaluate.temperature)
@@ -217,7 +213,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     folders = find_policies(ctx.run, cfg.ema)
     for folder in folders.values():
         ctx.use(folder)
-    tokenizer = load_tokenizer(str(folders["sft"]), recipe.model.prompt_format)
+    tokenizer = load_tokenizer(folders["sft"], recipe.model)
     templates = templates_in_use(ctx)
     if cfg.labeler == "judge":
         check_context_fits(recipe)
@@ -227,7 +223,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
 
     def load(name: str) -> nn.Module:
         where = folders.get(name, recipe.model.name)  # the base, for what answers under a template
-        return frozen(recipe, ctx.device, lambda: load_policy(where, recipe.model, tokenizer=tokenizer, merged=True))
+        return load_frozen_policy(recipe, ctx.device, where, tokenizer)
 
     answers: dict[str, Answers] = {}
     under = {name: templates for name in dict.fromkeys(cfg.prompted_policies) if templates}

@@ -40,6 +40,7 @@ from rlhf.rollout.experience import Experience, make_experience, summary
 from rlhf.rollout.lm_head import head_chunks
 from rlhf.rollout.rescoring import rescore
 from rlhf.rollout.sampling import Rollout, sample
+from rlhf.rollout.sampling_params import SamplingParams
 from rlhf.rollout.scoring import scores, token_logprobs, token_values
 from rlhf.run.stage import StageContext, exit_code, parse_stage_args, run_stage
 from rlhf.system.console import Progress, console
@@ -62,13 +63,8 @@ def rollout(ppo: Ppo) -> Rollout:
         ppo.networks.policy,
         ppo.tokenizer,
         [ppo.prompts[i] for i in chosen],
-        max_new_tokens=ppo.recipe.data.max_response_tokens,
-        temperature=cfg.temperature,
+        SamplingParams.from_recipe(ppo.recipe, cfg.temperature, ppo.stop_ids),
         seeds=[row_seed(seed, "ppo", first + i) for i in range(cfg.batch_size)],
-        stop_ids=ppo.stop_ids,
-        engine=cfg.rollout,
-        batch_size=cfg.rollout_batch_size,
-        launch=ppo.recipe.launch,
     )
     ppo.sampler_gap = rescore(ppo.recipe, episodes, ppo.networks.policy, cfg.temperature)
     return episodes

@@ -41,9 +41,10 @@ from rlhf.labeling.rubric_labeler import (
     second_opinion,
 )
 from rlhf.labeling.summary import RankResult, summarise
-from rlhf.models.loading import load_policy, load_tokenizer
-from rlhf.models.zero import frozen
+from rlhf.models.loading import load_tokenizer
+from rlhf.models.zero import load_frozen_policy
 from rlhf.rollout.sampling import sample
+from rlhf.rollout.sampling_params import SamplingParams
 from rlhf.run.stage import StageContext, run_stage
 from rlhf.system.console import Progress, console, warn
 from rlhf.system.console import table as print_table
@@ -82,7 +83,12 @@ def sample_outputs(
     kept = [chunk for chunk in chunks if all(encoded.item.key in samples.rows for encoded in chunk)]
     tokens = sum(samples.tokens(chunk) for chunk in kept)
     ctx.tracker.truncate_after(tokens, again=("rank/prompts", "samples"))
-    stops = stop_ids(tokenizer, policy)
+    params = SamplingParams(
+        max_new_tokens=recipe.data.max_response_tokens,
+        temperature=cfg.temperature,
+        stop_ids=stop_ids(tokenizer, policy),
+        batch_size=cfg.batch_size,
+    )
     with Progress(
         "rank: sampling", total=len(prompts) * k, unit="outputs", initial=sum(map(len, kept)) * k
     ) as progress:
@@ -97,12 +103,8 @@ def sample_outputs(
                 policy,
                 tokenizer,
                 [encoded.prompt for encoded in chunk for _ in range(k)],
-                max_new_tokens=recipe.data.max_response_tokens,
-                temperature=cfg.temperature,
+                params,
                 seeds=[row_seed(recipe.run.seed, "rank", encoded.item.key, i) for encoded in chunk for i in range(k)],
-                stop_ids=stops,
-                batch_size=cfg.batch_size,
-                launch=recipe.launch,
                 advance=progress.advance,
             )
             seconds = time.perf_counter() - begin
@@ -285,10 +287,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
     else:
         sft_dir = ctx.run.require("sft", "model")
         samples = SampledOutputs(ctx.dir / "samples.jsonl", fingerprint(ctx, sft_dir))
-        tokenizer = load_tokenizer(str(sft_dir), ctx.recipe.model.prompt_format)
-        policy = frozen(
-            ctx.recipe, ctx.device, lambda: load_policy(sft_dir, ctx.recipe.model, tokenizer=tokenizer, merged=True)
-        )
+        tokenizer = load_tokenizer(sft_dir, ctx.recipe.model)
+        policy = load_frozen_policy(ctx.recipe, ctx.device, sft_dir, tokenizer)
         if ctx.recipe.rank.labeler == "judge":
             warn_if_over_context(ctx.recipe)
         prompts = choose_prompts(ctx, tokenizer, drops)

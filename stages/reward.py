@@ -247,7 +247,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     source = str(ctx.run.require("sft", "model")) if cfg.model == "sft" else cfg.model
     if Path(source).exists():
         ctx.use(Path(source))
-    tokenizer = load_tokenizer(source, recipe.model.prompt_format)
+    tokenizer = load_tokenizer(source, recipe.model)
     train_groups, heldout = load_groups(ctx, tokenizer, drops)
     demonstrations = [
         (row.prompt, row.responses[0])

@@ -97,7 +97,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     base = resolve_model(recipe.model.name)
     if Path(base).is_dir():
         ctx.use(Path(base))
-    tokenizer = load_tokenizer(base, recipe.model.prompt_format, recipe.model.trust_remote_code)
+    tokenizer = load_tokenizer(base, recipe.model)
     train, heldout = load_demonstrations(recipe, tokenizer, drops)
     rows = mix_rows([demonstration_row(d) for d in train], recipe, tokenizer, drops)
     for reason, n in drops.table():

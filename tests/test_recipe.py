@@ -101,6 +101,7 @@ def test_refused_overrides(recipe_file: Path, override: str, words: list[str]) -
     [
         ("sft:\n  lr: 1\n  epoch: 2\n", ["unknown field sft.epoch", "sft.epochs"]),
         ("sfd:\n  lr: 1\n", ["unknown field sfd", "did you mean sft?"]),
+        ("launch:\n  cuda_graphs: true\n", ["unknown field launch.cuda_graphs"]),  # retired; its default was false
         ("sft:\n", ["the section sft is empty"]),
         ("sft: 3\n", ["the section sft is 3"]),
         ("sft: {lr: [1}\n", ["not valid YAML", "line 1"]),
@@ -119,6 +120,19 @@ def test_refused_files(tmp_path: Path, text: str, words: list[str]) -> None:
     for word in words:
         assert word in str(error)
     assert str(path) in str(error)
+
+
+def test_a_retired_field_loads_with_its_old_default_and_cannot_be_set(tmp_path: Path) -> None:
+    """From the recipe.yaml of a run of the tiny recipe that was begun while launch.cuda_graphs existed."""
+    path = tmp_path / "old.yaml"
+    path.write_text(
+        "launch:\n  processes: 1\n  frozen: whole\n  gather: once\n  gradient_checkpointing: false\n"
+        "  cuda_graphs: false\n  vllm_url: ''\n  vllm_weights: /dev/shm\n"
+    )
+    assert load_recipe(str(path)) == Recipe()
+    path.write_text("launch:\n  cuda_graphs: false\n")
+    assert load_recipe(str(path)) == Recipe()
+    assert "unknown field launch.cuda_graphs" in str(refusal(path, "launch.cuda_graphs=false"))
 
 
 def test_unknown_recipe_names_the_nearest() -> None:

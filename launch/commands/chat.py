@@ -16,6 +16,7 @@ from rlhf.functional.seeding import row_seed
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.recipe import load_recipe
 from rlhf.rollout.sampling import sample
+from rlhf.rollout.sampling_params import SamplingParams
 from rlhf.stage_table import PPO_VARIANTS
 from rlhf.system.console import console
 
@@ -32,7 +33,7 @@ def chat(run: Path, stage: str, temperature: float, max_tokens: int, once: str) 
     names = ["sft", stage or _aligned(run)]
     folders = [_existing(run / name / "model", f"run the {name} stage first") for name in names]
     console.print(f"loading {' and '.join(names)} from {run}", style="dim")
-    tokenizer = load_tokenizer(str(folders[0]), recipe.model.prompt_format)
+    tokenizer = load_tokenizer(folders[0], recipe.model)
     policies = {
         name: load_policy(folder, recipe.model, merged=True) for name, folder in zip(names, folders, strict=True)
     }
@@ -55,15 +56,8 @@ def answer(
     seed: int,
 ) -> str:
     """One response as text."""
-    rollout = sample(
-        policy,
-        tokenizer,
-        [encode_prompt(tokenizer, prompt)],
-        max_new_tokens=max_tokens,
-        temperature=temperature,
-        seeds=[seed],
-        stop_ids=stop_ids(tokenizer, policy),
-    )
+    params = SamplingParams(max_tokens, temperature, stop_ids(tokenizer, policy))
+    rollout = sample(policy, tokenizer, [encode_prompt(tokenizer, prompt)], params, seeds=[seed])
     return rollout.texts(tokenizer)[0]
 
 

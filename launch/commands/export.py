@@ -72,7 +72,7 @@ def _merge(run: Path, source: Path, adapter: AdapterFolder, out: Path) -> Path:
     load = load_reward_model if adapter.scalar else load_policy
     model = load(source, recipe.model, merged=True)
     require_disk(out.parent, sum(p.numel() * p.element_size() for p in model.parameters()), "the merged model")
-    save_model(model, load_tokenizer(source, recipe.model.prompt_format), out)
+    save_model(model, load_tokenizer(source, recipe.model), out)
     console.print(
         f"{adapter.peft.method} merged into {adapter.base.name}: {out} ({size_of(out) / 1e6:.0f} MB)",
         markup=False,

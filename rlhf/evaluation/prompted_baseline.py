@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +26,7 @@ from rlhf.data.records import Message, Prompt
 from rlhf.functional.seeding import row_seed
 from rlhf.models.loading import check_context
 from rlhf.rollout.sampling import Rollout, pad_rollout, sample
+from rlhf.rollout.sampling_params import SamplingParams
 
 
 class PromptedResponses(NamedTuple):
@@ -68,26 +70,12 @@ def answer_prompted(
     cue = encode_response(tokenizer, assistant_answer("x", template.cue), finished=False) if template.reasons else []
     longest = max(map(len, rows)) + limit + (cfg.reasoning_tokens + len(cue) if template.reasons else 0)
     check_context(policy, longest, "evaluate.prompted")
-    stops = stop_ids(tokenizer, policy)
-
-    def draw(rows: Sequence[list[int]], tokens: int, seeds: Sequence[int]) -> Rollout:
-        return sample(
-            policy,
-            tokenizer,
-            rows,
-            max_new_tokens=tokens,
-            temperature=cfg.temperature,
-            seeds=seeds,
-            stop_ids=stops,
-            engine=recipe.ppo.rollout,
-            batch_size=recipe.ppo.rollout_batch_size,
-            launch=recipe.launch,
-            advance=advance,
-        )
-
+    params = SamplingParams.from_recipe(recipe, cfg.temperature, stop_ids(tokenizer, policy))
     thoughts = [""] * len(rows)
     if template.reasons:
-        drawn = draw(rows, cfg.reasoning_tokens, [row_seed(seed, "reasoning") for seed in seeds])
+        reasoning = replace(params, max_new_tokens=cfg.reasoning_tokens)
+        others = [row_seed(seed, "reasoning") for seed in seeds]
+        drawn = sample(policy, tokenizer, rows, reasoning, seeds=others, advance=advance)
         for i, text in enumerate(drawn.texts(tokenizer)):
             thought = text.split(template.cue)[0].strip()
             before = _before_stop(tokenizer, template, thought)
@@ -96,14 +84,13 @@ def answer_prompted(
             encode_response(tokenizer, assistant_answer(thought, template.cue), finished=False) for thought in thoughts
         ]
         rows = [[*row, *ids] for row, ids in zip(rows, said, strict=True)]
-    drawn = draw(rows, limit, seeds)
+    drawn = sample(policy, tokenizer, rows, params, seeds=seeds, advance=advance)
     responses = [
         response_ids(tokenizer, template, drawn.response(i), text, bool(drawn.finished[i]))
         for i, text in enumerate(drawn.texts(tokenizer))
     ]
-    rollout = pad_rollout(
-        plain, [(ids, [0.0] * len(ids)) for ids in responses], int(tokenizer.pad_token_id), set(stops)
-    )
+    answers = [(ids, [0.0] * len(ids)) for ids in responses]
+    rollout = pad_rollout(plain, answers, int(tokenizer.pad_token_id), set(params.stop_ids))
     return PromptedResponses(rollout, rollout.texts(tokenizer), thoughts)
 
 

@@ -30,10 +30,10 @@ def shuffled_indices(n: int, seed: int, name: str, start: int, count: int) -> li
 
 
 def row_seed(*parts: int | str) -> int:
-    """A 64-bit seed that depends on its parts alone, e.g. (run seed, "ppo", iteration, row)."""
+    """Return a 64-bit seed that depends on its parts alone, e.g. (run seed, "ppo", iteration, row)."""
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
 def row_uniforms(seeds: Sequence[int], steps: int) -> Tensor:
-    """Uniform numbers [B, steps] in [0, 1), float64; row i depends on seeds[i] alone."""
+    """Return uniform numbers [B, steps] in [0, 1), float64; row i depends on seeds[i] alone."""
     return torch.from_numpy(np.stack([np.random.Generator(np.random.Philox(key=s)).random(steps) for s in seeds]))

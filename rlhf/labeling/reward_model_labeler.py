@@ -52,4 +52,4 @@ def _reward_model_labeler(recipe: Recipe, run: RunFolder) -> RewardModelLabeler:
         check_probes(model, folder)
     if recipe.run.device != "cpu" and torch.cuda.is_available():
         model = model.to("cuda")
-    return RewardModelLabeler(model, load_tokenizer(where, recipe.model.prompt_format, recipe.model.trust_remote_code))
+    return RewardModelLabeler(model, load_tokenizer(where, recipe.model))

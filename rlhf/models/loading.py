@@ -70,7 +70,7 @@ def load_policy(
     if adapter := find_adapter(name_or_dir):
         if adapter.scalar:
             raise _not_a_policy("a reward model's adapter", str(name_or_dir))
-        tokenizer = tokenizer or _tokenizer(adapter.folder, model)
+        tokenizer = tokenizer or load_tokenizer(adapter.folder, model)
         policy = load_policy(adapter.base.name, base_settings(adapter, model), dropout, tokenizer)
         return _with_adapter(adapter, policy, merged, round_to_model_dtype)
     where = resolve_model(name_or_dir)
@@ -84,7 +84,7 @@ def load_policy(
             f"weights are missing: {_few(missing)}", where=where, fix="name a complete causal language model"
         )
     policy.base_name, policy.kept_layers = _name(name_or_dir), 0
-    return fit_to_tokenizer(policy, tokenizer or _tokenizer(where, model))
+    return fit_to_tokenizer(policy, tokenizer or load_tokenizer(where, model))
 
 
 def new_reward_model(
@@ -114,7 +114,7 @@ def new_reward_model(
     """
     peft = None if peft is None or not peft.on else peft
     if adapter := find_adapter(policy_dir):
-        tokenizer = _tokenizer(adapter.folder, model)
+        tokenizer = load_tokenizer(adapter.folder, model)
         reward = _new_scalar(
             adapter.base.name, base_settings(adapter, model), adapter.keep_layers, head_init, tokenizer
         )
@@ -154,7 +154,7 @@ def _new_scalar(
         cut_layers(reward, keep_layers)
     reward.config.reward_mean, reward.config.reward_std = 0.0, 1.0
     reward.base_name, reward.kept_layers = _name(name), keep_layers
-    return fit_to_tokenizer(reward, tokenizer or _tokenizer(where, model))
+    return fit_to_tokenizer(reward, tokenizer or load_tokenizer(where, model))
 
 
 def load_reward_model(name_or_dir: str | Path, model: ModelSection, merged: bool = False) -> PreTrainedModel:
@@ -170,7 +170,7 @@ def load_reward_model(name_or_dir: str | Path, model: ModelSection, merged: bool
     if adapter := find_adapter(name_or_dir):
         if not adapter.scalar:
             raise _no_reward_model("a policy's adapter", str(name_or_dir))
-        tokenizer = _tokenizer(adapter.folder, model)
+        tokenizer = load_tokenizer(adapter.folder, model)
         # The zero head takes no draw from the generator, and the adapter brings its own.
         reward = _new_scalar(adapter.base.name, base_settings(adapter, model), adapter.keep_layers, "zero", tokenizer)
         return _with_adapter(adapter, reward, merged)
@@ -191,7 +191,7 @@ def load_reward_model(name_or_dir: str | Path, model: ModelSection, merged: bool
         if not hasattr(reward.config, name):
             setattr(reward.config, name, default)
     reward.base_name, reward.kept_layers = _name(name_or_dir), 0
-    return fit_to_tokenizer(reward, _tokenizer(where, model))
+    return fit_to_tokenizer(reward, load_tokenizer(where, model))
 
 
 def base_settings(adapter: AdapterFolder, model: ModelSection) -> ModelSection:
@@ -318,10 +318,6 @@ def recompute_activations(model: nn.Module) -> None:
     """
     model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     model.train()
-
-
-def _tokenizer(where: str | Path, model: ModelSection) -> PreTrainedTokenizerBase:
-    return load_tokenizer(where, model.prompt_format, model.trust_remote_code)
 
 
 def _name(name: str | Path) -> str:

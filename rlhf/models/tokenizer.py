@@ -7,11 +7,13 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rlhf.config import ModelSection
 from rlhf.errors import UserError
 from rlhf.models.resolve import not_loaded, resolve_model
 from rlhf.system.quiet import note
 
 PAD = "<|pad|>"
+DEFAULT = ModelSection()
 # Turns as in the published transcripts: "Human: ..\n\nAssistant: ..". %s is the BOS of tokenizers that begin with one.
 PLAIN = (
     "%s{%% for message in messages %%}"
@@ -24,22 +26,21 @@ PLAIN = (
 VERBATIM = "%s{%% for message in messages %%}{{ message['content'] }}{%% endfor %%}"
 
 
-def load_tokenizer(
-    name_or_dir: str | Path, prompt_format: str = "auto", trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
-    """The tokenizer with a pad token other than EOS and a chat template, both saved along with it.
+def load_tokenizer(name_or_dir: str | Path, model: ModelSection = DEFAULT) -> PreTrainedTokenizerBase:
+    """Load a tokenizer with a pad token other than EOS and a chat template, both of which are saved along with it.
+
+    In a folder of the run both are there already, and loading it changes neither.
 
     Args:
         name_or_dir: anything `resolve_model` takes.
-        prompt_format: as `model.prompt_format` of the recipe.
-        trust_remote_code: run code that a Hub repository brings.
+        model: the recipe's section; it gives the prompt format, and says whether code from the Hub may run.
 
     Raises:
-        UserError: when there is no such tokenizer or it has no EOS token.
+        UserError: if there is no such tokenizer or it has no EOS token.
     """
     where = resolve_model(name_or_dir)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise not_loaded("tokenizer", where, error) from error
     if tokenizer.eos_token_id is None:
@@ -48,9 +49,9 @@ def load_tokenizer(
         # With pad = EOS a model that looks for the last token that is not padding cannot see whether a text ended.
         tokenizer.add_special_tokens({"pad_token": PAD})
         note(f"{name_or_dir}: the tokenizer gets a pad token of its own, {PAD} (id {tokenizer.pad_token_id})")
-    if prompt_format == "verbatim":
+    if model.prompt_format == "verbatim":
         tokenizer.chat_template = VERBATIM % _bos(tokenizer)
-    elif prompt_format == "plain" or not tokenizer.chat_template:
+    elif model.prompt_format == "plain" or not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN % _bos(tokenizer)
     return tokenizer
 

@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
 from rlhf.errors import UserError
+from rlhf.models.loading import load_policy
 from rlhf.models.placement import Placement
 from rlhf.system.distributed import processes
 
@@ -94,6 +96,17 @@ def frozen(recipe: Recipe, device: torch.device, load: Callable[[], Model], drop
         model.placement = Placement(by_layer=recipe.launch.gather == "by_layer", drop_after_use=drop_after_use)
         model.to(device)
     return model.eval()
+
+
+def load_frozen_policy(
+    recipe: Recipe, device: torch.device, where: str | Path, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """Load a policy that only samples or scores (see `frozen`), with its adapter merged where the method allows it.
+
+    Args:
+        where: anything `load_policy` takes.
+    """
+    return frozen(recipe, device, lambda: load_policy(where, recipe.model, tokenizer=tokenizer, merged=True))
 
 
 @contextmanager

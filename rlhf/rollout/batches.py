@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,57 +18,50 @@ Pair = tuple[Sequence[int], Sequence[int]]
 
 @dataclass
 class SequenceBatch:
-    """Prompts and responses as one tensor; `rows`, `slots` say which response token each flat entry is."""
+    """Hold prompts and responses as one tensor; `rows` and `slots` say which response token each flat entry is."""
 
     input_ids: Tensor  # [B, L]
-    attention_mask: Tensor | None  # [B, L]; None on the right: there padding lies behind all that a token attends to
     position_ids: Tensor  # [B, L]
     rows: Tensor  # [N] row of each response token
     slots: Tensor  # [N] its index in the response
-    before: Tensor  # [N] column of the token before it: where it is predicted and where its state value is read
-    targets: Tensor  # [N] its id
+    before: Tensor  # [N] column of the token before it, where it is predicted and where the value is read
+    targets: Tensor  # [N] id of each response token
     last: Tensor  # [B] column of the last response token
 
     def to(self, device: torch.device) -> SequenceBatch:
-        return SequenceBatch(**{k: None if v is None else v.to(device) for k, v in vars(self).items()})
+        return SequenceBatch(**{name: value.to(device) for name, value in vars(self).items()})
 
     def unflatten(self, flat: Tensor, width: int) -> Tensor:
-        """Flat values [N] as [B, width], zero on padding (differentiable)."""
+        """Return flat values [N] as [B, width], with zeros on padding (differentiable)."""
         return flat.new_zeros(len(self.last), width).index_put((self.rows, self.slots), flat)
 
 
-def build_batch(pairs: Sequence[Pair], pad_id: int, side: Literal["left", "right"] = "right") -> SequenceBatch:
-    """One padded batch; masks and positions come from lengths, so `pad_id` may be any token, EOS included.
+def build_batch(pairs: Sequence[Pair], pad_id: int) -> SequenceBatch:
+    """Return one batch padded on the right.
 
-    Padded on the right it needs no attention mask, and attention takes its fastest kernels: causal attention alone
-    keeps padding from every real token. Positions go on over the padding, for transformers takes a restart for the
-    beginning of a packed document.
+    Lengths say what is padding, so `pad_id` may be any token, EOS included. No attention mask is needed, and attention
+    takes its fastest kernels: causal attention alone keeps padding from every real token. Positions continue over the
+    padding, because transformers takes a restart for the beginning of a packed document.
     """
     width = max(len(p) + len(r) for p, r in pairs)
     count_batch(sum(len(p) + len(r) for p, r in pairs), len(pairs) * width)
     ids = torch.full((len(pairs), width), pad_id)
     positions = torch.arange(width).repeat(len(pairs), 1)
-    mask = torch.zeros_like(ids) if side == "left" else None
     rows, slots, before, targets, last = [], [], [], [], []
     for row, (prompt, response) in enumerate(pairs):
-        n = len(prompt) + len(response)
-        first = width - n if side == "left" else 0
-        ids[row, first : first + n] = torch.tensor([*prompt, *response])
-        if mask is not None:
-            mask[row, first:] = 1
-            positions[row] = (positions[row] - first).clamp(min=0)
-        start = first + len(prompt)
+        start, end = len(prompt), len(prompt) + len(response)
+        ids[row, :end] = torch.tensor([*prompt, *response])
         rows += [row] * len(response)
         slots += range(len(response))
-        before += range(start - 1, start - 1 + len(response))
+        before += range(start - 1, end - 1)
         targets += response
-        last.append(first + n - 1)
+        last.append(end - 1)
     flat = [torch.tensor(x, dtype=torch.long) for x in (rows, slots, before, targets, last)]
-    return SequenceBatch(ids, mask, positions, *flat)
+    return SequenceBatch(ids, positions, *flat)
 
 
 def token_budget_batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of like length whose padded size stays within `tokens` (one row at least)."""
+    """Yield the indices in batches of like length, whose padded size is at most `tokens` (or which are one row)."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if batch and (len(batch) + 1) * lengths[i] > tokens:

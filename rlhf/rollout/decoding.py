@@ -1,7 +1,7 @@
-"""What the sampling loop asks of a model: begin with prompts, one token more for each row, and let rows leave.
+"""Decoding step by step: prefill the prompts, append one token to each row, and drop the rows that have finished.
 
-Two ways, with the same three methods: `LlamaDecoding` for the models that rlhf/rollout/llama_forward.py covers, and
-`ModelDecoding` for any other, by the model's own forward. Both hold a cache of keys and values with room to grow.
+Two classes offer the same three methods. `LlamaDecoding` serves the models that rlhf/rollout/llama_forward.py covers,
+and `ModelDecoding` serves any other by the model's own forward. Both keep a preallocated cache of keys and values.
 
 Shapes: U distinct prompts, B rows, P the longest prompt, V vocabulary.
 """
@@ -19,7 +19,7 @@ from rlhf.rollout.llama_forward import KeysValues, LlamaForward, columns_for
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[Tensor, Tensor]:
-    """Ids [B, P] padded on one side, and the mask [B, P] of what is not padding, from the lengths."""
+    """Return ids [B, P] padded on one side, and the mask [B, P] of real tokens, which follows from the lengths."""
     width = max(len(row) for row in rows)
     padding = [[pad_id] * (width - len(row)) for row in rows]
     ids = [[*p, *row] if left else [*row, *p] for p, row in zip(padding, rows, strict=True)]
@@ -29,19 +29,19 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, left: bool) -> tuple[Tensor,
 
 
 class LlamaDecoding:
-    """Decode by rlhf/rollout/llama_forward.py. Prompts are padded on the right, and generated tokens follow them."""
+    """Decode by `LlamaForward`. Prompts are padded on the right, and generated tokens follow the padding."""
 
     def __init__(self, model: LlamaForward, max_new_tokens: int, device: torch.device) -> None:
         self.model, self.max_new_tokens, self.device = model, max_new_tokens, device
         self.buffers: list[KeysValues] = []  # of every layer, [B, N, P + max_new_tokens, D]
 
     def prefill(self, prompts: list[list[int]], prompt_of_row: Tensor, pad_id: int) -> Tensor:
-        """Logits [B, V] of the first token; row i continues prompt copies[i] of `prompts`."""
+        """Prefill the prompts and return logits [B, V] of the first token; row i continues prompt copies[i]."""
         ids, mask = (t.to(self.device) for t in pad(prompts, pad_id, left=False))
         lengths, kept = mask.sum(1), list[KeysValues]()
         last = self.model.hidden(ids, kept)[torch.arange(len(ids), device=self.device), lengths - 1]
         self.end = ids.shape[1]
-        while kept:  # one layer after the other, so that none is held twice for long
+        while kept:  # one layer after the other, so that only one at a time is in memory twice
             self.buffers.insert(0, KeysValues(*(self._preallocated(t, prompt_of_row) for t in kept.pop())))
         self.positions = lengths[prompt_of_row]
         shape = (len(prompt_of_row), 1, 1, self.end + self.max_new_tokens)
@@ -52,14 +52,14 @@ class LlamaDecoding:
         return self._logits(last.t()[:, columns], len(prompt_of_row))
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Logits [B, V] after one token [B] more in each row."""
+        """Append one token [B] to each row and return the logits [B, V] of the next."""
         mask = self.mask[..., : self.end + 1] if self.padded else None
         hidden = self.model.step(tokens, self.positions, self.buffers, self.end, mask)
         self.positions, self.end = self.positions + 1, self.end + 1
         return self._logits(hidden, len(tokens))
 
     def drop_finished(self, unfinished: list[bool]) -> Tensor:
-        """Let the rows that are not `unfinished` leave; returns the row [B] that is in each place afterwards."""
+        """Drop the rows that are not `unfinished`, and return for each remaining slot the row that is now in it."""
         rows, moves, places = compaction(unfinished)
         self.buffers = [
             KeysValues(*(compact_rows(held, rows, moves, self.end) for held in layer)) for layer in self.buffers
@@ -79,7 +79,7 @@ class LlamaDecoding:
 
 
 class ModelDecoding:
-    """Decoding by the model's own forward; prompts are padded on the left."""
+    """Decode by the model's own forward; prompts are padded on the left."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -88,7 +88,7 @@ class ModelDecoding:
         self.direct = self.compactable and model.config._attn_implementation == "sdpa"
 
     def prefill(self, prompts: list[list[int]], prompt_of_row: Tensor, pad_id: int) -> Tensor:
-        """Logits [B, V] of the first token; row i continues prompt copies[i] of `prompts`."""
+        """Prefill the prompts and return logits [B, V] of the first token; row i continues prompt copies[i]."""
         ids, mask = (t.to(self.model.device) for t in pad(prompts, pad_id, left=True))
         # Positions are explicit: a left-padded GPT-2 answers differently without them.
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
@@ -99,14 +99,14 @@ class ModelDecoding:
         return logits[prompt_of_row]
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Logits [B, V] after one token [B] more in each row."""
+        """Append one token [B] to each row and return the logits [B, V] of the next."""
         self.positions = self.positions + 1
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
         mask = self.mask[:, None, None] if self.direct else self.mask.long()
         return self._forward(tokens[:, None], mask, self.positions[:, None])
 
     def drop_finished(self, unfinished: list[bool]) -> Tensor:
-        """Let the rows that are not `unfinished` leave; returns the row [B] that is in each place afterwards."""
+        """Drop the rows that are not `unfinished`, and return for each remaining slot the row that is now in it."""
         rows, moves, places = compaction(unfinished)
         order = torch.tensor(places, device=self.model.device)
         if self.compactable:

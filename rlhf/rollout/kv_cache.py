@@ -1,6 +1,6 @@
-"""The decode loop's cache of keys and values: written in place, and rows leave it without a copy of the others.
+"""The decode loop's cache of keys and values: tokens are written in place, and rows leave without a copy of the others.
 
-transformers' own cache is joined anew in every layer at every token, and cut anew when a row leaves.
+transformers' own cache concatenates every layer again at every token, and indexes it again when a row leaves.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-MIN_GROWTH = 64  # positions added at least when the room is used up
+MIN_GROWTH = 64  # fewest positions that are added when the capacity is used up
 
 
 class PreallocatedLayer(DynamicLayer):
-    """Keys and values [B, heads, tokens, size] of one layer: the front part of tensors that have room to grow."""
+    """Hold keys and values [B, heads, tokens, size] of one layer as the front part of larger, preallocated tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,10 +22,10 @@ class PreallocatedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Append [B, heads, new, size] and return all."""
+        """Append keys and values [B, heads, new, size], and return all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            # As they are: copies of the rows may follow (`batch_select_indices`) before the first token is appended.
+            # Without spare capacity: rows may be copied (`batch_select_indices`) before the first token is appended.
             self.keys, self.values = key_states, value_states
             return self.keys, self.values
         held = self.keys.shape[2]
@@ -42,17 +42,20 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Rows by their indices, some several times or not at all; the room is made anew for them."""
+        """Select rows by their indices, some several times or not at all; the next `update` allocates again."""
         super().batch_select_indices(indices)
         self._buffers = None
 
     def keep_rows(self, rows: int, moves: list[tuple[int, int]]) -> None:
-        """Keep the first `rows` rows, after each (to, from) of `moves` was copied over a row that leaves."""
+        """Keep the first `rows` rows, after copying each row `from` over a row `to` that leaves (`moves`)."""
         self.keys, self.values = (compact_rows(held, rows, moves, held.shape[2]) for held in (self.keys, self.values))
 
 
 def decode_cache(config: PretrainedConfig) -> tuple[DynamicCache, bool]:
-    """An empty cache for a model, and whether all its layers are RoomyLayers (none has a sliding window or a state)."""
+    """Return an empty cache for a model, and whether all its layers are RoomyLayers.
+
+    They are unless some layer has a sliding window or a recurrent state.
+    """
     cache = DynamicCache(config=config)
     plain = bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
     if plain:
@@ -61,10 +64,11 @@ def decode_cache(config: PretrainedConfig) -> tuple[DynamicCache, bool]:
 
 
 def compact_rows(held: Tensor, rows: int, moves: list[tuple[int, int]], tokens: int) -> Tensor:
-    """The first `rows` rows of keys or values, after each (to, from) of `moves` was copied over a row that leaves.
+    """Return the first `rows` rows of keys or values, after copying each row `from` over a row `to` that leaves.
 
     Args:
-        held: [B, heads, room, size], of which the first `tokens` of the room are in use.
+        held: [B, heads, capacity, size]; the first `tokens` positions are in use.
+        moves: pairs (to, from).
     """
     for target, source in moves:
         held[target, :, :tokens] = held[source, :, :tokens]
@@ -72,11 +76,11 @@ def compact_rows(held: Tensor, rows: int, moves: list[tuple[int, int]], tokens: 
 
 
 def compaction(unfinished: list[bool]) -> tuple[int, list[tuple[int, int]], list[int]]:
-    """What happens when the rows that are not `unfinished` leave.
+    """Plan how the rows that are not `unfinished` leave.
 
     Returns:
-        The rows that stay, the (to, from) moves that put the last of them in the places of those that leave, and for
-        each place the row that is there afterwards.
+        The number of rows that stay; the moves (to, from) that copy the last of them into the slots of those that
+        leave; and for each slot the row that is in it afterwards.
     """
     rows = sum(unfinished)
     free = [i for i in range(rows) if not unfinished[i]]

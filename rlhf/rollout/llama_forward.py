@@ -1,11 +1,13 @@
-"""Llama-like models without gradients, on the weights as they are: the passes of sampling and scoring.
+"""Forward passes of Llama-like models without gradients, for sampling and scoring. They read the model's own weights.
 
-transformers' own forward remains what is trained, and what is used for every model and adapter that is not covered here
-(`llama_forward_for` says which); tests hold these passes to it. They make a third of its calls into torch and write
-less to memory. Two layouts, for on a CPU a matrix product's time depends on them: many tokens lie in rows, [tokens,
-features]; one token of each sequence lies in a column, [features, columns], for with few columns W x takes a half to
-three quarters of the time of x W^T. Their number is rounded up (`columns_for`): with 31 columns a product takes twice
-the time of one with 32.
+Training uses transformers' own forward, and so does every model and adapter that is not covered here
+(`llama_forward_for` says which); tests compare the two. These passes make a third of its calls into torch and write
+less to memory.
+
+There are two layouts, because on a CPU the time of a matrix product depends on the layout. A pass over many tokens has
+them in rows, [tokens, features]. A pass over one token per sequence has them in columns, [features, columns], because
+W x with few columns takes a half to three quarters of the time of x W^T. The number of columns is rounded up
+(`columns_for`), because a product with 31 columns takes twice the time of one with 32.
 
 Shapes: B sequences, L tokens, H hidden size, D head size, N key-value heads with G query heads each, T cached tokens.
 """
@@ -25,12 +27,12 @@ from rlhf.models.placement import is_partitioned
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 COVERED = {f"{family}For{task}" for family in FAMILIES for task in ("CausalLM", "SequenceClassification")}
-PEFT = ("lora", "bitfit")  # the others put something between the weights
-ROTARY = ("default", "linear", "llama3", "yarn")  # the others change with the length of what is there
+PEFT = ("lora", "bitfit")  # the other methods compute something between the weights
+ROTARY = ("default", "linear", "llama3", "yarn")  # the other kinds change with the length of the sequence
 
 
 class KeysValues(NamedTuple):
-    """Of one layer; both [B, N, T, D]."""
+    """Hold keys and values of one layer, both [B, N, T, D]."""
 
     keys: Tensor
     values: Tensor
@@ -38,21 +40,21 @@ class KeysValues(NamedTuple):
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear map of the model with the adapters on it; all are the model's own tensors."""
+    """Apply a linear map of the model with its adapters; all tensors are the model's own."""
 
     weight: Tensor  # [out, in]
     bias: Tensor | None  # [out]
     adapters: tuple[tuple[Tensor, Tensor, float], ...] = ()  # A [r, in], B [out, r] and the scale of B A
 
     def rows(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
+        """Map [..., in] to [..., out]."""
         y = linear(x, self.weight, self.bias)
         for a, b, scale in self.adapters:
             y += linear(linear(x.to(a.dtype), a), b).mul_(scale)
         return y
 
     def columns(self, x: Tensor) -> Tensor:
-        """[in, B] to [out, B]."""
+        """Map [in, B] to [out, B]."""
         y = self.weight @ x
         if self.bias is not None:
             y += self.bias[:, None]
@@ -63,7 +65,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class LlamaLayer:
-    """The parts of a transformer layer; norms are vectors, and None where there is none."""
+    """Hold the weights of one transformer layer; `q_norm` and `k_norm` are None in models without them."""
 
     before_attention: Tensor
     q: Linear
@@ -79,7 +81,7 @@ class LlamaLayer:
 
 
 class LlamaForward:
-    """A model's layers, made anew for every pass: it refers to the weights of that moment."""
+    """Run a model's layers. Make a new one for every pass: it refers to the weights as they are when it is made."""
 
     def __init__(self, model: nn.Module) -> None:
         self.body: Any = model.model
@@ -91,15 +93,16 @@ class LlamaForward:
         self.size = self.layers[0].k.weight.shape[0] // self.groups  # D
 
     def hidden(self, ids: Tensor, layer_caches: list[KeysValues] | None = None) -> Tensor:
-        """Last hidden states [B, L, H] of tokens [B, L] that stand at positions 0 to L - 1, padded on the right.
+        """Return the last hidden states [B, L, H] of tokens [B, L] at positions 0 to L - 1, padded on the right.
 
-        keep: gets every layer's keys and values.
+        Args:
+            keep: a list to which every layer's keys and values are appended.
         """
         batch, length = ids.shape
         x = self.body.embed_tokens.weight[ids]
         angles = self._angles(x, torch.arange(length, device=ids.device))
         cos, sin = (t[:, None] for t in angles)  # [L, 1, D / 2]
-        # On CUDA torch has kernels for grouped heads in half precision only, by its documentation.
+        # According to its documentation, torch has CUDA kernels for grouped heads in half precision only.
         repeated = self.heads // self.groups if slow_groups(x) else 0
         for layer in self.layers:
             y = rms_norm(x, x.shape[-1:], layer.before_attention, self.eps)
@@ -121,17 +124,15 @@ class LlamaForward:
         return rms_norm(x, x.shape[-1:], self.body.norm.weight, self.eps)
 
     def step(
-        self, tokens: Tensor, positions: Tensor, buffers: list[KeysValues], end: int | Tensor, mask: Tensor | None
+        self, tokens: Tensor, positions: Tensor, buffers: list[KeysValues], end: int, mask: Tensor | None
     ) -> Tensor:
-        """Last hidden states [H, columns_for(B)] of one token [B] more for each sequence, at `positions` [B].
+        """Return the last hidden states [H, columns_for(B)] of one new token [B] per sequence, at `positions` [B].
 
-        The columns past B mean nothing, and no product mixes columns: the caller drops them.
+        The columns past B are filling, which the caller drops; no product mixes columns.
 
         Args:
-            room: of every layer; the new keys and values are written at `end`.
-            end: a tensor [1] where no shape may depend on it; then attention is over the whole room.
-            mask: [B, 1, 1, end + 1], or as long as the whole room, added to the attention scores; None where all that
-                is cached counts.
+            room: the cache of every layer; the new keys and values are written at column `end`.
+            mask: [B, 1, 1, end + 1], added to the attention scores; None if every cached token is attended to.
         """
         rows, columns = len(tokens), columns_for(len(tokens))
         spare = (0, columns - rows)
@@ -144,14 +145,10 @@ class LlamaForward:
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = self._normed(q, layer.q_norm), self._normed(k, layer.k_norm)
             k, v = (t[..., :rows].permute(2, 0, 1) for t in (_rotated(k, cos, sin, -2), v))
-            if isinstance(end, Tensor):
-                keys.index_copy_(2, end, k[:, :, None])
-                values.index_copy_(2, end, v[:, :, None])
-            else:
-                keys[:, :, end], values[:, :, end] = k, v
-                keys, values = keys[:, :, : end + 1], values[:, :, : end + 1]
+            keys[:, :, end], values[:, :, end] = k, v
+            keys, values = keys[:, :, : end + 1], values[:, :, : end + 1]
             q = _rotated(q, cos, sin, -2)[..., :rows].unflatten(0, (self.groups, -1)).permute(3, 0, 1, 2)
-            # All query heads of a group in one product, [B, N, G, D] with [B, N, D, T]: keys are not repeated.
+            # One product takes all query heads of a group, [B, N, G, D] with [B, N, D, T]: keys are not repeated.
             scores = (q * self.size**-0.5) @ keys.transpose(2, 3)
             if mask is not None:
                 scores += mask
@@ -163,28 +160,31 @@ class LlamaForward:
         return self._normed(x, self.body.norm.weight)
 
     def _angles(self, x: Tensor, positions: Tensor) -> list[Tensor]:
-        """Cosines and sines [positions, D / 2] of the rotary embedding; its second half repeats the first."""
+        """Return cosines and sines [positions, D / 2] of the rotary embedding, whose second half repeats the first."""
         return [t[0, :, : self.size // 2] for t in self.body.rotary_emb(x, positions[None])]
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Root-mean-square norm over the last dimension but one, in float32 as transformers takes it."""
+        """Return x [.., features, columns] with its features normalised by their root mean square.
+
+        The norm is computed in float32, as transformers computes it.
+        """
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-2, keepdim=True) + self.eps)
         return (wide * scale).to(x.dtype) * weight[:, None]
 
 
 def columns_for(rows: int) -> int:
-    """Columns for so many rows: products are slow at widths that are no multiple of 8, and below 16 except for 1."""
+    """Return the number of columns for so many rows: 1, or a multiple of 8 from 16 on; other widths are slow."""
     return 1 if rows == 1 else max(16, -(-rows // 8) * 8)
 
 
 def slow_groups(x: Tensor) -> bool:
-    """Whether attention by groups of heads would fall to torch's slow kernel, which holds every score."""
+    """Return whether torch would compute grouped-head attention by its slow kernel, which keeps every score."""
     return x.device.type == "cuda" and x.dtype == torch.float32
 
 
 def llama_forward_for(model: nn.Module) -> LlamaForward | None:
-    """The passes for a model, or None for one that they do not cover: its own forward serves then."""
+    """Return these passes for a model, or None for a model that they do not cover and that needs its own forward."""
     config, peft = model.config, peft_of(model)
     covered = (
         type(model).__name__ in COVERED
@@ -194,7 +194,7 @@ def llama_forward_for(model: nn.Module) -> LlamaForward | None:
         and not _slides(config)
         and config.rope_parameters["rope_type"] in ROTARY
         and config._attn_implementation == "sdpa"
-        and not any(is_partitioned(p) and p.numel() == 0 for p in model.parameters())  # layers gathered one by one
+        and not any(is_partitioned(p) and p.numel() == 0 for p in model.parameters())  # layers are gathered one by one
         and (peft is None or peft.method in PEFT)
         and all(_known(module) for module in model.modules())
     )
@@ -202,15 +202,18 @@ def llama_forward_for(model: nn.Module) -> LlamaForward | None:
 
 
 def _slides(config: Any) -> bool:
-    """Whether some layer attends to the last tokens only."""
+    """Return whether some layer attends to the last tokens only."""
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return bool(window) or any(kind != "full_attention" for kind in kinds)
 
 
 def _known(module: nn.Module) -> bool:
-    """Whether a module computes what its class says: no hooks on it, no adapter but a plain LoRA one, and no linear map
-    that is more than its weight, as those of quantised models are."""
+    """Return whether a module computes what its class says.
+
+    It does not if it has hooks, an adapter other than a plain LoRA one, or a linear map that is more than its weight,
+    as in quantised models.
+    """
     if module._forward_hooks or module._forward_pre_hooks:
         return False
     inner = getattr(module, "base_layer", None)
@@ -247,7 +250,7 @@ def _linear(module: Any) -> Linear:
 
 
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor, dim: int) -> Tensor:
-    """Rotary positions on heads whose D numbers lie along `dim`."""
+    """Return heads rotated by their positions; `dim` is the dimension of size D."""
     first, second = heads.chunk(2, dim)
     out = torch.empty_like(heads)
     one, two = out.chunk(2, dim)

@@ -1,11 +1,11 @@
 """Log-probabilities behind the LM head, one slice of the vocabulary at a time, forward and backward.
 
-Neither the logits [N, V] nor their softmax ever exist: the forward pass keeps a running log-sum-exp (Milakov and
-Gimelshein 2018, arXiv 1805.02867), and the backward pass makes each slice's logits again. Written as one autograd
-function, for autograd would keep every slice.
+Neither the logits [N, V] nor their softmax ever exist whole: the forward pass keeps a running log-sum-exp (Milakov and
+Gimelshein 2018, arXiv 1805.02867), and the backward pass computes each slice's logits again. It is one autograd
+function, because autograd would keep every slice.
 
 On two cores with V = 49152 and 384 positions, a forward without gradients takes half the time of log_softmax over whole
-logits, one with backward the same, a fourth matrix product included; 300 MB less are held.
+logits. With backward it takes the same time, although it has a fourth matrix product. It saves 300 MB.
 
 Shapes: N positions, H hidden size, V vocabulary.
 """
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-LOGITS = 1 << 21  # at a time: 8 MB in float32, which a processor's cache holds
-LOGITS_ON_GPU = 1 << 26  # 256 MB: there, calls are what costs
-NARROWEST = 1024  # columns of a slice, below which its matrix product becomes slow
-HEAD_CHUNK = 512  # positions for which a head is called: 100 MB of logits at V = 49152 in float32
+LOGITS = 1 << 21  # logits of a slice: 8 MB in float32, which fits in a processor's cache
+LOGITS_ON_GPU = 1 << 26  # the same on a GPU, 256 MB: the number of calls costs most there
+NARROWEST = 1024  # fewest columns of a slice; a narrower matrix product is slow
+HEAD_CHUNK = 512  # most positions in one call of a head: 100 MB of logits at V = 49152 in float32
 
 
 def _slices(vocabulary: int, hidden: Tensor) -> Iterator[slice]:
@@ -32,20 +32,21 @@ def _slices(vocabulary: int, hidden: Tensor) -> Iterator[slice]:
 
 
 def _within(part: slice, width: int, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each target lies in a slice [N, 1], clamped into it, and whether it does [N]."""
+    """Return the column of each target in a slice [N, 1], clamped into it, and whether the target is in it [N]."""
     place = targets - part.start
     return place.clamp(0, width - 1)[:, None], (place >= 0) & (place < width)
 
 
 class VocabularyLogprobs(torch.autograd.Function):
-    """See `vocabulary_logprobs`."""
+    """Compute `vocabulary_logprobs`."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
         wide = {"device": hidden.device, "dtype": torch.float32}
-        # Over the slices so far: the largest logit, sums of p = exp(z - largest) and p (z - largest), the target's z.
+        # Over the slices so far, per position: the largest logit; the sums of p = exp(z - largest) and of
+        # p (z - largest); and the logit z of the target.
         largest = torch.full((len(hidden),), torch.finfo(torch.float32).min, **wide)
         total, weighted, chosen = (torch.zeros(len(hidden), **wide) for _ in range(3))
         for part in _slices(len(weight), hidden):
@@ -88,7 +89,7 @@ class VocabularyLogprobs(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, part: slice, temperature: float) -> Tensor:
-    """[N, slice] in float32, rounded as the head of a half-precision model rounds them; a tensor of its own."""
+    """Return new logits [N, slice] in float32, rounded as the head of a half-precision model rounds them."""
     z = linear(hidden, weight[part], None if bias is None else bias[part]).float()
     return z if temperature == 1 else z.div_(temperature)
 
@@ -96,13 +97,13 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, part: slice, te
 def vocabulary_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [N] of `targets` [N] under softmax((hidden W^T + b) / temperature), and entropies [N], in nats.
+    """Return log-probabilities [N] of `targets` [N] under softmax((hidden W^T + b) / temperature), and entropies [N].
 
-    Both are float32; the entropies carry no gradient.
+    Both are float32 and in nats; the entropies carry no gradient.
 
     Args:
         hidden: [N, H].
-        weight: W [V, H], of the type of `hidden`.
+        weight: W [V, H], in the dtype of `hidden`.
         bias: b [V] or None.
     """
     return VocabularyLogprobs.apply(hidden, weight, bias, targets, temperature)
@@ -115,18 +116,21 @@ def _head_chunk(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: f
 
 
 def head_chunks(tokens: int) -> int:
-    """In how many pieces the LM head takes that many positions."""
+    """Return the number of pieces in which the LM head takes that many positions."""
     return max(1, -(-tokens // HEAD_CHUNK))
 
 
 def head_logprobs(
     head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, pieces: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [N] of `targets` [N] given hidden states [N, H], and the entropies [N] (no gradient), in nats.
+    """Return log-probabilities [N] of `targets` [N] given hidden states [N, H], and entropies [N], in nats.
 
-    A head that lies here whole is taken by slices of the vocabulary. One that is more than its weight, or whose weight
-    is gathered when it is called, is called on `pieces` of the positions (as many as needed when 0); with gradients
-    each is recomputed in the backward pass instead of kept.
+    The entropies carry no gradient. A plain head whose whole weight is on this process is taken by slices of the
+    vocabulary. A head that is more than its weight, or whose weight is gathered when it is called, is called on one
+    piece of the positions after another; with gradients each piece is recomputed in the backward pass instead of kept.
+
+    Args:
+        pieces: the number of pieces; 0 means as many as needed.
     """
     if not pieces and type(head) is nn.Linear and head.weight.numel():
         return vocabulary_logprobs(hidden, head.weight, head.bias, targets, temperature)

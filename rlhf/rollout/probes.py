@@ -1,6 +1,6 @@
 """Probe texts with their scores, stored beside a reward model and checked whenever it is loaded.
 
-A reward or value head that is lost on the way (a known defect of many systems) changes these scores, so a run stops
+If a reward or value head is lost on the way (a known defect of many systems), these scores change, and the run stops
 before PPO instead of optimising noise.
 """
 
@@ -19,7 +19,7 @@ from rlhf.rollout.scoring import scores
 from rlhf.system.distributed import is_main_process
 
 FILE = "probes.json"
-TOLERANCE = 0.02  # normalised score; float32 reloads agree to 1e-5, bfloat16 kernels to a few thousandths
+TOLERANCE = 0.02  # of a normalised score; float32 reloads agree to 1e-5, bfloat16 kernels to a few thousandths
 
 
 def write_probes(model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], folder: Path) -> None:
@@ -39,10 +39,10 @@ def write_probes(model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Se
 
 
 def check_probes(model: nn.Module, folder: Path) -> None:
-    """Score the stored probes again.
+    """Score the stored probes again and compare.
 
     Raises:
-        UserError: when there are none, or a score differs from the stored one.
+        UserError: if there are none, or a score differs from the stored one by more than TOLERANCE.
     """
     path = folder / FILE
     if not path.exists():

@@ -1,7 +1,8 @@
-"""Log-probabilities of a rollout by the pass that trains, and how far the sampler's own lie from those.
+"""Log-probabilities of a rollout by the pass that trains, and their gap to the sampler's own.
 
-The native loop's are the training pass's in float32. In bfloat16, and with vLLM in any type, other kernels sampled: the
-ratio of the first minibatch must be 1 by the training pass, and a KL must not count another kernel's rounding.
+In float32 the native loop's are those of the training pass. In bfloat16, and with vLLM in any dtype, other kernels
+sampled. They are then computed again, because the ratio of the first minibatch must be 1 by the training pass, and a KL
+must not count another kernel's rounding.
 """
 
 from __future__ import annotations
@@ -14,27 +15,27 @@ from rlhf.errors import UserError
 from rlhf.rollout.sampling import Rollout
 from rlhf.rollout.scoring import token_logprobs
 
-# Nats per token, on average, from vLLM. One model computed in two ways is 1e-6 apart in float32 and about 0.01 in
-# bfloat16; another model, or another temperature, is a multiple of this.
+# Largest mean gap to vLLM, in nats per token. One model computed in two ways differs by 1e-6 in float32 and by about
+# 0.01 in bfloat16; another model, or another temperature, differs by a multiple of this limit.
 GAP_LIMIT = 0.1
 
 
 def rescore(recipe: Recipe, rollout: Rollout, policy: nn.Module, temperature: float) -> float | None:
-    """Put the training pass's log-probabilities into a rollout of `ppo.rollout`, where they are not there already.
+    """Replace the log-probabilities of a rollout by those of the training pass, unless they are the same.
 
     All processes must call.
 
     Returns:
-        The mean absolute gap between the two, None where one pass is both.
+        The mean absolute gap between the two in nats per token, or None if the sampler's are kept.
 
     Raises:
-        UserError: when vLLM's are further than GAP_LIMIT from the policy's: then something else sampled.
+        UserError: if the gap to vLLM's is above GAP_LIMIT, because other weights must have sampled then.
     """
     if recipe.model.dtype == "float32" and recipe.ppo.rollout != "vllm":
         return None
     rows = [row.cpu() for row in token_logprobs(policy, rollout.pairs(), temperature, recipe.ppo.score_tokens)]
     gap = float((torch.cat(rows) - torch.cat([rollout.logprobs[i, : len(r)] for i, r in enumerate(rows)])).abs().mean())
-    if recipe.ppo.rollout == "vllm" and not gap <= GAP_LIMIT:  # nor where it is no number
+    if recipe.ppo.rollout == "vllm" and not gap <= GAP_LIMIT:  # so written that nan fails too
         raise UserError(
             f"vLLM's log-probabilities are {gap:.2g} nats per token from the policy's own",
             where="ppo.rollout",

@@ -1,10 +1,10 @@
 """Sampling responses: one interface, three engines.
 
-`native` is our decode loop: the prompts are prefilled once, every row draws with its own seed by inverse CDF, rows
-leave the batch when they finish, and only the sampled token's log-probability is kept. `generate` is transformers'
-generate, for models that the loop does not cover. `vllm` is in rlhf/rollout/vllm_engine.py. All sample from the plain
-softmax at the given temperature: no top-k, no top-p, no minimum length, so that the policy's own log-probabilities are
-those of the sampling distribution.
+`native` is our decode loop: it prefills the prompts once, every row draws with its own seed by inverse CDF, rows leave
+the batch when they finish, and only the sampled token's log-probability is kept. `generate` is transformers' generate,
+for models that the loop does not cover. `vllm` is a server (rlhf/rollout/vllm_engine.py). All sample from the plain
+softmax at the given temperature, without top-k, top-p or a minimum length, so that the policy's own log-probabilities
+are those of the sampling distribution.
 
 Shapes: B rows, P the longest prompt, R the longest response that was sampled.
 """
@@ -14,45 +14,31 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.config import LaunchSection
+from rlhf.config import RolloutEngine
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_uniforms
 from rlhf.models.peft.merging import why_not_mergeable
 from rlhf.models.peft.methods import peft_of
-from rlhf.models.placement import materialized
 from rlhf.rollout.decoding import LlamaDecoding, ModelDecoding, pad
 from rlhf.rollout.llama_forward import llama_forward_for
-from rlhf.rollout.scoring import token_logprobs
-from rlhf.system.distributed import gather_shards, processes, shard
+from rlhf.rollout.sampling_params import Response, SamplingParams
+from rlhf.rollout.scoring import evaluating, gather_in_order, token_logprobs
+from rlhf.rollout.vllm_engine import sample_vllm
+from rlhf.system.distributed import processes, shard
 from rlhf.system.phases import heartbeat
 from rlhf.system.quiet import note
 
-SamplingEngine = Literal["native", "generate", "vllm"]
-_reported: set[str] = set()
-CDF_BLOCK = 256  # tokens summed at once: a cumulative sum over the whole vocabulary is ten times as slow
-
-
-def decoding_for(policy: PreTrainedModel, max_new_tokens: int, graphs: bool = False) -> LlamaDecoding | ModelDecoding:
-    """The fastest way that covers the policy; with `graphs` its steps all have one shape, where that can be had."""
-    inference = llama_forward_for(policy)
-    if inference is None:
-        return ModelDecoding(policy)
-    if graphs:
-        from rlhf.rollout.cuda_graphs import GraphDecoding
-
-        return GraphDecoding(inference, max_new_tokens, policy.device)
-    return LlamaDecoding(inference, max_new_tokens, policy.device)
+_reported: set[str] = set()  # reasons for the native engine that have been shown
 
 
 @dataclass
 class Rollout:
-    """Prompts and what the policy answered; all tensors are on the CPU."""
+    """Hold prompts and the responses that the policy gave; all tensors are on the CPU."""
 
     prompt_ids: Tensor  # [B, P] int64, left-padded
     prompt_lengths: Tensor  # [B] int64
@@ -65,27 +51,30 @@ class Rollout:
         return len(self.lengths)
 
     def prompt(self, i: int) -> list[int]:
-        """Token ids of prompt i, without padding."""
+        """Return the token ids of prompt i, without padding."""
         return self.prompt_ids[i, self.prompt_ids.shape[1] - int(self.prompt_lengths[i]) :].tolist()
 
     def response(self, i: int) -> list[int]:
-        """Token ids of response i including its EOS when it has one."""
+        """Return the token ids of response i, including its EOS if it has one."""
         return self.response_ids[i, : int(self.lengths[i])].tolist()
 
     def pairs(self) -> list[tuple[list[int], list[int]]]:
-        """(prompt ids, response ids) of every row, as the scorer takes them."""
+        """Return (prompt ids, response ids) of every row, as the scorer takes them."""
         return [(self.prompt(i), self.response(i)) for i in range(len(self))]
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """The responses as text, special tokens left out."""
+        """Return the responses as text, without special tokens."""
         return [tokenizer.decode(self.response(i), skip_special_tokens=True) for i in range(len(self))]
 
 
-def sample_token(logits: Tensor, uniforms: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """One token per row from softmax(logits [B, V] / temperature), and its log-probability [B] there, in nats.
+CDF_BLOCK = 256  # tokens summed at once: a cumulative sum over the whole vocabulary is ten times as slow
 
-    By inverse CDF: the first token whose cumulative probability passes u [B] (float64), found by block of the
-    vocabulary and then within it. Without `uniforms` the likeliest token.
+
+def sample_token(logits: Tensor, uniforms: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Sample a token per row from softmax(logits [B, V] / temperature); return both tokens and log-probabilities, [B].
+
+    By inverse CDF, the token is the first whose cumulative probability passes u [B] (float64). It is found by block of
+    the vocabulary and then within the block. Without `uniforms` the likeliest token is taken.
     """
     top = logits.amax(-1, keepdim=True).float()
     # In place on one copy: at a vocabulary of 50,000 every tensor of this size costs as much as the exponential.
@@ -108,92 +97,56 @@ def sample_token(logits: Tensor, uniforms: Tensor | None, temperature: float = 1
 
 
 def _searchsorted_clamped(cumulative: Tensor, target: Tensor) -> Tensor:
-    """Index [B, 1] of the first entry above target [B, 1], and no later than the last that adds anything.
+    """Return the index [B, 1] of the first entry above target [B, 1], but at most the last entry that adds anything.
 
-    Rounding may leave a target at the very sum, and behind it lie only entries that can never be drawn.
+    Rounding may leave a target equal to the whole sum, and the entries after it can never be sampled.
     """
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
     return torch.minimum(torch.searchsorted(cumulative, target, right=True), last)
+
+
+Decode = Callable[[list[Sequence[int]], list[int]], list[Response]]  # of one batch: prompts and seeds to responses
 
 
 def sample(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
     *,
-    max_new_tokens: int,
-    temperature: float,
     seeds: Sequence[int],
-    stop_ids: Sequence[int],
-    engine: SamplingEngine = "native",
-    batch_size: int = 64,
     advance: Callable[[int], None] | None = None,
-    launch: LaunchSection | None = None,
 ) -> Rollout:
     """Sample one response for each prompt (token ids); repeat a prompt to sample it several times.
 
-    Several processes share the prompts out; all of them must call, and get all rows.
+    Several processes share the prompts out. All of them must call, and all get every row.
 
     Args:
-        temperature: above 0; 0 is greedy decoding (then log-probabilities are at temperature 1).
-        seeds: one per row (`row_seed`); a native row's draw depends on its seed, not on its batch mates.
-        stop_ids: tokens that end a response and belong to it.
+        seeds: one per row (`row_seed`). A row of the native engine depends on its seed, not on its batch mates.
         advance: called with the number of responses finished, for progress.
-        launch: says where vLLM is, for that engine, and whether native steps are replayed from CUDA graphs.
 
     Returns:
-        Rows in the order of `prompts`.
+        A rollout whose rows are in the order of `prompts`.
+
+    Raises:
+        UserError: if the policy's logits are not finite, or the vLLM server does not do what it is asked.
     """
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
-    where = launch or LaunchSection()
-    engine = engine_for(policy, engine)
+    pad_id, engine = int(tokenizer.pad_token_id), engine_for(policy, params.engine)
     if engine == "vllm":
-        from rlhf.rollout.vllm_engine import sample_vllm
-
-        how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
-        answers = sample_vllm(
-            policy, tokenizer, prompts, seeds=seeds, stop_ids=stop_ids, launch=where, advance=advance, **how
-        )
-        return pad_rollout(prompts, answers, int(tokenizer.pad_token_id), set(stop_ids))
-    decode = {"native": _native(where), "generate": _decode_generate}[engine]
-    rows: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
-    # Prompts of like length share a batch, so that little is spent on padding.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    training = policy.training
-    policy.eval()
-
-    def decode_rows(mine: list[int]) -> list[tuple[list[int], list[float]]]:
-        out = []
-        for first in range(0, len(mine), batch_size):
-            chosen = mine[first : first + batch_size]
-            out += decode(
-                policy,
-                [list(prompts[i]) for i in chosen],
-                int(tokenizer.pad_token_id),
-                max_new_tokens,
-                temperature,
-                [seeds[i] for i in chosen],
-                list(stop_ids),
-            )
-            if advance:
-                advance(len(chosen) * processes())
-        return out
-
-    try:
-        with torch.no_grad(), materialized(policy):
-            mine = decode_rows(shard(order))
-    finally:
-        policy.train(training)
-    for i, row in zip(order, gather_shards(mine), strict=True):
-        rows[i] = row
-    return pad_rollout(prompts, rows, int(tokenizer.pad_token_id), set(stop_ids))
+        responses = sample_vllm(policy, tokenizer, prompts, params, seeds, advance)
+    else:
+        engines = {"native": _decode_native, "generate": _decode_generate}
+        decode = partial(engines[engine], policy, params, pad_id)
+        responses = _decode_sharded(policy, decode, prompts, seeds, params.batch_size, advance)
+    return pad_rollout(prompts, responses, pad_id, set(params.stop_ids))
 
 
-def engine_for(policy: PreTrainedModel, engine: SamplingEngine) -> SamplingEngine:
-    """The engine asked for, or native where that one cannot run the policy's method; the first time it says so.
+def engine_for(policy: PreTrainedModel, engine: RolloutEngine) -> RolloutEngine:
+    """Return the engine that was asked for, or native if it cannot run the policy's method; say so the first time.
 
-    vLLM is given plain weights; what cannot be merged into them runs here alone.
+    vLLM takes plain weights. A policy whose adapter cannot be merged into them is sampled by the native engine.
     """
     peft = peft_of(policy)
     if engine != "vllm" or peft is None or not (reason := why_not_mergeable(peft)):
@@ -204,100 +157,127 @@ def engine_for(policy: PreTrainedModel, engine: SamplingEngine) -> SamplingEngin
     return "native"
 
 
-def _native(launch: LaunchSection) -> Callable[..., list[tuple[list[int], list[float]]]]:
-    return partial(_decode_native, graphs=launch.cuda_graphs)
+def _decode_sharded(
+    policy: PreTrainedModel,
+    decode: Decode,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    batch_size: int,
+    advance: Callable[[int], None] | None,
+) -> list[Response]:
+    """Decode this process's shard of the prompts in batches, and return the responses to all prompts in their order."""
+    # Prompts of like length share a batch, so that little is spent on padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    mine = shard(order)
+    decoded: list[Response] = []
+    with evaluating(policy):
+        for first in range(0, len(mine), batch_size):
+            batch = mine[first : first + batch_size]
+            decoded += decode([prompts[i] for i in batch], [seeds[i] for i in batch])
+            if advance:
+                advance(len(batch) * processes())
+    return gather_in_order(order, decoded)
+
+
+def decoding_for(policy: PreTrainedModel, max_new_tokens: int) -> LlamaDecoding | ModelDecoding:
+    """Return the fastest way of decoding that covers the policy."""
+    inference = llama_forward_for(policy)
+    if inference is None:
+        return ModelDecoding(policy)
+    return LlamaDecoding(inference, max_new_tokens, policy.device)
 
 
 def _decode_native(
-    policy: PreTrainedModel,
-    prompts: list[list[int]],
-    pad_id: int,
-    max_new_tokens: int,
-    temperature: float,
-    seeds: list[int],
-    stop_ids: list[int],
-    graphs: bool,
-) -> list[tuple[list[int], list[float]]]:
-    """The decode loop; returns (token ids, log-probabilities) of each row."""
-    device = policy.device
+    policy: PreTrainedModel, params: SamplingParams, pad_id: int, prompts: list[Sequence[int]], seeds: list[int]
+) -> list[Response]:
+    """Sample one batch by our decode loop."""
     # A prompt that is sampled several times is prefilled once.
     distinct = list(dict.fromkeys(map(tuple, prompts)))
-    place = {prompt: i for i, prompt in enumerate(distinct)}
-    prompt_of_row = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)
-    uniforms = row_uniforms(seeds, max_new_tokens).to(device)
-    stops = torch.tensor(stop_ids, device=device)
-    out: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
-    alive = torch.arange(len(prompts), device=device)
-    decoding = decoding_for(policy, max_new_tokens, graphs)
+    index = {prompt: i for i, prompt in enumerate(distinct)}
+    prompt_of_row = torch.tensor([index[tuple(prompt)] for prompt in prompts], device=policy.device)
+    uniforms = row_uniforms(seeds, params.max_new_tokens).to(policy.device)
+    stops = torch.tensor(list(params.stop_ids), device=policy.device)
+    responses: list[Response] = [([], []) for _ in prompts]
+    alive = torch.arange(len(prompts), device=policy.device)  # the row of `prompts` that each row of the batch is
+    decoding = decoding_for(policy, params.max_new_tokens)
     logits = decoding.prefill([list(prompt) for prompt in distinct], prompt_of_row, pad_id)
-    for step in range(max_new_tokens):
-        if not bool(torch.isfinite(logits.amax(-1)).all()):
-            raise UserError(
-                "the policy's logits are not finite: there is nothing to sample from",
-                fix="it has diverged: go back to an earlier checkpoint with a lower learning rate, or use float32",
-            )
-        if temperature > 0:
-            tokens, logprobs = sample_token(logits, uniforms[alive, step], temperature)
+    for step in range(params.max_new_tokens):
+        _check_finite(logits)
+        if params.temperature > 0:
+            tokens, logprobs = sample_token(logits, uniforms[alive, step], params.temperature)
         else:
             tokens, logprobs = sample_token(logits, None)
         for row, token, logprob in zip(alive.tolist(), tokens.tolist(), logprobs.tolist(), strict=True):
-            out[row][0].append(token)
-            out[row][1].append(logprob)
+            responses[row][0].append(token)
+            responses[row][1].append(logprob)
         heartbeat()
         unfinished = ~torch.isin(tokens, stops)
-        if step + 1 == max_new_tokens or not bool(unfinished.any()):
+        if step + 1 == params.max_new_tokens or not bool(unfinished.any()):
             break
         if not bool(unfinished.all()):
             # A finished row costs as much as a live one: take it out of the batch and of the cache.
-            places = decoding.drop_finished(unfinished.tolist())
-            alive, tokens = alive[places], tokens[places]
+            kept = decoding.drop_finished(unfinished.tolist())
+            alive, tokens = alive[kept], tokens[kept]
         logits = decoding.step(tokens)
-    return out
+    return responses
+
+
+def _check_finite(logits: Tensor) -> None:
+    if not bool(torch.isfinite(logits.amax(-1)).all()):
+        raise UserError(
+            "the policy's logits are not finite: there is nothing to sample from",
+            fix="it has diverged: go back to an earlier checkpoint with a lower learning rate, or use float32",
+        )
 
 
 def _decode_generate(
-    policy: PreTrainedModel,
-    prompts: list[list[int]],
-    pad_id: int,
-    max_new_tokens: int,
-    temperature: float,
-    seeds: list[int],
-    stop_ids: list[int],
-) -> list[tuple[list[int], list[float]]]:
-    """transformers' generate; log-probabilities come from a second, full forward. Seeded by the batch's first row."""
+    policy: PreTrainedModel, params: SamplingParams, pad_id: int, prompts: list[Sequence[int]], seeds: list[int]
+) -> list[Response]:
+    """Sample one batch by transformers' generate, seeded by the batch's first row.
+
+    The log-probabilities come from a second, full forward pass.
+    """
+    responses = _generate(policy, params, pad_id, prompts, seeds[0])
+    pairs = list(zip(prompts, responses, strict=True))
+    logprobs = token_logprobs(policy, pairs, params.temperature or 1.0, alone=True)
+    return [(response, row.tolist()) for response, row in zip(responses, logprobs, strict=True)]
+
+
+def _generate(
+    policy: PreTrainedModel, params: SamplingParams, pad_id: int, prompts: list[Sequence[int]], seed: int
+) -> list[list[int]]:
+    """Return the sampled ids of each prompt, up to the first token that ends a response."""
     ids, mask = (t.to(policy.device) for t in pad(prompts, pad_id, left=True))
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
-    # The caller's random streams stay as they were.
+    how = {"do_sample": True, "temperature": params.temperature, "top_k": 0, "top_p": 1.0}
+    # The caller's random streams must not move.
     with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []):
-        torch.manual_seed(seeds[0] % 2**63)
+        torch.manual_seed(seed % 2**63)
         full = policy.generate(
             ids,
             attention_mask=mask.long(),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=params.max_new_tokens,
             pad_token_id=pad_id,
-            eos_token_id=stop_ids,
-            **how,
+            eos_token_id=list(params.stop_ids),
+            **(how if params.temperature > 0 else {}),
         )
     responses = []
     for row in full[:, ids.shape[1] :].tolist():
-        end = next((t for t, token in enumerate(row) if token in stop_ids), len(row) - 1)
+        end = next((t for t, token in enumerate(row) if token in params.stop_ids), len(row) - 1)
         responses.append(row[: end + 1])
-    pairs = list(zip(prompts, responses, strict=True))
-    logprobs = token_logprobs(policy, pairs, temperature or 1.0, alone=True)
-    return [(response, lp.tolist()) for response, lp in zip(responses, logprobs, strict=True)]
+    return responses
 
 
 def pad_rollout(
-    prompts: Sequence[Sequence[int]], rows: list[tuple[list[int], list[float]]], pad_id: int, stops: set[int]
+    prompts: Sequence[Sequence[int]], responses: Sequence[Response], pad_id: int, stops: set[int]
 ) -> Rollout:
-    """A rollout of prompts and the (token ids, log-probabilities) that answer them; `stops` end a finished one."""
+    """Return the rollout of prompts and their responses; one that ends with a token of `stops` is finished."""
     prompt_ids, _ = pad(prompts, pad_id, left=True)
-    width = max(len(ids) for ids, _ in rows)
+    width = max(len(ids) for ids, _ in responses)
     return Rollout(
         prompt_ids=prompt_ids,
         prompt_lengths=torch.tensor([len(p) for p in prompts]),
-        response_ids=torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in rows]),
-        lengths=torch.tensor([len(ids) for ids, _ in rows]),
-        finished=torch.tensor([ids[-1] in stops for ids, _ in rows]),
-        logprobs=torch.tensor([lps + [0.0] * (width - len(lps)) for _, lps in rows], dtype=torch.float32),
+        response_ids=torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in responses]),
+        lengths=torch.tensor([len(ids) for ids, _ in responses]),
+        finished=torch.tensor([ids[-1] in stops for ids, _ in responses]),
+        logprobs=torch.tensor([lps + [0.0] * (width - len(lps)) for _, lps in responses], dtype=torch.float32),
     )

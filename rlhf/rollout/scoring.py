@@ -1,15 +1,17 @@
 """Log-probabilities, values and rewards of given responses, by one code path for every stage.
 
-A batch of (prompt ids, response ids) pairs becomes one padded tensor with explicit positions. Hidden states are taken
-at the positions that matter first; only those go through a head (rlhf/rollout/lm_head.py), so that no
-[batch, length, vocabulary] tensor exists. Batches are cut by token count after sorting by length.
+A batch of (prompt ids, response ids) pairs becomes one padded tensor with explicit positions. Only the hidden states of
+the positions that are asked for go through a head (rlhf/rollout/lm_head.py), so that no [batch, length, vocabulary]
+tensor exists. Pairs are sorted by length and split into batches by token count.
 
 Shapes: B rows of L tokens, N response tokens in all, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +24,20 @@ from rlhf.rollout.lm_head import head_logprobs
 from rlhf.system.distributed import gather_shards, processes, shard
 from rlhf.system.phases import heartbeat
 
+T = TypeVar("T")
+
 
 def hidden_states(model: nn.Module, batch: SequenceBatch) -> Tensor:
-    """Last hidden states [B, L, H] of the backbone, without any head."""
-    # In bfloat16 another order of operations rounds otherwise, and the ratio must be 1 by the pass that trains.
-    ours = not torch.is_grad_enabled() and model.dtype == torch.float32 and batch.attention_mask is None
+    """Return the last hidden states [B, L, H] of the backbone, without any head."""
+    # Only in float32: in bfloat16 another order of operations rounds otherwise, and the first ratio must be 1 by the
+    # pass that trains.
+    ours = not torch.is_grad_enabled() and model.dtype == torch.float32
     if ours and (inference := llama_forward_for(model)):
         return inference.hidden(batch.input_ids)
     backbone = getattr(model, model.base_model_prefix)
-    mask = batch.attention_mask
-    if mask is None and slow_groups(next(model.parameters())):
-        # Given a mask, transformers repeats keys and values itself, and torch takes a kernel that holds no scores.
+    mask = None
+    if slow_groups(next(model.parameters())):
+        # With a mask, transformers repeats keys and values itself, and torch takes a kernel that keeps no scores.
         mask = torch.arange(batch.input_ids.shape[1], device=model.device)[None] <= batch.last[:, None]
     return backbone(
         input_ids=batch.input_ids,
@@ -45,28 +50,49 @@ def hidden_states(model: nn.Module, batch: SequenceBatch) -> Tensor:
 def response_logprobs(
     policy: nn.Module, batch: SequenceBatch, temperature: float, pieces: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [N] of the response tokens and the entropies [N] of the distributions they came from."""
+    """Return log-probabilities [N] of the response tokens, and the entropies [N] of their distributions, in nats."""
     hidden = hidden_states(policy, batch)[batch.rows, batch.before]
     return head_logprobs(policy.get_output_embeddings(), hidden, batch.targets, temperature, pieces)
 
 
 def normalise_scores(model: nn.Module, raw: Tensor) -> Tensor:
-    """(raw score - reward_mean) / reward_std, both kept in the model's config since the head has no bias."""
+    """Return (raw score - reward_mean) / reward_std; both are in the model's config, since the head has no bias."""
     config = model.config
     return (raw.float() - config.reward_mean) / config.reward_std
 
 
 def response_values(value_model: nn.Module, batch: SequenceBatch) -> Tensor:
-    """Values [N] of the states in which each response token was chosen, on the scale of normalised scores."""
+    """Return values [N] of the states in which each response token was chosen, on the scale of normalised scores."""
     hidden = hidden_states(value_model, batch)[batch.rows, batch.before]
     return normalise_scores(value_model, value_model.score(hidden).squeeze(-1))
 
 
 def raw_scores(reward_model: nn.Module, batch: SequenceBatch) -> Tensor:
-    """Scores [B] of whole responses, read at the last response token by index, before normalisation."""
+    """Return scores [B] of whole responses before normalisation, read at the index of the last response token."""
     hidden = hidden_states(reward_model, batch)
     final = hidden[torch.arange(len(hidden), device=hidden.device), batch.last]
     return reward_model.score(final).squeeze(-1).float()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have the model's weights at hand, dropout off and no gradients inside the block."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), materialized(model):
+            yield
+    finally:
+        model.train(training)
+
+
+def gather_in_order(order: Sequence[int], mine: list[T]) -> list[T]:
+    """Return the results of all processes; the result at index order[i] is that of element i of `order`.
+
+    Args:
+        mine: the results of this process's shard of `order`.
+    """
+    return [result for _, result in sorted(zip(order, gather_shards(mine), strict=True), key=lambda pair: pair[0])]
 
 
 def _over_batches(
@@ -76,22 +102,14 @@ def _over_batches(
     forward: Callable[[SequenceBatch], list[Tensor]],
     advance: Callable[[int], None] | None,
 ) -> list[Tensor]:
-    """Run `forward` without gradients over length-sorted batches; results come back in the order of `pairs`.
+    """Run `forward` without gradients over length-sorted batches, and return the results in the order of `pairs`.
 
-    Several processes share the pairs out; all of them must call, and get all results.
+    Several processes share the pairs out. All of them must call, and all get every result.
     """
     by_length = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), materialized(model):
-            mine = _in_batches(model, [pairs[i] for i in shard(by_length)], tokens, forward, advance)
-    finally:
-        model.train(training)
-    results: list[Tensor] = [torch.empty(0)] * len(pairs)
-    for i, row in zip(by_length, gather_shards(mine), strict=True):
-        results[i] = row
-    return results
+    with evaluating(model):
+        mine = _in_batches(model, [pairs[i] for i in shard(by_length)], tokens, forward, advance)
+    return gather_in_order(by_length, mine)
 
 
 def _in_batches(
@@ -125,9 +143,12 @@ def token_logprobs(
     advance: Callable[[int], None] | None = None,
     alone: bool = False,
 ) -> list[Tensor]:
-    """Log-probability of every response token: one float32 tensor [T_i] for each pair, on the CPU.
+    """Return log-probabilities of every response token: one float32 tensor [T_i] for each pair, on the CPU.
 
-    `alone`: computed here, by this process, and not shared out.
+    Args:
+        tokens: most tokens of a batch, padding included.
+        advance: called with the number of pairs done, for progress.
+        alone: whether this process computes all pairs by itself instead of sharing them out.
     """
 
     def forward(batch: SequenceBatch) -> list[Tensor]:
@@ -140,7 +161,7 @@ def token_logprobs(
 
 
 def candidate_logprobs(policy: nn.Module, hidden: Tensor, candidates: Sequence[int]) -> Tensor:
-    """Log-probabilities [B, C] of the candidates [C] as the token after each of the hidden states [B, H]."""
+    """Return log-probabilities [B, C] of the candidates [C] as the token after each of the hidden states [B, H]."""
     targets = torch.tensor(candidates, device=hidden.device).repeat(len(hidden))
     repeated = hidden.repeat_interleave(len(candidates), 0)
     logprobs, _ = head_logprobs(policy.get_output_embeddings(), repeated, targets, 1.0)
@@ -154,9 +175,9 @@ def next_token_logprobs(
     tokens: int = 2048,
     advance: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
-    """Log-probabilities [C] of each of the candidates as the token after a context, for every context, on the CPU.
+    """Return for every context the log-probabilities [C] of the candidates as its next token, on the CPU.
 
-    All of them are read off one pass over the context.
+    One pass over a context gives them all.
     """
 
     def forward(batch: SequenceBatch) -> list[Tensor]:
@@ -168,14 +189,14 @@ def next_token_logprobs(
 def token_values(
     value_model: nn.Module, pairs: Sequence[Pair], tokens: int = 2048, advance: Callable[[int], None] | None = None
 ) -> list[Tensor]:
-    """Value of the state before every response token: one float32 tensor [T_i] for each pair, on the CPU."""
+    """Return the value of the state before every response token: one float32 tensor [T_i] per pair, on the CPU."""
     return _over_batches(value_model, pairs, tokens, lambda b: _by_row(b, response_values(value_model, b)), advance)
 
 
 def scores(
     reward_model: nn.Module, pairs: Sequence[Pair], tokens: int = 2048, advance: Callable[[int], None] | None = None
 ) -> Tensor:
-    """Normalised scores [B] float32 of whole responses, on the CPU."""
+    """Return normalised scores [B] of whole responses, in float32 on the CPU."""
     rows = _over_batches(
         reward_model,
         pairs,
@@ -187,21 +208,18 @@ def scores(
 
 
 def check_plain_head(policy: nn.Module) -> None:
-    """Refuse a model whose logits are more than head(hidden): soft caps or scales would silently be left out.
+    """Refuse a model whose logits are more than head(hidden), because soft caps or scales would silently be left out.
 
     Raises:
-        UserError: when the two disagree on a probe of eight tokens.
+        UserError: if the two disagree on a probe of eight tokens.
     """
-    training = policy.training
-    policy.eval()
-    with torch.no_grad(), materialized(policy):
+    with evaluating(policy):
         vocabulary = policy.get_output_embeddings().weight.shape[0]
         ids = (torch.arange(8, device=policy.device) * 7 + 3).remainder(vocabulary)[None]
         whole = policy(input_ids=ids, use_cache=False).logits.float()
         ours = policy.get_output_embeddings()(
             getattr(policy, policy.base_model_prefix)(ids, use_cache=False)[0]
         ).float()
-    policy.train(training)
     if not torch.allclose(whole, ours, rtol=1e-3, atol=1e-3):
         raise UserError(
             f"{type(policy).__name__} changes its logits after the LM head (largest difference "

@@ -1,12 +1,12 @@
-"""Outputs that share a prompt in one pass: the layers see the prompt's tokens once, and no padding.
+"""One pass over outputs that share a prompt: the layers see the prompt's tokens once, and no padding.
 
-The tokens of a batch lie end to end in one row: prompt, its outputs, the next prompt, its outputs. All that works on
-single tokens (embeddings, linear maps, norms) takes them as they lie; positions go on from the prompt's end for each of
-its outputs. Attention alone sees whole sequences: queries, keys and values are copied to one row for each output with
-its prompt before it, where causal attention is the usual one and needs no mask. What comes out at the prompt's tokens
-is the same in the rows of all its outputs, and the first of them is taken.
+The tokens of a batch are concatenated into one row: a prompt, its outputs, the next prompt, its outputs. All that works
+on single tokens (embeddings, linear maps, norms) takes this row; the positions of each output continue from the end of
+its prompt. Attention alone needs whole sequences: queries, keys and values are copied into one row per output,
+with its prompt before it, where causal attention is the usual one and needs no mask. The results at the prompt's tokens
+are equal in the rows of all its outputs, and those of the first row are taken.
 
-Of 9 outputs of 48 tokens to a prompt of 40 that leaves 472 of 792 tokens; the scores equal those of
+With 9 outputs of 48 tokens to a prompt of 40, 472 of 792 tokens remain. The scores are those of
 rlhf/rollout/scoring.py.
 
 Shapes: T tokens in all, S outputs of at most L tokens with their prompt, h heads of width d.
@@ -27,34 +27,33 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf.config import VIRTUAL_TOKEN_METHODS
 from rlhf.models.peft.methods import peft_of
-from rlhf.models.placement import materialized
 from rlhf.rollout.batches import Pair, build_batch
-from rlhf.rollout.scoring import hidden_states
+from rlhf.rollout.scoring import evaluating, hidden_states
 
-ATTENTION = "shared_prompts"  # its name among transformers' kernels
+ATTENTION = "shared_prompts"  # the name of `_attention` among transformers' kernels
 
 
 @dataclass
 class SharedBatch:
-    """Outputs with their prompts, as one row of tokens."""
+    """Hold outputs with their prompts as one row of tokens."""
 
     input_ids: Tensor  # [1, T]
     position_ids: Tensor  # [1, T]
-    rows: Tensor  # [S, L] where in that row the tokens of each sequence are; 0 on padding
-    first: Tensor  # [T] where in the flattened `rows` each token is for the first time
-    last: Tensor  # [S] where in the row the last token of each sequence is
+    rows: Tensor  # [S, L] index into the row of each token of each sequence; 0 on padding
+    first: Tensor  # [T] index into the flattened `rows` where each token occurs first
+    last: Tensor  # [S] index into the row of the last token of each sequence
 
     def to(self, device: torch.device) -> SharedBatch:
         return SharedBatch(**{name: value.to(device) for name, value in vars(self).items()})
 
 
 def build_shared(pairs: Sequence[Pair]) -> SharedBatch:
-    """One batch of pairs; those that follow one another with equal prompts share it."""
+    """Return one batch of pairs; successive pairs with equal prompts share the prompt's tokens."""
     ids: list[int] = []
     positions: list[int] = []
     rows: list[list[int]] = []
     shared: Sequence[int] | None = None
-    start = 0  # of the prompt
+    start = 0  # index of the prompt's first token
     for prompt, response in pairs:
         if shared is None or list(shared) != list(prompt):
             shared, start = prompt, len(ids)
@@ -80,12 +79,12 @@ def build_shared(pairs: Sequence[Pair]) -> SharedBatch:
 
 
 def shared_scores(reward_model: nn.Module, batch: SharedBatch) -> Tensor:
-    """Scores [S] of whole responses before normalisation, inside `sharing`."""
+    """Return scores [S] of whole responses before normalisation. Call it inside `sharing`."""
     return reward_model.score(last_states(reward_model, batch)).squeeze(-1).float()
 
 
 def last_states(model: nn.Module, batch: SharedBatch) -> Tensor:
-    """Hidden states [S, H] at the last token of each response, inside `sharing`."""
+    """Return hidden states [S, H] at the last token of each response. Call it inside `sharing`."""
     hidden = getattr(model, model.base_model_prefix)(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -98,7 +97,7 @@ def last_states(model: nn.Module, batch: SharedBatch) -> Tensor:
 
 @contextmanager
 def share_prompts(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's attention is that of shared prompts, in backward passes that recompute layers too."""
+    """Have the model attend by `_attention` inside the block; backward passes that recompute layers must be inside."""
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
     try:
@@ -108,10 +107,11 @@ def share_prompts(model: nn.Module) -> Iterator[None]:
 
 
 def can_share(model: nn.Module) -> bool:
-    """Whether prompts can be shared in this model, found by scoring a few tokens both ways; all processes must ask.
+    """Return whether prompts can be shared in this model. All processes must call.
 
-    Not with virtual tokens, which stand before every row and here would stand before the first one, nor with a window
-    of attention, which a few tokens would not show, nor with kernels that were asked for by name.
+    A few tokens are passed both ways and compared. Three cases are refused before: virtual tokens, which belong before
+    every row and would come before the first one only; a window of attention, which a few tokens would not show; and a
+    kernel other than sdpa, which the recipe asks for by name.
     """
     windows = {getattr(model.config, name, None) for name in ("sliding_window", "attention_chunk_size")}
     peft = peft_of(model)
@@ -122,20 +122,16 @@ def can_share(model: nn.Module) -> bool:
     vocabulary = model.get_input_embeddings().num_embeddings
     tokens = [(i * 7 + 3) % vocabulary for i in range(16)]
     pairs = [(tokens[:4], tokens[4:9]), (tokens[:4], tokens[9:11]), (tokens[11:13], tokens[13:])]
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad(), materialized(model):
-            # Not the scores, for a new head may be all zeros.
+        with evaluating(model):
+            # Hidden states are compared, because the scores of a new head may be all zeros.
             apart = build_batch(pairs, 0).to(model.device)
             rows = torch.arange(len(pairs), device=model.device)
             expected = hidden_states(model, apart)[rows, apart.last]
             with share_prompts(model):
                 found = last_states(model, build_shared(pairs).to(model.device))
-    except (TypeError, ValueError, RuntimeError, IndexError):  # an architecture that does not hand the rows on
+    except (TypeError, ValueError, RuntimeError, IndexError):  # an architecture that does not pass the rows on
         return False
-    finally:
-        model.train(training)
     gap = float((found.float() - expected.float()).norm() / expected.float().norm())
     return gap < (1e-3 if model.dtype == torch.float32 else 5e-2)
 
@@ -150,7 +146,7 @@ def _attention(
     shared_first: Tensor,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of each output to its prompt and itself: [1, h, T, d] in, [1, T, h, d] out."""
+    """Attend from each output to its prompt and itself: [1, h, T, d] in, [1, T, h, d] out."""
     options["is_causal"] = True
     apart = (_picked(each.transpose(1, 2)[0], shared_rows).transpose(1, 2) for each in (query, key, value))
     out, _ = sdpa_attention_forward(module, *apart, None, **options)
@@ -158,8 +154,8 @@ def _attention(
 
 
 def _picked(tokens: Tensor, places: Tensor) -> Tensor:
-    """tokens [N, h, d] at `places` [...] as [..., h, d]."""
-    # As an embedding: its backward adds up rows of a prompt that was taken several times, fast and in fixed order.
+    """Return tokens [N, h, d] at the indices `places` [...], as [..., h, d]."""
+    # An embedding, because its backward sums over a prompt that was taken several times, fast and in a fixed order.
     return embedding(places, tokens.flatten(1)).unflatten(-1, tokens.shape[1:])
 
 

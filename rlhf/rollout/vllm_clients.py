@@ -1,54 +1,37 @@
-"""vLLM as rlhf/rollout/vllm_engine.py needs it: a server over HTTP, or `vllm.LLM` in this process."""
+"""A vLLM server as sampling needs it: weights go in from a folder, and sampled responses come back."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from rlhf.errors import UserError
-
-Completion = tuple[list[int], list[float]]  # token ids of a response, and their log-probabilities
-Advance = Callable[[int], None]
+from rlhf.rollout.sampling_params import Response
+from rlhf.system.phases import heartbeat
 
 START = "VLLM_SERVER_DEV_MODE=1 vllm serve FOLDER --dtype DTYPE --logprobs-mode processed_logprobs"
-GPU_SHARE = 0.3  # of the device's memory for vLLM in this process; training keeps the rest
-
-
-class Sampler(Protocol):
-    """What a rollout needs of vLLM, in a server or in this process."""
-
-    def on_cpu(self) -> bool:
-        """Whether it computes on a CPU."""
-
-    def load(self, folder: Path, version: str) -> None:
-        """Take the weights of a model folder, forget what was computed with others, and be at this version."""
-
-    def version(self) -> str:
-        """Of the weights that it samples from."""
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], params: list[dict[str, Any]], advance: Advance
-    ) -> list[Completion]:
-        """One response for each prompt; `advance` is called as they finish."""
-
-    def release_memory(self) -> None:
-        """Free what can be freed until the next push."""
 
 
 class Server:
-    """A vLLM server over HTTP: completions by token ids, and the endpoints of its development mode."""
+    """A vLLM server over HTTP: completions by token ids, and the endpoints of its development mode.
+
+    Every method raises UserError if the server cannot be reached or refuses the request.
+
+    Args:
+        timeout_s: seconds that one request may take.
+        in_flight: requests that are open at once.
+    """
 
     def __init__(self, url: str, timeout_s: int, in_flight: int) -> None:
         self.url, self.timeout_s, self.in_flight = url.rstrip("/"), timeout_s, in_flight
 
     def ready(self, tokens: int) -> None:
-        """Raise UserError unless a server answers that takes weights, and rows of so many tokens."""
+        """Raise UserError unless the server takes weights, and rows of `tokens` tokens."""
         self.version()
         served = self._call("/v1/models")["data"][0]
         if (limit := served.get("max_model_len")) is not None and limit < tokens:
@@ -59,45 +42,63 @@ class Server:
             )
 
     def on_cpu(self) -> bool:
+        """Return whether the server computes on a CPU."""
         return "device_config=cpu" in self._call("/server_info")["vllm_config"]
 
     def load(self, folder: Path, version: str) -> None:
-        # Before the weights change: a run that is at work here must find at its end that its version is gone.
+        """Have the server read the weights of a model folder, drop cached prefixes, and report `version` from then on.
+
+        Raises:
+            UserError: if another client is using the server.
+        """
+        # The version changes before the weights do: a run that samples here meanwhile must find its version gone.
         self._call("/update_weight_version", {"new_version": f"loading-{version}"})
         self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
         if not self._call("/reset_prefix_cache", {})["success"]:
             raise UserError(
-                "the vLLM server keeps prefixes of older weights: it is at work for somebody else",
+                "the vLLM server keeps prefixes of older weights: another client is using it",
                 self.url,
                 "have one run at a time use it",
             )
         self._call("/update_weight_version", {"new_version": version})
 
     def version(self) -> str:
+        """Return the version of the weights that the server samples from."""
         return str(self._call("/weight_info")["weight_version"])
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: list[dict[str, Any]], advance: Advance
-    ) -> list[Completion]:
-        rows: list[Completion] = [([], [])] * len(prompts)
+        self,
+        prompts: Sequence[Sequence[int]],
+        requests: Sequence[dict[str, Any]],
+        advance: Callable[[int], None] | None = None,
+    ) -> list[Response]:
+        """Return one response for each prompt.
+
+        Args:
+            requests: what is asked for beside the prompt, one for each.
+            advance: called with 1 as each response arrives, for progress.
+
+        Raises:
+            UserError: if an answer is not one response with token ids and log-probabilities.
+        """
+        responses: list[Response] = [([], [])] * len(prompts)
         pool = ThreadPoolExecutor(self.in_flight)
         try:
             jobs = {
-                pool.submit(self._complete, list(prompt), param): i
-                for i, (prompt, param) in enumerate(zip(prompts, params, strict=True))
+                pool.submit(self._complete, list(prompt), request): i
+                for i, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
             }
             for job in as_completed(jobs):
-                rows[jobs[job]] = job.result()
-                advance(1)
+                responses[jobs[job]] = job.result()
+                heartbeat()
+                if advance:
+                    advance(1)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        return rows
+        return responses
 
-    def release_memory(self) -> None:
-        pass
-
-    def _complete(self, prompt: list[int], params: dict[str, Any]) -> Completion:
-        answer = self._call("/v1/completions", {"prompt": prompt, "return_token_ids": True, **params})
+    def _complete(self, prompt: list[int], request: dict[str, Any]) -> Response:
+        answer = self._call("/v1/completions", {"prompt": prompt, "return_token_ids": True, **request})
         try:
             (choice,) = answer["choices"]
             return list(choice["token_ids"]), [float(x) for x in choice["logprobs"]["token_logprobs"]]
@@ -109,7 +110,7 @@ class Server:
             ) from None
 
     def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """GET, or POST where there is a body; the JSON that comes back."""
+        """Send a GET request, or a POST request if there is a body, and return the JSON of the answer."""
         data = None if body is None else json.dumps(body).encode()
         request = Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
@@ -129,60 +130,3 @@ class Server:
         except (URLError, OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise UserError(f"no vLLM server answers: {reason}", self.url + path, f"start it with {START}") from None
-
-
-class InProcess:
-    """`vllm.LLM` in this process; between rollouts it gives its memory to the training where the device can."""
-
-    def __init__(self, dtype: str) -> None:
-        self.dtype, self.llm = dtype, None
-
-    def on_cpu(self) -> bool:
-        import torch
-
-        return not torch.cuda.is_available()
-
-    def load(self, folder: Path, version: str) -> None:
-        if self.llm is None:
-            from vllm import LLM
-
-            self.llm = LLM(
-                model=str(folder),
-                dtype=self.dtype,
-                logprobs_mode="processed_logprobs",
-                gpu_memory_utilization=GPU_SHARE,
-                enable_sleep_mode=not self.on_cpu(),
-            )
-        else:
-            if not self.on_cpu():
-                self.llm.wake_up()
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-        self.llm.reset_prefix_cache()
-        self.llm.update_weight_version(version)
-
-    def version(self) -> str:
-        return self.llm.get_weight_version()
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], params: list[dict[str, Any]], advance: Advance
-    ) -> list[Completion]:
-        from vllm import SamplingParams
-
-        tokens = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        answers = self.llm.generate(tokens, [SamplingParams(**param) for param in params], use_tqdm=False)
-        advance(len(answers))
-        return [_row(answer.outputs[0]) for answer in answers]
-
-    def release_memory(self) -> None:
-        if not self.on_cpu():
-            self.llm.sleep(level=2)  # the weights are pushed again before they are needed
-
-
-def _row(output: Any) -> Completion:
-    ids = list(output.token_ids)
-    return ids, [step[token].logprob for token, step in zip(ids, output.logprobs, strict=True)]
-
-
-@cache
-def in_process(dtype: str) -> InProcess:
-    return InProcess(dtype)

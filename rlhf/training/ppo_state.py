@@ -68,8 +68,8 @@ def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
     rows_of = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
     if cfg.rollout == "vllm" and recipe.model.peft.method not in UNMERGEABLE:  # else it is not asked
         check_server(recipe.launch, rows_of)
-    tokenizer = load_tokenizer(str(sft_dir))
-    same_tokenizer(tokenizer, load_tokenizer(str(reward_dir)))
+    tokenizer = load_tokenizer(sft_dir, recipe.model)
+    same_tokenizer(tokenizer, load_tokenizer(reward_dir, recipe.model))
     drops = Drops()
     prompts = fit_prompts(read_prompts(recipe.data.prompts, drops), tokenizer, recipe.data.max_prompt_tokens, drops)
     if not prompts:

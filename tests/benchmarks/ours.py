@@ -26,6 +26,7 @@ from rlhf.models import loading
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.probes import write_probes
 from rlhf.rollout.sampling import sample
+from rlhf.rollout.sampling_params import SamplingParams
 from rlhf.system.malloc import keep_freed_memory
 from rlhf.system.phase_timer import PhaseTimer
 from rlhf.training.engine import Engine, ParamGroup
@@ -178,11 +179,8 @@ def sampler(order: Order) -> Any:
             policy,
             tokenizer,
             order["prompts"],
-            max_new_tokens=new_tokens,
-            temperature=1.0,
+            SamplingParams(new_tokens, 1.0, NEVER, batch_size=len(order["prompts"])),
             seeds=[row_seed(order["seed"], round_, i) for i in range(len(order["prompts"]))],
-            stop_ids=NEVER,
-            batch_size=len(order["prompts"]),
         )
         assert rows.response_ids.shape == (len(order["prompts"]), new_tokens)
 

@@ -53,7 +53,7 @@ raise SystemExit(code)
 
 def full_length_rows(file: Path, recipe: Recipe, count: int = 64) -> None:
     """Demonstrations whose prompts and responses are as long as the recipe allows: what the plan reckons with."""
-    tokenizer, data = load_tokenizer(recipe.model.name, recipe.model.prompt_format), recipe.data
+    tokenizer, data = load_tokenizer(recipe.model.name, recipe.model), recipe.data
 
     def grown(text: str, tokens: Callable[[str], int], limit: int) -> str:
         while tokens(text + " and") <= limit:

@@ -43,7 +43,7 @@ def test_special_tokens_inside_a_response_are_spelled_out(tiny_tokenizer) -> Non
 
 
 def test_plain_and_verbatim(tiny_dir) -> None:
-    plain, verbatim = load_tokenizer(tiny_dir, "plain"), load_tokenizer(tiny_dir, "verbatim")
+    plain, verbatim = (load_tokenizer(tiny_dir, ModelSection(prompt_format=name)) for name in ("plain", "verbatim"))
     assert plain.decode(encode_prompt(plain, ask("Say yes."))) == "Human: Say yes.\n\nAssistant:"
     assert plain.decode(encode_response(plain, "Yes.")[:-1]) == " Yes."
     assert encode_response(plain, " Yes.") == encode_response(plain, "Yes.")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.config import Recipe
+from rlhf.config import ModelSection, Recipe
 from rlhf.data.encoding import encode_prompt, encode_response, stop_ids
 from rlhf.data.prompt_template import Template, load_template, parse_template
 from rlhf.data.records import Message, Prompt
@@ -23,6 +23,7 @@ from rlhf.models.loading import load_policy, load_tokenizer, new_reward_model, s
 from rlhf.recipe import load_recipe
 from rlhf.rollout.probes import write_probes
 from rlhf.rollout.sampling import sample
+from rlhf.rollout.sampling_params import SamplingParams
 from rlhf.rollout.scoring import scores
 from stages import evaluate
 
@@ -78,15 +79,7 @@ def test_the_examples_are_turns_before_the_dialogue() -> None:
 
 
 def draw(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], n: int, seeds: list[int]):
-    return sample(
-        policy,
-        tokenizer,
-        rows,
-        max_new_tokens=n,
-        temperature=1.0,
-        seeds=seeds,
-        stop_ids=stop_ids(tokenizer, policy),
-    )
+    return sample(policy, tokenizer, rows, SamplingParams(n, 1.0, stop_ids(tokenizer, policy)), seeds=seeds)
 
 
 def ask(template: Template, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Answers, list[str]]:
@@ -151,7 +144,7 @@ def test_response_ids_by_hand(
 ) -> None:
     template, tiny_tokenizer = (
         parse_template(FEW if form == "few" else THINK, "x", "x"),
-        load_tokenizer(tiny_dir, "plain"),
+        load_tokenizer(tiny_dir, ModelSection(prompt_format="plain")),
     )
     ids = encode_response(tiny_tokenizer, text, finished)
     found = response_ids(tiny_tokenizer, template, ids, text, finished)
@@ -258,21 +251,21 @@ def test_scores_are_those_of_the_answer_to_the_plain_request(evaluated: Path, ti
 
 def test_without_templates_the_base_is_not_loaded(evaluated: Path, tmp_path: Path, monkeypatch) -> None:
     shutil.copytree(evaluated / "sft", tmp_path / "runs" / "u" / "sft")
-    loaded: list[str] = []
-    real = evaluate.load_policy
+    loaded: list[Path] = []
+    real = evaluate.load_frozen_policy
 
-    def load(where: Path, *args: object, **how: object) -> PreTrainedModel:
-        loaded.append(str(where))
-        return real(where, *args, **how)
+    def load(recipe: Recipe, device: torch.device, where: Path, *args: object) -> PreTrainedModel:
+        loaded.append(where)
+        return real(recipe, device, where, *args)
 
-    monkeypatch.setattr(evaluate, "load_policy", load)
+    monkeypatch.setattr(evaluate, "load_frozen_policy", load)
     prompts = evaluated.parent.parent / "prompts.jsonl"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"run: {{dir: '{tmp_path / 'runs'}'}}\ndata: {{prompts_heldout: ['{prompts}'], prompts: []}}\n")
     arguments = ["model.name=tiny", "run.name=u", "run.device=cpu", "data.max_response_tokens=4", "data.cloze=[]"]
     arguments += ["data.pretraining_heldout=[]", "tracking.wandb=disabled"]
     assert evaluate.main([str(recipe), *arguments]) == 0
-    assert [Path(where).parent.name for where in loaded] == ["sft"]
+    assert [where.parent.name for where in loaded] == ["sft"]
 
 
 def test_shipped_templates_answer(policy: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -155,8 +155,8 @@ def test_templates(tiny_dir: str, tmp_path: Path) -> None:
     chat = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n"
     assert render(load_tokenizer(tiny_dir)) == chat + "<|im_start|>assistant\n"
     plain = "Human: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
-    assert render(load_tokenizer(tiny_dir, "plain")) == plain
-    assert render(load_tokenizer(tiny_dir, "verbatim")) == "abc"
+    assert render(load_tokenizer(tiny_dir, ModelSection(prompt_format="plain"))) == plain
+    assert render(load_tokenizer(tiny_dir, ModelSection(prompt_format="verbatim"))) == "abc"
     folder = copy_of(tiny_dir, tmp_path)
     (folder / "chat_template.jinja").unlink()
     tokenizer = load_tokenizer(folder)

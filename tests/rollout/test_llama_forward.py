@@ -17,10 +17,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from rlhf.config import VIRTUAL_TOKEN_METHODS, LaunchSection, PeftSection
+from rlhf.config import VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.models.peft.methods import add_adapter, trainable
 from rlhf.rollout.batches import build_batch
-from rlhf.rollout.cuda_graphs import GraphDecoding
 from rlhf.rollout.decoding import LlamaDecoding, ModelDecoding
 from rlhf.rollout.llama_forward import columns_for, llama_forward_for
 from rlhf.rollout.sampling import decoding_for
@@ -143,45 +142,6 @@ def test_columns_that_fill_up_say_nothing(rows):
     for i, prompt in enumerate(prompts):
         assert out.logprobs[i].tolist() == pytest.approx(by_hand(model, prompt, out.response(i), 1.0), abs=1e-4)
     assert columns_for(rows) == {1: 1, 2: 16, 8: 16, 9: 16, 16: 16, 17: 24, 24: 24}[rows]
-
-
-@pytest.mark.parametrize("make", COVERED)
-def test_steps_of_one_shape_decode_the_same(make):
-    """Rows that end stay until half of them have, and the others move together then."""
-    prompts = [*PROMPTS, *PROMPTS[:2]]
-    options = {"max_new_tokens": 30, "stop_ids": [EOS, 7, 11]}
-    graphs = LaunchSection(cuda_graphs=True)
-    model = make()
-    ours, expected = run(model, prompts, launch=graphs, **options), run(model, prompts, **options)
-    lengths = ours.lengths.tolist()
-    assert sum(n < max(lengths) for n in lengths) > len(lengths) / 2
-    assert ours.response_ids.equal(expected.response_ids)
-    assert torch.allclose(ours.logprobs, expected.logprobs, atol=1e-5)
-
-
-def test_no_step_has_a_shape_of_its_own():
-    """What a CUDA graph needs: the same storages and sizes from one step to the next, and no copy of the weights."""
-    decoding = decoding_for(llama(), 6, graphs=True)
-    assert isinstance(decoding, GraphDecoding)
-    tokens = torch.tensor([3, 4, 5])
-
-    def held() -> list[tuple[int, torch.Size]]:
-        room = [t for layer in decoding.buffers for t in layer]
-        return [
-            (t.data_ptr(), t.shape)
-            for t in (*room, decoding.mask, decoding.positions, decoding.tokens, decoding.column)
-        ]
-
-    with torch.no_grad():
-        decoding.prefill([[5, 6, 7], [8], [9, 10]], torch.arange(3), 0)
-        before = held()
-        decoding.step(tokens)
-        assert decoding.drop_finished([True, False, True]).tolist() == [0, 2]
-        decoding.step(tokens[:2])
-        assert held() == before
-        assert decoding.drop_finished([True, False]).tolist() == [0]  # one of three: now it moves
-        decoding.step(tokens[:1])
-    assert len(decoding.mask) == len(decoding.positions) == len(decoding.buffers[0].keys) == 1
 
 
 @pytest.mark.parametrize("make", COVERED)

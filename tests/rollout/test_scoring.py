@@ -1,4 +1,4 @@
-"""Scoring: padding side, pad = eos, junk in padding, calls of the head and batches never change a number."""
+"""Scoring: pad = eos, junk in padding, calls of the head and batches never change a number."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ from support.small_models import EOS, PAIRS, by_hand, gpt2, llama
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("pad", [0, EOS])
-def test_logprobs_match_an_unpadded_loop(make, side, pad):
+def test_logprobs_match_an_unpadded_loop(make, pad):
     model = make()
-    batch = build_batch(PAIRS, pad, side)
+    batch = build_batch(PAIRS, pad)
     with torch.no_grad():
         flat, _ = response_logprobs(model, batch, 0.7)
     expected = [x for prompt, response in PAIRS for x in by_hand(model, prompt, response, 0.7)]
@@ -62,12 +61,11 @@ def test_entropy_is_that_of_the_softmax():
     assert float(entropy[0]) == pytest.approx(float(-(p * p.log()).sum()), abs=1e-5)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("pad", [0, EOS])
-def test_score_is_read_at_the_last_response_token(side, pad):
+def test_score_is_read_at_the_last_response_token(pad):
     model = llama(LlamaForSequenceClassification, num_labels=1)
     with torch.no_grad():
-        got = raw_scores(model, build_batch(PAIRS, pad, side))
+        got = raw_scores(model, build_batch(PAIRS, pad))
         for (prompt, response), score in zip(PAIRS, got, strict=True):
             hidden = model.model(torch.tensor([prompt + response])).last_hidden_state[0, -1]
             assert float(score) == pytest.approx(float(model.score(hidden)), abs=1e-5)

@@ -28,6 +28,7 @@ from rlhf.models.peft.methods import add_adapter
 from rlhf.recipe import load_recipe
 from rlhf.rollout.rescoring import rescore
 from rlhf.rollout.sampling import Rollout, sample
+from rlhf.rollout.sampling_params import SamplingParams
 from rlhf.rollout.vllm_engine import check_server
 from rlhf.run.preflight import check
 from support.ports import free_port
@@ -106,10 +107,11 @@ def run(
     tokenizer = load_tokenizer(str(folder))
     defaults = {"max_new_tokens": 12, "temperature": 1.0, "stop_ids": [tokenizer.eos_token_id], "prompts": PROMPTS}
     chosen = defaults | options
-    prompts = chosen.pop("prompts")
+    prompts, advance = chosen.pop("prompts"), chosen.pop("advance", None)
     seeds = [row_seed(1, i) for i in range(len(prompts))]
     launch = LaunchSection(vllm_url=url, vllm_weights=str(weights), timeout_s=300)
-    return sample(model, tokenizer, prompts, seeds=seeds, engine=engine, launch=launch, **chosen)
+    params = SamplingParams(engine=engine, launch=launch, **chosen)
+    return sample(model, tokenizer, prompts, params, seeds=seeds, advance=advance)
 
 
 def responses(rollout: Rollout) -> list[list[int]]:
@@ -220,9 +222,9 @@ def test_a_tied_head_on_a_cpu_is_refused(tiny_dir: str, tiny_policy: PreTrainedM
         run(tiny_policy, double.url, Path(tiny_dir), tmp_path)
 
 
-def test_a_recipe_needs_a_server_or_the_package() -> None:
+def test_a_recipe_needs_a_server() -> None:
     check(recipe("launch.vllm_url=http://localhost:8000"))
     check(recipe(), ["sft", "rank"])  # they do not sample through ppo.rollout
-    for overrides, words in (([], "not installed here"), (["launch.vllm_url=localhost:8000"], "no URL of a server")):
+    for overrides, words in (([], "no server is named"), (["launch.vllm_url=localhost:8000"], "no URL of a server")):
         with pytest.raises(UserError, match=words):
             check(recipe(*overrides))

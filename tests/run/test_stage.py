@@ -58,6 +58,20 @@ def test_a_finished_and_unchanged_stage_is_skipped(capsys: pytest.CaptureFixture
     assert "bootstrap: 300" in Path("runs/demo/recipe.yaml").read_text()
 
 
+def test_a_run_begun_while_a_field_still_existed_goes_on_after_it_was_retired() -> None:
+    run_stage("sft", train, RECIPE)
+    file = Path("runs/demo/recipe.yaml")
+    before = file.read_text()
+    # As it was written then: the line between its neighbours.
+    old = before.replace("  vllm_url: ''\n", "  cuda_graphs: false\n  vllm_url: ''\n")
+    assert old.count("  gradient_checkpointing: false\n  cuda_graphs: false\n  vllm_url: ''\n") == 1
+    file.write_text(old)
+    assert run_stage("sft", never, RECIPE) == 0
+    assert file.read_text() == before
+    file.write_text(old)
+    assert run_stage("rank", train, [str(file)]) == 0  # as a stage is started alone, on the run's own recipe
+
+
 def test_changed_data_sets_the_old_result_aside_and_starts_anew(capsys: pytest.CaptureFixture[str]) -> None:
     mine = Path("demonstrations.jsonl")
     assert run_stage("sft", train, RECIPE) == 0
@@ -188,6 +202,7 @@ def test_every_field_that_a_stage_program_names_is_among_its_dependencies(stage:
     program = STAGES[stage].program
     files = [ROOT / "stages" / f"{program}.py"]
     files += [ROOT / "rlhf" / f"{name}.py" for name in ("ppo_state", "ppo_networks") if program == "ppo"]
+    files += [ROOT / "rlhf" / "sampling_params.py"] if program in ("ppo", "evaluate") else []
     texts = [file.read_text() for file in files]
     named = {name for text in texts for name in READ.findall(text)} - FREE
     if any("recipe.reward_peft" in text for text in texts):  # which comes from these two

@@ -33,7 +33,8 @@ from rlhf.rollout import sampling
 from rlhf.rollout.batches import Pair, build_batch
 from rlhf.rollout.decoding import ModelDecoding
 from rlhf.rollout.experience import pad_rows
-from rlhf.rollout.scoring import response_logprobs, scores, token_logprobs, token_values
+from rlhf.rollout.sampling_params import SamplingParams
+from rlhf.rollout.scoring import scores, token_logprobs, token_values
 from rlhf.training.ppo_state import build
 from stages import ppo, sft
 from support.peft_stages import (
@@ -263,9 +264,8 @@ def test_both_engines_take_the_likeliest_tokens(cell: Cell) -> None:
     policy, tokenizer = load_policy(folder, cell.section), load_tokenizer(str(folder))
     texts = [" ".join(text.split()[: 2 + 3 * i]) for i, text in enumerate(documents()[:8])]
     prompts = [list(tokenizer(text)["input_ids"]) for text in texts]
-    options = {"max_new_tokens": 24, "temperature": 0.0, "seeds": [0] * len(prompts)}
-    options["stop_ids"] = stop_ids(tokenizer, policy)
-    ours, theirs = (sampling.sample(policy, tokenizer, prompts, **options, engine=e) for e in ("native", "generate"))
+    both = [SamplingParams(24, 0.0, stop_ids(tokenizer, policy), engine) for engine in ("native", "generate")]
+    ours, theirs = (sampling.sample(policy, tokenizer, prompts, each, seeds=[0] * len(prompts)) for each in both)
     assert ours.pairs() == theirs.pairs() and len({tuple(answer) for _, answer in ours.pairs()}) > 5
     assert gap([ours.logprobs], [theirs.logprobs]) < 1e-4
 
@@ -301,8 +301,8 @@ def test_the_four_networks_have_one_base(cell: Cell, variant: str) -> None:
 
 @torch.no_grad()
 def test_virtual_tokens_stand_before_every_row(virtual: Cell, pairs: list[Pair]) -> None:
-    """Each row is what it is by itself: padded on the right, as scoring and as TRL have it, on the left, and token by
-    token with a cache."""
+    """Each row is what it is by itself: padded on the right, as scoring and as TRL have it, and token by token with a
+    cache behind prompts that are padded on the left."""
     policy = load_policy(virtual.stage("sft").folder / "model", virtual.section)
     base = AutoModelForCausalLM.from_pretrained(virtual.base)
     made = tokens_by_hand(virtual, virtual.stage("sft").weights)
@@ -314,8 +314,6 @@ def test_virtual_tokens_stand_before_every_row(virtual: Cell, pairs: list[Pair])
     mask = torch.arange(right.input_ids.shape[1]) <= right.last[:, None]
     logits = policy(input_ids=right.input_ids, attention_mask=mask.long()).logits[right.rows, right.before]
     assert gap([logits.log_softmax(-1).gather(1, right.targets[:, None]).squeeze(1)], [torch.cat(expected)]) < 1e-4
-    left = build_batch(pairs, 0, "left")
-    assert gap([response_logprobs(policy, left, 1.0)[0]], [torch.cat(expected)]) < 1e-4
     prompts, answers = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
     decoding = ModelDecoding(policy)
     logits = decoding.prefill([list(prompt) for prompt in prompts], torch.arange(len(prompts)), 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rlhf.functional.seeding import row_seed
 from rlhf.rollout.sampling import Rollout, sample
+from rlhf.rollout.sampling_params import SamplingParams
 from support.small_models import EOS
 
 
@@ -20,7 +21,7 @@ PROMPTS = [[5, 6, 7], [10], [15, 16, 17, 18, 19], [3, 4], [21, 22, 23]]
 
 
 def run(model, prompts=PROMPTS, seed=1, engine="native", **options) -> Rollout:
-    """Sample a response of at most 12 tokens to each prompt; `options` replace the defaults of `sample`."""
+    """Sample a response of at most 12 tokens to each prompt; `options` replace the defaults of its parameters."""
     defaults = {"max_new_tokens": 12, "temperature": 1.0, "stop_ids": [EOS], "batch_size": 64}
-    seeds = [row_seed(seed, i) for i in range(len(prompts))]
-    return sample(model, Tokenizer(), prompts, seeds=seeds, engine=engine, **(defaults | options))
+    params = SamplingParams(engine=engine, **(defaults | options))
+    return sample(model, Tokenizer(), prompts, params, seeds=[row_seed(seed, i) for i in range(len(prompts))])

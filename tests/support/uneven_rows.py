@@ -19,6 +19,7 @@ from rlhf.models.layers import decoder_layers
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.models.zero import frozen
 from rlhf.rollout.sampling import Rollout, sample
+from rlhf.rollout.sampling_params import SamplingParams
 from rlhf.rollout.scoring import token_logprobs
 from rlhf.system.distributed import is_main_process
 
@@ -58,8 +59,8 @@ def main(arguments: list[str]) -> int:
         check_parts(policy, gather)
 
     def draw(seeds: list[int], stops: list[int], longest: int, engine: Any = "native", size: int = 2) -> Rollout:
-        how: dict[str, Any] = {"max_new_tokens": longest, "temperature": 1.0, "batch_size": size, "engine": engine}
-        return sample(policy, tokenizer, [PROMPT] * len(seeds), seeds=seeds, stop_ids=stops, **how)
+        params = SamplingParams(longest, 1.0, stops, engine, batch_size=size)
+        return sample(policy, tokenizer, [PROMPT] * len(seeds), params, seeds=seeds)
 
     first = [r[0] for r in rows(draw([row_seed("uneven", i) for i in range(1000)], [], 1, size=250))]
     stop = max(set(first), key=first.count)

@@ -16,6 +16,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rlhf.rollout.sampling import sample
+from rlhf.rollout.sampling_params import SamplingParams
 from support.http_double import listening
 
 
@@ -69,10 +70,8 @@ class Double:
             self.model,
             self.tokenizer,
             [body["prompt"]],
-            max_new_tokens=body["max_tokens"],
-            temperature=body["temperature"],
+            SamplingParams(body["max_tokens"], body["temperature"], body["stop_token_ids"]),
             seeds=[body["seed"]],
-            stop_ids=body["stop_token_ids"],
         )
         ids, logprobs = out.response(0), out.logprobs[0].tolist()
         if self.fault == "restart":

@@ -30,7 +30,7 @@ from rlhf.functional.judge_odds import (
     win_log_odds,
 )
 from rlhf.labeling.judge.local import Fields, LabelReading, LocalReader, question_tokens
-from rlhf.models.loading import load_policy, load_tokenizer
+from rlhf.models.loading import load_tokenizer
 from rlhf.models.peft.folder import find_adapter
 from rlhf.models.pretrained import load_config
 from rlhf.models.resolve import resolve_model
@@ -253,7 +253,7 @@ def check_context_fits(recipe: Recipe) -> None:
     if not limit:
         return
     template = judge_template(cfg)
-    tokenizer = load_tokenizer(judge_model(recipe), recipe.model.prompt_format, recipe.model.trust_remote_code)
+    tokenizer = load_tokenizer(judge_model(recipe), recipe.model)
     empty = question_tokens(tokenizer, template, _fields(template, ("", "", "")), cfg.reasoning_tokens)
     outputs = 2 if template.kind == "pair" else 1
     longest = empty + data.max_prompt_tokens + outputs * data.max_response_tokens
@@ -277,12 +277,12 @@ def _plain(name: str) -> str:
 
 def _local_reader(recipe: Recipe) -> LocalReader:
     """The judge's own model, or the recipe's, in this process."""
-    from rlhf.models.zero import frozen
+    from rlhf.models.zero import load_frozen_policy
     from rlhf.system.distributed import pick_device
 
-    cfg, model, where = recipe.judge, recipe.model, judge_model(recipe)
-    tokenizer = load_tokenizer(where, model.prompt_format, model.trust_remote_code)
-    policy = frozen(recipe, pick_device(recipe), lambda: load_policy(where, model, tokenizer=tokenizer, merged=True))
+    cfg, where = recipe.judge, judge_model(recipe)
+    tokenizer = load_tokenizer(where, recipe.model)
+    policy = load_frozen_policy(recipe, pick_device(recipe), where, tokenizer)
     return LocalReader(policy, tokenizer, cfg.batch_tokens, cfg.reasoning_tokens, cfg.max_tokens)
 
 

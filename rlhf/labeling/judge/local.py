@@ -25,9 +25,10 @@ from rlhf.errors import UserError
 from rlhf.models.placement import materialized
 from rlhf.rollout.batches import token_budget_batches
 from rlhf.rollout.sampling import sample
-from rlhf.rollout.scoring import candidate_logprobs, next_token_logprobs, token_logprobs
+from rlhf.rollout.sampling_params import SamplingParams
+from rlhf.rollout.scoring import candidate_logprobs, gather_in_order, next_token_logprobs, token_logprobs
 from rlhf.rollout.shared_prompts import build_shared, can_share, last_states, share_prompts
-from rlhf.system.distributed import gather_shards, processes, shard
+from rlhf.system.distributed import processes, shard
 
 Fields = Mapping[str, str]
 SPARE = 8  # tokens kept for the label and for what encoding it anew may add
@@ -133,16 +134,13 @@ class LocalReader:
 
     def _reason(self, template: Template, prompts: Sequence[list[int]]) -> list[str]:
         longest = max(map(len, prompts)) + self.reasoning_tokens
-        rollout = sample(
-            self.model,
-            self.tokenizer,
-            prompts,
+        params = SamplingParams(
             max_new_tokens=self.reasoning_tokens,
             temperature=0,
-            seeds=[0] * len(prompts),
             stop_ids=stop_ids(self.tokenizer, self.model),
             batch_size=max(1, self.batch_tokens // longest),
         )
+        rollout = sample(self.model, self.tokenizer, prompts, params, seeds=[0] * len(prompts))
         return [text.split(template.cue)[0].strip() for text in rollout.texts(self.tokenizer)]
 
 
@@ -231,7 +229,4 @@ def _after_prefix(
                 mine[i] = row.cpu()
             if advance:
                 advance(len(batch) * processes())
-    found = [torch.empty(0)] * len(contexts)
-    for i, row in zip(by_length, gather_shards(mine), strict=True):
-        found[i] = row
-    return found
+    return gather_in_order(by_length, mine)

@@ -166,7 +166,7 @@ def _ia3_config(model: PreTrainedModel, linear: list[str], transposed: bool) -> 
 
 
 def is_plain_lora(module: nn.Module) -> bool:
-    """Whether it is peft's module of a linear map with low-rank updates beside it, without dropout or magnitudes."""
+    """Return whether it is peft's linear map with low-rank updates, without dropout or magnitudes."""
     from peft.tuners.lora import Linear as LoraLinear
 
     plain = type(module) is LoraLinear and not module.merged and not module.lora_variant

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.config import ModelSection
 from rlhf.data.encoding import encode_prompt, encode_untrusted, stop_ids
 from rlhf.data.prompt_template import load_template, parse_template
 from rlhf.data.records import Message, Prompt
@@ -173,7 +174,7 @@ def test_no_text_ends_a_turn(tiny_tokenizer: PreTrainedTokenizerBase, tiny_dir: 
     start, end = (tiny_tokenizer.convert_tokens_to_ids(name) for name in ("<|im_start|>", "<|im_end|>"))
     assert (ids.count(start), ids.count(end)) == (2, 1)  # of the user's turn and the assistant's, and the user's end
     assert tiny_tokenizer.decode(ids) == f"<|im_start|>user\n{evil}<|im_end|>\n<|im_start|>assistant\n"
-    plain = load_tokenizer(tiny_dir, "plain")
+    plain = load_tokenizer(tiny_dir, ModelSection(prompt_format="plain"))
     assert plain.decode(encode_untrusted(plain, [Message("user", evil)])) == f"Human: {evil}\n\nAssistant:"
     # Without such names it is the encoding of every other prompt.
     prompt = Prompt.from_text("Human: a\n\nAssistant: b\n\nHuman: what?\n\nAssistant:")
@@ -181,6 +182,6 @@ def test_no_text_ends_a_turn(tiny_tokenizer: PreTrainedTokenizerBase, tiny_dir: 
 
 
 def test_after_a_colon_the_cue_follows_a_blank(tiny_dir: str) -> None:
-    plain = load_tokenizer(tiny_dir, "plain")
+    plain = load_tokenizer(tiny_dir, ModelSection(prompt_format="plain"))
     context, labels = label_ids(plain, [1], "Points:", ("1", "7"))
     assert plain.decode(context[1:] + labels[0]) == " Points: 1"

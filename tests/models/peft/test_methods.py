@@ -39,8 +39,7 @@ from rlhf.models.peft.methods import add_adapter, peft_of, trainable
 from rlhf.models.peft.virtual_tokens import attention_window
 from rlhf.rollout import sampling
 from rlhf.rollout.batches import build_batch
-from rlhf.rollout.decoding import ModelDecoding
-from rlhf.rollout.sampling import decoding_for
+from rlhf.rollout.decoding import ModelDecoding, pad
 from rlhf.rollout.scoring import check_plain_head, raw_scores, response_logprobs, response_values
 from support.peft_references import (
     CACHED,
@@ -171,17 +170,16 @@ def test_a_second_method_is_refused() -> None:
 
 @pytest.mark.parametrize(("kind", "method"), CASES)
 def test_logits_and_padded_logprobs_are_those_worked_out_apart(kind: str, method: str) -> None:
-    """One row without a mask; rows padded on the left and on the right; with gradients and without."""
+    """One row without a mask; padded rows; with gradients and without."""
     given = case(kind, method)
     with torch.no_grad():
         assert torch.allclose(given.model(torch.tensor([ROW])).logits[0].double(), given.logits(ROW), atol=1e-5)
     expected = torch.tensor([x for prompt, response in PAIRS for x in given.logprobs(prompt, response)])
-    for side in ("left", "right"):
-        batch = build_batch(PAIRS, EOS, side)
-        for gradients in (False, True):
-            with torch.set_grad_enabled(gradients):
-                found, _ = response_logprobs(given.model, batch, 1.0)
-            assert torch.allclose(found, expected, atol=1e-5), (side, gradients)
+    batch = build_batch(PAIRS, EOS)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            found, _ = response_logprobs(given.model, batch, 1.0)
+        assert torch.allclose(found, expected, atol=1e-5), gradients
     check_plain_head(given.model)  # the head of virtual tokens' hidden states is nobody's logit
 
 
@@ -195,7 +193,7 @@ def test_decoded_logprobs_are_those_worked_out_apart(kind: str, method: str, att
     prompts, copies = PROMPTS[:3], [2, 0, 1, 2, 0]
     rows = [list(prompts[i]) for i in copies]
     found: list[list[Tensor]] = [[] for _ in rows]
-    decoding = decoding_for(case(kind, method, attention).model, 8)
+    decoding = sampling.decoding_for(case(kind, method, attention).model, 8)
     places = list(range(5))
     with torch.no_grad():
         logits = decoding.prefill([list(p) for p in prompts], torch.tensor(copies), EOS)
@@ -267,15 +265,14 @@ def test_scores_and_values_of_reward_models(method: str) -> None:
     model = adapted(kind, method, scalar=True)
     model.config.reward_mean, model.config.reward_std = 0.5, 2.0
     by_hand, head = hidden_by_hand(kind, model), model.score.weight[0].detach().double()
-    for side in ("left", "right"):
-        batch = build_batch(PAIRS, 0, side)
-        with torch.no_grad():
-            scores, values = raw_scores(model, batch), batch.unflatten(response_values(model, batch), 5)
-        for row, (prompt, response) in enumerate(PAIRS):
-            along = by_hand(prompt + response) @ head
-            assert scores[row].item() == pytest.approx(float(along[-1]), abs=1e-4)
-            before = (along[len(prompt) - 1 : -1] - 0.5) / 2.0
-            assert values[row, : len(response)].tolist() == pytest.approx(before.tolist(), abs=1e-4)
+    batch = build_batch(PAIRS, 0)
+    with torch.no_grad():
+        scores, values = raw_scores(model, batch), batch.unflatten(response_values(model, batch), 5)
+    for row, (prompt, response) in enumerate(PAIRS):
+        along = by_hand(prompt + response) @ head
+        assert scores[row].item() == pytest.approx(float(along[-1]), abs=1e-4)
+        before = (along[len(prompt) - 1 : -1] - 0.5) / 2.0
+        assert values[row, : len(response)].tolist() == pytest.approx(before.tolist(), abs=1e-4)
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
@@ -286,10 +283,12 @@ def loss(model: torch.nn.Module) -> Tensor:
 
 
 def exact_loss(model: torch.nn.Module) -> Tensor:
-    """A number that follows from all logits of left-padded rows, in the type of the model."""
-    batch = build_batch(PAIRS, 0, "left")
-    given = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
-    return model(batch.input_ids, **given).logits[batch.rows, batch.before].square().sum().log()
+    """A number that follows from the logits of the responses in left-padded rows, in the type of the model."""
+    ids, mask = pad([prompt + response for prompt, response in PAIRS], 0, left=True)
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    logits = model(ids, attention_mask=mask.long(), position_ids=positions).logits
+    ends = [row[-len(response) - 1 : -1] for row, (_, response) in zip(logits, PAIRS, strict=True)]
+    return torch.cat(ends).square().sum().log()
 
 
 @pytest.mark.parametrize(("kind", "method"), CASES)
