@@ -94,7 +94,7 @@ def sample_answers(
             advance=progress.advance,
         )
     rescore(recipe, rollout, policy, recipe.evaluate.temperature)
-    phase("scoring")
+    phase("score")
     tax: dict[str, Any] = {}
     if asked.text_rows:
         with Progress(f"{name}: pretraining loss", total=len(asked.text_rows), unit="rows") as progress:

@@ -177,7 +177,7 @@ def label(ctx: StageContext, candidates: Sequence[Candidate], drops: Drops) -> R
     if judged:
         candidates = fitting(labeler, candidates, drops)
     kept, rankings = [], []
-    phase("scoring")
+    phase("score")
     with Progress("rank: labelling", total=len(candidates), unit="prompts") as progress:
         for c in candidates:
             if ctx.stop_requested:

@@ -128,10 +128,9 @@ def _step(
         # A process with fewer passes goes along with one that does not count: the engine's gradients meet in every one.
         here = passes[i] if i < len(passes) else None
         batch = scored.build(here.pairs if here else groups[0].pairs[:1], pad_id).to(engine.device)
-        with engine.accumulate(i + 1 == forwards):
-            flat = engine.model(batch)
-            share = here.loss(flat, ties) / len(groups) if here else 0.0 * flat.sum()
-            engine.backward(share)
+        flat = engine.model(batch)
+        share = here.loss(flat, ties) / len(groups) if here else 0.0 * flat.sum()
+        engine.backward(share)
         if here and here.groups:
             loss += float(share.detach())
             rows = flat.detach().cpu().split([len(g.ranks) for g in here.groups])
@@ -182,9 +181,9 @@ def train(engine: Engine, groups: list[Group], ctx: StageContext, pad_id: int) -
             chosen = shuffled_indices(len(groups), seed, "rankings", first, min(cfg.batch_size, total - first))
             batch = [groups[i] for i in chosen]
             factor = lr_factor(done, steps, cfg.schedule, cfg.warmup_steps, cfg.final_lr_fraction)
-            phase("update", done)
+            phase("train", done)
             loss, counts = step(engine, batch, ctx.recipe, pad_id)
-            result = engine.step(factor)
+            result = engine.step(("reward",), factor)
             done, tokens = done + 1, tokens + sum(g.tokens for g in batch)
             pairs = sum(c.pairs for c in counts)
             ctx.tracker.log(
@@ -209,7 +208,7 @@ def train(engine: Engine, groups: list[Group], ctx: StageContext, pad_id: int) -
                         (staged / "state.json").write_text(json.dumps(state))
 
                 phase("save", done)
-                ctx.checkpoints.save(done, write, barrier())
+                ctx.checkpoints.save(done, write, barrier)
     return tokens if done == steps else None
 
 
@@ -283,7 +282,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     if tokens is None:
         return {}
 
-    phase("scoring")
+    phase("score")
     ranked = random_outputs(train_groups, SCALE_SAMPLE, recipe.run.seed)
     metrics = normalise(model, demonstrations, ranked, cfg.normalise_scale)
     if heldout:
@@ -301,7 +300,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     weights = full_state_dict(model)
     if is_main_process():
         save_model(model, tokenizer, ctx.dir / "model", weights)
-    all_gather_objects(None)  # the probes are written into the folder
+    barrier()  # the probes are written into the folder
     write_probes(model, tokenizer, ranked[:PROBES], ctx.dir / "model")
     return metrics
 

@@ -134,7 +134,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     tokens = trainer.tokens
     last_loss = next(row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row)
     metrics |= {"sft/loss": last_loss, "sft/steps": float(trainer.state.global_step), "sft/tokens": float(tokens)}
-    phase("scoring")
+    phase("score")
     if heldout:
         metrics["sft/validation_loss"] = validation_loss(trainer.model, heldout)
         ctx.tracker.log({"sft/validation_loss": metrics["sft/validation_loss"]}, tokens)

@@ -246,7 +246,7 @@ def _forward(
     if kind == "backbone":
         return hidden_states(model, batch).sum()
     if kind == "policy":
-        pieces = head_chunks(rows * response) if calls_head else 0
-        logprobs, entropies = response_logprobs(model, batch, 1.0, pieces)
+        chunks = head_chunks(rows * response) if calls_head else 0
+        logprobs, entropies = response_logprobs(model, batch, 1.0, chunks)
         return logprobs.sum() + entropies.sum().detach()
     return (response_values(model, batch) if kind == "value" else raw_scores(model, batch)).sum()

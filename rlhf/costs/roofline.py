@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rlhf.system.phases import PHASES
+
 MetricsRow = Mapping[str, float | None]
-PHASES = ("rollout", "score", "train", "ptx", "optimizer", "save", "other")
+WITH_OTHER = (*PHASES, "other")
 PARTS = {  # of perf/flops_PART and perf/bytes_PART
     "rollout": ("prefill", "decode", "rescore"),
     "score": ("score",),
@@ -80,7 +82,7 @@ def bounds_of(row: MetricsRow, phase: str) -> tuple[Bound, ...]:
 
 def phase_costs(row: MetricsRow) -> list[PhaseCost]:
     """The phases that took time, in the order of the iteration."""
-    seconds = {phase: row.get(f"perf/seconds_{phase}") or 0.0 for phase in PHASES}
+    seconds = {phase: row.get(f"perf/seconds_{phase}") or 0.0 for phase in WITH_OTHER}
     total = sum(seconds.values())
     return [
         PhaseCost(
@@ -92,7 +94,7 @@ def phase_costs(row: MetricsRow) -> list[PhaseCost]:
             row.get(f"memory/{phase}_gb"),
             row.get(f"perf/padding_{phase}"),
         )
-        for phase in PHASES
+        for phase in WITH_OTHER
         if seconds[phase]
     ]
 

@@ -13,13 +13,10 @@ coefficient, and Schulman's note "Approximating KL divergence" (2020) for the k1
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-Reduce = Callable[[Tensor], Tensor]
 
 
 def length_mask(lengths: Tensor, width: int) -> Tensor:
@@ -100,16 +97,14 @@ def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: flo
     return advantages, advantages + values
 
 
-def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True, reduce: Reduce | None = None) -> Tensor:
-    """Unit variance, and zero mean unless `shift_mean` is False (then the mean is put back).
+def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """Scale to unit variance, and to zero mean unless `shift_mean` is False (then the mean is put back).
 
-    Moments are taken over the True positions of every process: `reduce` sums a tensor over processes.
-    The variance is the population one. Padding is zero in the result.
+    Moments are taken over the True positions; the variance is the population one. Padding is zero in the result.
     """
-    reduce = reduce or (lambda tensor: tensor)
-    count = reduce(mask.sum().to(torch.float64)).clamp(min=1)
-    mean = reduce(masked_sum(values.double(), mask)) / count
-    variance = reduce(masked_sum((values.double() - mean) ** 2, mask)) / count
+    count = mask.sum().to(torch.float64).clamp(min=1)
+    mean = masked_sum(values.double(), mask) / count
+    variance = masked_sum((values.double() - mean) ** 2, mask) / count
     whitened = (values.double() - mean) * torch.rsqrt(variance + 1e-8)
     if not shift_mean:
         whitened = whitened + mean

@@ -1,4 +1,8 @@
-"""DeepSpeed's settings of a recipe, and loading models whole or in parts under ZeRO-3."""
+"""Loading models for a run on several processes: DeepSpeed's settings for a recipe, and where its weights are placed.
+
+A model that an engine trains under ZeRO-3 is in parts from the start, so that no process ever holds it whole; one that
+only samples or scores is placed as `launch.frozen` says.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +27,17 @@ TEMPLATES = Path(__file__).resolve().parents[2] / "launch" / "deepspeed"
 
 
 def config_path(recipe: Recipe) -> Path:
-    """The DeepSpeed JSON of a recipe: the user's own, or the template of the stage."""
+    """Return the path of a recipe's DeepSpeed JSON: the user's own file, or the template of the ZeRO stage."""
     launch = recipe.launch
     offload = "-offload" if launch.offload else ""
     return Path(launch.deepspeed_config or TEMPLATES / f"zero{launch.zero_stage}{offload}.json").expanduser()
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """DeepSpeed's settings for our loops: the recipe's JSON with what the loops decide filled in.
+    """Return DeepSpeed's settings for our loops: the recipe's JSON with what the loops decide filled in.
 
     Raises:
-        UserError: when the user's own file sets what is the recipe's to say.
+        UserError: when the user's own file sets what the recipe decides, or a layout that checkpoints do not know.
     """
     path = config_path(recipe)
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -63,17 +67,17 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _devices(zero: dict[str, Any]) -> set[str]:
-    """Where a file's zero_optimization moves state to."""
+    """Return the devices that a file's zero_optimization moves state to."""
     return {str(part.get("device")) for part in zero.values() if isinstance(part, dict)}
 
 
 def zero_stage(recipe: Recipe) -> int:
-    """ZeRO stage of the recipe's DeepSpeed file; 0 for a single process, which runs without DeepSpeed."""
+    """Return the ZeRO stage of the recipe's DeepSpeed file; 0 for a single process, which runs without DeepSpeed."""
     return int(settings(recipe).get("zero_optimization", {}).get("stage", 0)) if processes() > 1 else 0
 
 
 def trained(recipe: Recipe, load: Callable[[], Model]) -> Model:
-    """`load()` for a model that an engine will train: under ZeRO-3 it is in parts from the start."""
+    """Load a model that an engine will train; under ZeRO-3 it is in parts from the start."""
     with _loading(recipe, zero_stage(recipe) == 3):
         model = load()
     model.placement = Placement(by_layer=recipe.launch.gather == "by_layer")
@@ -81,9 +85,12 @@ def trained(recipe: Recipe, load: Callable[[], Model]) -> Model:
 
 
 def frozen(recipe: Recipe, device: torch.device, load: Callable[[], Model], drop_after_use: bool = False) -> Model:
-    """`load()` for a model that only samples or scores, without gradients, placed as `launch.frozen` says.
+    """Load a model that only samples or scores, without gradients, and place it as `launch.frozen` says.
 
     Args:
+        recipe: says on how many processes and where its weights are kept.
+        device: where the model computes.
+        load: builds the model.
         drop_after_use: on a CPU, drop its pages between passes where its weights are mapped from a file.
     """
     how = recipe.launch.frozen
@@ -111,7 +118,7 @@ def load_frozen_policy(
 
 @contextmanager
 def _loading(recipe: Recipe, parted: bool) -> Iterator[None]:
-    """Inside, models are loaded in parts where `parted`: no process ever holds one whole."""
+    """Load every model that is built inside in parts, if `parted`: no process ever holds one whole."""
     if not parted or processes() == 1:
         yield
         return
@@ -130,7 +137,7 @@ def _loading(recipe: Recipe, parted: bool) -> Iterator[None]:
 
 
 def connect() -> None:
-    """Let DeepSpeed use the group of processes that is there."""
+    """Let DeepSpeed use the process group that exists already."""
     import deepspeed
     import deepspeed.ops
 

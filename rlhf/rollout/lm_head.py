@@ -116,28 +116,32 @@ def _head_chunk(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: f
 
 
 def head_chunks(tokens: int) -> int:
-    """Return the number of pieces in which the LM head takes that many positions."""
+    """Return in how many chunks the LM head takes that many positions."""
     return max(1, -(-tokens // HEAD_CHUNK))
 
 
 def head_logprobs(
-    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, pieces: int = 0
+    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, chunks: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Return log-probabilities [N] of `targets` [N] given hidden states [N, H], and entropies [N], in nats.
 
-    The entropies carry no gradient. A plain head whose whole weight is on this process is taken by slices of the
-    vocabulary. A head that is more than its weight, or whose weight is gathered when it is called, is called on one
-    piece of the positions after another; with gradients each piece is recomputed in the backward pass instead of kept.
+    The entropies carry no gradient. A plain head that this process holds whole is taken by slices of the vocabulary. A
+    head that is more than its weight, or whose weight is gathered when it is called, is called on chunks of the
+    positions; with gradients each chunk is recomputed in the backward pass instead of kept.
 
     Args:
-        pieces: the number of pieces; 0 means as many as needed.
+        head: the LM head.
+        hidden: hidden states [N, H].
+        targets: token ids [N].
+        temperature: divides the logits.
+        chunks: how many chunks there are; 0 for as many as the positions need. See `PolicyValue`.
     """
-    if not pieces and type(head) is nn.Linear and head.weight.numel():
+    if not chunks and type(head) is nn.Linear and head.weight.numel():
         return vocabulary_logprobs(hidden, head.weight, head.bias, targets, temperature)
     logps, entropies = [], []
-    pieces = pieces or head_chunks(len(hidden))
-    for h, t in zip(hidden.tensor_split(pieces), targets.tensor_split(pieces), strict=True):
-        if torch.is_grad_enabled() and hidden.requires_grad and pieces > 1:
+    chunks = chunks or head_chunks(len(hidden))
+    for h, t in zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True):
+        if torch.is_grad_enabled() and hidden.requires_grad and chunks > 1:
             logp, entropy = checkpoint(_head_chunk, head, h, t, temperature, use_reentrant=False)
         else:
             logp, entropy = _head_chunk(head, h, t, temperature)

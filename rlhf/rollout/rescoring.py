@@ -20,19 +20,16 @@ from rlhf.rollout.scoring import token_logprobs
 GAP_LIMIT = 0.1
 
 
-def rescore(recipe: Recipe, rollout: Rollout, policy: nn.Module, temperature: float) -> float | None:
-    """Replace the log-probabilities of a rollout by those of the training pass, unless they are the same.
+def rescore(recipe: Recipe, rollout: Rollout, policy: nn.Module, temperature: float) -> None:
+    """Put the training pass's log-probabilities into a rollout of `ppo.rollout`, where another pass has sampled.
 
-    All processes must call.
-
-    Returns:
-        The mean absolute gap between the two in nats per token, or None if the sampler's are kept.
+    The rollout's `sampler_gap` is then the mean absolute gap between the two. All processes must call.
 
     Raises:
         UserError: if the gap to vLLM's is above GAP_LIMIT, because other weights must have sampled then.
     """
     if recipe.model.dtype == "float32" and recipe.ppo.rollout != "vllm":
-        return None
+        return
     rows = [row.cpu() for row in token_logprobs(policy, rollout.pairs(), temperature, recipe.ppo.score_tokens)]
     gap = float((torch.cat(rows) - torch.cat([rollout.logprobs[i, : len(r)] for i, r in enumerate(rows)])).abs().mean())
     if recipe.ppo.rollout == "vllm" and not gap <= GAP_LIMIT:  # so written that nan fails too
@@ -44,4 +41,4 @@ def rescore(recipe: Recipe, rollout: Rollout, policy: nn.Module, temperature: fl
         )
     for i, row in enumerate(rows):
         rollout.logprobs[i, : len(row)] = row
-    return gap
+    rollout.sampler_gap = gap

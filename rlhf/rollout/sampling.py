@@ -46,6 +46,7 @@ class Rollout:
     lengths: Tensor  # [B] int64, tokens of the response including its EOS when it has one
     finished: Tensor  # [B] bool, whether the response ended with EOS
     logprobs: Tensor  # [B, R] float32, of the sampled tokens at the sampling temperature, 0 on padding
+    sampler_gap: float | None = None  # nats per token to the sampler's own, where another pass has computed `logprobs`
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -48,11 +48,11 @@ def hidden_states(model: nn.Module, batch: SequenceBatch) -> Tensor:
 
 
 def response_logprobs(
-    policy: nn.Module, batch: SequenceBatch, temperature: float, pieces: int = 0
+    policy: nn.Module, batch: SequenceBatch, temperature: float, chunks: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Return log-probabilities [N] of the response tokens, and the entropies [N] of their distributions, in nats."""
     hidden = hidden_states(policy, batch)[batch.rows, batch.before]
-    return head_logprobs(policy.get_output_embeddings(), hidden, batch.targets, temperature, pieces)
+    return head_logprobs(policy.get_output_embeddings(), hidden, batch.targets, temperature, chunks)
 
 
 def normalise_scores(model: nn.Module, raw: Tensor) -> Tensor:

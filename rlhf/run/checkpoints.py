@@ -7,7 +7,6 @@ kill before the seal is a kill before the checkpoint, and a resume goes on from 
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
@@ -28,7 +27,6 @@ class Checkpoints:
 
     def __init__(self, folder: Path, identity: str = "", before: Callable[[], None] = lambda: None) -> None:
         self.folder, self.identity, self.before = folder, identity, before
-        self.write_seconds = 0.0  # that the last save held the loop up
         self.last: Sealed | None = None  # what the last seal took
         self._thread: Thread | None = None
         self._error: BaseException | None = None
@@ -43,7 +41,6 @@ class Checkpoints:
         Raises:
             OSError: what kept the checkpoint before from being sealed, or this one from being written.
         """
-        begin = time.perf_counter()
         self.wait()
         final = self.folder / f"step-{step:06d}"
         staged = write_aside(final, write, barrier)
@@ -51,7 +48,6 @@ class Checkpoints:
             # A daemon: a second Ctrl-C ends the program at once.
             self._thread = Thread(target=self._seal, args=(staged, final), daemon=True)
             self._thread.start()
-        self.write_seconds = time.perf_counter() - begin
 
     def wait(self) -> None:
         """Until the last one is sealed.
@@ -67,13 +63,14 @@ class Checkpoints:
             raise error
 
     def metrics(self) -> dict[str, float]:
-        """perf/ values of a save since the last call: what the loop waited, and sealing, with hashing, and the size."""
-        values, self.write_seconds = {"perf/seconds_save": self.write_seconds}, 0.0
-        if self.last is not None:
-            values["perf/seconds_seal"] = self.last.seconds
-            values["perf/seconds_hash"] = self.last.hash_seconds
-            values["perf/checkpoint_gb"] = self.last.bytes / 1e9
-        return values
+        """Return perf/ values of the last seal: seconds in all and of hashing, and the size in GB."""
+        if self.last is None:
+            return {}
+        return {
+            "perf/seconds_seal": self.last.seconds,
+            "perf/seconds_hash": self.last.hash_seconds,
+            "perf/checkpoint_gb": self.last.bytes / 1e9,
+        }
 
     def _seal(self, staged: Path, final: Path) -> None:
         try:

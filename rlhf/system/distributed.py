@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from rlhf.config import Recipe
 from rlhf.errors import UserError
@@ -120,9 +121,20 @@ def all_gather_objects(value: Result) -> list[Result]:
     return values
 
 
-def barrier() -> Callable[[], object] | None:
-    """What waits for all processes; None where there is one."""
-    return (lambda: all_gather_objects(None)) if processes() > 1 else None
+def rows_of_all(row: Tensor) -> Tensor:
+    """Return the tensor [n] of every process as [processes, n], on the CPU; all of them must call it with one n."""
+    if processes() == 1:
+        return row.cpu()[None]
+    row = row.to(collective_device())
+    rows = [torch.empty_like(row) for _ in range(processes())]
+    dist.all_gather(rows, row)
+    return torch.stack(rows).cpu()
+
+
+def barrier() -> None:
+    """Wait until all processes have come here."""
+    if processes() > 1:
+        dist.barrier()
 
 
 def any_rank(here: bool) -> bool:
@@ -135,7 +147,9 @@ def any_rank(here: bool) -> bool:
 
 
 def pick_device(recipe: Recipe) -> torch.device:
-    """The device of this process: run.device, `auto` taking the GPU of its local rank where there is one.
+    """Return the device of this process: run.device, where `auto` takes the GPU of its local rank if there is one.
+
+    Apple's GPUs are not taken: they have no float64, which sampling needs.
 
     Raises:
         UserError: for run.device=cuda without one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import platform
 import resource
 import sys
 import time
@@ -39,7 +40,7 @@ def recent_peak_gb(device: torch.device) -> float:
 
 
 def reset_peak(device: torch.device, forget: bool = False) -> bool:
-    """Have `recent_peak_gb` begin anew; False where the system does not do that, and its number is of the whole run.
+    """Reset the counter of `recent_peak_gb`; returns False if the system cannot, and the peak is that of the whole run.
 
     On Linux the kernel's own mark is set back, so ru_maxrss, read from outside, is then of the time since as well.
 
@@ -96,6 +97,16 @@ def measured_bandwidth(device: torch.device) -> float:
     repeats = 4 if device.type == "cuda" else 1
     seconds = min(_seconds(partial(target.copy_, source), repeats, device) for _ in range(2 * TRIES))
     return 2 * source.nbytes * repeats / seconds
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or of this machine's processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 def _scratch(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,22 +1,29 @@
-"""What this process is doing right now, for the log and the watch over a distributed run (rlhf/system/watchdog.py)."""
+"""The phase that this process is in, for the log and the watch over a distributed run (rlhf/system/watchdog.py).
+
+rlhf/system/phase_timer.py measures the phases of PPO besides.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+# Of an iteration of PPO, in this order; the other stages have some of them. Besides, a stage begins in "start", and one
+# that waits for people is in "labelling".
+PHASES = ("rollout", "score", "train", "ptx", "optimizer", "save")
+
 
 @dataclass
 class PhaseState:
-    """Where a process stands; all processes of a stage go through the same phases in the same order."""
+    """Where a process is; all processes of a stage go through the same phases in the same order."""
 
-    phase: str = "start"  # start, rollout, scoring, update, save
+    phase: str = "start"
     step: int | None = None  # of the phase: an iteration, an optimiser step or a chunk
     beat: int = 0  # phases and steps begun, to be compared between processes
     activity: int = 0  # grows with every sign of progress, smaller ones included
 
     def words(self) -> str:
-        """`phase update, step 3`."""
+        """Return the phase in words, such as `phase train, step 3`."""
         return f"phase {self.phase}" + (f", step {self.step}" if self.step is not None else "")
 
 

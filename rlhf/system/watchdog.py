@@ -1,6 +1,6 @@
 """The watch that ends a distributed stage when one of its processes dies or hangs, naming it and its last phase.
 
-    runs/<run>/<stage>/logs/rank-1.json    {"rank": 1, "machine": ..., "pid": 4711, "phase": "update", "step": 3, ...}
+    runs/<run>/<stage>/logs/rank-1.json    {"rank": 1, "machine": ..., "pid": 4711, "phase": "train", "step": 3, ...}
 
 Every process keeps such a file with a thread of its own, and some on each machine read everybody's: a file that no
 longer changes is of a process that is stopped, dead or cut off, and when no file tells of progress the processes wait

@@ -1,25 +1,28 @@
-"""One small training engine for the reward and PPO loops, on Accelerate: accumulate, backward, step, sum, save.
+"""The training engine of the reward and PPO loops: backward, step, save, load.
 
-The loops say what a step is; the engine knows about devices, processes, clipping by group, skipped steps and state.
-Losses come in already divided by the token or prompt count of the global minibatch, so gradients are summed over
+The loops say which passes make a step; the engine knows about devices, processes, clipping by group, skipped steps and
+state. Losses come in already divided by the token or prompt count of the global minibatch, so gradients are summed over
 micro-batches and processes, never averaged.
+
+`Engine` is what the loops see. `LocalEngine` is that of one process; rlhf/training/zero_engine.py has that of several.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rlhf.errors import UserError
 from rlhf.system.distributed import is_main_process
-from rlhf.training.clipped_adamw import ClippedAdamW, set_step_count, step_count
+from rlhf.training.clipped_adamw import ClippedAdamW, grad_norm, set_step_count, step_count
 from rlhf.training.sharded_state import MOMENTS, WEIGHT, Fragment, FragmentReader, write_fragments
 
 
@@ -44,151 +47,95 @@ class StepResult:
     non_finite: str = ""
 
 
-class Engine:
-    """Holds the prepared model and its optimiser; see the module's text for the contract of the losses."""
+class Engine(ABC):
+    """Holds a model and what its optimiser needs, apart from the optimiser's own state.
+
+    Attributes:
+        stage: ZeRO stage, 0 where every process holds everything.
+        groups: the trained parameters.
+        device: where the model computes.
+        model: called for every pass with gradients.
+        adamw: the optimiser, made by the subclass.
+        process: number of this process in the names of the files that it writes.
+        skipped_steps: optimiser steps that a non-finite gradient has skipped, over the whole run.
+        skipped_in_a_row: of these, the newest ones without a step between them.
+    """
+
+    stage = 0
+    process = 0
+    model: nn.Module
+    adamw: ClippedAdamW
 
     def __init__(
         self,
-        model: nn.Module,
         groups: list[ParamGroup],
+        device: torch.device,
         *,
-        device: str = "auto",
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_skipped_steps: int = 3,
     ) -> None:
-        # As rlhf.system.distributed.pick_device: Apple's GPUs have no float64, which sampling needs.
-        self.accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
-        self.groups = groups
-        model.to(self.accelerator.device)
-        # An update of 1e-5 is lost in a bfloat16 weight of 0.01: such weights are stepped in float32 copies.
-        self._copies = {
-            parameter: parameter.detach().float()
-            for group in groups
-            for parameter in group.parameters()
-            if parameter.dtype != torch.float32
-        }
-        optimizer = ClippedAdamW(
-            [
-                {
-                    "params": [self._copies.get(p, p) for p in g.parameters()],
-                    "lr": g.lr,
-                    "name": g.name,
-                    "max_grad_norm": g.max_grad_norm,
-                }
-                for g in groups
-            ],
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-        )
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.groups, self.device = groups, device
+        self._adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
         self.max_skipped_steps = max_skipped_steps
-        self.skipped_in_a_row = 0
-        self.skipped_steps = 0
-        self._bad_part = ""
+        self.skipped_in_a_row = self.skipped_steps = 0
+
+    # --- training
 
     @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
+    @abstractmethod
+    def groups_in_turn(self) -> list[tuple[str, ...]]:
+        """Names of the groups whose gradients are made and stepped together, one entry after the other."""
 
     @property
-    def _base_optimizer(self) -> ClippedAdamW:
-        return getattr(self.optimizer, "optimizer", self.optimizer)  # inside Accelerate's wrapper
-
-    @property
-    def turns(self) -> list[tuple[str, ...]]:
-        """Groups whose gradients are made together, one turn after the other; `step_part` may stand between turns."""
-        return [(group.name,) for group in self.groups]
-
-    @property
+    @abstractmethod
     def module(self) -> nn.Module:
-        """The model without the wrappers of a distributed run."""
-        return self.accelerator.unwrap_model(self.model)
+        """The model without a wrapper, for passes without gradients."""
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Sum of a tensor over processes."""
-        return self.accelerator.reduce(tensor, reduction="sum")
-
-    @contextmanager
-    def accumulate(self, last: bool) -> Iterator[None]:
-        """Around the forward and backward of a micro-batch; gradients meet across processes in the last one only."""
-        with nullcontext() if last else self.accelerator.no_sync(self.model):
-            yield
-
+    @abstractmethod
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, this process's share of the global loss."""
-        # Data-parallel reduction averages; our losses are shares of a global sum.
-        self.accelerator.backward(loss * self.accelerator.num_processes)
 
-    def grads(self, group: str) -> list[Tensor]:
-        """Gradients accumulated so far in a group (not copies)."""
-        return [p.grad for g in self.groups if g.name == group for p in g.parameters() if p.grad is not None]
+    @abstractmethod
+    def step(self, groups: Sequence[str], lr_factor: float = 1.0) -> StepResult:
+        """Clip the gradients of some groups, step these groups and clear the gradients.
 
-    def step(self, lr_factor: float = 1.0) -> StepResult:
-        """Clip each group, step, clear the gradients; a non-finite gradient skips the step and is counted.
+        An optimiser step is one call for each entry of `groups_in_turn`, in that order, and the last call counts it.
+        Groups are clipped apart, so it does not matter whether they are stepped in one call or in several, unless a
+        gradient is not finite. That skips the groups of its own call and of the later calls of this optimiser step;
+        groups of earlier calls have been stepped already.
+
+        Args:
+            groups: names of the groups that have gradients.
+            lr_factor: multiplies the learning rate of each group.
 
         Raises:
             UserError: after `max_skipped_steps` skipped steps in a row, naming the first bad tensor.
         """
-        # What was found in a part skips the rest and is counted with it.
-        norms, bad = ({}, self._bad_part) if self._bad_part else self._step(lr_factor)
-        self._bad_part = ""
-        self._clear()
-        self._count_skipped(bad)
-        return StepResult(norms, bad)
 
-    def step_part(self, lr_factor: float = 1.0) -> StepResult:
-        """Step the groups that have gradients now, before those of the others are made, so that their memory is free.
+    @contextmanager
+    def added_norm(self, group: str) -> Iterator[dict[str, float]]:
+        """Measure what the passes of the block add to the gradients of a group, where that can be known.
 
-        `step` ends the optimiser step. Groups are clipped apart, so the result is that of one `step` for all, unless
-        a gradient is not finite: one found here skips the groups that follow, one found later comes too late for these.
-
-        Returns:
-            of these groups; without norms from an engine that steps all groups at once.
+        Yields:
+            A dict that has the gradient norms "before" the block and of what it has "added" when the block has ended.
+            It stays empty where gradients are partitioned or not yet summed over processes.
         """
-        norms, self._bad_part = self._step(lr_factor)
-        self._clear()
-        return StepResult(norms, self._bad_part)
+        yield {}
 
-    def _step(self, lr_factor: float) -> tuple[dict[str, float], str]:
-        """Gradient norms by group, and the first non-finite gradient if any."""
-        clipped = self._base_optimizer
-        for group, state in zip(self.groups, self.optimizer.param_groups, strict=True):
-            state["lr"] = group.lr * lr_factor
-        for parameter, copy in self._copies.items():
-            copy.grad = None if parameter.grad is None else parameter.grad.float()
-        clipped.grad_norms, clipped.non_finite = {}, ""
-        self.optimizer.step()
-        bad = next((f"{g.name}.{_first_non_finite(g.module)}" for g in self.groups if g.name == clipped.non_finite), "")
-        self._round_copies()
-        return clipped.grad_norms, bad
-
-    def _clear(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        for parameter in self._copies:
-            parameter.grad = None
-
-    def _count_skipped(self, bad: str) -> None:
-        """Keep the count of steps in a row whose gradient was not finite; `bad` names its first bad tensor, if any."""
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if bad else 0
-        self.skipped_steps += bool(bad)
-        if self.skipped_in_a_row >= self.max_skipped_steps:
-            raise UserError(
-                f"{self.skipped_in_a_row} optimiser steps in a row had a non-finite gradient; the first bad tensor is "
-                f"{bad}",
-                fix="lower the learning rate, use float32, or look for broken rows in the data; "
-                "the last checkpoint is from before these steps",
-            )
+    # --- weights and state
 
     def trainable(self) -> dict[str, Tensor]:
-        """Trainable parameters by name, as the model computes with them (not copies)."""
+        """Return the trainable parameters by name, as the model computes with them (not copies)."""
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     def weights(self) -> Mapping[str, Tensor]:
-        """What the optimiser steps, by name: the trainable parameters, or their float32 copies."""
-        return {name: self._copies.get(p, p) for name, p in self.trainable().items()}
+        """Return what the optimiser steps, whole, by name of the parameter; each may be gathered when it is read.
+
+        All processes must read the same ones in the same order.
+        """
+        return self.trainable()
 
     def save(self, folder: Path) -> None:
         """Write trainable weights and optimiser state, each process what it holds; all processes must call.
@@ -196,7 +143,7 @@ class Engine:
         Frozen weights are inputs of the stage and are not copied.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        write_fragments(folder, self._written(), self._process)
+        write_fragments(folder, self.owned_fragments(), self.process)
         if is_main_process():
             state = {
                 "shapes": {name: list(shape) for name, shape in self._shapes().items()},
@@ -222,60 +169,161 @@ class Engine:
                     where=str(folder),
                     fix="redo the stage with --fresh, or take another run.name",
                 )
-        self._begin_load()
-        self._set_steps(state["steps"])
-        reader = FragmentReader(folder)
-        for fragment in self._fragments():
-            for kind, tensor in fragment.tensors.items():
-                # A parameter that has had no gradient yet has no moments; partitioned with others, it keeps zeros.
-                if kind == WEIGHT or reader.has(kind, fragment.name):
-                    reader.read_into(tensor, kind, fragment.name, fragment.start)
-        self._end_load()
+        with self._loading():
+            for each, names in self.optimizer_tensors().items():
+                set_step_count(self.adamw, each, max(state["steps"][name] for name in names))
+            reader = FragmentReader(folder)
+            for fragment in self.fragments():
+                for kind, tensor in fragment.tensors.items():
+                    # A parameter that has had no gradient yet has no moments; partitioned with others, it keeps zeros.
+                    if kind == WEIGHT or reader.has(kind, fragment.name):
+                        reader.read_into(tensor, kind, fragment.name, fragment.start)
         self.skipped_in_a_row, self.skipped_steps = state["skipped"]
 
-    # --- what a checkpoint is made of: ZeRO holds it in other places
+    # --- what a checkpoint is made of: here for parameters that are whole in every process
 
-    _process = 0  # whose files this process writes
+    def optimizer_tensors(self) -> dict[Tensor, list[str]]:
+        """Return the tensors that the optimiser steps in this process, with the names of the parameters in each."""
+        return {weight: [name] for name, weight in self.weights().items()}
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield what this process holds of the weights that the optimiser steps, and of their moments."""
+        for name, weight in self.weights().items():
+            tensors = self._with_moments(weight)
+            yield Fragment(name, 0, {kind: tensor.view(-1) for kind, tensor in tensors.items()})
+
+    def owned_fragments(self) -> Iterator[Fragment]:
+        """Yield those of `fragments` that this process writes; together the processes write every element once."""
+        return self.fragments()
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        """Let fragments be overwritten inside the block, and give the model the new weights at its end."""
+        yield
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """Whole shapes of the trained parameters by name."""
+        """Return the whole shapes of the trained parameters by name."""
         return {name: tuple(p.shape) for name, p in self.trainable().items()}
 
-    def _fragments(self) -> Iterator[Fragment]:
-        """What this process holds of the weights that the optimiser steps, and of their moments."""
-        for name, weight in self.weights().items():
-            yield Fragment(name, 0, {kind: tensor.view(-1) for kind, tensor in self._with_moments(weight).items()})
-
     def _with_moments(self, stepped: Tensor) -> dict[str, Tensor]:
-        """By KIND, a tensor that the optimiser steps and its moments where it has any."""
-        state = self._base_optimizer.state.get(stepped, {})
+        """Return, by kind, a tensor that the optimiser steps and its moments where it has any."""
+        state = self.adamw.state.get(stepped, {})
         found = {WEIGHT: stepped} | {kind: state[kind] for kind in MOMENTS if kind in state}
         return {kind: tensor.detach() for kind, tensor in found.items()}
 
-    def _stepped(self) -> dict[Tensor, list[str]]:
-        """What the optimiser steps in this process, with the names of the parameters in each tensor."""
-        return {weight: [name] for name, weight in self.weights().items()}
-
-    def _written(self) -> Iterator[Fragment]:
-        """Of `_fragments`, those that this process writes; together the processes write every element once."""
-        return self._fragments()
-
     def _steps(self) -> dict[str, int]:
-        """Adam steps that the parameters have had."""
+        """Return the number of Adam steps that each parameter has had."""
         return {
-            name: step_count(self._base_optimizer, each) for each, names in self._stepped().items() for name in names
+            name: step_count(self.adamw, each) for each, names in self.optimizer_tensors().items() for name in names
         }
 
-    def _set_steps(self, steps: dict[str, int]) -> None:
-        """Make the moments of parameters that have been stepped, zero for now, and no others."""
-        for each, names in self._stepped().items():
-            set_step_count(self._base_optimizer, each, max(steps[name] for name in names))
+    # --- what the subclasses share
 
-    def _begin_load(self) -> None:
-        """Be ready for fragments to be overwritten."""
+    def _make_adamw(self, stepped: Callable[[nn.Parameter], Tensor]) -> ClippedAdamW:
+        """Return the optimiser of all groups; `stepped` gives the tensor that is stepped for a parameter."""
+        groups = [
+            {
+                "params": [stepped(p) for p in group.parameters()],
+                "lr": group.lr,
+                "name": group.name,
+                "max_grad_norm": group.max_grad_norm,
+            }
+            for group in self.groups
+        ]
+        return ClippedAdamW(groups, partitioned=self.stage > 0, **self._adam)
 
-    def _end_load(self) -> None:
-        """Give the model the weights that were loaded."""
+    def _prepare_step(self, lr_factor: float) -> None:
+        """Set the learning rates, and forget what the last step has found."""
+        for group, state in zip(self.groups, self.adamw.param_groups, strict=True):
+            state["lr"] = group.lr * lr_factor
+        self.adamw.grad_norms, self.adamw.non_finite = {}, ""
+
+    def _count_skipped(self, bad: str) -> None:
+        """Keep the count of steps in a row whose gradient was not finite; `bad` names its first bad tensor, if any."""
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if bad else 0
+        self.skipped_steps += bool(bad)
+        if self.skipped_in_a_row >= self.max_skipped_steps:
+            raise UserError(
+                f"{self.skipped_in_a_row} optimiser steps in a row had a non-finite gradient; the first bad tensor is "
+                f"{bad}",
+                fix="lower the learning rate, use float32, or look for broken rows in the data; "
+                "the last checkpoint is from before these steps",
+            )
+
+
+class LocalEngine(Engine):
+    """The engine of a single process; it holds the gradients of one group at a time."""
+
+    def __init__(self, model: nn.Module, groups: list[ParamGroup], device: torch.device, **options: Any) -> None:
+        super().__init__(groups, device, **options)
+        self.model = model.to(device)
+        # An update of 1e-5 is lost in a bfloat16 weight of 0.01: such weights are stepped in float32 copies.
+        self._copies = {
+            parameter: parameter.detach().float()
+            for group in groups
+            for parameter in group.parameters()
+            if parameter.dtype != torch.float32
+        }
+        self.adamw = self._make_adamw(lambda p: self._copies.get(p, p))
+        self._bad = ""  # of the optimiser step that has begun: its first non-finite gradient
+
+    @property
+    def groups_in_turn(self) -> list[tuple[str, ...]]:
+        return [(group.name,) for group in self.groups]
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def grads(self, group: str) -> list[Tensor]:
+        """Return the gradients accumulated so far in a group (not copies)."""
+        return [p.grad for g in self.groups if g.name == group for p in g.parameters() if p.grad is not None]
+
+    @contextmanager
+    def added_norm(self, group: str) -> Iterator[dict[str, float]]:
+        # A copy as large as the gradient: over several micro-batches no smaller one tells the two parts of a sum apart.
+        copies, norms = [g.clone() for g in self.grads(group)], dict[str, float]()
+        before = float(grad_norm(copies))
+        yield norms
+        for copy, both in zip(copies, self.grads(group), strict=True):
+            copy.neg_().add_(both)
+        norms |= {"before": before, "added": float(grad_norm(copies))}
+
+    def step(self, groups: Sequence[str], lr_factor: float = 1.0) -> StepResult:
+        norms: dict[str, float] = {}
+        if not self._bad:
+            norms, self._bad = self._step(lr_factor)
+        self._clear_gradients()
+        result = StepResult(norms, self._bad)
+        if self.groups[-1].name in groups:
+            self._bad = ""
+            self._count_skipped(result.non_finite)
+        return result
+
+    def _step(self, lr_factor: float) -> tuple[dict[str, float], str]:
+        """Step what has gradients; returns gradient norms by group, and the first non-finite gradient if any."""
+        self._prepare_step(lr_factor)
+        for parameter, copy in self._copies.items():
+            copy.grad = None if parameter.grad is None else parameter.grad.float()
+        self.adamw.step()
+        bad = next((g for g in self.groups if g.name == self.adamw.non_finite), None)
+        self._round_copies()
+        return self.adamw.grad_norms, f"{bad.name}.{_first_non_finite(bad.module)}" if bad else ""
+
+    def _clear_gradients(self) -> None:
+        self.adamw.zero_grad(set_to_none=True)
+        for parameter in self._copies:
+            parameter.grad = None
+
+    def weights(self) -> Mapping[str, Tensor]:
+        return {name: self._copies.get(p, p) for name, p in self.trainable().items()}
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        yield
         self._round_copies()
 
     @torch.no_grad()

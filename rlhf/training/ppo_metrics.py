@@ -1,4 +1,4 @@
-"""The perf/ and memory/ metrics of a PPO iteration: how long each phase took, and what it had to do in that time.
+"""What a PPO iteration logs: the means over its optimiser steps, samples, and its perf/ and memory/ metrics.
 
 For every phase the log has the FLOPs and bytes that it cannot do without, of one process, beside what the machine
 does at its best: rlhf/costs/roofline.py turns them into the least time that it could have taken.
@@ -6,27 +6,56 @@ does at its best: rlhf/costs/roofline.py turns them into the least time that it 
 
 from __future__ import annotations
 
+import json
+import re
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
 
+import torch
+
+from rlhf.models.build_cache import build_once
 from rlhf.models.flops import ModelCost, PassSize, model_cost, pass_size
 from rlhf.rollout.batches import Pair
+from rlhf.rollout.experience import Experience
+from rlhf.rollout.sampling import Rollout
 from rlhf.system.distributed import is_main_process, processes, shard
-from rlhf.system.phase_timer import PaddingCounts, PhaseTimer
+from rlhf.system.machine import device_name, measured_bandwidth, measured_peak_flops, reset_peak
+from rlhf.system.phase_timer import PaddingCounts
 from rlhf.training.ppo_state import Ppo
 
-PHASES = ("rollout", "score", "train", "ptx", "optimizer")
 STEP_BYTES = 28  # of a weight in AdamW: gradient read; weight, two moments read and written. In bfloat16 just as many
 AVERAGE_BYTES = 12  # of a weight in the average: both read, one written
 
 
-def performance(ppo: Ppo, pairs: Sequence[Pair], times: PhaseTimer, saving: float) -> dict[str, float]:
-    """The metrics of the iteration that ends now.
+def mean_metrics(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the means over the optimiser steps, of ppo/ratio_max the largest; ratio_error is checked, not logged."""
+    history: dict[str, list[float]] = defaultdict(list)
+    for step in steps:
+        for name, value in step.items():
+            history[name].append(value)
+    means = {name: sum(values) / len(values) for name, values in history.items() if name != "ratio_error"}
+    return means | {"ppo/ratio_max": max(history["ppo/ratio_max"])}
 
-    Args:
-        pairs: its (prompt ids, response ids), of all processes.
-        saving: seconds since the last call in which the loop waited for a checkpoint.
+
+def sample_rows(ppo: Ppo, episodes: Rollout, experience: Experience) -> list[list[str | float]]:
+    """Return prompt, response, score and KL in nats of the first ppo.samples_logged episodes."""
+    count = min(ppo.recipe.ppo.samples_logged, len(episodes))
+    kl, texts = experience.kl_per_response(), episodes.texts(ppo.tokenizer)
+    return [
+        [ppo.tokenizer.decode(episodes.prompt(i)), texts[i], float(experience.scores[i]), float(kl[i])]
+        for i in range(count)
+    ]
+
+
+def performance(ppo: Ppo, pairs: Sequence[Pair]) -> dict[str, float]:
+    """Return the metrics of the iteration that ends now; `pairs` are its (prompt ids, response ids), of all processes.
+
+    A checkpoint that was written since the last call counts for this one.
     """
-    measured, cfg = times.take(saving), ppo.recipe.ppo
+    peaks = machine_peaks(ppo.engine.device, next(ppo.networks.parameters()).dtype)
+    measured, cfg = ppo.phases.take(), ppo.recipe.ppo
     lengths = [(len(prompt), len(response)) for prompt, response in pairs]
     response_tokens, tokens = sum(response for _, response in lengths), sum(map(sum, lengths))
     needs = iteration_costs(ppo, pairs, measured.batches)
@@ -40,14 +69,32 @@ def performance(ppo: Ppo, pairs: Sequence[Pair], times: PhaseTimer, saving: floa
         found["perf/ptx_tokens_per_s"] = text / seconds["ptx"]
     updating = seconds["train"] + seconds["ptx"] + seconds["optimizer"]
     flops = needs["perf/flops_train"] + needs["perf/flops_ptx"]
-    found["perf/mfu"] = flops / updating / times.peak_flops
-    found |= {"perf/peak_flops": times.peak_flops, "perf/bandwidth": times.bandwidth}
-    found |= {"perf/processes": float(processes()), "perf/gpu": float(times.device.type == "cuda")}
-    return found | {"memory/peak_gb": times.peak_gb()}
+    found["perf/mfu"] = flops / updating / peaks["perf/peak_flops"]
+    found |= {"perf/processes": float(processes()), "perf/gpu": float(ppo.engine.device.type == "cuda")}
+    return found | peaks | {"memory/peak_gb": ppo.phases.peak_gb()}
+
+
+@lru_cache(maxsize=4)
+def machine_peaks(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Return perf/peak_flops, FLOP/s in a type of weights, and perf/bandwidth, bytes per second from and to memory.
+
+    They are measured once for a machine and kept in the user's cache (rlhf/models/build_cache.py); removing `peaks`
+    there measures them again.
+    """
+
+    def measure(folder: Path) -> None:
+        reset_peak(device)
+        found = {"perf/peak_flops": measured_peak_flops(device, dtype), "perf/bandwidth": measured_bandwidth(device)}
+        reset_peak(device, forget=True)  # the memory of the measurements was given back, and is no peak of the run
+        (folder / "peaks.json").write_text(json.dumps(found))
+
+    name = f"{device_name(device)} {torch.get_num_threads()} threads {dtype}"
+    folder = build_once(f"peaks/{re.sub('[^A-Za-z0-9.]+', '-', name)}", measure)
+    return json.loads((folder / "peaks.json").read_text())
 
 
 def iteration_costs(ppo: Ppo, pairs: Sequence[Pair], batches: dict[str, PaddingCounts]) -> dict[str, float]:
-    """perf/flops_PART and perf/bytes_PART of this process, where a phase's parts are `floors.PARTS`.
+    """Return perf/flops_PART and perf/bytes_PART of this process; `floors.PARTS` has the parts of each phase.
 
     Weights are read once in every forward pass, and again in a backward pass where the gradient goes through; what
     is between the operations of a pass is left out, so the bytes are a bound from below.
@@ -68,7 +115,9 @@ def iteration_costs(ppo: Ppo, pairs: Sequence[Pair], batches: dict[str, PaddingC
     needs["perf/bytes_score"] = passes * (plain.weight_bytes + value.weight_bytes + reward.weight_bytes)
     needs["perf/flops_train"] = cfg.epochs * sum(cost.training(whole) for cost in (policy, value))
     # Where the networks take turns, each goes through every micro-batch by itself.
-    passes = batches["train"].number / len(ppo.engine.turns) if "train" in batches else ppo.plan.steps_per_iteration
+    passes = (
+        batches["train"].number / len(ppo.engine.groups_in_turn) if "train" in batches else ppo.plan.steps_per_iteration
+    )
     needs["perf/bytes_train"] = passes * sum(_training_bytes(cost) for cost in (policy, value))
     needs |= {"perf/flops_ptx": 0.0, "perf/bytes_ptx": 0.0}
     if ppo.ptx_coef > 0:
@@ -77,7 +126,7 @@ def iteration_costs(ppo: Ppo, pairs: Sequence[Pair], batches: dict[str, PaddingC
         passes = batches["ptx"].number if "ptx" in batches else ppo.plan.steps_per_iteration
         needs["perf/bytes_ptx"] = passes * _training_bytes(policy)
     # ZeRO 1 to 3 divide the optimiser's work; without it every process does it all.
-    stepped = (policy.parameters + value.parameters) * (share if getattr(ppo.engine, "stage", 0) else 1)
+    stepped = (policy.parameters + value.parameters) * (share if ppo.engine.stage else 1)
     averaged = policy.parameters if cfg.ema_decay > 0 and is_main_process() else 0
     each = STEP_BYTES * stepped + AVERAGE_BYTES * averaged
     needs["perf/bytes_optimizer"] = ppo.plan.steps_per_iteration * each
@@ -85,7 +134,8 @@ def iteration_costs(ppo: Ppo, pairs: Sequence[Pair], batches: dict[str, PaddingC
 
 
 def decoding_costs(policy: ModelCost, pairs: Sequence[Pair], batch_size: int) -> dict[str, float]:
-    """What sampling takes on this process: prompts in one pass, then a pass for each token of the longest response.
+    """Return what sampling takes on this process: a pass over the prompts, then one for each token of the longest
+    response.
 
     Every pass reads the weights, and for each row that goes on the keys and values of what came before. A prompt that
     a batch has several times is prefilled once. perf/decode_steps and perf/decode_rows are the passes, and the rows
@@ -115,6 +165,8 @@ def _scaled(work: PassSize, factor: float) -> PassSize:
 
 
 def _training_bytes(cost: ModelCost) -> float:
-    """Of one micro-batch: weights read forward, and backward where the gradient passes; gradients written."""
+    """Return the bytes of one micro-batch: weights read forward, and backward where the gradient passes; gradients
+    written.
+    """
     each = cost.weight_bytes / max(1, cost.layers + cost.head)
     return cost.weight_bytes + (cost.through + cost.head_through) * each + cost.gradient_bytes

@@ -27,7 +27,7 @@ from rlhf.system.distributed import processes
 
 @dataclass(frozen=True)
 class PpoNetworks:
-    """All in eval mode; `bases`: what is said of whose base weights are where, empty without a method."""
+    """All in eval mode; `bases` says for the log which networks share base weights, empty without a PEFT method."""
 
     policy: PreTrainedModel
     reference: PreTrainedModel  # frozen
@@ -37,10 +37,11 @@ class PpoNetworks:
 
 
 def load_networks(recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch.device) -> PpoNetworks:
-    """Load what PPO works with, each network where the recipe has it lie.
+    """Load the four networks, the frozen ones placed as launch.frozen says.
 
     Raises:
-        UserError: as of rlhf/models/loading.py; and a method that does not go with what the SFT stage has left.
+        UserError: see rlhf/models/loading.py; or if the recipe's PEFT method differs from that of the SFT or reward
+            model.
     """
     if policies_share_base(recipe, zero_stage(recipe)):
         return _on_one_base(recipe, sft_dir, reward_dir, device)
@@ -59,12 +60,14 @@ def _reference(sft_dir: Path, recipe: Recipe) -> PreTrainedModel:
 
 
 def _rounded(recipe: Recipe) -> bool:
-    """Whether DeepSpeed rounds the policy's adapter: so must be the reference's, or KL does not start at 0."""
+    """Return whether DeepSpeed rounds the policy's adapter: then the reference's must be rounded too, for KL to start
+    at 0.
+    """
     return processes() > 1 and recipe.model.dtype == "bfloat16"
 
 
 def _on_one_base(recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch.device) -> PpoNetworks:
-    """Policy and reference on one base, and value and reward model too where they can be."""
+    """Load policy and reference on one base, and value and reward model on the same base too if they can be."""
     peft, sft, reward_adapter = recipe.model.peft, find_adapter(sft_dir), find_adapter(reward_dir)
     base, section = str(sft_dir), recipe.model
     if sft is not None:
@@ -73,16 +76,11 @@ def _on_one_base(recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch.
         base, section = sft.base.name, base_settings(sft, recipe.model)
     policy = trained(recipe, lambda: load_policy(base, section))
     reference = share_base(policy)
-    scalar_models: list[PreTrainedModel | None] = [None, None]
-    if (
-        reward_adapter is not None
-        and all_share_base(recipe, zero_stage(recipe))
-        and reward_adapter.base.hash == base_hash(base)
-    ):
+    scalar: list[PreTrainedModel] = []  # value and reward model, where they share the policy's base
+    if reward_adapter and all_share_base(recipe, zero_stage(recipe)) and reward_adapter.base.hash == base_hash(base):
         check_method(reward_adapter, recipe.reward_peft)
-        scalar_models = [
-            share_base_with_scalar_head(policy, reward_adapter.keep_layers, section.trust_remote_code)
-            for _ in scalar_models
+        scalar = [
+            share_base_with_scalar_head(policy, reward_adapter.keep_layers, section.trust_remote_code) for _ in range(2)
         ]
     size = sum(p.numel() * p.element_size() for p in policy.parameters()) / 1e9
     if sft is not None:
@@ -90,12 +88,9 @@ def _on_one_base(recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch.
     else:
         policy = add_fresh_adapter(peft, policy, sft_dir)
     reference.requires_grad_(False).to(device)
-    value, reward = scalar_models
-    if reward_adapter is not None and value is not None and reward is not None:
-        value, reward = (
-            attach_adapter(reward_adapter, value),
-            attach_adapter(reward_adapter, reward).requires_grad_(False).to(device),
-        )
+    if reward_adapter and scalar:
+        value, reward = (attach_adapter(reward_adapter, model) for model in scalar)
+        reward.requires_grad_(False).to(device)
         bases = f"one base of {size:.2g} GB for policy, reference, value and reward model"
     else:
         value = trained(recipe, lambda: value_to_train(reward_dir, recipe))
@@ -105,11 +100,11 @@ def _on_one_base(recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch.
 
 
 def policy_to_train(sft_dir: Path, model: ModelSection) -> PreTrainedModel:
-    """A policy to go on training from, by the recipe's method; it computes what the model in the folder computes.
+    """Load a policy to be trained by the recipe's method; it computes what the model in the folder computes.
 
     Raises:
-        UserError: a model of another method, one that cannot be merged where all weights are trained, or a method that
-            would change a plain model.
+        UserError: if the model is of another method, cannot be merged although all weights are trained, or is plain and
+            the method would change it.
     """
     peft, adapter = model.peft, find_adapter(sft_dir)
     if adapter is not None and peft.on:
@@ -126,7 +121,7 @@ def policy_to_train(sft_dir: Path, model: ModelSection) -> PreTrainedModel:
 
 
 def add_fresh_adapter(peft: PeftSection, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """A new adapter on a trained plain model, which is to compute what it did.
+    """Add a new adapter to a trained plain model, which must still compute what it did.
 
     Raises:
         UserError: for virtual tokens, which would change that.
@@ -142,10 +137,10 @@ def add_fresh_adapter(peft: PeftSection, model: PreTrainedModel, folder: Path) -
 
 
 def value_to_train(reward_dir: Path, recipe: Recipe) -> PreTrainedModel:
-    """The reward model, to be trained on as the value model: its adapter, or all of its weights.
+    """Load the reward model as the value model, to train its adapter or all of its weights.
 
     Raises:
-        UserError: a reward model of another method than the recipe's.
+        UserError: if the reward model's method is not the recipe's.
     """
     peft, adapter = recipe.reward_peft, find_adapter(reward_dir)
     if adapter is not None and peft.on:

@@ -1,4 +1,4 @@
-"""What a PPO run is made of, how it is put together from the earlier stages, and its checkpoints.
+"""The parts of a PPO run, how they are put together from the earlier stages, its checkpoints and its results.
 
 The program that uses it is stages/ppo.py.
 """
@@ -20,8 +20,9 @@ from rlhf.data.encoding import fit_prompts, stop_ids
 from rlhf.data.records import Drops, read_prompts, read_texts
 from rlhf.data.text_blocks import token_blocks
 from rlhf.errors import UserError
-from rlhf.functional.ppo import ema_update
-from rlhf.models.loading import check_context, load_tokenizer, recompute_activations, same_tokenizer
+from rlhf.models.loading import check_context, load_tokenizer, recompute_activations, same_tokenizer, save_model
+from rlhf.models.placement import full_state_dict, with_tied_names
+from rlhf.models.zero import zero_stage
 from rlhf.plan import PpoPlan, plan_ppo
 from rlhf.rollout.probes import check_probes
 from rlhf.rollout.scoring import check_plain_head
@@ -29,10 +30,13 @@ from rlhf.rollout.vllm_engine import check_server
 from rlhf.run.checkpoints import Checkpoints
 from rlhf.system.console import console
 from rlhf.system.distributed import barrier, is_main_process, pick_device
+from rlhf.system.malloc import return_freed_memory
+from rlhf.system.phase_timer import PhaseTimer
+from rlhf.system.phases import PHASES
 from rlhf.system.rng import load_rng, save_rng
 from rlhf.training.engine import Engine, ParamGroup
 from rlhf.training.policy_value import PolicyValue
-from rlhf.training.ppo_networks import load_networks
+from rlhf.training.ppo_networks import PpoNetworks, load_networks
 from rlhf.training.zero_engine import make_engine
 
 
@@ -42,7 +46,7 @@ class Ppo:
 
     recipe: Recipe
     plan: PpoPlan
-    ptx_coef: float
+    ptx_coef: float  # 0 for plain PPO
     tokenizer: PreTrainedTokenizerBase
     prompts: list[list[int]]  # token ids
     ptx_rows: list[list[int]]  # token ids
@@ -50,50 +54,116 @@ class Ppo:
     engine: Engine
     reference: nn.Module  # the SFT policy, frozen
     reward_model: nn.Module
-    ema: dict[str, Tensor]  # of the policy's trainable weights, on the first process's CPU; else empty
-    kl_coef: float
-    drops: Drops
+    kl_coef: float  # beta, per nat
+    ema: dict[str, Tensor] = field(default_factory=dict)  # of the policy, on the first process's CPU; else empty
     iteration: int = 0
-    sampler_gap: float | None = None  # of the last rollout, where its log-probabilities were computed anew
     metrics: dict[str, float] = field(default_factory=dict)  # of the last iteration
+
+    def __post_init__(self) -> None:
+        self.phases = PhaseTimer(self.engine.device, PHASES)
 
     @property
     def networks(self) -> PolicyValue:
+        """Policy and value model, for passes without gradients."""
         return self.engine.module  # type: ignore[return-value]
+
+    def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and value of the weights that the policy trains, each gathered on all processes in its turn."""
+        weights = self.engine.weights()
+        return ((name, weights[name].detach()) for name in weights if name.startswith("policy."))
+
+    def end_iteration(self, metrics: dict[str, float]) -> None:
+        """Count an iteration and keep its metrics."""
+        self.iteration, self.metrics = self.iteration + 1, metrics
+        if self.engine.device.type == "cpu":
+            return_freed_memory()  # of activations and gradients, before the frozen models need theirs
 
 
 def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
-    """Load the models and the data of a PPO run, and put the trained networks under an engine."""
+    """Load the models (rlhf/training/ppo_networks.py) and the data of a PPO run, and put the trained ones under an
+    engine.
+
+    Args:
+        recipe: the recipe of the run.
+        ptx: whether pretraining text is trained on too (PPO-ptx).
+        sft_dir: folder of the SFT model.
+        reward_dir: folder of the reward model.
+
+    Raises:
+        UserError: when there is no prompt or no pretraining text, or the models do not fit the recipe.
+    """
     cfg, plan = recipe.ppo, plan_ppo(recipe)
-    rows_of = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
-    if cfg.rollout == "vllm" and recipe.model.peft.method not in UNMERGEABLE:  # else it is not asked
-        check_server(recipe.launch, rows_of)
+    if cfg.rollout == "vllm" and recipe.model.peft.method not in UNMERGEABLE:  # else vLLM is not asked
+        check_server(recipe.launch, _longest_episode(recipe))
     tokenizer = load_tokenizer(sft_dir, recipe.model)
     same_tokenizer(tokenizer, load_tokenizer(reward_dir, recipe.model))
-    drops = Drops()
-    prompts = fit_prompts(read_prompts(recipe.data.prompts, drops), tokenizer, recipe.data.max_prompt_tokens, drops)
-    if not prompts:
-        raise UserError("no prompt is left for PPO", where="data.prompts", fix="raise data.max_prompt_tokens")
-    ptx_rows = token_blocks(read_texts(recipe.data.pretraining, drops), tokenizer, cfg.ptx_tokens) if ptx else []
-    if ptx and not ptx_rows:
-        raise UserError("PPO-ptx has no pretraining text", where="data.pretraining", fix="name a text file or run ppo")
-
+    prompts, ptx_rows = _load_data(recipe, ptx, tokenizer)
     torch.manual_seed(recipe.run.seed)  # new adapters are drawn from the global generator
     loaded = load_networks(recipe, sft_dir, reward_dir, pick_device(recipe))
     if loaded.bases:
         console.print(loaded.bases, markup=False, soft_wrap=True)
-    policy, value = loaded.policy, loaded.value
-    check_plain_head(policy)
+    _check_models(recipe, ptx, loaded, reward_dir)
+    ppo = Ppo(
+        recipe=recipe,
+        plan=plan,
+        ptx_coef=cfg.ptx_coef if ptx else 0.0,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        ptx_rows=ptx_rows,
+        stop_ids=stop_ids(tokenizer, loaded.policy),
+        engine=_make_engine(recipe, loaded),
+        reference=loaded.reference,
+        reward_model=loaded.reward,
+        kl_coef=cfg.kl_coef,
+    )
+    if cfg.ema_decay > 0:
+        for name, weight in ppo.policy_weights():
+            if is_main_process():
+                ppo.ema[name] = weight.cpu().clone()
+    return ppo
+
+
+def _longest_episode(recipe: Recipe) -> int:
+    """Return the tokens of the longest prompt and the longest response."""
+    return recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
+
+
+def _load_data(
+    recipe: Recipe, ptx: bool, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the prompts and the rows of pretraining text as token ids; says which rows were dropped."""
+    drops = Drops()
+    prompts = fit_prompts(read_prompts(recipe.data.prompts, drops), tokenizer, recipe.data.max_prompt_tokens, drops)
+    if not prompts:
+        raise UserError("no prompt is left for PPO", where="data.prompts", fix="raise data.max_prompt_tokens")
+    texts = read_texts(recipe.data.pretraining, drops) if ptx else []
+    ptx_rows = token_blocks(texts, tokenizer, recipe.ppo.ptx_tokens) if ptx else []
+    if ptx and not ptx_rows:
+        raise UserError("PPO-ptx has no pretraining text", where="data.pretraining", fix="name a text file or run ppo")
+    for reason, n in drops.table():
+        console.print(f"dropped {n}: {reason}")
+    return [row.prompt for row in prompts], ptx_rows
+
+
+def _check_models(recipe: Recipe, ptx: bool, loaded: PpoNetworks, reward_dir: Path) -> None:
+    """Refuse models that this program would compute wrongly, and those whose context is too short."""
+    check_plain_head(loaded.policy)
     check_probes(loaded.reward, reward_dir)
-    for model in (policy, loaded.reward):
-        check_context(model, rows_of, "data.max_prompt_tokens + data.max_response_tokens")
+    for model in (loaded.policy, loaded.reward):
+        check_context(model, _longest_episode(recipe), "data.max_prompt_tokens + data.max_response_tokens")
     if ptx:
-        check_context(policy, cfg.ptx_tokens, "ppo.ptx_tokens")
-    networks = PolicyValue(policy.eval(), value.eval())
+        check_context(loaded.policy, recipe.ppo.ptx_tokens, "ppo.ptx_tokens")
+
+
+def _make_engine(recipe: Recipe, loaded: PpoNetworks) -> Engine:
+    """Put policy and value model under one engine, each with a learning rate and a gradient norm of its own."""
+    cfg, size = recipe.ppo, recipe.ppo.micro_batch_size
+    most = (size * recipe.data.max_response_tokens, size * cfg.ptx_tokens) if zero_stage(recipe) == 3 else None
+    networks = PolicyValue(loaded.policy.eval(), loaded.value.eval(), most)
     if recipe.launch.gradient_checkpointing:
-        recompute_activations(policy)
-        recompute_activations(value)
-    engine = make_engine(
+        recompute_activations(networks.policy)
+        recompute_activations(networks.value)
+    return make_engine(
         networks,
         [
             ParamGroup("policy", networks.policy, cfg.lr, cfg.max_grad_norm),
@@ -104,39 +174,6 @@ def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
         eps=cfg.adam_eps,
         max_skipped_steps=cfg.max_skipped_steps,
     )
-    ppo = Ppo(
-        recipe=recipe,
-        plan=plan,
-        ptx_coef=cfg.ptx_coef if ptx else 0.0,
-        tokenizer=tokenizer,
-        prompts=[row.prompt for row in prompts],
-        ptx_rows=ptx_rows,
-        stop_ids=stop_ids(tokenizer, policy),
-        engine=engine,
-        reference=loaded.reference,
-        reward_model=loaded.reward,
-        ema={},
-        kl_coef=cfg.kl_coef,
-        drops=drops,
-    )
-    if cfg.ema_decay > 0:
-        for name, weight in _policy_weights(ppo):
-            if is_main_process():
-                ppo.ema[name] = weight.cpu().clone()
-    return ppo
-
-
-def update_average(ppo: Ppo) -> None:
-    """Take the stepped policy into its average; all processes must call, the first one keeps it."""
-    for name, weight in _policy_weights(ppo):
-        if is_main_process():
-            ema_update({name: ppo.ema[name]}, {name: weight}, ppo.recipe.ppo.ema_decay)
-
-
-def _policy_weights(ppo: Ppo) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of what the policy trains, partitioned weights gathered one at a time on all processes."""
-    weights = ppo.engine.weights()
-    return ((name, weights[name].detach()) for name in weights if name.startswith("policy."))
 
 
 def save_checkpoint(ppo: Ppo, checkpoints: Checkpoints) -> None:
@@ -152,7 +189,7 @@ def save_checkpoint(ppo: Ppo, checkpoints: Checkpoints) -> None:
         state = {"iteration": ppo.iteration, "kl_coef": ppo.kl_coef, "metrics": ppo.metrics}
         (staged / "state.json").write_text(json.dumps(state))
 
-    checkpoints.save(ppo.iteration, write, barrier())
+    checkpoints.save(ppo.iteration, write, barrier)
 
 
 def load_checkpoint(ppo: Ppo, folder: Path) -> None:
@@ -165,3 +202,16 @@ def load_checkpoint(ppo: Ppo, folder: Path) -> None:
     ppo.iteration, ppo.metrics = state["iteration"], state["metrics"]
     if ppo.recipe.ppo.kl_control == "adaptive":  # else the recipe's, which may have been changed knowingly
         ppo.kl_coef = state["kl_coef"]
+
+
+def save_policies(ppo: Ppo, folder: Path) -> None:
+    """Write the policy to model/ and, where there is one, its average to ema/; all processes must call."""
+    policy = ppo.networks.policy
+    weights = full_state_dict(policy)
+    if is_main_process():
+        if ppo.ema:
+            average = {name.removeprefix("policy."): tensor for name, tensor in ppo.ema.items()}
+            average = {name: tensor.to(weights[name].dtype) for name, tensor in average.items()}
+            save_model(policy, ppo.tokenizer, folder / "ema", weights | with_tied_names(policy, average))
+        save_model(policy, ppo.tokenizer, folder / "model", weights)
+    barrier()  # what was saved belongs to the result of all processes

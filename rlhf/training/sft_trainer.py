@@ -198,11 +198,11 @@ class Reporter(TrainerCallback):
         self.progress = Progress("sft", total=state.max_steps, unit="steps")
         self.progress.__enter__()
         self.progress.advance(state.global_step)
-        phase("update", state.global_step)
+        phase("train", state.global_step)
 
     def on_step_end(self, args: SFTConfig, state: Any, control: Any, **_: Any) -> None:
         self.progress.advance(1)
-        phase("update", state.global_step)
+        phase("train", state.global_step)
         control.should_training_stop |= self._any_process_stops(args)
         # The last step is sealed too, so that a run killed while it validates does not train again.
         control.should_save |= control.should_training_stop or state.global_step == state.max_steps

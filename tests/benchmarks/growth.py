@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.flops import policy_flops, update_flops
 from benchmarks.measure import read_order, report
-from benchmarks.ours import collect, lengths, make_ppo, phase_times, shape_of, train
+from benchmarks.ours import collect, lengths, make_ppo, shape_of, train
 
 
 def main() -> None:
@@ -12,11 +12,10 @@ def main() -> None:
     order = read_order()
     make = order | {"iterations": 2}
     ppo = make_ppo(make)
-    times = phase_times(ppo)
-    train(ppo, collect(ppo, {}), {}, times)
+    train(ppo, collect(ppo, {}), {})
     seconds: dict[str, float] = {}
     experience = collect(ppo, seconds)
-    train(ppo, experience, seconds, times)
+    train(ppo, experience, seconds)
     shape, rows = shape_of(ppo), lengths(experience)
     report(
         rollout_s=seconds["rollout"],

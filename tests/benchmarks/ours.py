@@ -28,7 +28,6 @@ from rlhf.rollout.probes import write_probes
 from rlhf.rollout.sampling import sample
 from rlhf.rollout.sampling_params import SamplingParams
 from rlhf.system.malloc import keep_freed_memory
-from rlhf.system.phase_timer import PhaseTimer
 from rlhf.training.engine import Engine, ParamGroup
 from rlhf.training.ppo_state import Ppo, build
 from rlhf.training.sft_trainer import build_trainer
@@ -139,24 +138,19 @@ def collect(ppo: Ppo, seconds: dict[str, float]) -> Experience:
     begin = time.perf_counter()
     episodes = ppo_stage.rollout(ppo)
     sampled = time.perf_counter()
-    experience = ppo_stage.score(ppo, episodes)
+    experience = ppo_stage.advantages(ppo, ppo_stage.score(ppo, episodes))
     seconds["rollout"] = sampled - begin
     seconds["score"] = time.perf_counter() - sampled
     assert all(len(response) == ppo.recipe.data.max_response_tokens for _, response in experience.pairs)
     return experience
 
 
-def phase_times(ppo: Ppo) -> PhaseTimer:
-    """What the update measures itself with. It sets the kernel's peak back; `peak_gb` of it is that of all."""
-    return PhaseTimer(ppo.engine.device, next(ppo.networks.parameters()).dtype)
-
-
-def train(ppo: Ppo, experience: Experience, seconds: dict[str, float], times: PhaseTimer) -> None:
+def train(ppo: Ppo, experience: Experience, seconds: dict[str, float]) -> None:
     """The update phase, all optimiser steps; its seconds are added."""
     begin = time.perf_counter()
-    ppo_stage.update(ppo, experience, times)
+    metrics = ppo_stage.update(ppo, experience)
     seconds["train"] = time.perf_counter() - begin
-    ppo.iteration += 1
+    ppo.end_iteration(metrics)
 
 
 def lengths(experience: Experience) -> list[tuple[int, int]]:
@@ -215,14 +209,14 @@ class RewardTraining:
     def losses(self) -> list[float]:
         """Loss of every prompt alone at the present weights."""
         found = [reward_stage.step(self.engine, [group], self.recipe, self.pad_id)[0] for group in self.groups]
-        self.engine.optimizer.zero_grad(set_to_none=True)
+        self.engine.adamw.zero_grad(set_to_none=True)
         return found
 
     def step(self, first: int, count: int) -> None:
         """One optimiser step on `count` prompts."""
         chosen = [self.groups[(first + i) % len(self.groups)] for i in range(count)]
         reward_stage.step(self.engine, chosen, self.recipe, self.pad_id)
-        self.engine.step()
+        self.engine.step(("reward",))
 
 
 def sft_trainer(order: Order, folder: Path, clock: Any) -> Any:

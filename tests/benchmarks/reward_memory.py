@@ -16,7 +16,7 @@ import torch
 from rlhf.config import Recipe
 from rlhf.models.loading import new_reward_model
 from rlhf.system.machine import peak_memory_gb
-from rlhf.training.engine import Engine, ParamGroup
+from rlhf.training.engine import LocalEngine, ParamGroup
 from rlhf.training.ranking_passes import Group
 from stages.reward import ScoringModule, step
 
@@ -43,10 +43,10 @@ def peak(k: int, tokens: int, layers: int) -> float:
     recipe = Recipe.model_validate({"model": {"name": "smollm2-135m"}, "reward": {"micro_tokens": tokens}})
     torch.manual_seed(0)
     model = new_reward_model(recipe.model.name, recipe.model, layers).eval()
-    engine = Engine(ScoringModule(model), [ParamGroup("reward", model, 1e-6, 1.0)], device="cpu")
+    engine = LocalEngine(ScoringModule(model), [ParamGroup("reward", model, 1e-6, 1.0)], torch.device("cpu"))
     for seed in range(STEPS):
         step(engine, rankings(PROMPTS, k, seed), recipe, 0)
-        engine.step()
+        engine.step(("reward",))
     return peak_memory_gb(torch.device("cpu"))
 
 

@@ -86,14 +86,12 @@ def stage_folders(folder: Path, way: str) -> tuple[Path, Path]:
 
 def measure(folder: Path, way: str) -> dict[str, float]:
     """Two iterations in this process."""
-    import torch
 
     from rlhf.recipe import load_recipe
     from rlhf.system.malloc import keep_freed_memory
-    from rlhf.system.phase_timer import PhaseTimer
     from rlhf.system.quiet import quiet_libraries
     from rlhf.training.ppo_state import build
-    from stages.ppo import rollout, score, update
+    from stages.ppo import advantages, rollout, score, update
 
     keep_freed_memory()
     quiet_libraries()
@@ -101,20 +99,19 @@ def measure(folder: Path, way: str) -> dict[str, float]:
     begin = time.perf_counter()
     ppo = build(load_recipe("demo", settings(folder, way)), False, sft, reward)
     found = {"build": time.perf_counter() - begin}
-    times = PhaseTimer(ppo.engine.device, torch.float32)
     ppo.stop_ids = [-1]  # no token ends a response: the same work for all
     for ppo.iteration in (0, 1):
         begin, cpu = time.perf_counter(), time.process_time()
         episodes = rollout(ppo)
         found["rollout"] = time.perf_counter() - begin
         middle = time.perf_counter()
-        experience = score(ppo, episodes)
+        experience = advantages(ppo, score(ppo, episodes))
         found["score"] = time.perf_counter() - middle
         middle = time.perf_counter()
-        update(ppo, experience, times)
+        update(ppo, experience)
         now = time.perf_counter()
         found |= {"train": now - middle, "wall": now - begin, "cpu": time.process_time() - cpu}
-    found["peak"] = times.peak_gb()
+    found["peak"] = ppo.phases.peak_gb()
     found["trained"] = float(sum(p.numel() for p in ppo.engine.trainable().values()))
     return found
 

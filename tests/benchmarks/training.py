@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.flops import update_flops
 from benchmarks.measure import read_order, report, seconds_of
-from benchmarks.ours import collect, lengths, make_ppo, phase_times, shape_of, train
+from benchmarks.ours import collect, lengths, make_ppo, shape_of, train
 
 SQUARES = (1024, 1536, 2048)  # the smallest is below the peak on some machines; larger ones add nothing but time
 REPEATS = 3
@@ -31,12 +31,11 @@ def main() -> None:
     order = read_order()
     dtype = getattr(torch, order["dtype"])
     ppo, updates = make_ppo(order), []
-    times = phase_times(ppo)
     for _ in range(order["iterations"]):
         seconds: dict[str, float] = {}
         experience = collect(ppo, seconds)
         before = peak_flops(dtype)
-        train(ppo, experience, seconds, times)
+        train(ppo, experience, seconds)
         after = peak_flops(dtype)
         flops, took, peak = update_flops(shape_of(ppo), lengths(experience)), seconds["train"], max(before, after)
         updates.append({"flops": flops, "seconds": took, "peaks": [before, after], "share": flops / took / peak})

@@ -25,6 +25,8 @@ from rlhf.rollout.batches import build_batch
 from rlhf.rollout.scoring import response_logprobs
 from rlhf.system import machine, phase_timer
 from rlhf.system.phase_timer import PhaseTimer
+from rlhf.system.phases import now
+from rlhf.training import ppo_metrics
 from rlhf.training.ppo_metrics import decoding_costs
 from stages import ppo, rank, reward, sft
 
@@ -83,7 +85,7 @@ def test_flops_are_those_that_pytorch_counts(tiny_dir: str, last_layers: int | N
     # Eager attention computes the whole square, of which half is masked away: that half is no work of the model.
     masked = rows * (length**2 - length * (length + 1) / 2)
     with FlopCounterMode(display=False) as forward:
-        logprobs, _ = response_logprobs(policy, batch, 1.0, pieces=1)
+        logprobs, _ = response_logprobs(policy, batch, 1.0, chunks=1)
     ours = cost.forward(pass_size(lengths)) + 4 * cost.attention * masked
     assert ours == pytest.approx(forward.get_total_flops(), rel=0.005)
     with FlopCounterMode(display=False) as backward:
@@ -142,9 +144,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """The clock of PhaseTimes, which stands still; call it to let seconds pass. Memory peaks at 2, then 3 GB, ..."""
     now, peaks = [0.0], iter([2.0, 3.0, 1.0, 9.0])
     monkeypatch.setattr(phase_timer.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(phase_timer, "measured_peak_flops", lambda device, dtype: 1e9)
-    monkeypatch.setattr(phase_timer, "measured_bandwidth", lambda device: 1e8)
-    monkeypatch.setattr(phase_timer, "reset_peak", lambda device, forget=False: True)
+    monkeypatch.setattr(phase_timer, "reset_peak", lambda device: True)
     monkeypatch.setattr(phase_timer, "recent_peak_gb", lambda device: next(peaks))
 
     def wait(seconds: float) -> None:
@@ -154,7 +154,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def test_phases_add_up_to_the_time_that_passed(clock: Callable[[float], None]) -> None:
-    times = PhaseTimer(CPU, torch.float32, ("rollout", "train", "ptx"))
+    times = PhaseTimer(CPU, ("rollout", "train", "ptx"))
     with times("rollout"):
         clock(4.0)
     clock(0.5)
@@ -163,8 +163,8 @@ def test_phases_add_up_to_the_time_that_passed(clock: Callable[[float], None]) -
             clock(3.0)
             build_batch([([1, 2], [3]), ([1], [2])], 0)  # five tokens in six places
     build_batch([([1], [2])], 0)  # of no phase
-    clock(2.5)
-    found = times.take(elsewhere=2.0).metrics()
+    clock(0.5)
+    found = times.take().metrics()
     assert found == {
         "perf/seconds_rollout": 4.0, "perf/seconds_train": 6.0, "perf/seconds_ptx": 0.0, "perf/seconds_other": 1.0,
         "memory/rollout_gb": 2.0, "memory/train_gb": 3.0, "perf/padding_train": pytest.approx(1 / 6),
@@ -175,11 +175,32 @@ def test_phases_add_up_to_the_time_that_passed(clock: Callable[[float], None]) -
     assert (again["perf/seconds_train"], again["memory/train_gb"], again["perf/seconds_other"]) == (1.0, 9.0, 0.0)
 
 
+def test_the_time_begins_with_the_first_phase_and_a_phase_is_announced(clock: Callable[[float], None]) -> None:
+    times = PhaseTimer(CPU)
+    clock(5.0)
+    with times("train", 3):
+        clock(1.0)
+        assert (now.phase, now.step) == ("train", 3)
+    assert times.take().metrics()["perf/seconds_other"] == 0.0
+
+
+def test_what_the_machine_does_is_measured_once_for_a_type(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured: list[torch.dtype] = []
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
+    monkeypatch.setattr(ppo_metrics, "measured_peak_flops", lambda device, dtype: measured.append(dtype) or 1e9)
+    monkeypatch.setattr(ppo_metrics, "measured_bandwidth", lambda device: 1e8)
+    for dtype in (torch.float32, torch.float32, torch.bfloat16):
+        ppo_metrics.machine_peaks.cache_clear()  # as in a process of its own
+        assert ppo_metrics.machine_peaks(CPU, dtype) == {"perf/peak_flops": 1e9, "perf/bandwidth": 1e8}
+    assert measured == [torch.float32, torch.bfloat16]
+    ppo_metrics.machine_peaks.cache_clear()  # what was found here is not for the tests that follow
+
+
 def test_a_peak_that_cannot_be_set_back_is_not_shown(
     clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(phase_timer, "reset_peak", lambda device, forget=False: False)
-    times = PhaseTimer(CPU, torch.float32)
+    monkeypatch.setattr(phase_timer, "reset_peak", lambda device: False)
+    times = PhaseTimer(CPU)
     with times("train"):
         clock(1.0)
     assert times.take().metrics() == {"perf/seconds_train": 1.0, "perf/seconds_other": 0.0}

@@ -17,7 +17,7 @@ killed; libraries may print others.
 
 A kill is SIGKILL, or the signal {"number": n}, sent to the process by itself: from a thread, or in the audit event that
 comes before a system call.
-Phases are those of rlhf/system/phases.py, and `ptx`, the part of an update that belongs to the pretraining text.
+Phases are those of rlhf/system/phases.py.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ from typing import Any
 
 import torch
 
+import rlhf.system.phase_timer
 import stages.ppo
 import stages.rank
 import stages.reward
 import stages.sft
 
-MODULES = (stages.sft, stages.rank, stages.reward, stages.ppo)
+MODULES = (stages.sft, stages.rank, stages.reward, rlhf.phasetime)  # that begin phases
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}  # audit events, besides open for writing
 
 
@@ -58,7 +59,6 @@ class Life:
         """Be told of phases and of changes to files."""
         for module in MODULES:
             module.phase = self._told(module.phase)
-        stages.ppo.ptx_step = self._ptx(stages.ppo.ptx_step)
         sys.addaudithook(self._event)
         self.enter("start")
 
@@ -86,15 +86,6 @@ class Life:
             self.enter(name)
 
         return told
-
-    def _ptx(self, ptx_step: Any) -> Any:
-        def noted(*arguments: Any) -> Any:
-            self.enter("ptx")
-            result = ptx_step(*arguments)
-            self.enter("update")
-            return result
-
-        return noted
 
     def _event(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":

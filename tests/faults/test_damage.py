@@ -135,7 +135,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(bench: Bench) -> None:
     ahead = newest(run).stat().st_mtime + 3 * 86400
     for path in (run / STAGE / "checkpoints" / "step-000002").rglob("*"):
         os.utime(path, (ahead, ahead))
-    kill = {"phase": "update", "visit": 1, "delay": 0.0}
+    kill = {"phase": "train", "visit": 1, "delay": 0.0}
     assert bench.server.run(**bench.job("ppo", run.name), kill=kill, clock=86400) == -9  # leaves its lock behind
     assert (run / "lock").exists()
     goes_on(bench, bench.job("ppo", run.name) | {"clock": -2 * 86400})

@@ -43,7 +43,7 @@ def test_three_stops_and_one_wandb_run(tmp_path: Path) -> None:
             (tmp_path / "stopped").mkdir(exist_ok=True)
             (tmp_path / "stopped" / stage).symlink_to(tmp_path / "whole" / stage)
         job = bench.job("ppo", "stopped", "tracking.wandb=offline")
-        for phase in ("ptx", "rollout", "update"):
+        for phase in ("ptx", "rollout", "train"):
             assert server.run(**job, kill={"phase": phase, "visit": 1, "delay": 0.0, "number": signal.SIGTERM}) == 143
         assert server.run(**job) == 0, Path(job["log"]).read_text()[-3000:]
     stage = tmp_path / "stopped" / "ppo-ptx"

@@ -34,7 +34,7 @@ SIZES = [
     *("reward.save_every=1", "reward.batch_size=2"),
     *("ppo.save_every=1", "ppo.episodes=64", "ppo.ema_decay=0.9", "ppo.kl_control=adaptive", "ppo.kl_target=1"),
 ]
-PHASES = ("rollout", "scoring", "update", "ptx", "save")  # of PPO, that it must be killed in
+PHASES = ("rollout", "score", "train", "ptx", "save")  # of PPO, that it must be killed in
 
 
 @dataclass

@@ -145,7 +145,7 @@ def test_killing_one_node_ends_the_other(tmp_path: Path) -> None:
     port = free_port()
     arguments = ["run.stages=[sft]", "sft.epochs=1000", "launch.master_addr=127.0.0.1", f"launch.master_port={port}"]
     nodes = [start_node(tmp_path, n, ["a", "b"], *arguments, "launch.timeout_s=20") for n in (0, 1)]
-    wait_for(lambda: phase(tmp_path, 0) == phase(tmp_path, 1) == "update", *nodes, seconds=300)
+    wait_for(lambda: phase(tmp_path, 0) == phase(tmp_path, 1) == "train", *nodes, seconds=300)
     survivors = psutil.Process(nodes[0].pid).children(recursive=True)
     for process in [*psutil.Process(nodes[1].pid).children(recursive=True), psutil.Process(nodes[1].pid)]:
         process.send_signal(signal.SIGKILL)
@@ -153,7 +153,7 @@ def test_killing_one_node_ends_the_other(tmp_path: Path) -> None:
     assert nodes[0].wait(timeout=120) not in (0, 2)
     assert time.monotonic() - begin < 60
     output = (tmp_path / "node-0.txt").read_text()
-    assert "in phase update, step" in output and output.count("rank 1 ") == 1 and "Traceback" not in output
+    assert "in phase train, step" in output and output.count("rank 1 ") == 1 and "Traceback" not in output
     assert record(tmp_path, "sft")["state"] == "failed"
     nodes[1].wait()
     wait_for(lambda: not psutil.wait_procs(survivors, timeout=0)[1])
@@ -194,7 +194,7 @@ def start_slurm(folder: Path, *settings: str) -> subprocess.Popen[str]:
 def test_the_slurm_script_stops_at_a_signal_and_goes_on_to_the_end(tmp_path: Path) -> None:
     common = ("run.name=nodes", "'run.stages=[sft]'", "tracking.wandb=disabled", "sft.micro_batch_size=8")
     job = start_slurm(tmp_path, *common, "sft.epochs=2")
-    wait_for(lambda: phase(tmp_path, 1) == "update", job, seconds=300)
+    wait_for(lambda: phase(tmp_path, 1) == "train", job, seconds=300)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=200) == 138, (tmp_path / "slurm.txt").read_text()
     assert record(tmp_path, "sft")["state"] == "stopped"

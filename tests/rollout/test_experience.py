@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rlhf.rollout.experience import Experience, make_experience, pad_rows, summary
+from rlhf.rollout.experience import Experience, ScoredEpisodes, pad_rows, summary
 from rlhf.rollout.sampling import Rollout
+from stages.ppo import advantages
 
 # Three episodes of 3, 1 and 2 tokens; the second has no EOS.
 LOGPROBS = [[-1.0, -2.0, -0.5], [-0.25], [-1.5, -3.0]]
@@ -37,14 +39,11 @@ def make_rollout(junk: float) -> Rollout:
 
 
 def build(junk: float = 0.0, **changes: float) -> Experience:
-    options = {"kl_coef": BETA, "missing_eos_penalty": PENALTY, "gamma": GAMMA, "lam": LAM, "whiten_rewards": False}
-    return make_experience(
-        make_rollout(junk),
-        [torch.tensor(row) for row in REFERENCE],
-        [torch.tensor(row) for row in VALUES],
-        torch.tensor(SCORES),
-        **(options | changes),
-    )
+    options = {"missing_eos_penalty": PENALTY, "gamma": GAMMA, "lam": LAM, "whiten_rewards": False}
+    reference, values = ([torch.tensor(row) for row in rows] for rows in (REFERENCE, VALUES))
+    scored = ScoredEpisodes.of(make_rollout(junk), reference, values, torch.tensor(SCORES))
+    section = SimpleNamespace(**(options | changes))
+    return advantages(SimpleNamespace(recipe=SimpleNamespace(ppo=section), kl_coef=BETA), scored)  # type: ignore[arg-type]
 
 
 def advantages_of(rewards: list[list[float]]) -> list[list[float]]:
@@ -77,12 +76,12 @@ def test_pad_rows() -> None:
 @junk
 def test_rewards_advantages_and_returns(junk: float) -> None:
     got = build(junk)
-    advantages = advantages_of(REWARDS)
+    expected = advantages_of(REWARDS)
     assert got.mask.tolist() == [[True, True, True, False], [True, False, False, False], [True, True, False, False]]
     assert_rows(got.rewards, REWARDS)
-    assert_rows(got.advantages, whitened(advantages))
+    assert_rows(got.advantages, whitened(expected))
     # The targets of the value model are not whitened.
-    pairs = zip(advantages, VALUES, strict=True)
+    pairs = zip(expected, VALUES, strict=True)
     assert_rows(got.returns, [[a + v for a, v in zip(*pair, strict=True)] for pair in pairs])
 
 
@@ -121,8 +120,8 @@ def test_summary_by_hand(junk: float) -> None:
     got = summary(experience)
     gaps = [q - p for ps, qs in zip(LOGPROBS, REFERENCE, strict=True) for p, q in zip(ps, qs, strict=True)]
     # 1 - Var(G - V) / Var(G), where G - V are the advantages
-    advantages = [x for row in advantages_of(REWARDS) for x in row]
-    returns = [a + v for a, v in zip(advantages, [x for row in VALUES for x in row], strict=True)]
+    gains = [x for row in advantages_of(REWARDS) for x in row]
+    returns = [a + v for a, v in zip(gains, [x for row in VALUES for x in row], strict=True)]
     assert got == pytest.approx(
         {
             "ppo/reward_score": 0.5,  # (2 - 1 + 0.5) / 3
@@ -130,7 +129,7 @@ def test_summary_by_hand(junk: float) -> None:
             "ppo/kl": -0.5,  # (-0.5 + 0.5 - 1.5) / 3
             "ppo/kl_k3": sum(math.exp(x) - 1 - x for x in gaps) / 3,
             "ppo/value_mean": 2.75 / 6,
-            "ppo/value_explained_variance": 1 - statistics.pvariance(advantages) / statistics.pvariance(returns),
+            "ppo/value_explained_variance": 1 - statistics.pvariance(gains) / statistics.pvariance(returns),
             "ppo/response_length": 2.0,
             "ppo/finished_fraction": 2 / 3,
         },

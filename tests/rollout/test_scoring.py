@@ -41,10 +41,10 @@ def test_results_come_back_in_order_whatever_the_batches():
 
 def test_calls_of_the_head_and_recomputation_change_nothing(monkeypatch):
     results = []
-    for piece, pieces in ((1000, 1), (2, 5), (1000, 0)):  # one call, several, none
-        monkeypatch.setattr(lm_head, "HEAD_CHUNK", piece)
+    for chunk, chunks in ((1000, 1), (2, 5), (1000, 0)):  # one call, several, none
+        monkeypatch.setattr(lm_head, "HEAD_CHUNK", chunk)
         model = llama()
-        flat, entropy = response_logprobs(model, build_batch(PAIRS, 0), 1.0, pieces)
+        flat, entropy = response_logprobs(model, build_batch(PAIRS, 0), 1.0, chunks)
         flat.sum().backward()
         grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         results.append((flat.detach(), entropy, grads))

@@ -201,8 +201,9 @@ FREE = {"run.device", "run.name", "run.dir", "run.stages"}  # where, not what
 def test_every_field_that_a_stage_program_names_is_among_its_dependencies(stage: str) -> None:
     program = STAGES[stage].program
     files = [ROOT / "stages" / f"{program}.py"]
-    files += [ROOT / "rlhf" / f"{name}.py" for name in ("ppo_state", "ppo_networks") if program == "ppo"]
-    files += [ROOT / "rlhf" / "sampling_params.py"] if program in ("ppo", "evaluate") else []
+    if program == "ppo":
+        files += [ROOT / "rlhf" / "training" / f"{name}.py" for name in ("ppo_state", "ppo_networks", "ppo_checks")]
+    files += [ROOT / "rlhf" / "rollout" / "sampling_params.py"] if program in ("ppo", "evaluate") else []
     texts = [file.read_text() for file in files]
     named = {name for text in texts for name in READ.findall(text)} - FREE
     if any("recipe.reward_peft" in text for text in texts):  # which comes from these two

@@ -245,12 +245,12 @@ def test_ppo_starts_at_the_reference(
         now = replace(begun, recipe=recipe)
         episodes = ppo.rollout(now)
         assert len(set(episodes.prompt_lengths.tolist())) > 3 and len(set(episodes.lengths.tolist())) > 1
-        experience = ppo.score(now, episodes)
+        experience = ppo.advantages(now, ppo.score(now, episodes))
         reference = pad_rows(token_logprobs(sft_policy, experience.pairs), experience.mask.shape[1])
         assert gap([experience.ref_logprobs], [reference]) < 1e-5
         assert gap([experience.logprobs], [experience.ref_logprobs]) < 2e-5
         assert float(experience.kl_per_response().abs().max()) < 1e-4
-        metrics = ppo.ppo_step(now, experience, range(8))
+        metrics = ppo.ppo_step(now, experience, range(8), ("policy", "value"))
         assert metrics["ratio_error"] < 2e-5 and metrics["ppo/clip_fraction"] == 0
         found[recipe.ppo.rollout] = experience.pairs
     assert found.get("vllm", found["native"]) == found["native"] != found["generate"]

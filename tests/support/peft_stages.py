@@ -125,7 +125,7 @@ def program_of(stage: str) -> ModuleType:
 def watch(patch: pytest.MonkeyPatch, stage: Stage, program: ModuleType) -> None:
     """Note what the program is about to train, and what PPO scores first; it does what it does."""
     loop = "train_sft" if program is sft else "train"
-    train, score = getattr(program, loop), getattr(program, "score", None)
+    train, advantages = getattr(program, loop), getattr(program, "advantages", None)
 
     def noted(what: Any, *rest: Any) -> Any:
         if program is sft:
@@ -140,13 +140,13 @@ def watch(patch: pytest.MonkeyPatch, stage: Stage, program: ModuleType) -> None:
         return train(what, *rest)
 
     def scored(*given: Any) -> Experience:
-        experience = score(*given)
+        experience = advantages(*given)
         stage.first = stage.first or experience
         return experience
 
     patch.setattr(program, loop, noted)
     if program is ppo:
-        patch.setattr(program, "score", scored)
+        patch.setattr(program, "advantages", scored)
 
 
 def plain(name: str) -> str:

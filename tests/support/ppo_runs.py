@@ -6,13 +6,13 @@ import dataclasses
 import random
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
-from rlhf.data.records import Drops
 from rlhf.plan import plan_ppo
-from rlhf.training.engine import Engine, ParamGroup
+from rlhf.training.engine import LocalEngine, ParamGroup
 from rlhf.training.policy_value import PolicyValue
 from rlhf.training.ppo_state import Ppo
 from support.small_models import llama
@@ -20,7 +20,7 @@ from support.small_models import llama
 EPISODES = 8
 TEMPERATURE, CLIP, VALUE_CLIP, VF_COEF, PTX_COEF = 0.8, 0.2, 0.3, 0.7, 3.0
 REWARD_MEAN, REWARD_STD = 0.3, 1.7
-ALL = list(range(EPISODES))
+ALL, BOTH = list(range(EPISODES)), ("policy", "value")
 
 
 def tokens(rng: random.Random, low: int, high: int) -> list[int]:
@@ -79,12 +79,10 @@ def make_ppo(policy: nn.Module, reference: nn.Module, tokenizer: PreTrainedToken
         ptx_rows=[tokens(rng, 2, 12) for _ in range(EPISODES)],
         # One token in six ends a response, so that the lengths differ.
         stop_ids=[tokenizer.eos_token_id, *range(0, len(tokenizer), 6)],
-        engine=Engine(networks, groups, device="cpu"),
+        engine=LocalEngine(networks, groups, torch.device("cpu")),
         reference=reference,
         reward_model=reward_model.requires_grad_(False).eval(),
-        ema={},
         kl_coef=0.05,
-        drops=Drops(),
     )
 
 

@@ -35,7 +35,7 @@ from rlhf.system.phases import phase
 from rlhf.run.stage import run_stage
 def work(ctx):
     for step in range(1000):
-        phase("update", step)
+        phase("train", step)
         if os.environ["RANK"] == "1" and step == 3 and os.environ.get("DO") == "raise":
             print("written by rank 1")
             raise ValueError("boom")
@@ -67,14 +67,14 @@ def report(rank: int) -> dict[str, object]:
 
 
 def in_update() -> bool:
-    return report(1).get("phase") == "update"
+    return report(1).get("phase") == "train"
 
 
 def test_an_error_of_one_rank_is_told_once_and_its_traceback_is_in_its_log() -> None:
     children = start_pair(DO="raise")
     (out0, err0), (out1, err1) = (child.communicate(timeout=120) for child in children)
     assert [child.returncode for child in children] == [1, 1]
-    told = "error on rank 1 in phase update, step 3: ValueError: boom\n  traceback: runs/demo/sft/logs/rank-1.txt\n"
+    told = "error on rank 1 in phase train, step 3: ValueError: boom\n  traceback: runs/demo/sft/logs/rank-1.txt\n"
     assert err0 + err1 == told and out1 == ""
     assert (LOGS / "error.txt").read_text() == told
     log = (LOGS / "rank-1.txt").read_text()
@@ -90,7 +90,7 @@ def test_a_killed_rank_is_named_with_its_phase_by_the_other() -> None:
     children[1].kill()  # and not waited for, so that its end can be looked up as under a launcher that has not yet
     _, err = children[0].communicate(timeout=60)
     assert children[0].returncode == 1
-    died = r"rank 1 died \(signal 9\), in phase update, step \d+, of sft\n  log: runs/demo/sft/logs/rank-1.txt\n"
+    died = r"rank 1 died \(signal 9\), in phase train, step \d+, of sft\n  log: runs/demo/sft/logs/rank-1.txt\n"
     assert re.fullmatch(died, err), err
     children[1].communicate()
 
@@ -113,7 +113,7 @@ def test_a_hanging_rank_ends_the_stage_in_time(how: str, words: str) -> None:
         assert sorted(child.returncode for child in children) in ([1, 124], [124, 124])
     else:
         assert children[0].returncode == 124
-    assert re.fullmatch(rf"{words}, in phase update, step \d+, of sft\n  log: \S+rank-1.txt\n", err)
+    assert re.fullmatch(rf"{words}, in phase train, step \d+, of sft\n  log: \S+rank-1.txt\n", err)
     assert "in all_reduce" in (LOGS / "rank-0.txt").read_text()  # where it waited
     children[1].kill()
     children[1].communicate()
@@ -125,7 +125,7 @@ def test_in_time_is_when_nothing_has_to_be_said(tmp_path: Path) -> None:
 
     def write(beats: list[int], waits: list[bool], tick: int) -> None:
         for rank, (beat, wait) in enumerate(zip(beats, waits, strict=True)):
-            report = {"rank": rank, "machine": "a", "pid": 1, "phase": "update", "step": beat, "beat": beat}
+            report = {"rank": rank, "machine": "a", "pid": 1, "phase": "train", "step": beat, "beat": beat}
             report |= {"activity": beat, "waits": wait, "tick": tick}
             (tmp_path / f"rank-{rank}.json").write_text(json.dumps(report))
 
@@ -139,7 +139,7 @@ def test_in_time_is_when_nothing_has_to_be_said(tmp_path: Path) -> None:
     age(11, 0, 1, 2)
     assert watch.stuck() == ""  # rank 3 goes on
     age(11, 3)
-    assert watch.stuck().startswith("rank 2 makes no progress for 10 s, in phase update, step 4, of ppo")
+    assert watch.stuck().startswith("rank 2 makes no progress for 10 s, in phase train, step 4, of ppo")
     assert watch.stuck().count("rank ") == 1
     write([5, 5, 5, 5], [True, True, False, True], 2)
     watch.look()
@@ -208,8 +208,8 @@ def ended(processes: list[psutil.Process]) -> Callable[[], bool]:
     ("sent", "words", "codes"),
     [
         # DeepSpeed's launcher may collect the process before another looks it up; then nobody knows the signal.
-        (signal.SIGKILL, r"rank 1 (?:died \(signal 9\)|has ended), in phase update, step \d+, of sft", (1, 137)),
-        (signal.SIGSTOP, r"rank 1 gives no sign of life for 5 s, in phase update, step \d+, of sft", (124, 137)),
+        (signal.SIGKILL, r"rank 1 (?:died \(signal 9\)|has ended), in phase train, step \d+, of sft", (1, 137)),
+        (signal.SIGSTOP, r"rank 1 gives no sign of life for 5 s, in phase train, step \d+, of sft", (124, 137)),
     ],
 )
 def test_rlhf_ends_with_one_message_and_no_orphans(sent: signal.Signals, words: str, codes: tuple[int, ...]) -> None:

@@ -43,9 +43,11 @@ TARGETS = {
     "rlhf.functional.ppo": ["functional/test_ppo.py"],
     "rlhf.functional.ranking": ["functional/test_ranking.py"],
     "rlhf.rollout.experience": ["rollout/test_experience.py"],
+    "stages.ppo": ["rollout/test_experience.py"],
     "rlhf.functional.judge_odds": ["functional/test_judge_odds.py"],
     "rlhf.functional.agreement": ["functional/test_agreement.py"],
 }
+FORMULAS = {"stages.ppo": {"advantages"}}  # of a module whose other functions are no arithmetic
 LIMIT_S = 60  # a mutant that hangs counts as seen
 QUICK = 12
 
@@ -60,7 +62,7 @@ EQUIVALENT = {
     ("gae", "torch.zeros_like(rewards)  ->  torch.ones_like(rewards) (2)"): "every column of the result is assigned",
     (
         "whiten",
-        "reduce(mask.sum().to(torch.float64)).clamp(min=1)  ->  reduce(mask.sum().to(torch.float64))",
+        "mask.sum().to(torch.float64).clamp(min=1)  ->  mask.sum().to(torch.float64)",
     ): "without real tokens the whole result is masked, nan or not",
     ("whiten", "values.double() - mean  ->  mean - values.double()"): "squared",
     (
@@ -154,7 +156,7 @@ def make_mutants(module: str) -> list[Mutant]:
     parents = {id(child): node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     mutants, seen, occurrences = [], set(), Counter()
     for function, node in arithmetic(tree):
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, ast.FunctionDef) or function not in FORMULAS.get(module, {function}):
             continue
         for edit in edits(node):
             changed = edit(copy.deepcopy(node))
@@ -203,7 +205,7 @@ def mutated_module(mutant: Mutant) -> types.ModuleType:
     module.__file__ = str(path)
     sys.modules[mutant.module] = module
     package, _, name = mutant.module.rpartition(".")
-    setattr(sys.modules[package], name, module)
+    setattr(importlib.import_module(package), name, module)
     exec(compile(ast.fix_missing_locations(tree), str(path), "exec"), module.__dict__)
     return module
 

@@ -42,7 +42,7 @@ RENAMED = {
 METHODS_DROPPED = {"clamp", "abs", "exp", "float", "double", "detach", "mul_", "split", "argsort", "scatter_add"}
 # ... or nothing but its first argument.
 FUNCTIONS_DROPPED = {
-    "reversed", "reduce", "expm1", "rsqrt", "abs", "exp", "whiten", "masked_sum", "masked_mean", "logsigmoid", "asarray"
+    "reversed", "expm1", "rsqrt", "abs", "exp", "whiten", "masked_sum", "masked_mean", "logsigmoid", "asarray"
 }  # fmt: skip
 MASKS = {"mask", "better", "tied"}
 SWAPPED = {"kl_k1", "kl_k3", "gae", "per_token_rewards", "explained_variance", "where", "policy_loss", "whiten"}

@@ -15,9 +15,10 @@ from rlhf.models.peft.methods import add_adapter, trainable
 from rlhf.models.peft.shared_base import share_base
 from rlhf.rollout.batches import build_batch
 from rlhf.rollout.scoring import response_logprobs, token_logprobs
+from rlhf.training.ppo_checks import check_first_minibatch
 from rlhf.training.ppo_state import Ppo
-from stages.ppo import check_first_minibatch, ppo_step, rollout, score
-from support.ppo_runs import ALL, TEMPERATURE, make_ppo, network, with_ppo
+from stages.ppo import advantages, ppo_step, rollout, score
+from support.ppo_runs import ALL, BOTH, TEMPERATURE, make_ppo, network, with_ppo
 
 
 def start(kind: str, tokenizer: PreTrainedTokenizerBase, gpt2_dir: str) -> Ppo:
@@ -53,10 +54,10 @@ def test_ratio_is_one_and_kl_zero_at_step_zero(tiny_dir: str, tiny_gpt2_dir: str
         flat, _ = response_logprobs(ppo.networks.policy, batch, TEMPERATURE)
         assert float((sampled - flat).abs().max()) < 1e-4
 
-    experience = score(ppo, episodes)
+    experience = advantages(ppo, score(ppo, episodes))
     assert float((experience.logprobs - experience.ref_logprobs).abs().max()) < 1e-4
     assert float(experience.kl_per_response().abs().max()) < 1e-3
-    metrics = ppo_step(with_ppo(ppo, micro_batch_size=2), experience, ALL)
+    metrics = ppo_step(with_ppo(ppo, micro_batch_size=2), experience, ALL, BOTH)
     assert metrics["ratio_error"] < 1e-4 and metrics["ppo/clip_fraction"] == 0.0
     assert metrics["ppo/approx_kl"] == pytest.approx(0.0, abs=1e-6)
     check_first_minibatch(ppo, experience, metrics["ratio_error"])
@@ -69,13 +70,13 @@ def test_the_reference_of_an_adapter_stays_where_the_policy_started(tiny_tokeniz
         for name, parameter in trainable(ppo.networks.policy).items():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
-    experience = score(ppo, rollout(ppo))
+    experience = advantages(ppo, score(ppo, rollout(ppo)))
     expected = token_logprobs(plain, experience.pairs, TEMPERATURE)
     got = [row[: len(r)] for row, (_, r) in zip(experience.ref_logprobs, experience.pairs, strict=True)]
     assert max(float((a - b).abs().max()) for a, b in zip(got, expected, strict=True)) < 1e-4
     assert float(experience.kl_per_response().mean()) > 0.1
     # The ratio is still 1 before an update.
-    metrics = ppo_step(ppo, experience, ALL)
+    metrics = ppo_step(ppo, experience, ALL, BOTH)
     assert metrics["ratio_error"] < 1e-4
     check_first_minibatch(dataclasses.replace(ppo, iteration=1), experience, metrics["ratio_error"])
     with pytest.raises(UserError, match="before the first update, so KL is not 0"):
@@ -84,8 +85,8 @@ def test_the_reference_of_an_adapter_stays_where_the_policy_started(tiny_tokeniz
 
 def test_dropout_left_on_is_found(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     ppo = start("llama", tiny_tokenizer, "")
-    experience = score(ppo, rollout(ppo))
+    experience = advantages(ppo, score(ppo, rollout(ppo)))
     ppo.networks.train()
-    metrics = ppo_step(ppo, experience, ALL)
+    metrics = ppo_step(ppo, experience, ALL, BOTH)
     with pytest.raises(UserError, match=r"probability ratio is off by .* before any update"):
         check_first_minibatch(ppo, experience, metrics["ratio_error"])

@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from rlhf.config import Recipe
-from rlhf.training.engine import Engine, ParamGroup
+from rlhf.training.engine import LocalEngine, ParamGroup
 from rlhf.training.ranking_passes import Group, by_length, whole_passes
 from stages.reward import ScoringModule, random_outputs
 from stages.reward import step as reward_step
@@ -51,18 +51,18 @@ def model() -> nn.Module:
     return LlamaForSequenceClassification(CONFIG).eval()
 
 
-def engine_of(model: nn.Module, shares: bool) -> Engine:
+def engine_of(model: nn.Module, shares: bool) -> LocalEngine:
     scored = ScoringModule(model)
     assert scored.shares
     scored.shares = shares
-    return Engine(scored, [ParamGroup("reward", model, 1e-3, 1.0)], device="cpu")
+    return LocalEngine(scored, [ParamGroup("reward", model, 1e-3, 1.0)], torch.device("cpu"))
 
 
-def stepped(engine: Engine, groups: list[Group], tokens: int, ties: str) -> tuple[Tensor, float, list[tuple]]:
+def stepped(engine: LocalEngine, groups: list[Group], tokens: int, ties: str) -> tuple[Tensor, float, list[tuple]]:
     recipe = Recipe.model_validate({"reward": {"micro_tokens": tokens, "ties": ties}})
     loss, counts = reward_step(engine, groups, recipe, 0)
     flat = torch.cat([g.flatten() for g in engine.grads("reward")]).clone()
-    engine.optimizer.zero_grad(set_to_none=True)
+    engine.adamw.zero_grad(set_to_none=True)
     return flat, loss, sorted((c.pairs, round(c.correct, 3)) for c in counts)
 
 

@@ -24,14 +24,15 @@ from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.rollout.experience import Experience
 from rlhf.run.checkpoints import Checkpoints
 from rlhf.run.tracking import Tracker
-from rlhf.training.engine import Engine, ParamGroup
+from rlhf.training.engine import LocalEngine, ParamGroup
 from rlhf.training.ppo_state import Ppo
 from rlhf.training.sft_trainer import Reporter, build_trainer
-from stages.ppo import ppo_step, ptx_step, rollout, score
+from stages.ppo import advantages, ppo_step, ptx_step, rollout, score
 from stages.reward import Group, ScoringModule
 from stages.reward import step as reward_step
 from support.ppo_runs import (
     ALL,
+    BOTH,
     CLIP,
     EPISODES,
     PTX_COEF,
@@ -57,7 +58,7 @@ def ppo(tiny_tokenizer: PreTrainedTokenizerBase) -> Ppo:
 
 def moved(ppo: Ppo) -> Experience:
     """Episodes of the policy, as if it had changed since: ratios and values on both sides of their clips."""
-    experience = score(ppo, rollout(ppo))
+    experience = advantages(ppo, score(ppo, rollout(ppo)))
     lengths = experience.mask.sum(1).tolist()
     assert len(set(lengths)) > 3 and 0 < int(experience.finished.sum()) < EPISODES, lengths
     generator = torch.Generator().manual_seed(7)
@@ -70,12 +71,12 @@ def moved(ppo: Ppo) -> Experience:
     )
 
 
-def take_gradient(engine: Engine, group: str | None = None) -> Tensor:
+def take_gradient(engine: LocalEngine, group: str | None = None) -> Tensor:
     """The gradient accumulated so far as one vector, by group or whole; None clears it too."""
     names = [group] if group else [g.name for g in engine.groups]
     flat = torch.cat([g.flatten() for name in names for g in engine.grads(name)]).clone()
     if group is None:
-        engine.optimizer.zero_grad(set_to_none=True)
+        engine.adamw.zero_grad(set_to_none=True)
     return flat
 
 
@@ -93,7 +94,7 @@ def test_reward_gradient(tiny_tokenizer: PreTrainedTokenizerBase, ties: str) -> 
     ranks = [(1, 2), (2, 1, 2, 3), (1, 1, 2), (3, 2, 1), (2, 1), (1, 2, 3, 4, 4), (2, 1, 1), (1, 2)]
     groups = [Group([(prompt, tokens(rng, 1, 12)) for _ in r], r) for r in ranks for prompt in [tokens(rng, 1, 9)]]
     model = ScoringModule(network(LlamaForSequenceClassification, tiny_tokenizer).eval())
-    engine = Engine(model, [ParamGroup("reward", model, 1e-3, 1.0)], device="cpu")
+    engine = LocalEngine(model, [ParamGroup("reward", model, 1e-3, 1.0)], torch.device("cpu"))
 
     def run(size: int) -> tuple[Tensor, float, int]:
         recipe = Recipe.model_validate({"reward": {"batch_size": 8, "micro_tokens": size, "ties": ties}})
@@ -111,20 +112,20 @@ def test_reward_gradient(tiny_tokenizer: PreTrainedTokenizerBase, ties: str) -> 
 
 def test_ppo_gradient_and_metrics(ppo: Ppo) -> None:
     experience = moved(ppo)
-    metrics = ppo_step(ppo, experience, ALL)
+    metrics = ppo_step(ppo, experience, ALL, BOTH)
     whole = take_gradient(ppo.engine)
     assert 0.1 < metrics["ppo/clip_fraction"] < 0.9, "both branches of the clip must be there"
     for size in SPLITS:
-        got = ppo_step(with_ppo(ppo, micro_batch_size=size), experience, ALL)
+        got = ppo_step(with_ppo(ppo, micro_batch_size=size), experience, ALL, BOTH)
         assert got == pytest.approx(metrics, rel=1e-4)
         assert distance(take_gradient(ppo.engine), whole) < 1e-5
 
 
 def test_the_order_of_episodes_does_not_matter(ppo: Ppo) -> None:
     experience = moved(ppo)
-    ppo_step(ppo, experience, ALL)
+    ppo_step(ppo, experience, ALL, BOTH)
     whole = take_gradient(ppo.engine)
-    ppo_step(with_ppo(ppo, micro_batch_size=2), experience, [5, 0, 3, 7, 1, 6, 2, 4])
+    ppo_step(with_ppo(ppo, micro_batch_size=2), experience, [5, 0, 3, 7, 1, 6, 2, 4], BOTH)
     assert distance(take_gradient(ppo.engine), whole) < 1e-5
 
 
@@ -204,7 +205,7 @@ def text_nll(policy: nn.Module, ids: Sequence[int], temperature: float = 1.0) ->
 
 def test_ppo_step_is_the_token_loop(ppo: Ppo) -> None:
     experience = moved(ppo)
-    metrics = ppo_step(with_ppo(ppo, micro_batch_size=2), experience, ALL)
+    metrics = ppo_step(with_ppo(ppo, micro_batch_size=2), experience, ALL, BOTH)
     policy_gradient, value_gradient = take_gradient(ppo.engine, "policy"), take_gradient(ppo.engine, "value")
     take_gradient(ppo.engine)
 
@@ -270,13 +271,13 @@ def test_ptx_step_is_the_mean_over_pretraining_tokens(ppo: Ppo) -> None:
 
 def test_the_gradient_of_ppo_ptx_is_the_sum_of_both(ppo: Ppo) -> None:
     experience = moved(ppo)
-    ppo_step(ppo, experience, ALL)
+    ppo_step(ppo, experience, ALL, BOTH)
     policy, value = take_gradient(ppo.engine, "policy"), take_gradient(ppo.engine, "value")
     take_gradient(ppo.engine)
     ptx_step(ppo, step=0)
     ptx = take_gradient(ppo.engine)
     split = with_ppo(ppo, micro_batch_size=2)
-    ppo_step(split, experience, ALL)
+    ppo_step(split, experience, ALL, BOTH)
     ptx_step(split, step=0)
     assert distance(take_gradient(ppo.engine, "policy"), policy + ptx) < 1e-5
     assert distance(take_gradient(ppo.engine, "value"), value) < 1e-5

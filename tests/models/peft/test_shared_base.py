@@ -24,11 +24,10 @@ from rlhf.recipe import load_recipe
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.probes import write_probes
 from rlhf.rollout.scoring import scores, token_logprobs, token_values
-from rlhf.system.phase_timer import PhaseTimer
 from rlhf.training import ppo_networks
 from rlhf.training.ppo_state import Ppo, build
 from stages import ppo as stage
-from stages.ppo import ppo_step, rollout, score, update
+from stages.ppo import advantages, ppo_step, rollout, score, update
 from support.stage_runs import assert_same, stop_at
 
 SECTION = ModelSection(name="tiny")
@@ -168,7 +167,7 @@ def test_no_base_weight_is_held_twice_or_changed_by_training(
 
     start = {name: weight.clone() for name, weight in ppo.engine.trainable().items()}
     frozen = [{name: weight.clone() for name, weight in each.state_dict().items()} for each in networks[1::2]]
-    update(ppo, score(ppo, rollout(ppo)), PhaseTimer(ppo.engine.device, torch.float32))
+    update(ppo, advantages(ppo, score(ppo, rollout(ppo))))
     for network, names in zip(networks, own, strict=True):
         found = dict(digests(network, names))
         assert found and all(before[name] == digest for name, digest in found.items())
@@ -213,8 +212,7 @@ def test_numbers_and_gradients_of_separate_models(
         with torch.random.fork_rng():
             torch.manual_seed(2)
             speak(run.networks.policy)
-    experience = score(runs[0], rollout(runs[0]))
-    other = score(runs[1], rollout(runs[1]))
+    experience, other = (advantages(run, score(run, rollout(run))) for run in runs)
     assert experience.pairs == other.pairs
     for name in ("logprobs", "ref_logprobs", "values", "scores", "advantages", "returns"):
         torch.testing.assert_close(getattr(experience, name), getattr(other, name), rtol=0, atol=1e-5)
@@ -227,7 +225,7 @@ def test_numbers_and_gradients_of_separate_models(
 
 
 def gradients(run: Ppo, experience: Experience) -> dict[str, Tensor]:
-    ppo_step(run, experience, ALL)
+    ppo_step(run, experience, ALL, ("policy", "value"))
     assert all(p.grad is None for p in run.networks.parameters() if not p.requires_grad)
     return {name: p.grad.clone() for name, p in run.engine.trainable().items()}
 

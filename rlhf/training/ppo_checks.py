@@ -1,0 +1,46 @@
+"""What a PPO run checks of itself: that it starts where it must, and that the policy stays near the reference."""
+
+from __future__ import annotations
+
+import torch
+
+from rlhf.errors import UserError
+from rlhf.rollout.experience import ScoredEpisodes
+from rlhf.training.ppo_state import Ppo
+
+
+def check_first_minibatch(ppo: Ppo, experience: ScoredEpisodes, ratio_error: float) -> None:
+    """Check that before any update of an iteration the ratio is 1, and before the first update of all the KL is 0.
+
+    Raises:
+        UserError: with the likely causes, when either is off by more than ppo.ratio_tolerance.
+    """
+    tolerance = ppo.recipe.ppo.ratio_tolerance
+    if ratio_error > tolerance:
+        raise UserError(
+            f"the probability ratio is off by {ratio_error:.2g} before any update of iteration {ppo.iteration}",
+            where="ppo.ratio_tolerance",
+            fix="likely causes: dropout left on, sampling that is not the plain softmax, a rollout engine with weights "
+            "or kernels of its own, or bfloat16 with a tolerance meant for float32",
+        )
+    gap = float(torch.where(experience.mask, experience.logprobs - experience.ref_logprobs, 0.0).abs().max())
+    if ppo.iteration == 0 and gap > tolerance:
+        raise UserError(
+            f"policy and reference differ by {gap:.2g} nats on a token before the first update, so KL is not 0",
+            where="ppo.ratio_tolerance",
+            fix="likely causes: the reference is not the SFT model the policy started from, or dropout is on",
+        )
+
+
+def check_kl(ppo: Ppo) -> None:
+    """Check that the KL of the last iteration's responses to the reference is not beyond ppo.max_kl, in nats.
+
+    Raises:
+        UserError: when it is.
+    """
+    if ppo.metrics["ppo/kl"] > ppo.recipe.ppo.max_kl:
+        raise UserError(
+            f"KL to the reference reached {ppo.metrics['ppo/kl']:.1f} nats per response",
+            where="ppo.max_kl",
+            fix="lower ppo.lr or raise ppo.kl_coef; the sealed checkpoints of this run are kept",
+        )
