@@ -42,7 +42,7 @@ from rlhf.rollout.rescoring import rescore
 from rlhf.rollout.sampling import Rollout, sample
 from rlhf.rollout.scoring import scores, token_logprobs, token_values
 from rlhf.run.stage import StageContext, exit_code, parse_stage_args, run_stage
-from rlhf.system.console import Progress, console
+from rlhf.system.console import Progress, show_drops
 from rlhf.system.distributed import all_gather_objects, broadcast_from_main, is_main_process, shard
 from rlhf.system.malloc import return_freed_memory
 from rlhf.system.phase_timer import PhaseTimer
@@ -327,8 +327,7 @@ def run(ctx: StageContext, variant: str) -> dict[str, Any]:
     ctx.use(sft_dir)
     ctx.use(reward_dir)
     ppo = build(ctx.recipe, variant == "ppo-ptx", sft_dir, reward_dir)
-    for reason, n in ppo.drops.table():
-        console.print(f"dropped {n}: {reason}")
+    show_drops(ppo.drops.table())
     sealed = broadcast_from_main(ctx.checkpoints.newest)
     if sealed:
         load_checkpoint(ppo, sealed)

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.errors import UserError
 from rlhf.models.resolve import not_loaded, resolve_model
-from rlhf.system.quiet import note
+from rlhf.system.console import note
 
 PAD = "<|pad|>"
 # Turns as in the published transcripts: "Human: ..\n\nAssistant: ..". %s is the BOS of tokenizers that begin with one.

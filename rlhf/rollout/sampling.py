@@ -29,9 +29,9 @@ from rlhf.models.placement import materialized
 from rlhf.rollout.decoding import LlamaDecoding, ModelDecoding, pad
 from rlhf.rollout.llama_forward import llama_forward_for
 from rlhf.rollout.scoring import token_logprobs
+from rlhf.system.console import note
 from rlhf.system.distributed import gather_shards, processes, shard
 from rlhf.system.phases import heartbeat
-from rlhf.system.quiet import note
 
 SamplingEngine = Literal["native", "generate", "vllm"]
 _reported: set[str] = set()
