@@ -14,17 +14,17 @@ from torch import nn
 from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.models.placement import Placement
+from rlhf.recipe import DEEPSPEED_FILES
 from rlhf.system.distributed import processes
 
 Model = TypeVar("Model", bound=nn.Module)
-TEMPLATES = Path(__file__).resolve().parents[2] / "launch" / "deepspeed"
 
 
 def config_path(recipe: Recipe) -> Path:
     """The DeepSpeed JSON of a recipe: the user's own, or the template of the stage."""
     launch = recipe.launch
     offload = "-offload" if launch.offload else ""
-    return Path(launch.deepspeed_config or TEMPLATES / f"zero{launch.zero_stage}{offload}.json").expanduser()
+    return Path(launch.deepspeed_config or DEEPSPEED_FILES / f"zero{launch.zero_stage}{offload}.json").expanduser()
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
