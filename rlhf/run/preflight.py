@@ -1,4 +1,4 @@
-"""What is checked before a stage starts, and the plan of a recipe as rows of a table."""
+"""Check a recipe before a stage starts, and show its plan as rows of a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from rlhf.stage_table import STAGES
 
 
 def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
-    """Rules between fields, for the given stages (default: run.stages). Raises UserError at the first one broken."""
+    """Check the rules between fields for the given stages (default: run.stages).
+
+    Raises:
+        UserError: for the first rule that is broken.
+    """
     stages = list(recipe.run.stages if stages is None else stages)
     _check_order(stages)
     if recipe.launch.deepspeed_config and not Path(recipe.launch.deepspeed_config).expanduser().is_file():
@@ -43,7 +47,7 @@ def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
 
 
 def plan_rows(recipe: Recipe, stages: Sequence[str] | None = None) -> list[tuple[str, str]]:
-    """(what, derived number with how it came about) for the given stages, to be shown as a table."""
+    """Return rows (name, sizes and how they are computed) about the given stages for a table."""
     stages = list(recipe.run.stages if stages is None else stages)
     rows = [("model", f"{recipe.model.name}, {recipe.model.dtype}")]
     if recipe.model.peft.on:
@@ -83,10 +87,10 @@ def _count(n: float, word: str) -> str:
 
 
 def _people(label: LabelSection) -> str:
-    until = _count(label.rankings, "ranking") if label.rankings else "all that are wanted"
+    until = _count(label.rankings, "ranking") if label.rankings else "all of them"
     several = min(label.opinions, len(label.labelers))
     shared = f"{label.overlap:.0%} of the prompts by {several} of them, " if several > 1 else ""
-    return f"by {', '.join(label.labelers)}; {shared}goes on after {until}"
+    return f"by {', '.join(label.labelers)}; {shared}continues after {until}"
 
 
 def _judge(recipe: Recipe) -> str:
@@ -118,10 +122,10 @@ def _check_launch(recipe: Recipe) -> None:
     if launch.hostfile:
         machines = len(read_hosts(launch.hostfile))
     elif launch.node_rank >= 0:
-        raise UserError("launch.node_rank is a place in a hostfile", "launch.hostfile", "give the hostfile")
+        raise UserError("launch.node_rank is an index into a hostfile", "launch.hostfile", "give the hostfile")
     if launch.node_rank >= machines:
         raise UserError(
-            f"launch.node_rank {launch.node_rank} is not of the {machines} machines in the hostfile",
+            f"launch.node_rank {launch.node_rank} is none of the {machines} machines in the hostfile",
             "launch.node_rank",
             f"the first is 0, the last {machines - 1}",
         )
@@ -135,10 +139,10 @@ def _check_order(stages: list[str]) -> None:
     for stage in stages:
         if stages.count(stage) > 1:
             raise UserError(f"{stage} is listed twice", "run.stages", "name every stage once")
-    # The sort is stable: the two variants of PPO may come in either order.
+    # The sort is stable, so the two variants of PPO may come in either order.
     ordered = sorted(stages, key=lambda stage: STAGES[stage].level)
     if ordered != stages:
-        raise UserError("a stage comes before one that it needs", "run.stages", f"run.stages=[{','.join(ordered)}]")
+        raise UserError("a stage comes before another that it needs", "run.stages", f"run.stages=[{','.join(ordered)}]")
 
 
 def _check_rank(recipe: Recipe) -> None:
@@ -161,7 +165,7 @@ def _check_ppo(recipe: Recipe, with_ptx: bool) -> None:
     _need_data(recipe, "prompts", "PPO samples from it")
     if cfg.kl_control == "adaptive" and cfg.kl_coef == 0:
         raise UserError(
-            "adaptive control multiplies ppo.kl_coef, and 0 stays 0", "ppo.kl_coef", "give a start value, as 0.02"
+            "adaptive control multiplies ppo.kl_coef, and 0 stays 0", "ppo.kl_coef", "give an initial value, as 0.02"
         )
     if not with_ptx:
         return
@@ -180,7 +184,7 @@ def _check_vllm(recipe: Recipe) -> None:
     url = recipe.launch.vllm_url
     if url:
         if not url.startswith(("http://", "https://")):
-            raise UserError(f"{url} is no URL of a server", "launch.vllm_url", "give it as http://HOST:PORT")
+            raise UserError(f"{url} is not the URL of a server", "launch.vllm_url", "give it as http://HOST:PORT")
         return
     if find_spec("vllm") is None:
         raise UserError(

@@ -49,7 +49,7 @@ from rlhf.system.quiet import quiet_libraries
 from rlhf.system.rank_logs import PeerFailed, own_log
 from rlhf.system.rng import seed_rng
 from rlhf.system.signals import Signals, StopNow
-from rlhf.system.watchdog import cause, run_watchdog
+from rlhf.system.watchdog import root_cause, run_watchdog
 
 
 @dataclass
@@ -210,7 +210,7 @@ def _run_work(recipe: Recipe, record: StageRecord, work: Work, device: torch.dev
         except (StopNow, KeyboardInterrupt):
             record.stop()
         except BaseException as error:
-            failure = _disk_error(error, record.run.path) or cause(error)
+            failure = _disk_error(error, record.run.path) or root_cause(error)
             _record_failure(record, error, failure)
             if failure is error:
                 raise

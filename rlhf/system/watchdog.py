@@ -34,7 +34,7 @@ from rlhf.system.rank_logs import PeerFailed, RankLog
 
 HUNG = 124  # exit code of a process that ends because another one hangs, the same as of timeout(1)
 GRACE = 5.0  # seconds that a process gets to end by itself after another one reported an error
-_watch: Watchdog | None = None  # of the stage that this process runs; `cause` reads it wherever an error is caught
+_watch: Watchdog | None = None  # of the stage that this process runs; `root_cause` reads it wherever an error is caught
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Watchdog:
             staged.write_text(json.dumps(report))
             staged.replace(self.folder / f"rank-{self.rank}.json")
 
-    def look(self) -> None:
+    def read_reports(self) -> None:
         """Read the reports of all processes."""
         at = time.monotonic()
         for rank, peer in self._peers.items():
@@ -104,14 +104,14 @@ class Watchdog:
             return words
         at = time.monotonic()
         if all(at - peer.moved > self.timeout for peer in self._peers.values()):
-            return self._say(self._holding_up(), f"makes no progress for {self.timeout:g} s")
+            return self._describe(self._holding_up(), f"makes no progress for {self.timeout:g} s")
         return ""
 
     def silent(self, seconds: float) -> str:
         """Describe the processes whose report has not changed for `seconds`; empty if there are none."""
         at = time.monotonic()
         silent = [rank for rank, peer in self._peers.items() if at - peer.alive > seconds]
-        return self._say(silent, f"gives no sign of life for {seconds:g} s") if silent else ""
+        return self._describe(silent, f"gives no sign of life for {seconds:g} s") if silent else ""
 
     def dead(self) -> str:
         """Describe the processes of this machine that have ended; empty if there are none."""
@@ -121,7 +121,7 @@ class Watchdog:
                 ended, number = _ended(peer.report["pid"])
                 if ended:
                     found[rank] = f"died (signal {number})" if number else "has ended"
-        return "\n".join(self._say([rank], how) for rank, how in found.items())
+        return "\n".join(self._describe([rank], how) for rank, how in found.items())
 
     def _holding_up(self) -> list[int]:
         """Return the ranks that the others wait for: of those furthest behind, the ones not in a collective."""
@@ -130,7 +130,7 @@ class Watchdog:
         behind = [rank for rank, report in sorted(reports.items()) if report.get("beat", 0) == least]
         return [rank for rank in behind if not reports[rank].get("waits")] or behind
 
-    def _say(self, ranks: list[int], how: str) -> str:
+    def _describe(self, ranks: list[int], how: str) -> str:
         lines = []
         for rank in ranks[:4]:
             report = self._peers[rank].report
@@ -145,7 +145,7 @@ class Watchdog:
             try:
                 self.write()
                 if self.reads:
-                    self.look()
+                    self.read_reports()
                     if words := self.stuck():
                         log.report_error(words)
                         self._end(log, words)
@@ -192,7 +192,7 @@ def run_watchdog(stage: str, processes: int, timeout: float) -> Iterator[None]:
         _watch = None
 
 
-def cause(error: BaseException) -> BaseException:
+def root_cause(error: BaseException) -> BaseException:
     """Return the error to report: PeerFailed if `error` only follows from the end of another process, else `error`."""
     log = rank_logs.current()
     if _watch is None or log is None or not _from_collective(error):
@@ -202,7 +202,7 @@ def cause(error: BaseException) -> BaseException:
     while time.monotonic() < deadline:
         if log.error_reported():
             return PeerFailed((log.folder / rank_logs.ERROR).read_text().strip())
-        _watch.look()
+        _watch.read_reports()
         if words := _watch.dead() or _watch.silent(3 * _watch.interval):
             return PeerFailed(words)
         time.sleep(0.2)

@@ -134,7 +134,7 @@ def test_in_time_is_when_nothing_has_to_be_said(tmp_path: Path) -> None:
             setattr(watch._peers[rank], what, time.monotonic() - seconds)
 
     write([5, 5, 4, 5], [True, True, False, True], 1)
-    watch.look()
+    watch.read_reports()
     assert watch.stuck() == ""
     age(11, 0, 1, 2)
     assert watch.stuck() == ""  # rank 3 goes on
@@ -142,12 +142,12 @@ def test_in_time_is_when_nothing_has_to_be_said(tmp_path: Path) -> None:
     assert watch.stuck().startswith("rank 2 makes no progress for 10 s, in phase update, step 4, of ppo")
     assert watch.stuck().count("rank ") == 1
     write([5, 5, 5, 5], [True, True, False, True], 2)
-    watch.look()
+    watch.read_reports()
     assert watch.stuck() == ""  # rank 2 has gone on
     age(11, 0, 1, 2, 3)
     assert "rank 2 makes" in watch.stuck() and watch.stuck().count("log:") == 1  # the others wait in a collective
     write([5, 5, 5, 5], [True] * 4, 3)
-    watch.look()
+    watch.read_reports()
     age(11, 0, 1, 2, 3)
     assert watch.stuck().count("log:") == 4  # nobody can tell who is to blame
     age(11, 1, what="alive")
