@@ -92,7 +92,7 @@ def test_report_has_every_section_and_no_outside_asset(run: Path) -> None:
     assert "+0.025" in html  # pretraining loss against SFT
     assert "−2.0" in html  # cloze points against SFT
     assert "12,345 held-out tokens. 100 questions." in html
-    assert "<td>1:05</td>" in html and "<td>1:23:20</td>" in html  # times of SFT and PPO
+    assert "<td>1:05</td>" in html and "<td>1:23:20</td>" in html  # times of SFT and of the reward model
     for attribute, value in re.findall(r'\b(src|href|action|data)="([^"]*)"', html):
         assert value.startswith("#"), f"{attribute}={value}"
     assert "@import" not in html and "<link" not in html and "<script" not in html

@@ -183,12 +183,23 @@ READ = re.compile(r"recipe\.((?:run|model|data|sft|rank|reward|ppo|evaluate)(?:\
 FREE = {"run.device", "run.name", "run.dir", "run.stages"}  # where, not what
 
 
+def sources(program: str) -> list[str]:
+    """Return the text of a stage's program, and of the modules of rlhf/training that it imports, however indirectly."""
+    found: dict[Path, str] = {}
+    waiting = [ROOT / "stages" / f"{program}.py"]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found[path] = path.read_text()
+            imported = re.findall(r"^from rlhf\.training\.(\w+) import", found[path], re.MULTILINE)
+            waiting += [ROOT / "rlhf" / "training" / f"{name}.py" for name in imported]
+    return list(found.values())
+
+
 @pytest.mark.parametrize("stage", [*STAGES])
 def test_every_field_that_a_stage_program_names_is_among_its_dependencies(stage: str) -> None:
     program = STAGES[stage].program
-    files = [ROOT / "stages" / f"{program}.py"]
-    files += [ROOT / "rlhf" / f"{name}.py" for name in ("ppo_state", "ppo_networks") if program == "ppo"]
-    texts = [file.read_text() for file in files]
+    texts = sources(program)
     named = {name for text in texts for name in READ.findall(text)} - FREE
     if any("recipe.reward_peft" in text for text in texts):  # which comes from these two
         named |= {"reward.peft.method", "model.peft.method"}

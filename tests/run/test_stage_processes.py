@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("stage_folder")
 
 
 def start(program: str, *arguments: str, **env: str) -> subprocess.Popen[str]:
-    """A stage program in a process of its own."""
+    """Start a stage program in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-c", program, *RECIPE, *arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
@@ -87,7 +87,7 @@ def start_pair(*arguments: str, **env: str) -> list[subprocess.Popen[str]]:
 
 
 def finish(children: list[subprocess.Popen[str]]) -> tuple[list[int], list[str], list[str]]:
-    """Exit codes, standard outputs, standard errors."""
+    """Wait for the processes and return their exit codes, standard outputs and standard errors."""
     texts = [child.communicate(timeout=180) for child in children]
     return [child.returncode for child in children], [out for out, _ in texts], [err for _, err in texts]
 
@@ -105,10 +105,11 @@ def test_two_processes_write_one_record_skip_together_and_fail_together() -> Non
     assert "sft.lr: 0.001 -> 0.5" in errors[0] and "recipe has changed" not in errors[1]
 
 
-def test_a_signal_to_one_process_stops_both_after_the_same_step() -> None:
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_a_signal_to_one_process_stops_both_after_the_same_step(signalled: int) -> None:
     children = start_pair(STEPS="1")
     wait_for(lambda: Path("at-0").exists() and Path("at-1").exists(), *children)
-    children[1].send_signal(signal.SIGTERM)
+    children[signalled].send_signal(signal.SIGTERM)
     codes, _, errors = finish(children)
     assert codes == [143, 143], errors
     assert Path("stopped-0").read_text() == Path("stopped-1").read_text()
