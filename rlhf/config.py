@@ -198,7 +198,7 @@ class LabelSection(Section):
         for name in self.labelers:
             if not re.fullmatch(LABELER_PATTERN, name):
                 fix = "use 1 to 40 letters, digits or . _ - without blanks"
-                raise ValueError(f"{name!r} is no name for a labeler", fix)
+                raise ValueError(f"{name!r} cannot be the name of a labeler", fix)
             if self.labelers.count(name) > 1:
                 raise ValueError(f"the labeler {name} is listed twice", "name each of them once")
         return self

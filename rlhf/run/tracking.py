@@ -211,50 +211,46 @@ def _start_wandb(
         return None
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # otherwise wandb reports its own crashes to its makers
-    where = stage_dir.parent
-    id_file = stage_dir / "wandb_id.txt"
-
-    def start(mode: str) -> Any:
-        import wandb
-
-        folder = where / "wandb"
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):  # wandb would fall back to the system's temporary folder
-            raise PermissionError(f"cannot write to {folder}")
-        if not id_file.exists():
-            write_atomic(id_file, uuid.uuid4().hex[:12] + "\n")
-        run = wandb.init(
-            project=tracking.project,
-            entity=tracking.entity or None,
-            group=run_name,
-            job_type=stage,
-            name=f"{run_name}-{stage}",
-            id=id_file.read_text().strip(),
-            resume="allow",
-            mode=mode,
-            dir=str(where),
-            config=dict(config),
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                save_code=False,
-                init_timeout=INIT_SECONDS,
-                login_timeout=INIT_SECONDS,  # on a terminal wandb asks for a key
-                finish_timeout=FINISH_SECONDS,
-            ),
-        )
-        run.define_metric(axis)
-        run.define_metric("*", step_metric=axis)
-        return run
-
-    run = None
+    options = {"project": tracking.project, "entity": tracking.entity or None, "group": run_name, "job_type": stage}
+    options |= {"name": f"{run_name}-{stage}", "config": dict(config)}
     if mode == "online":
-        run = _warn_on_error("wandb cannot be reached, so this stage is tracked offline", lambda: start("online"))
-        if run is None:
-            _warn_on_error("wandb's service did not end", _end_service)
-    return run or _warn_on_error(
-        "wandb does not work here, metrics go to metrics.jsonl alone", lambda: start("offline")
+        run = _warn_on_error(
+            "wandb cannot be reached, so this stage is tracked offline",
+            lambda: _init_wandb(stage_dir, axis, options | {"mode": "online"}),
+        )
+        if run is not None:
+            return run
+        _warn_on_error("wandb's service did not end", _end_service)
+    return _warn_on_error(
+        "wandb does not work here, metrics go to metrics.jsonl alone",
+        lambda: _init_wandb(stage_dir, axis, options | {"mode": "offline"}),
     )
+
+
+def _init_wandb(stage_dir: Path, axis: str, options: Mapping[str, Any]) -> Any:
+    """Start the wandb run of a stage, or resume it under the id in wandb_id.txt."""
+    import wandb
+
+    folder, id_file = stage_dir.parent / "wandb", stage_dir / "wandb_id.txt"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):  # wandb would fall back to the system's temporary folder
+        raise PermissionError(f"cannot write to {folder}")
+    if not id_file.exists():
+        write_atomic(id_file, uuid.uuid4().hex[:12] + "\n")
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        save_code=False,
+        init_timeout=INIT_SECONDS,
+        login_timeout=INIT_SECONDS,  # on a terminal wandb asks for a key
+        finish_timeout=FINISH_SECONDS,
+    )
+    run = wandb.init(
+        **options, id=id_file.read_text().strip(), resume="allow", dir=str(folder.parent), settings=settings
+    )
+    run.define_metric(axis)
+    run.define_metric("*", step_metric=axis)
+    return run
 
 
 def _end_service() -> None:
