@@ -55,23 +55,23 @@ def plan_rows(recipe: Recipe, stages: Sequence[str] | None = None) -> list[tuple
         rows.append(("trained", f"{settings_of(recipe.model.peft)}{only}"))
     rows.append(("processes", str(recipe_processes(recipe))))
     if "sft" in stages:
-        s = plan_sft(recipe)
-        split = _split(s.processes, s.accumulation, s.micro_batch_size)
-        step = f"{s.batch_size} sequences per optimiser step = {split}"
+        sft = plan_sft(recipe)
+        split = _split(sft.processes, sft.accumulation, sft.micro_batch_size)
+        step = f"{sft.batch_size} sequences per optimiser step = {split}"
         rows.append(("sft", f"{step}, {_count(recipe.sft.epochs, 'epoch')}"))
     if "rank" in stages:
-        r = plan_rank(recipe)
-        prompts, responses = (f"{r.prompts}", f" = {r.responses} responses") if r.prompts else ("all", "")
-        rows.append(("rank", f"{prompts} prompts x {r.outputs_per_prompt} outputs{responses}"))
-        rows.append(("rank", f"{r.pairs_per_prompt} pairs per prompt, labeler {recipe.rank.labeler}"))
+        rank = plan_rank(recipe)
+        prompts, responses = (f"{rank.prompts}", f" = {rank.responses} responses") if rank.prompts else ("all", "")
+        rows.append(("rank", f"{prompts} prompts x {rank.outputs_per_prompt} outputs{responses}"))
+        rows.append(("rank", f"{rank.pairs_per_prompt} pairs per prompt, labeler {recipe.rank.labeler}"))
         if recipe.rank.labeler == "human":
             rows.append(("rank", _people(recipe.label)))
         if recipe.rank.labeler == "judge":
             rows.append(("rank", _judge(recipe)))
     if "reward" in stages:
-        w = plan_reward(recipe)
-        split = f"{_count(w.processes, 'process')} x {w.batch_per_process}"
-        step = f"{w.batch_size} prompts per optimiser step = {split}, {_count(recipe.reward.epochs, 'epoch')}"
+        reward = plan_reward(recipe)
+        split = f"{_count(reward.processes, 'process')} x {reward.batch_per_process}"
+        step = f"{reward.batch_size} prompts per optimiser step = {split}, {_count(recipe.reward.epochs, 'epoch')}"
         rows.append(("reward", f"{step}, at most {recipe.reward.micro_tokens} tokens per forward"))
     if "ppo-ptx" in stages or "ppo" in stages:
         rows += _ppo_rows(recipe, [stage for stage in stages if stage.startswith("ppo")])
@@ -101,18 +101,20 @@ def _judge(recipe: Recipe) -> str:
 
 
 def _ppo_rows(recipe: Recipe, variants: list[str]) -> list[tuple[str, str]]:
-    p, cfg, name = plan_ppo(recipe), recipe.ppo, ", ".join(variants)
-    per_step = _split(p.processes, p.micro_batches, cfg.micro_batch_size)
-    passes = f"{_count(p.minibatches, 'minibatch')} x {_count(cfg.epochs, 'epoch')}"
+    plan, cfg, name = plan_ppo(recipe), recipe.ppo, ", ".join(variants)
+    per_step = _split(plan.processes, plan.micro_batches, cfg.micro_batch_size)
+    passes = f"{_count(plan.minibatches, 'minibatch')} x {_count(cfg.epochs, 'epoch')}"
     rows = [
-        (name, f"{cfg.episodes} episodes = {p.iterations} iterations x {cfg.batch_size}"),
-        (name, f"{passes} = {p.steps_per_iteration} optimiser steps per iteration"),
-        (name, f"{p.steps} optimiser steps in all, each {cfg.minibatch_size} episodes = {per_step}"),
-        (name, f"at most {p.response_tokens} response tokens per iteration"),
+        (name, f"{cfg.episodes} episodes = {plan.iterations} iterations x {cfg.batch_size}"),
+        (name, f"{passes} = {plan.steps_per_iteration} optimiser steps per iteration"),
+        (name, f"{plan.steps} optimiser steps in all, each {cfg.minibatch_size} episodes = {per_step}"),
+        (name, f"at most {plan.response_tokens} response tokens per iteration"),
     ]
     if "ppo-ptx" in variants:
-        ptx = f"{p.ptx_rows_per_minibatch} pretraining rows of {cfg.ptx_tokens} tokens per step"
-        how = f"{cfg.ptx_examples_per_episode:g} x {cfg.minibatch_size}, {_count(p.ptx_micro_batches, 'micro-batch')}"
+        ptx = f"{plan.ptx_rows_per_minibatch} pretraining rows of {cfg.ptx_tokens} tokens per step"
+        how = (
+            f"{cfg.ptx_examples_per_episode:g} x {cfg.minibatch_size}, {_count(plan.ptx_micro_batches, 'micro-batch')}"
+        )
         rows.append(("ppo-ptx", f"{ptx} = {how}"))
     return rows
 
