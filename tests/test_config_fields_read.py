@@ -70,7 +70,8 @@ def _pairs(node: ast.Assign) -> Iterator[tuple[str, ast.expr]]:
                     yield name.id, value
 
 
-READS = {read for path in SOURCES for read in attribute_reads(ast.parse(path.read_text(encoding="utf-8")))}
+TREES = [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES]
+READS = {read for tree in TREES for read in attribute_reads(tree)}
 
 
 def test_the_walk_sees_reads_through_aliases_and_arguments_and_no_writes() -> None:
@@ -88,6 +89,10 @@ def plan_rows(recipe):
     reads = set(attribute_reads(ast.parse(code)))
     assert {("ppo", "lam"), ("run", "seed"), ("peft", "rank"), ("rank", "temperature")} <= reads
     assert not {("sft", "lr"), ("ppo", "temperature"), ("reward", "lr")} & reads
+
+
+def test_the_functions_that_only_show_fields_exist() -> None:
+    assert {node.name for tree in TREES for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)} >= DISPLAY
 
 
 @pytest.mark.parametrize("field", [name for name, _ in fields(Recipe)])
