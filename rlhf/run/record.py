@@ -110,17 +110,10 @@ class StageRecord:
         plain = {key: _json_value(value) for key, value in metrics.items()}
         complete = plain and (self.folder / STAGES[self.name].product).exists()
         state = "stopped" if stop_requested and not complete else "done"
-        self._end(state, metrics=plain, outputs=self._outputs())
+        self.end(state, metrics=plain, outputs=self._outputs())
 
-    def stop(self) -> None:
-        """Record work that a person broke off."""
-        self._end("stopped")
-
-    def fail(self, error: str) -> None:
-        """Record work that raised an error."""
-        self._end("failed", error=error)
-
-    def _end(self, state: str, **more: Any) -> None:
+    def end(self, state: str, **more: Any) -> None:
+        """Record the end of the attempt with a state and further fields; the first process writes stage.json."""
         seconds = self._seconds_before + time.monotonic() - self._start
         self.values.update(state=state, inputs=self.values["inputs"] | self.used, seconds=seconds, ended=_now(), **more)
         if is_main_process():

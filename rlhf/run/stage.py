@@ -208,7 +208,7 @@ def _run_work(recipe: Recipe, record: StageRecord, work: Work, device: torch.dev
             ctx = StageContext(recipe, record.run, record.name, tracker, device, signals, record)
             record.finish(_metrics(work, ctx), bool(signals.received))
         except (StopNow, KeyboardInterrupt):
-            record.stop()
+            record.end("stopped")
         except BaseException as error:
             failure = _disk_error(error, record.run.path) or root_cause(error)
             _record_failure(record, error, failure)
@@ -240,7 +240,8 @@ def _metrics(work: Work, ctx: StageContext) -> dict[str, Any]:
 def _record_failure(record: StageRecord, error: BaseException, failure: BaseException) -> None:
     """Write `error` into stage.json, or the failure of another process that it follows from."""
     try:
-        record.fail(str(failure) if isinstance(failure, PeerFailed) else f"{type(error).__name__}: {error}")
+        text = str(failure) if isinstance(failure, PeerFailed) else f"{type(error).__name__}: {error}"
+        record.end("failed", error=text)
     except OSError as second:
         warn(f"stage.json could not be written: {second}")  # the first error is the one to show
 
