@@ -458,8 +458,8 @@ def convert(
 @app.command()
 def recipes() -> None:
     """List the shipped recipes and comparisons."""
-    from rlhf.evaluation.comparison_file import COMPARISONS, comparison_names
-    from rlhf.recipe import RECIPES, recipe_names
+    from rlhf.evaluation.comparison_file import comparison_names
+    from rlhf.recipe import COMPARISONS, RECIPES, recipe_names
 
     for names, folder, ends in (
         (recipe_names(), RECIPES, "\n\nComparisons, for `rlhf compare`:\n"),

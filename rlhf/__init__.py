@@ -1,9 +1,8 @@
-"""The core that every stage shares: config, records, models, rollouts, scores, objectives, engine, runs."""
+"""The core of the pipeline, from the formulas up to the labelers: every stage is built from it."""
 
 import os
 
-os.environ.setdefault(
-    "HF_HUB_DISABLE_TELEMETRY", "1"
-)  # read when the Hub's client is imported; nobody's server is asked
+# The Hub's client reads this when it is imported: no server is told what runs here.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"

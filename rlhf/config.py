@@ -1,7 +1,7 @@
-"""The typed recipe: every option of every stage, its default, its range and what it means.
+"""The typed recipe: every option of every stage with its default, its range and its meaning.
 
-A recipe is YAML with these sections; `rlhf/recipe.py` loads it. Nothing here is read from the environment.
-Figures called "paper" are from Ouyang et al. 2022 (arXiv 2203.02155), Appendix C.
+A recipe is YAML with these sections; `rlhf/recipe.py` loads it. No value is read from the environment. Figures called
+"paper" are from Ouyang et al. 2022 (arXiv 2203.02155), Appendix C.
 """
 
 from __future__ import annotations
@@ -14,17 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Schedule = Literal["cosine", "linear", "constant"]
 RolloutEngine = Literal["native", "generate", "vllm"]
 PeftMethod = Literal["none", "lora", "dora", "prefix", "p_tuning", "p_tuning_v2", "prompt", "adapter", "ia3", "bitfit"]
-VIRTUAL_TOKEN_METHODS = (
-    "prefix",
-    "p_tuning",
-    "p_tuning_v2",
-    "prompt",
-)  # rows with tokens that are no words before them
-KV_PREFIX_METHODS = ("prefix", "p_tuning_v2")  # of these, the methods whose tokens are keys and values of every layer
+VIRTUAL_TOKEN_METHODS = ("prefix", "p_tuning", "p_tuning_v2", "prompt")  # they put trained vectors before every row
+KV_PREFIX_METHODS = ("prefix", "p_tuning_v2")  # of these, the methods that put keys and values into every layer
+UNMERGEABLE = (*VIRTUAL_TOKEN_METHODS, "adapter")  # they change none of the base model's weights
+TRAINS_BASE_WEIGHTS = ("none", "bitfit")  # they train weights of the base model, in the type that these have
 LABELER_PATTERN = r"[\w.-]{1,40}"  # letters of any script
-UNMERGEABLE = (*VIRTUAL_TOKEN_METHODS, "adapter")  # what they add is no change of a weight that is there
-TRAINS_BASE_WEIGHTS = ("none", "bitfit")  # they train the model's own weights, in whatever type those are
-METHODS_OF_SETTING = {
+METHODS_OF_SETTING = {  # of model.peft: which methods read a setting
     "rank": ("lora", "dora"),
     "alpha": ("lora", "dora"),
     "last_layers": ("lora", "dora", "ia3", "adapter", "bitfit"),
@@ -35,67 +30,59 @@ METHODS_OF_SETTING = {
 
 
 class Section(BaseModel):
-    """A section of the recipe: unknown keys are errors and values are frozen once loaded."""
+    """A section of the recipe: unknown keys are errors, and values cannot change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
-    """Where the run lives and what it executes."""
+    """The run folder and the stages that run."""
 
     name: str = Field("demo", min_length=1, pattern=r"^[A-Za-z0-9._-]+$", description="name of the run folder")
     dir: str = Field("runs", min_length=1, description="folder that holds the run folders")
     seed: int = Field(1, ge=0, lt=2**31, description="seed of every random draw of the run")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one")
     stages: list[Literal["sft", "rank", "reward", "ppo-ptx", "ppo", "evaluate"]] = Field(
         ["sft", "rank", "reward", "ppo-ptx", "evaluate"], min_length=1, description="stages of `rlhf run`, in order"
     )
 
 
 class PeftSection(Section):
-    """A parameter-efficient method: the base stays frozen, and what is trained is all that a stage writes."""
+    """A parameter-efficient method: the base model stays frozen, and a stage writes the trained weights alone."""
 
-    method: PeftMethod = Field("none", description="what is trained; none: all weights")
-    rank: int = Field(16, ge=1, le=1024, description="of the update matrices; lora and dora")
-    alpha: float = Field(32.0, gt=0, description="their update is multiplied by alpha / rank; lora and dora")
-    last_layers: int = Field(
-        0, ge=0, description="on the last N layers alone, 0 on all; lora, dora, ia3, adapter and bitfit"
-    )
-    virtual_tokens: int = Field(20, ge=1, le=1024, description="prefix, p_tuning, p_tuning_v2 and prompt")
-    hidden: int = Field(128, ge=1, description="width of the network that makes them; prefix and p_tuning")
-    bottleneck: int = Field(64, ge=1, description="width between the two maps; adapter")
+    method: PeftMethod = Field("none", description="method that chooses the trained weights; none trains all")
+    rank: int = Field(16, ge=1, le=1024, description="rank of the update matrices; lora and dora")
+    alpha: float = Field(32.0, gt=0, description="the update is multiplied by alpha / rank; lora and dora")
+    last_layers: int = Field(0, ge=0, description="adapt the last N layers; 0: all; lora, dora, ia3, adapter, bitfit")
+    virtual_tokens: int = Field(20, ge=1, le=1024, description="trained tokens; prefix, p_tuning, p_tuning_v2, prompt")
+    hidden: int = Field(128, ge=1, description="width of the network that makes the tokens; prefix and p_tuning")
+    bottleneck: int = Field(64, ge=1, description="width of the hidden layer of an adapter; adapter")
 
     @property
     def on(self) -> bool:
-        """Whether a method is in use."""
+        """True if a method is in use."""
         return self.method != "none"
 
     @model_validator(mode="after")
     def _no_idle_setting(self) -> PeftSection:
-        if not self.on:  # so that `model.peft.method=none` is enough to train all weights of a recipe with adapters
+        if not self.on:  # `model.peft.method=none` alone must be enough to train all weights of a recipe with adapters
             return self
         for name in sorted(self.model_fields_set - {"method"}):
-            # A resolved recipe names every field: what counts is that the value is not its default.
-            if (
-                name in METHODS_OF_SETTING
-                and self.method not in METHODS_OF_SETTING[name]
-                and getattr(self, name) != default(self, name)
-            ):
-                raise ValueError(
-                    f"{self.method} has no {name}",
-                    f"set {name}={default(self, name)}, or leave it out: "
-                    f"it belongs to {', '.join(METHODS_OF_SETTING[name])}",
-                )
+            methods, usual = METHODS_OF_SETTING[name], PeftSection.model_fields[name].default
+            # A resolved recipe names every field, so only values other than the default are refused.
+            if self.method not in methods and getattr(self, name) != usual:
+                fix = f"set {name}={usual}, or leave it out: it belongs to {', '.join(methods)}"
+                raise ValueError(f"{self.method} has no {name}", fix)
         return self
 
 
 def settings_of(peft: PeftSection) -> str:
-    """A method and the settings that it reads, in words: `lora (rank 16, alpha 32, all layers)`."""
+    """Return a method and its settings in words, as `lora (rank 16, alpha 32, all layers)`."""
     return f"{peft.method} ({read})" if (read := read_settings(peft)) else peft.method
 
 
 def read_settings(peft: PeftSection) -> str:
-    """The settings that a method reads, in words; empty without a method."""
+    """Return the settings that a method reads, in words; empty without a method."""
     words = []
     for name in (name for name, methods in METHODS_OF_SETTING.items() if peft.method in methods):
         value = getattr(peft, name)
@@ -106,18 +93,13 @@ def read_settings(peft: PeftSection) -> str:
     return ", ".join(words)
 
 
-def default(section: BaseModel, name: str) -> object:
-    """The default of a field of a section."""
-    return type(section).model_fields[name].default
-
-
 class ModelSection(Section):
-    """The language model that everything starts from."""
+    """The language model that the run starts from."""
 
     name: str = Field("smollm2-135m", min_length=1, description="smollm2-135m, tiny, a local folder or a Hub name")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the weights in memory")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel")
-    trust_remote_code: bool = Field(False, description="run code that a Hub repository brings")
+    trust_remote_code: bool = Field(False, description="run Python code of the Hub repository")
     prompt_format: Literal["auto", "plain", "verbatim"] = Field(
         "auto", description="auto: the tokenizer's chat template, else plain; plain: Human:/Assistant:; verbatim: as is"
     )
@@ -129,12 +111,12 @@ class DataSection(Section):
 
     demonstrations: list[str] = Field(["embedded:demonstrations"], min_length=1)
     prompts: list[str] = Field(["embedded:prompts"], description="prompts for rank and PPO")
-    prompts_heldout: list[str] = Field(["embedded:prompts_heldout"], description="evaluate's prompts, never trained on")
+    prompts_heldout: list[str] = Field(["embedded:prompts_heldout"], description="evaluate's prompts; never trained on")
     rankings: list[str] = Field([], description="ranking files for rank.labeler=file, or extra rankings for reward")
     pretraining: list[str] = Field(["embedded:corpus"], description="text for the ptx loss and the SFT mix")
     pretraining_heldout: list[str] = Field(["embedded:corpus_heldout"], description="text for the alignment tax")
     cloze: list[str] = Field(["embedded:cloze"], description="multiple-choice questions for the alignment tax")
-    max_prompt_tokens: int = Field(64, ge=4, description="longer prompts are dropped and counted, never cut")
+    max_prompt_tokens: int = Field(64, ge=4, description="longer prompts are dropped and counted, never truncated")
     max_response_tokens: int = Field(40, ge=1, description="rollout length; longer demonstrations are dropped, counted")
     validation_fraction: float = Field(0.15, ge=0, lt=1, description="share of prompts held out by hash")
 
@@ -144,31 +126,31 @@ class SftSection(Section):
 
     epochs: float = Field(2, gt=0)
     batch_size: int = Field(16, ge=1, description="sequences per optimiser step, over all processes")
-    micro_batch_size: int = Field(8, ge=1, description="sequences per forward and process")
+    micro_batch_size: int = Field(8, ge=1, description="sequences per forward pass and process")
     lr: float = Field(9.65e-6, gt=0)
     schedule: Schedule = "cosine"
     final_lr_fraction: float = Field(0.1, ge=0, le=1, description="the schedule ends at this share of lr (paper: 10 %)")
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    packing: bool = Field(True, description="several demonstrations in one row, attention kept apart")
+    packing: bool = Field(True, description="several demonstrations in one row, without attention between them")
     max_tokens: int = Field(512, ge=8, description="tokens of a packed row; longer demonstrations are dropped, counted")
     pretraining_mix: float = Field(0.0, ge=0, lt=1, description="share of pretraining rows in the data (paper: 0.1)")
-    dropout: float = Field(0.0, ge=0, lt=1, description="residual dropout where the architecture has it (paper: 0.2)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="residual dropout, if the architecture has any (paper: 0.2)")
     save_every: int = Field(0, ge=0, description="optimiser steps between checkpoints; 0 saves at the end only")
 
 
 class RankSection(Section):
-    """Sample K outputs per prompt from the SFT policy and have them ranked (paper sections 3.4 and 3.5)."""
+    """Sampling of K outputs per prompt from the SFT policy, and their ranking (paper sections 3.4 and 3.5)."""
 
     labeler: Literal["rubric", "reward_model", "judge", "file", "human"] = "rubric"
-    prompts: int = Field(0, ge=0, description="how many prompts to rank; 0 means all")
+    prompts: int = Field(0, ge=0, description="number of prompts to rank; 0: all")
     outputs_per_prompt: int = Field(4, ge=2, le=16, description="K (paper: 4 to 9)")
     temperature: float = Field(1.0, gt=0)
     batch_size: int = Field(64, ge=1, description="sequences decoded together")
     agreement: float = Field(0.73, gt=0.5, le=1, description="pair agreement of two simulated labelers (paper: 0.726)")
-    tie_margin: float = Field(0.05, ge=0, description="outputs whose noisy scores differ by no more than this tie")
-    reward_model: str = Field("", description="folder of the reward model for labeler=reward_model")
+    tie_margin: float = Field(0.05, ge=0, description="outputs tie if their noisy scores differ by at most this")
+    reward_model: str = Field("", description="folder or Hub name of the reward model for labeler=reward_model")
 
 
 class JudgeSection(Section):
@@ -176,70 +158,65 @@ class JudgeSection(Section):
 
     model: str = Field("", description="local folder or Hub name, or the endpoint's name for it; empty: model.name")
     endpoint: str = Field(
-        "", description="OpenAI-compatible API, as http://host:8000/v1, its key in OPENAI_API_KEY; empty: a local model"
+        "", description="OpenAI-compatible API, as http://host:8000/v1, key in OPENAI_API_KEY; empty: a local model"
     )
     template: str = Field(
-        "pair-zero-shot", min_length=1, description="a name in rlhf/data/prompt_templates/judge, or the path of a file"
+        "pair-zero-shot", min_length=1, description="name in rlhf/data/prompt_templates/judge, or the path of a file"
     )
-    demonstrations: str = Field("", description="rankings in place of a few-shot template's own demonstrations")
-    shots: int = Field(4, ge=1, le=64, description="how many of judge.demonstrations, from the first")
+    demonstrations: str = Field("", description="file of rankings that replace a few-shot template's demonstrations")
+    shots: int = Field(4, ge=1, le=64, description="number of judge.demonstrations used, from the first")
     tie_margin: float = Field(
-        0.02, ge=0, le=1, description="outputs tie whose win probabilities, or shares of the points, differ by no more"
+        0.02, ge=0, le=1, description="outputs tie if win probabilities, or shares of points, differ by at most this"
     )
-    calibrate: bool = Field(False, description="contextual calibration (Zhao et al. 2021), of points without reasoning")
-    reasoning_tokens: int = Field(96, ge=1, le=8192, description="most that a chain-of-thought template lets it write")
+    calibrate: bool = Field(False, description="contextual calibration (Zhao et al. 2021); points without reasoning")
+    reasoning_tokens: int = Field(96, ge=1, le=8192, description="limit of the reasoning under chain-of-thought")
     max_tokens: int = Field(
-        2048, ge=0, description="longest question to a local judge; what is longer is dropped, counted; 0: its context"
+        2048, ge=0, description="longer questions to a local judge are dropped, counted; 0: its context length"
     )
-    batch_tokens: int = Field(4096, ge=16, description="tokens of a local judge's pass")
-    top_logprobs: int = Field(20, ge=2, le=20, description="likeliest tokens that an endpoint is asked for")
-    concurrency: int = Field(4, ge=1, le=256, description="questions to an endpoint under way at once")
-    timeout_s: float = Field(60.0, gt=0, description="for an endpoint's answer")
+    batch_tokens: int = Field(4096, ge=16, description="tokens per forward pass of a local judge")
+    top_logprobs: int = Field(20, ge=2, le=20, description="most likely tokens requested from an endpoint")
+    concurrency: int = Field(4, ge=1, le=256, description="concurrent requests to an endpoint")
+    timeout_s: float = Field(60.0, gt=0, description="seconds to wait for an endpoint's answer")
 
 
 class LabelSection(Section):
     """The page on which people rank: `rank.labeler=human`, and `rlhf label RUN`."""
 
-    labelers: list[str] = Field(["labeler"], min_length=1, description="who ranks; each gets a link of their own")
-    rankings: int = Field(0, ge=0, description="the run goes on when so many are in; 0: when all that are wanted are")
-    overlap: float = Field(0.1, ge=0, le=1, description="share of the prompts that more than one labeler ranks")
-    opinions: int = Field(2, ge=2, le=100, description="how many labelers rank each of those, where there are as many")
-    claim_minutes: float = Field(
-        60.0, gt=0, description="a prompt that was given out is kept for its labeler so long, then others may get it"
-    )
+    labelers: list[str] = Field(["labeler"], min_length=1, description="people who rank; each one gets a link")
+    rankings: int = Field(0, ge=0, description="rankings to wait for before the run continues; 0: all")
+    overlap: float = Field(0.1, ge=0, le=1, description="share of prompts that several labelers rank")
+    opinions: int = Field(2, ge=2, le=100, description="labelers for each of those prompts, at most all of them")
+    claim_minutes: float = Field(60.0, gt=0, description="a labeler keeps a prompt this long, then others may get it")
     quality: Literal["required", "optional", "off"] = Field(
         "optional", description="ask for the overall quality of each output, 1 to 7 (paper, Table 3)"
     )
     flags: bool = Field(True, description="offer the yes/no flags of each output (paper, Table 3)")
-    host: str = Field(
-        "127.0.0.1", min_length=1, description="address that the page is served on; another one opens it to the network"
-    )
-    port: int = Field(0, ge=0, le=65535, description="0: the run's last one, else any that is free")
+    host: str = Field("127.0.0.1", min_length=1, description="address of the page; others open it to the network")
+    port: int = Field(0, ge=0, le=65535, description="0: the port that the run used last, or any free one")
 
     @model_validator(mode="after")
     def _names(self) -> LabelSection:
         for name in self.labelers:
             if not re.fullmatch(LABELER_PATTERN, name):
-                raise ValueError(
-                    f"{name!r} is no name for a labeler", "1 to 40 letters, digits or . _ - without blanks"
-                )
+                fix = "use 1 to 40 letters, digits or . _ - without blanks"
+                raise ValueError(f"{name!r} cannot be the name of a labeler", fix)
             if self.labelers.count(name) > 1:
                 raise ValueError(f"the labeler {name} is listed twice", "name each of them once")
         return self
 
 
 class RewardPeftSection(Section):
-    """What is trained of the reward model, and of PPO's value model, which starts from it."""
+    """The trained weights of the reward model, and of PPO's value model, which starts from it."""
 
     method: Literal["model", "none"] = Field(
-        "model", description="model: as model.peft says, starting where SFT's adapter ended; none: all weights"
+        "model", description="model: model.peft, starting from SFT's adapter; none: all weights"
     )
 
 
 class RewardSection(Section):
-    """Reward model on K-way rankings (paper section 3.5, equation 1, and C.2)."""
+    """Training of the reward model on K-way rankings (paper section 3.5, equation 1, and C.2)."""
 
-    model: str = Field("sft", min_length=1, description="what to start from: sft, a local folder or a Hub name")
+    model: str = Field("sft", min_length=1, description="start from: sft, a local folder or a Hub name")
     keep_layers: int = Field(0, ge=0, description="keep the first N layers: a smaller model, as in the paper; 0: all")
     head_init: Literal["zero", "normal"] = Field(
         "zero", description="zero: the first loss is log 2; normal: N(0, 1/(d + 1)) as in arXiv 2403.17031"
@@ -248,7 +225,7 @@ class RewardSection(Section):
     epochs: int = Field(1, ge=1)
     batch_size: int = Field(16, ge=1, description="prompts per optimiser step, each with all its outputs (paper: 64)")
     micro_tokens: int = Field(
-        2048, ge=16, description="tokens per forward and process, each output with its prompt; one output at least"
+        2048, ge=16, description="tokens per forward pass and process, counting the prompt with each output"
     )
     lr: float = Field(9e-6, gt=0)
     schedule: Schedule = "cosine"
@@ -256,7 +233,7 @@ class RewardSection(Section):
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    ties: Literal["drop", "half"] = Field("drop", description="drop tied pairs (paper) or train them to 0.5")
+    ties: Literal["drop", "half"] = Field("drop", description="drop tied pairs (paper), or train them towards 0.5")
     max_tokens: int = Field(512, ge=8, description="prompt and response together; longer rankings are dropped, counted")
     normalise_scale: bool = Field(True, description="also scale the scores of ranked outputs to unit variance")
     save_every: int = Field(0, ge=0, description="optimiser steps between checkpoints; 0 saves at the end only")
@@ -265,23 +242,23 @@ class RewardSection(Section):
 class PpoSection(Section):
     """PPO and PPO-ptx (paper section 3.5, equation 2, and C.4)."""
 
-    episodes: int = Field(256, ge=1, description="sampled responses in all")
+    episodes: int = Field(256, ge=1, description="sampled responses in total")
     batch_size: int = Field(64, ge=1, description="episodes per iteration, over all processes (paper: 512)")
     minibatch_size: int = Field(16, ge=1, description="episodes per optimiser step (paper: 64)")
-    micro_batch_size: int = Field(8, ge=1, description="episodes per forward and process")
+    micro_batch_size: int = Field(8, ge=1, description="episodes per forward pass and process")
     epochs: int = Field(1, ge=1, description="passes over each batch (paper: 1)")
     temperature: float = Field(1.0, gt=0)
     rollout: RolloutEngine = Field(
         "native", description="engine that samples the responses; vllm: a server, see launch.vllm_url"
     )
     rollout_batch_size: int = Field(64, ge=1, description="sequences decoded together")
-    score_tokens: int = Field(2048, ge=16, description="tokens per scoring forward")
+    score_tokens: int = Field(2048, ge=16, description="tokens per scoring forward pass")
     lr: float = Field(1e-5, gt=0, description="learning rate of the policy")
     value_lr: float = Field(9e-6, gt=0, description="learning rate of the value model")
-    warmup_iterations: int = Field(10, ge=0, description="linear warm-up from a tenth (paper: 10), then schedule")
+    warmup_iterations: int = Field(10, ge=0, description="linear warm-up from a tenth of the learning rate (paper: 10)")
     schedule: Schedule = "constant"
     final_lr_fraction: float = Field(0.0, ge=0, le=1)
-    max_grad_norm: float = Field(1.0, gt=0, description="clip per group: policy and value separately")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping, policy and value separately")
     adam_beta2: float = Field(0.95, gt=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
     clip: float = Field(0.2, gt=0, lt=1)
@@ -293,14 +270,14 @@ class PpoSection(Section):
     kl_coef: float = Field(0.02, ge=0, description="beta (paper: 0.02)")
     kl_target: float = Field(6.0, gt=0, description="adaptive: nats per response (Ziegler et al. 2019)")
     kl_horizon: int = Field(10000, ge=1, description="adaptive: episodes (Ziegler et al. 2019)")
-    whiten_rewards: bool = Field(False, description="divide rewards by their deviation before GAE")
-    missing_eos_penalty: float = Field(0.0, ge=0, description="taken off the score of a response without EOS")
+    whiten_rewards: bool = Field(False, description="divide rewards by their std before GAE")
+    missing_eos_penalty: float = Field(0.0, ge=0, description="subtracted from the score of a response without EOS")
     ptx_coef: float = Field(27.8, ge=0, description="gamma of equation 2; multiplies the mean per-token NLL")
     ptx_examples_per_episode: float = Field(8.0, ge=0, description="pretraining rows per episode (paper: 8)")
     ptx_tokens: int = Field(64, ge=4, description="tokens of a pretraining row")
     ema_decay: float = Field(0.992, ge=0, lt=1, description="0 keeps no average (paper: 0.992)")
-    max_kl: float = Field(100.0, gt=0, description="stop when the mean KL per response passes this")
-    ratio_tolerance: float = Field(1e-3, gt=0, description="first-minibatch check of ratio = 1 and KL = 0")
+    max_kl: float = Field(100.0, gt=0, description="stop if the mean KL per response exceeds this")
+    ratio_tolerance: float = Field(1e-3, gt=0, description="tolerance of the first-minibatch check ratio = 1, KL = 0")
     max_skipped_steps: int = Field(3, ge=1, description="non-finite steps in a row before the run stops")
     save_every: int = Field(4, ge=0, description="iterations between checkpoints; 0 saves at the end only")
     samples_logged: int = Field(4, ge=0, description="rows of the samples table per iteration")
@@ -310,61 +287,60 @@ class EvaluateSection(Section):
     """Win rates, KL, length, diversity and the alignment tax on held-out prompts (paper section 4)."""
 
     labeler: Literal["rubric", "reward_model", "judge"] = Field(
-        "rubric", description="who judges; reward_model is rank.reward_model where set, else the one trained here"
+        "rubric", description="reward_model: rank.reward_model if set, else the one of this run"
     )
     prompted: list[str] = Field(
         [],
-        description="baselines under a template (paper: GPT-3 prompted): names in rlhf/data/prompt_templates/generate, "
-        "or paths",
+        description="templates of prompted baselines (paper: GPT-3 prompted): names in "
+        "rlhf/data/prompt_templates/generate, or paths",
     )
     prompted_policies: list[Literal["base", "sft"]] = Field(
-        ["base"], min_length=1, description="which policies they are; base: what SFT started from"
+        ["base"], min_length=1, description="policies to prompt; base: the model that SFT started from"
     )
-    reasoning_tokens: int = Field(64, ge=1, le=8192, description="most that a chain-of-thought template lets it write")
-    prompts: int = Field(0, ge=0, description="how many held-out prompts; 0 means all")
+    reasoning_tokens: int = Field(64, ge=1, le=8192, description="limit of the reasoning under chain-of-thought")
+    prompts: int = Field(0, ge=0, description="number of held-out prompts; 0: all")
     samples_per_prompt: int = Field(1, ge=1, le=64)
-    judgements: int = Field(1, ge=1, le=100, description="labelers asked about each pair, in both orders; averaged")
+    judgements: int = Field(1, ge=1, le=100, description="labelers per pair, each asked in both orders; averaged")
     temperature: float = Field(1.0, gt=0)
     bootstrap: int = Field(2000, ge=100, description="resamples of the 95 % interval")
     ema: bool = Field(False, description="also evaluate the averaged policy")
-    cloze_questions: int = Field(0, ge=0, description="how many cloze questions; 0 means all")
+    cloze_questions: int = Field(0, ge=0, description="number of cloze questions; 0: all")
 
 
 class TrackingSection(Section):
-    """wandb and the local metrics file."""
+    """Tracking with wandb, besides the local metrics file."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = Field(
-        "auto", description="auto: online with a key, else offline; never fatal"
+        "auto", description="auto: online with a key, else offline; failures never stop a run"
     )
     project: str = "rlhf"
     entity: str = ""
 
 
 class LaunchSection(Section):
-    """How stages are started; one process on a CPU needs no launcher."""
+    """Processes, machines and memory; one process on a CPU needs no launcher."""
 
     processes: int = Field(1, ge=1, description="processes on this machine")
     hostfile: str = Field("", description="DeepSpeed hostfile for several machines")
     node_rank: int = Field(
-        -1, ge=-1, description="place of this machine in the hostfile, from 0, when each one starts `rlhf`; -1: by ssh"
+        -1, ge=-1, description="index of this machine in the hostfile if each one starts `rlhf`; -1: start by ssh"
     )
-    master_addr: str = Field("", description="address of the first machine; empty: its name in the hostfile")
+    master_addr: str = Field("", description="address of the first machine; empty: from the hostfile")
     master_port: int = Field(29500, ge=1024, le=65500, description="first of six free ports there, one for each stage")
-    timeout_s: int = Field(1800, ge=1, description="a process that dies or hangs ends the stage within that time")
+    timeout_s: int = Field(1800, ge=1, description="a process that dies or hangs ends the stage after this time")
     zero_stage: Literal[0, 1, 2, 3] = 0
-    offload: bool = Field(False, description="optimiser state (ZeRO 2 and 3) and weights (ZeRO 3) in the host's memory")
-    deepspeed_config: str = Field("", description="own DeepSpeed JSON instead of launch/deepspeed/zeroN.json")
+    offload: bool = Field(False, description="optimiser state (ZeRO 2, 3) and weights (ZeRO 3) in host memory")
+    deepspeed_config: str = Field("", description="DeepSpeed JSON in place of launch/deepspeed/zeroN.json")
     frozen: Literal["whole", "partitioned", "cpu"] = Field(
-        "whole",
-        description="models that a stage does not train: on every process, in parts, or in host memory between passes",
+        "whole", description="models that a stage does not train: whole, in parts, or in host memory between passes"
     )
     gather: Literal["once", "by_layer"] = Field(
-        "once", description="sampling and scoring with partitioned models: all layers at once, or each in its turn"
+        "once", description="partitioned models gather for sampling and scoring: all layers at once, or one by one"
     )
     gradient_checkpointing: bool = False
     vllm_url: str = Field("", description="vLLM server for ppo.rollout=vllm, as http://host:8000")
     vllm_weights: str = Field(
-        "/dev/shm", min_length=1, description="folder for weights on their way to vLLM, which must see it as well"
+        "/dev/shm", min_length=1, description="folder for the weights sent to vLLM; the server must see it too"
     )
 
 
@@ -386,7 +362,7 @@ class Recipe(Section):
 
     @property
     def reward_peft(self) -> PeftSection:
-        """How the reward model and the value model are trained."""
+        """The method of the reward model and the value model."""
         return self.model.peft if self.reward.peft.method == "model" else PeftSection()
 
     @model_validator(mode="after")
@@ -394,14 +370,14 @@ class Recipe(Section):
         method, launch = self.model.peft.method, self.launch
         if method in UNMERGEABLE and self.reward.peft.method == "none" and self.reward.model == "sft":
             raise ValueError(
-                f"reward.peft.method is none: the reward model would start from SFT's weights, and {method} is no "
-                "change of weights",
+                f"reward.peft.method is none: the reward model would start from SFT's weights, which {method} does not "
+                "change",
                 "set reward.peft.method=model, or name another reward.model",
             )
         if self.reward_peft.on and 0 < self.reward.keep_layers < self.reward_peft.last_layers:
             raise ValueError(
                 f"reward.keep_layers is {self.reward.keep_layers}, and model.peft.last_layers is "
-                f"{self.reward_peft.last_layers}: a reward model of fewer layers cannot train so many",
+                f"{self.reward_peft.last_layers}: the reward model would have fewer layers than it trains",
                 "lower model.peft.last_layers, keep more layers, or set reward.peft.method=none",
             )
         if method in VIRTUAL_TOKEN_METHODS and self.sft.packing:
@@ -411,8 +387,8 @@ class Recipe(Section):
             )
         if method in KV_PREFIX_METHODS and launch.gradient_checkpointing:
             raise ValueError(
-                f"launch.gradient_checkpointing is true: it leaves out the keys and values that {method} puts before "
-                "every row",
+                f"launch.gradient_checkpointing is true: it drops the keys and values that {method} puts before every "
+                "row",
                 "set launch.gradient_checkpointing=false, or take p_tuning or prompt",
             )
         return self

@@ -1,10 +1,10 @@
-"""The one exception for mistakes a user can mend: it says what is wrong, where, and what to do."""
+"""The exception for mistakes that a user can correct: it says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Bad input, told once and clearly.
+    """A mistake in the input, reported once and clearly.
 
     Args:
         what: what is wrong, in one sentence.

@@ -1,7 +1,7 @@
-"""Everything that follows from a recipe by arithmetic, computed once and shown before anything is loaded.
+"""The sizes that follow from a recipe by arithmetic, computed before anything is loaded.
 
 Sizes divide exactly: a remainder is an error that names both fields and the nearest values that work, never a silently
-smaller batch. Micro-batches change memory and speed only; losses are divided by the token count of the whole minibatch.
+smaller batch. Micro-batches change memory and speed only: losses are divided by the token count of the whole minibatch.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ class SftPlan:
 
     processes: int
     batch_size: int  # sequences per optimiser step, over all processes
-    micro_batch_size: int  # sequences per forward and process
-    accumulation: int  # forwards per optimiser step and process
+    micro_batch_size: int  # sequences per forward pass and process
+    accumulation: int  # forward passes per optimiser step and process
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Sizes of sampling and ranking; 0 prompts means all there are, counted once the data is read."""
+    """Sizes of sampling and ranking; 0 prompts means all, whose number is known once the data is read."""
 
     prompts: int
     outputs_per_prompt: int
-    responses: int  # 0 while prompts is 0
+    responses: int  # 0 if prompts is 0
     pairs_per_prompt: int  # K (K - 1) / 2, ties included
 
 
@@ -45,43 +45,55 @@ class RewardPlan:
 
 @dataclass(frozen=True)
 class PpoPlan:
-    """Sizes of PPO; everything counts over all processes unless it says otherwise."""
+    """Sizes of PPO, over all processes unless a comment says otherwise."""
 
     processes: int
-    iterations: int  # rollouts of batch_size episodes
+    iterations: int  # rollouts, each of batch_size episodes
     batch_per_process: int  # episodes of one rollout on one process
     minibatches: int  # optimiser steps per pass over the batch
     minibatch_per_process: int
-    micro_batches: int  # forwards per minibatch and process
+    micro_batches: int  # forward passes per minibatch and process
     steps_per_iteration: int  # minibatches x epochs
     steps: int  # optimiser steps of the whole stage
     response_tokens: int  # at most, per iteration
     ptx_rows_per_minibatch: int  # 0 without the pretraining term
     ptx_rows_per_process: int
-    ptx_micro_batches: int  # forwards per minibatch and process; the last may be smaller
+    ptx_micro_batches: int  # forward passes per minibatch and process; the last may be smaller
 
 
 def plan_sft(recipe: Recipe) -> SftPlan:
-    """Raises UserError when sft.batch_size does not divide by processes x sft.micro_batch_size."""
+    """Return the sizes of SFT.
+
+    Raises:
+        UserError: if sft.batch_size does not divide by processes x sft.micro_batch_size.
+    """
     cfg, processes = recipe.sft, recipe_processes(recipe)
     accumulation = _accumulation("sft", cfg.batch_size, cfg.micro_batch_size, processes)
     return SftPlan(processes, cfg.batch_size, cfg.micro_batch_size, accumulation)
 
 
 def plan_rank(recipe: Recipe) -> RankPlan:
-    """Prompts, responses and pairs of the rank stage."""
+    """Return the numbers of prompts, responses and pairs of the rank stage."""
     k = recipe.rank.outputs_per_prompt
     return RankPlan(recipe.rank.prompts, k, recipe.rank.prompts * k, k * (k - 1) // 2)
 
 
 def plan_reward(recipe: Recipe) -> RewardPlan:
-    """Raises UserError when reward.batch_size does not divide by the number of processes."""
+    """Return the sizes of reward-model training.
+
+    Raises:
+        UserError: if reward.batch_size does not divide by the number of processes.
+    """
     size, processes = recipe.reward.batch_size, recipe_processes(recipe)
     return RewardPlan(processes, size, exact_div("reward.batch_size", size, "processes", processes))
 
 
 def plan_ppo(recipe: Recipe) -> PpoPlan:
-    """Raises UserError when episodes, batch, minibatch, micro-batch or pretraining rows leave a remainder."""
+    """Return the sizes of PPO.
+
+    Raises:
+        UserError: if episodes, batch, minibatch, micro-batch or pretraining rows leave a remainder.
+    """
     cfg, processes = recipe.ppo, recipe_processes(recipe)
     if cfg.minibatch_size > cfg.batch_size:
         raise UserError(
@@ -111,7 +123,11 @@ def plan_ppo(recipe: Recipe) -> PpoPlan:
 
 
 def exact_div(name: str, value: int, by_name: str, by: int) -> int:
-    """value / by, or a UserError naming both fields and the nearest values of each that divide."""
+    """Return value / by.
+
+    Raises:
+        UserError: if it is not whole; it names both fields and the nearest values of each that divide.
+    """
     if value % by == 0:
         return value // by
     below, above = value - value % by, value - value % by + by
@@ -123,14 +139,18 @@ def exact_div(name: str, value: int, by_name: str, by: int) -> int:
 
 
 def recipe_processes(recipe: Recipe) -> int:
-    """Processes of the training stages: launch.processes on every machine of launch.hostfile."""
+    """Return how many processes the recipe asks for: launch.processes on every machine of launch.hostfile."""
     if not recipe.launch.hostfile:
         return recipe.launch.processes
     return recipe.launch.processes * len(read_hosts(recipe.launch.hostfile))
 
 
 def read_hosts(path: str) -> list[str]:
-    """Names in a DeepSpeed hostfile (`host slots=N` on a line, # for comments), in order."""
+    """Return the host names of a DeepSpeed hostfile (`host slots=N` on a line, # for comments) in order.
+
+    Raises:
+        UserError: for a file that cannot be read, another kind of line, or a file without hosts.
+    """
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -151,14 +171,16 @@ def read_hosts(path: str) -> list[str]:
 
 
 def as_launched(recipe: Recipe, processes: int | None) -> Recipe:
-    """The recipe for as many processes as there are: `launch` says how `rlhf run` starts them, another launcher decides
-    itself, and the result does not depend on their number.
+    """Return the recipe for the number of processes that the launcher started.
+
+    `rlhf run` starts as many as `launch` says, other launchers decide for themselves. Results do not depend on the
+    number.
 
     Args:
-        processes: the launcher's count; None when the program was started without one.
+        processes: the launcher's number; None if the program was started without a launcher.
 
     Raises:
-        UserError: without a launcher, when the recipe is for several processes.
+        UserError: without a launcher, if the recipe is for several processes.
     """
     if processes is None and recipe_processes(recipe) > 1:
         raise UserError(
@@ -184,7 +206,7 @@ def _ptx_rows(recipe: Recipe, processes: int) -> int:
     cfg = recipe.ppo
     if cfg.ptx_coef == 0:
         return 0
-    # The fraction of the decimal as written, so that 0.1 x 30 is 3 and not 3.0000000000000004.
+    # As a fraction of the decimal as written, so that 0.1 x 30 is 3 and not 3.0000000000000004.
     per_episode = Fraction(str(cfg.ptx_examples_per_episode))
     rows = per_episode * cfg.minibatch_size
     if rows.denominator == 1 and int(rows) % processes == 0:

@@ -1,7 +1,7 @@
 """Recipes: YAML plus `section.field=value` overrides, checked against the typed schema in `rlhf/config.py`.
 
-A recipe is the name of a file shipped in `launch/recipes` or the path of a YAML file. Every mistake in one becomes a
-single UserError that names the dotted field, what it holds and what it may hold.
+A recipe is given by the name of a file in `launch/recipes` or by the path of a YAML file. A mistake in it becomes a
+UserError that names the dotted field, its value and the values that it may have.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ from pydantic.fields import FieldInfo
 from rlhf.config import Recipe
 from rlhf.errors import UserError
 
-RECIPES = Path(__file__).resolve().parent.parent / "launch" / "recipes"  # in a checkout and in an installed wheel alike
-# What a run computes does not depend on these: they may change between two starts of one run.
+SHIPPED = Path(__file__).resolve().parent.parent / "launch"  # the same place in a checkout and in an installed wheel
+RECIPES, COMPARISONS, DEEPSPEED_FILES = SHIPPED / "recipes", SHIPPED / "comparisons", SHIPPED / "deepspeed"
+# Results do not depend on these fields: they may change between two starts of one run.
 NOT_IDENTITY = ("run.dir", "run.name", "run.stages", "tracking.")
 # Fields that no longer exist, with the default that runs begun in their time have in recipe.yaml: it changes nothing.
 RETIRED = {"launch.cuda_graphs": False}
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, apply the overrides in order and validate the whole.
+    """Read a recipe, apply the overrides in order and validate the result.
 
     Args:
-        name_or_path: a name listed by `recipe_names`, or the path of a YAML file.
-        overrides: `section.field=value` strings; the value is YAML, taken literally for text fields.
+        name_or_path: a name from `recipe_names`, or the path of a YAML file.
+        overrides: `section.field=value` strings; the value is YAML, but for text fields it is taken literally.
 
     Raises:
-        UserError: unknown recipe, bad YAML, unknown field, value of the wrong type or out of range.
+        UserError: for an unknown recipe or field, bad YAML, and a value of the wrong type or out of range.
     """
     path = find_file(name_or_path, RECIPES, "recipe")
     values = read_yaml(path, "recipe", list(Recipe.model_fields))
@@ -53,34 +54,34 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_names() -> dict[str, str]:
-    """Names of the shipped recipes with the first comment line of each."""
+    """Return the names of the shipped recipes with the first comment line of each."""
     return described(RECIPES)
 
 
 def described(folder: Path) -> dict[str, str]:
-    """Names of the YAML files of a folder with the first comment line of each."""
+    """Return the names of the YAML files in a folder with the first comment line of each."""
     firsts = {path.stem: path.read_text(encoding="utf-8").splitlines()[0] for path in sorted(folder.glob("*.yaml"))}
     return {name: first.lstrip("# ").rstrip() for name, first in firsts.items()}
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
-    """The full resolved recipe as YAML that `load_recipe` reads back to an equal recipe."""
+    """Return the full resolved recipe as YAML, from which `load_recipe` makes an equal recipe."""
     return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(mode="json")))
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """SHA-256 (hex) over every field that a run's results may depend on, whatever the order in the file."""
+    """Return the SHA-256 (hex) of every field that results may depend on, independent of the order in the file."""
     return hashlib.sha256(json.dumps(_identity(recipe), sort_keys=True).encode()).hexdigest()
 
 
 def changed_keys(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
-    """(dotted field, old value, new value) of the fields that make `recipe_hash` differ."""
+    """Return (dotted field, old value, new value) of each field that makes `recipe_hash` differ."""
     before, after = _identity(old), _identity(new)
     return [(key, before[key], after[key]) for key in before if before[key] != after[key]]
 
 
 def field_value(recipe: Recipe, key: str) -> Any:
-    """What a field holds, by its dotted name."""
+    """Return the value of a field, given by its dotted name."""
     value: Any = recipe
     for part in key.split("."):
         value = getattr(value, part)
@@ -88,7 +89,7 @@ def field_value(recipe: Recipe, key: str) -> Any:
 
 
 def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every leaf field of the schema with its dotted name, in the order of the schema."""
+    """Yield every leaf field of the schema with its dotted name, in the order of the schema."""
     for name, info in section.model_fields.items():
         inner = _section(info)
         if inner is None:
@@ -98,7 +99,7 @@ def fields(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tupl
 
 
 def allowed(info: FieldInfo) -> str:
-    """What a field may hold, in words: `a whole number, at least 1`, `one of: drop, half`."""
+    """Return the allowed values of a field in words: `a whole number, at least 1`, `one of: drop, half`."""
     kind = info.annotation
     if get_origin(kind) is Literal:
         return "one of: " + ", ".join(str(choice) for choice in get_args(kind))
@@ -123,10 +124,13 @@ def allowed(info: FieldInfo) -> str:
 
 
 def find_file(name_or_path: str, shipped: Path, kind: str) -> Path:
-    """The file that a name means in the folder `shipped`, or a path anywhere.
+    """Return the file that a name means in the folder `shipped`, or the path itself.
+
+    Args:
+        kind: what the file contains, as in "recipe".
 
     Raises:
-        UserError: when it is neither; `kind` is what is looked for, as in "recipe".
+        UserError: if there is no such file.
     """
     names = [path.stem for path in sorted(shipped.glob("*.yaml"))]
     if name_or_path in names:
@@ -141,21 +145,21 @@ def find_file(name_or_path: str, shipped: Path, kind: str) -> Path:
 
 
 def read_yaml(path: Path, kind: str, sections: Sequence[str]) -> dict[str, Any]:
-    """The mapping that a YAML file holds.
+    """Return the mapping in a YAML file.
 
     Args:
-        kind: what the file is, as in "recipe".
-        sections: what it may hold, told when it is no mapping.
+        kind: what the file contains, as in "recipe".
+        sections: keys that it may have, for the message about a file without a mapping.
 
     Raises:
-        UserError: for a file that cannot be read, with the line where it is not YAML.
+        UserError: for a file that cannot be read, with the line that is not YAML.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the {kind}: {error}", str(path), "give a readable YAML file") from None
     try:
-        # OmegaConf's loader is a safe one that refuses duplicate keys and reads 1e-5 as a number.
+        # OmegaConf's loader is safe, refuses duplicate keys and reads 1e-5 as a number.
         config = OmegaConf.create(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -167,7 +171,7 @@ def read_yaml(path: Path, kind: str, sections: Sequence[str]) -> dict[str, Any]:
             f"the {kind} is not valid: {str(error).splitlines()[0]}", str(path), "correct the value"
         ) from None
     values = OmegaConf.to_container(config, resolve=False)
-    lone_word = values == {text.strip(): None}  # which OmegaConf reads as a key
+    lone_word = values == {text.strip(): None}  # OmegaConf reads a single word as a key
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values) or lone_word:
         raise UserError(f"a {kind} is a mapping of sections", str(path), f"sections: {', '.join(sections)}")
     return values
@@ -214,7 +218,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _check_keys(values: Mapping[str, Any], section: type[BaseModel], prefix: str, where: str) -> None:
-    """Refuse unknown names and sections that are not mappings, at any depth."""
+    """Raise UserError for unknown names and for sections that are not mappings, at any depth."""
     for key, value in values.items():
         info = section.model_fields.get(str(key))
         if info is None:
@@ -230,7 +234,7 @@ def _check_keys(values: Mapping[str, Any], section: type[BaseModel], prefix: str
 
 
 def _check_booleans(values: Mapping[str, Any], where: str) -> None:
-    """Refuse true and false where a number is due: pydantic would read them as 1 and 0."""
+    """Raise UserError for true or false in place of a number: pydantic would read them as 1 and 0."""
     for key, info in fields():
         value: Any = values
         for part in key.split("."):
@@ -256,7 +260,7 @@ def _unknown(key: str, where: str) -> UserError:
 
 
 def _members(section: str) -> list[str]:
-    """Names directly below a dotted section; those of the recipe itself for an unknown one."""
+    """Return the names directly below a dotted section; for an unknown one those of the recipe itself."""
     model: type[BaseModel] = Recipe
     for part in section.split("."):
         inner = _section(model.model_fields[part]) if part in model.model_fields else None
@@ -269,7 +273,9 @@ def _members(section: str) -> list[str]:
 def _invalid(error: ValidationError, path: str) -> UserError:
     first = error.errors()[0]
     rule = first.get("ctx", {}).get("error")
-    if isinstance(rule, ValueError) and len(rule.args) == 2:  # of a section's own, about several fields: (what, fix)
+    if (
+        isinstance(rule, ValueError) and len(rule.args) == 2
+    ):  # (what, fix) from a rule of a section about several fields
         where = ".".join(map(str, first["loc"]))
         return UserError(rule.args[0], f"{where} in {path}" if where else path, rule.args[1])
     key = ".".join(part for part in first["loc"] if isinstance(part, str))

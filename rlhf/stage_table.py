@@ -1,4 +1,4 @@
-"""The stages as one table: what each runs, reads, leaves and shows. Everything else looks it up here."""
+"""The stages as one table: the program, inputs, product and metrics of each. All other code looks them up here."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from typing import Literal, NamedTuple
 
 
 class Reads(NamedTuple):
-    """What a stage's result depends on, besides the fields that every stage reads."""
+    """Inputs that a stage's result depends on, besides the recipe fields that every stage reads."""
 
     recipe: tuple[str, ...]  # sections or fields of the recipe
-    data: tuple[str, ...]  # fields of its `data` section, which name files
+    data: tuple[str, ...]  # fields of the recipe's `data` section, which name files
     upstream: tuple[str, ...] = ()  # paths in the run folder
 
 
 class Stage(NamedTuple):
-    """One row: a stage of a run."""
+    """A row of the table: one stage of a run."""
 
-    name: str  # of its folder in the run, and in `run.stages`
+    name: str  # its folder in the run, and its name in `run.stages`
     program: str  # the module stages.PROGRAM
     label: str  # in tables and on charts
     level: int  # a stage needs the lower levels; stages of one level need nothing of each other
     reads: Reads
-    headlines: tuple[tuple[str, ...], ...]  # metrics that sum it up: of each group the first that was logged
-    product: str = "model"  # what proves it complete, in its folder
-    axis: Literal["tokens", "episodes"] = "tokens"  # what its metrics are plotted over
-    may_change: tuple[str, ...] = ()  # fields that may change under an interrupted stage: no checkpoint depends on them
+    headlines: tuple[tuple[str, ...], ...]  # metrics that summarise it: of each group the first one that was logged
+    product: str = "model"  # file or folder that shows that the stage is complete
+    axis: Literal["tokens", "episodes"] = "tokens"  # x axis of its metrics
+    may_change: tuple[str, ...] = ()  # fields that may change while the stage is interrupted: no checkpoint needs them
 
 
 _JUDGE = tuple(
@@ -51,8 +51,8 @@ _PPO = Stage(
         )
     ),
 )
-PPO_VARIANTS = ("ppo-ptx", "ppo")  # the preferred one first
-CHECKPOINTS_KEPT = 2  # sealed checkpoints that a stage keeps: a damaged one leaves the one before
+PPO_VARIANTS = ("ppo-ptx", "ppo")  # the default first
+CHECKPOINTS_KEPT = 2  # sealed checkpoints that a stage keeps: if one is damaged, the one before remains
 
 STAGES: dict[str, Stage] = {
     stage.name: stage

@@ -47,7 +47,7 @@ from rlhf.rollout.scoring import scores, token_logprobs
 from rlhf.run.folder import RunFolder
 from rlhf.run.stage import StageContext, run_stage
 from rlhf.stage_table import PPO_VARIANTS
-from rlhf.system.console import Progress, console
+from rlhf.system.console import Progress, show_drops
 from rlhf.system.distributed import is_main_process
 from rlhf.system.files import write_atomic
 from rlhf.system.phases import phase
@@ -218,8 +218,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     if cfg.labeler == "judge":
         check_context_fits(recipe)
     asked = read_heldout(recipe, tokenizer, drops)
-    for reason, n in drops.table():
-        console.print(f"dropped {n}: {reason}")
+    show_drops(drops.table())
 
     def load(name: str) -> nn.Module:
         where = folders.get(name, recipe.model.name)  # the base, for what answers under a template

@@ -46,7 +46,7 @@ from rlhf.models.zero import load_frozen_policy
 from rlhf.rollout.sampling import sample
 from rlhf.rollout.sampling_params import SamplingParams
 from rlhf.run.stage import StageContext, run_stage
-from rlhf.system.console import Progress, console, warn
+from rlhf.system.console import Progress, console, show_drops, warn
 from rlhf.system.console import table as print_table
 from rlhf.system.distributed import is_main_process
 from rlhf.system.files import write_atomic
@@ -314,8 +314,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
             return {}
         ranked = found
         tokens = samples.tokens(prompts)
-    for reason, n in drops.table():
-        console.print(f"dropped {n}: {reason}", markup=False)
+    show_drops(drops.table())
     if not ranked.rankings:
         raise UserError(
             "no ranking is left", where=f"rank.labeler={ctx.recipe.rank.labeler}", fix="see the drops above"

@@ -37,7 +37,7 @@ from rlhf.rollout.probes import write_probes
 from rlhf.rollout.scoring import raw_scores, scores
 from rlhf.rollout.shared_prompts import SharedBatch, build_shared, can_share, share_prompts, shared_scores
 from rlhf.run.stage import StageContext, run_stage
-from rlhf.system.console import Progress, console
+from rlhf.system.console import Progress, show_drops
 from rlhf.system.distributed import (
     all_gather_objects,
     barrier,
@@ -259,8 +259,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
             drops,
         )
     ]
-    for reason, n in drops.table():
-        console.print(f"dropped {n}: {reason}")
+    show_drops(drops.table())
     for what, rows in (("ranking", train_groups), ("demonstration", demonstrations)):
         if not rows:
             raise UserError(f"no {what} is left for the reward stage", where="data", fix="see the dropped rows above")

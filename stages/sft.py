@@ -30,7 +30,7 @@ from rlhf.models.placement import full_state_dict, is_partitioned
 from rlhf.models.zero import trained
 from rlhf.rollout.scoring import token_logprobs
 from rlhf.run.stage import StageContext, run_stage
-from rlhf.system.console import console
+from rlhf.system.console import console, show_drops
 from rlhf.system.phases import phase
 from rlhf.training.sft_trainer import Trainer, train_sft
 
@@ -100,8 +100,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     tokenizer = load_tokenizer(base, recipe.model)
     train, heldout = load_demonstrations(recipe, tokenizer, drops)
     rows = mix_rows([demonstration_row(d) for d in train], recipe, tokenizer, drops)
-    for reason, n in drops.table():
-        console.print(f"dropped {n}: {reason}")
+    show_drops(drops.table())
     console.print(f"{len(train)} demonstrations and {len(rows) - len(train)} rows of text to train on")
 
     torch.manual_seed(recipe.run.seed)

@@ -1,4 +1,4 @@
-"""No option that nothing reads: every field of the recipe is read somewhere as an attribute of its section."""
+"""Every field of the recipe is read somewhere as an attribute of its section: no option without a reader."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SOURCES = [
     for path in sorted((ROOT / folder).rglob("*.py"))
     if path != ROOT / "rlhf" / "config.py"
 ]
-# Functions that only show a field: that is not reading it.
+# Functions that only show fields, which does not count as reading them.
 DISPLAY = {"plan_rows", "_ppo_rows", "_judge"}
 
 
 def attribute_reads(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """(owner, name) of every `owner.name` that is read; of `a.b.c` the owner of c is b.
+    """Yield (owner, name) of every `owner.name` that is read; in `a.b.c` the owner of c is b.
 
-    A name given to a section, as in `cfg = recipe.ppo` or `peft: PeftSection`, stands for it within its function.
+    Within a function, a name of a section, as in `cfg = recipe.ppo` or `peft: PeftSection`, counts as the section.
     """
     for part in tree.body:
         functions = part.body if isinstance(part, ast.ClassDef) else [part]
@@ -35,7 +35,7 @@ def attribute_reads(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 def _reads(function: ast.stmt) -> Iterator[tuple[str, str]]:
     aliases: dict[str, set[str]] = {}
-    others: set[str] = set()  # names like a section's for something else, as in `ppo: Ppo`
+    others: set[str] = set()  # names of sections that mean something else here, as in `ppo: Ppo`
     for node in ast.walk(function):
         if isinstance(node, ast.Assign):
             for target, value in _pairs(node):
@@ -60,7 +60,7 @@ def _reads(function: ast.stmt) -> Iterator[tuple[str, str]]:
 
 
 def _pairs(node: ast.Assign) -> Iterator[tuple[str, ast.expr]]:
-    """Names and the values given to them, through `a, b = x, y` as well."""
+    """Yield the assigned names with their values, also of `a, b = x, y`."""
     for target in node.targets:
         if isinstance(target, ast.Name):
             yield target.id, node.value
@@ -70,7 +70,8 @@ def _pairs(node: ast.Assign) -> Iterator[tuple[str, ast.expr]]:
                     yield name.id, value
 
 
-READS = {read for path in SOURCES for read in attribute_reads(ast.parse(path.read_text(encoding="utf-8")))}
+TREES = [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES]
+READS = {read for tree in TREES for read in attribute_reads(tree)}
 
 
 def test_the_walk_sees_reads_through_aliases_and_arguments_and_no_writes() -> None:
@@ -88,6 +89,10 @@ def plan_rows(recipe):
     reads = set(attribute_reads(ast.parse(code)))
     assert {("ppo", "lam"), ("run", "seed"), ("peft", "rank"), ("rank", "temperature")} <= reads
     assert not {("sft", "lr"), ("ppo", "temperature"), ("reward", "lr")} & reads
+
+
+def test_the_functions_that_only_show_fields_exist() -> None:
+    assert {node.name for tree in TREES for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)} >= DISPLAY
 
 
 @pytest.mark.parametrize("field", [name for name, _ in fields(Recipe)])

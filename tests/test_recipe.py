@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from rlhf.config import Recipe
+from rlhf.config import Recipe, RunSection
 from rlhf.errors import UserError
 from rlhf.recipe import RECIPES, allowed, changed_keys, fields, load_recipe, recipe_hash, recipe_names, recipe_to_yaml
+from rlhf.stage_table import STAGES
 
 
 @pytest.fixture
@@ -157,6 +159,11 @@ def test_hash_and_changed_keys_leave_out_what_changes_no_result(recipe_file: Pat
     new = load_recipe(str(recipe_file), ["run.seed=2", "model.peft.rank=8"])
     assert recipe_hash(old) != recipe_hash(new)
     assert changed_keys(old, new) == [("run.seed", 1, 2), ("model.peft.rank", 4, 8)]
+
+
+def test_the_stages_of_a_recipe_are_those_of_the_table() -> None:
+    (stage,) = get_args(RunSection.model_fields["stages"].annotation)
+    assert sorted(get_args(stage)) == sorted(STAGES)
 
 
 def test_every_field_says_what_it_may_hold() -> None:

@@ -24,7 +24,7 @@ from rlhf.functional.agreement import (
     time_windows,
 )
 from rlhf.labeling.matched_rankings import MatchedRankings, match
-from rlhf.system.console import console, table
+from rlhf.system.console import console, show_drops, table
 
 WORDS = {
     "untied": "agreement, tied pairs left out",
@@ -42,7 +42,7 @@ def show(files: Sequence[str], parts: int = 5, seed: int = 0, as_json: bool = Fa
     drops = Drops()
     found = match(_named(files, drops))
     if not as_json:
-        _print_drops(drops)
+        show_drops(drops.table())
     if not found.shared:
         raise _nothing_shared(files, found)
     result = report(found, parts, seed) | {"dropped": dict(drops.table())}
@@ -50,7 +50,7 @@ def show(files: Sequence[str], parts: int = 5, seed: int = 0, as_json: bool = Fa
         print(json.dumps(_plain(result), indent=1, ensure_ascii=False))
         return
     if found.repeats:
-        console.print(f"left out {found.repeats}: ranked again by the same labeler, whose last ranking counts")
+        console.print(f"dropped {found.repeats}: ranked again by the same labeler, whose last ranking counts")
     _tables(result)
 
 
@@ -121,7 +121,7 @@ def convert(files: Sequence[str], out: Path) -> None:
         raise UserError("the file is there already, and is not overwritten", str(out), "name another, or delete it")
     drops = Drops()
     rankings = read_rankings(files, drops)
-    _print_drops(drops)
+    show_drops(drops.table())
     if not rankings:
         raise UserError("no ranking is left", ", ".join(files), "see what was left out above")
     try:
@@ -131,11 +131,6 @@ def convert(files: Sequence[str], out: Path) -> None:
     labelers = {ranking.labeler for ranking in rankings if ranking.labeler}
     prompts = len({ranking.prompt.key for ranking in rankings})
     console.print(f"{out}: {len(rankings)} rankings of {prompts} prompts, {len(labelers)} labelers", markup=False)
-
-
-def _print_drops(drops: Drops) -> None:
-    for reason, n in drops.table():
-        console.print(f"left out {n}: {reason}", markup=False)
 
 
 def _named(files: Sequence[str], drops: Drops) -> list[tuple[str, Ranking]]:

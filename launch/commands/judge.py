@@ -23,7 +23,7 @@ from rlhf.labeling.judge.accuracy import (
 )
 from rlhf.labeling.judge.judge import Judge, check_judge, make_reader, question_key
 from rlhf.labeling.judge.template_search import candidate_templates, search, split_rankings, template_comments
-from rlhf.system.console import Progress, console, table, warn
+from rlhf.system.console import Progress, console, show_drops, table, warn
 from rlhf.system.distributed import pick_device
 from rlhf.system.files import write_atomic
 from rlhf.system.malloc import keep_freed_memory
@@ -50,7 +50,7 @@ def compare_templates(
     rankings = read_rankings(files, drops)
     judges = _judges(recipe, templates, answers)
     items = drop_too_long_for_any(graded_prompts(rankings, drops), judges, limit, drops)
-    _tell(drops)
+    show_drops(drops.table())
     rows: list[dict[str, Any]] = []
     for judge in judges:
         rows.append(_measured(judge, items, recipe))
@@ -101,7 +101,7 @@ def search_template(
         return row
 
     result = search(judges, parts, drops, limit, seed, watch)
-    _tell(drops)
+    show_drops(drops.table())
     write_template(result.template, out, template_comments(result.report, files))
     write_atomic(path, json.dumps(_about(recipe, files, drops) | result.report, indent=1) + "\n")
     _show(f"{_model(recipe)}, by candidate", result.report["candidates"])
@@ -150,11 +150,6 @@ def _about(recipe: Recipe, files: Sequence[str], drops: Drops) -> dict[str, Any]
 
 def _model(recipe: Recipe) -> str:
     return recipe.judge.model or recipe.model.name
-
-
-def _tell(drops: Drops) -> None:
-    for reason, n in drops.table():
-        console.print(f"dropped {n}: {reason}", markup=False)
 
 
 def _show(title: str, rows: Sequence[dict[str, Any]]) -> None:

@@ -17,7 +17,7 @@ from rlhf.labeling.page.collect import LABELS, OUTPUTS, open_store, report_set_a
 from rlhf.labeling.page.store import LabelStore, labelled_row
 from rlhf.recipe import load_recipe
 from rlhf.run.folder import RunFolder, live_owner
-from rlhf.system.console import console
+from rlhf.system.console import console, show_drops
 
 RANKINGS = "rank/rankings.jsonl"
 
@@ -97,8 +97,7 @@ def prepare(run: Path, store: LabelStore) -> None:
     if live_owner(run) is None or not store.has_tasks():
         drops = Drops()
         outputs = read_outputs([str(outputs_of(run))], drops)
-        for reason, n in drops.table():
-            console.print(f"left out {n}: {reason}", markup=False)
+        show_drops(drops.table())
         store.set_tasks(outputs)
     store.invite(store.label.labelers, besides=True)
     report_set_aside(store)

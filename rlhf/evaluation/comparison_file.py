@@ -26,11 +26,10 @@ import yaml
 
 from rlhf.config import Recipe
 from rlhf.errors import UserError
-from rlhf.recipe import RECIPES, described, field_value, fields, find_file, load_recipe, read_yaml
+from rlhf.recipe import COMPARISONS, RECIPES, described, field_value, fields, find_file, load_recipe, read_yaml
 from rlhf.stage_table import PPO_VARIANTS
 from rlhf.system.files import write_atomic
 
-COMPARISONS = RECIPES.parent / "comparisons"
 FILE = "comparison.yaml"  # in the comparison's folder: the file as it was resolved
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # of a way, hence of a run folder
 SECTIONS = ("recipe", "reference", "common", "ways")

@@ -19,8 +19,7 @@ from rlhf.evaluation.comparison import ArmResult, as_dicts
 from rlhf.evaluation.comparison_file import FILE, Comparison
 from rlhf.evaluation.html_page import count, number, percent, render, share, signed
 from rlhf.recipe import recipe_to_yaml
-from rlhf.system.console import console, table
-from rlhf.system.console import duration as clock
+from rlhf.system.console import console, duration, table
 from rlhf.system.files import read_json, write_atomic
 
 PAGE, DATA = "comparison.html", "comparison.json"
@@ -145,7 +144,7 @@ def print_rows(comparison: Comparison, rows: Sequence[ArmResult]) -> None:
                 _percents(row.win_rate),
                 _percents(row.win_rate_reference),
                 number(row.kl, 1),
-                "–" if (seconds := _seconds(row)) is None else clock(seconds),
+                duration(_seconds(row)),
             ]
         )
     columns = ["way", "trained", "SFT loss", "score", "gain over own SFT", "wins over it"]

@@ -12,6 +12,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from rlhf.system.console import duration
+
 
 def render(template: str, filters: Mapping[str, Callable[..., Any]], /, **values: Any) -> str:
     """A page from a template in rlhf/evaluation/html_templates.
@@ -52,18 +54,6 @@ def signed(value: float | None, digits: int = 3) -> str:
 def percent(value: float | None) -> str:
     """A share in whole percent, with a no-break space; a dash for what is not known."""
     return "–" if value is None else f"{100 * value:.0f}\u00a0%"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as 42 s, 3 min 05 s or 2 h 10 min; a dash for what is not known."""
-    if seconds is None:
-        return "–"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def count(value: float | None) -> str:

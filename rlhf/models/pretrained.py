@@ -19,7 +19,8 @@ from rlhf.config import ModelSection
 from rlhf.errors import UserError
 from rlhf.models.placement import full_shape, writable
 from rlhf.models.resolve import not_loaded
-from rlhf.system.quiet import note, quiet_transformers
+from rlhf.system.console import note
+from rlhf.system.quiet import quiet_transformers
 
 RESIDUAL_DROPOUT = ("resid_pdrop", "resid_dropout", "residual_dropout", "hidden_dropout", "dropout")
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from rlhf.errors import UserError
 from rlhf.models.build_cache import build_once, cache_root
-from rlhf.system.quiet import note, quiet_transformers
+from rlhf.system.console import note
+from rlhf.system.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from rlhf.config import ModelSection
 from rlhf.errors import UserError
 from rlhf.models.resolve import not_loaded, resolve_model
-from rlhf.system.quiet import note
+from rlhf.system.console import note
 
 PAD = "<|pad|>"
 DEFAULT = ModelSection()

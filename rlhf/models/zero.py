@@ -20,17 +20,17 @@ from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.models.loading import load_policy
 from rlhf.models.placement import Placement
+from rlhf.recipe import DEEPSPEED_FILES
 from rlhf.system.distributed import processes
 
 Model = TypeVar("Model", bound=nn.Module)
-TEMPLATES = Path(__file__).resolve().parents[2] / "launch" / "deepspeed"
 
 
 def config_path(recipe: Recipe) -> Path:
     """Return the path of a recipe's DeepSpeed JSON: the user's own file, or the template of the ZeRO stage."""
     launch = recipe.launch
     offload = "-offload" if launch.offload else ""
-    return Path(launch.deepspeed_config or TEMPLATES / f"zero{launch.zero_stage}{offload}.json").expanduser()
+    return Path(launch.deepspeed_config or DEEPSPEED_FILES / f"zero{launch.zero_stage}{offload}.json").expanduser()
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:

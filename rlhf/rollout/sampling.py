@@ -29,9 +29,9 @@ from rlhf.rollout.llama_forward import llama_forward_for
 from rlhf.rollout.sampling_params import Response, SamplingParams
 from rlhf.rollout.scoring import evaluating, gather_in_order, token_logprobs
 from rlhf.rollout.vllm_engine import sample_vllm
+from rlhf.system.console import note
 from rlhf.system.distributed import processes, shard
 from rlhf.system.phases import heartbeat
-from rlhf.system.quiet import note
 
 _reported: set[str] = set()  # reasons for the native engine that have been shown
 

@@ -1,7 +1,7 @@
-"""A stage's checkpoints: the loop waits while the state is written, and goes on while it is flushed, hashed and sealed.
+"""A stage's checkpoints: the training loop waits for the write, and runs on while the files are hashed and sealed.
 
-What is in the files no longer changes, so they are the copy that the background works on: no second one in memory. A
-kill before the seal is a kill before the checkpoint, and a resume goes on from the one before.
+The written files no longer change, so a background thread can seal them without a second copy of the state in memory. A
+run that is killed before the seal resumes from the checkpoint before.
 """
 
 from __future__ import annotations
@@ -17,43 +17,43 @@ from rlhf.system.distributed import is_main_process
 
 
 class Checkpoints:
-    """Written by all processes, sealed by the first one.
+    """The checkpoints of a stage: all processes write them, the first one seals them.
 
     Args:
         folder: `checkpoints/` of the stage.
-        of: whose they are, see rlhf/run/sealing.py.
-        before: called by the first process before a checkpoint is sealed: makes last what it must not outlive.
+        identity: hash that they carry, see rlhf/run/sealing.py.
+        before: called by the first process before it seals: puts on disk what a checkpoint must not outlive.
     """
 
     def __init__(self, folder: Path, identity: str = "", before: Callable[[], None] = lambda: None) -> None:
         self.folder, self.identity, self.before = folder, identity, before
-        self.last: Sealed | None = None  # what the last seal took
+        self.last: Sealed | None = None  # size and seconds of the last seal
         self._thread: Thread | None = None
         self._error: BaseException | None = None
 
     def newest(self) -> Path | None:
-        """The newest sound checkpoint to go on from."""
+        """Return the newest sound checkpoint, None if there is none."""
         return newest_sealed(self.folder, self.identity)
 
     def save(self, step: int, write: Callable[[Path], object], barrier: Callable[[], None] | None = None) -> None:
-        """Write step-NNNNNN and have it sealed behind the caller's back; `write` and `barrier` as in `write_aside`.
+        """Write step-NNNNNN and seal it in the background; for `write` and `barrier` see `write_aside`.
 
         Raises:
-            OSError: what kept the checkpoint before from being sealed, or this one from being written.
+            OSError: if the checkpoint before could not be sealed, or this one cannot be written.
         """
         self.wait()
         final = self.folder / f"step-{step:06d}"
         staged = write_aside(final, write, barrier)
         if barrier is None or is_main_process():
-            # A daemon: a second Ctrl-C ends the program at once.
+            # A daemon thread, so that a second Ctrl-C ends the program at once.
             self._thread = Thread(target=self._seal, args=(staged, final), daemon=True)
             self._thread.start()
 
     def wait(self) -> None:
-        """Until the last one is sealed.
+        """Wait until the last checkpoint is sealed.
 
         Raises:
-            OSError: when it could not be.
+            OSError: if it could not be sealed.
         """
         if self._thread is not None:
             self._thread.join()

@@ -1,7 +1,7 @@
-"""What the result of each stage depends on: recipe fields, data files and what other stages have written.
+"""Fingerprints of what a stage's result depends on: recipe fields, data files and the results of other stages.
 
-A finished stage is skipped while all of that is as it was. Fields that only say where or how fast (run.dir, run.device,
-launch.*, tracking.*) are not among it.
+A finished stage is skipped if none of them has changed. Fields that only say where or how fast a stage runs (run.dir,
+run.device, launch.*, tracking.*) do not count.
 """
 
 from __future__ import annotations
@@ -15,48 +15,42 @@ from typing import Any
 from rlhf.config import Recipe
 from rlhf.data.sources import local_path
 from rlhf.errors import UserError
-from rlhf.recipe import changed_keys, fields, load_recipe, recipe_to_yaml
+from rlhf.recipe import changed_keys, field_value, fields, load_recipe, recipe_to_yaml
 from rlhf.run.folder import RunFolder
 from rlhf.run.sealing import list_checkpoints
 from rlhf.stage_table import STAGES
 from rlhf.system.files import hash_path, size_of, write_atomic
 
-ABSENT = "absent"  # recorded for what a stage would have read, had it been there
+ABSENT = "absent"  # recorded for an input that did not exist when the stage began
 SHARED = ("run.seed", "model", "data.max_prompt_tokens", "data.max_response_tokens", "data.validation_fraction")
 
 
 def depends_on(stage: str, key: str) -> bool:
-    """Whether the stage's result depends on a recipe field, given by its dotted name."""
+    """Return whether the stage's result depends on a recipe field, given by its dotted name."""
     reads = STAGES[stage].reads
     prefixes = (*SHARED, *reads.recipe, *(f"data.{name}" for name in reads.data))
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def fingerprint(recipe: Recipe, stage: str) -> str:
-    """SHA-256 (hex) of the recipe fields that the stage depends on."""
-    values: dict[str, Any] = {}
-    for key, _ in fields():
-        if depends_on(stage, key):
-            value: Any = recipe
-            for part in key.split("."):
-                value = getattr(value, part)
-            values[key] = value
+    """Return the SHA-256 (hex) of the recipe fields that the stage depends on."""
+    values = {key: field_value(recipe, key) for key, _ in fields() if depends_on(stage, key)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def identity(recipe: Recipe, stage: str, inputs: dict[str, str]) -> str:
-    """Hash that the checkpoints of a stage carry: of its name, recipe fields and declared inputs when it began."""
+    """Return the hash that a stage's checkpoints carry: of its name, recipe fields and declared inputs at its start."""
     parts = [stage, fingerprint(recipe, stage), sorted(inputs.items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def declared_inputs(recipe: Recipe, stage: str, run: RunFolder) -> dict[str, str]:
-    """Hashes of the inputs that can be known before the stage runs; "absent" for what is not there.
+    """Return the hashes of the inputs that are known before the stage runs, "absent" for those that do not exist.
 
-    Local and embedded data files are among them; Hub names are identified by the recipe alone.
+    They include local and embedded data files; data on the Hub is identified by its name in the recipe alone.
 
     Raises:
-        UserError: for a data file that is not there.
+        UserError: for a data file that does not exist.
     """
     inputs = {}
     for name in STAGES[stage].reads.data:
@@ -70,13 +64,13 @@ def declared_inputs(recipe: Recipe, stage: str, run: RunFolder) -> dict[str, str
 
 
 def changes(record: dict[str, Any], recipe: Recipe, stage: str, run: RunFolder, now: dict[str, str]) -> list[str]:
-    """What differs, in words, from when the stage recorded its inputs.
+    """Return the names of the inputs that have changed since the stage recorded them.
 
-    An input that is gone has not changed: the stage's result stands without it.
+    An input that is gone does not count as changed: the stage's result is still valid without it.
 
     Args:
         record: stage.json of the earlier run.
-        now: what `declared_inputs` returns.
+        now: result of `declared_inputs`.
     """
     found = [] if record.get("fingerprint") == fingerprint(recipe, stage) else ["the recipe"]
     before: dict[str, str] = record.get("inputs", {})
@@ -89,7 +83,7 @@ def changes(record: dict[str, Any], recipe: Recipe, stage: str, run: RunFolder, 
 
 
 def lost_outputs(run: RunFolder, stage: str, record: dict[str, Any]) -> list[str]:
-    """Names of what a finished stage had left and is gone, or of another size."""
+    """Return the names of a finished stage's outputs that are gone or have another size."""
     folder = run.stage_dir(stage)
     return [
         key
@@ -99,7 +93,7 @@ def lost_outputs(run: RunFolder, stage: str, record: dict[str, Any]) -> list[str
 
 
 def is_up_to_date(recipe: Recipe, run: RunFolder, stage: str) -> bool:
-    """Whether the stage program would skip itself: finished, with this recipe, these inputs, and its results there."""
+    """Return whether a run skips the stage: it is finished, recipe and inputs are unchanged, its outputs exist."""
     record = run.read_stage(stage)
     if record is None or record.get("state") != "done":
         return False
@@ -108,15 +102,16 @@ def is_up_to_date(recipe: Recipe, run: RunFolder, stage: str) -> bool:
 
 
 def may_change(stage: str, key: str, done: bool) -> bool:
-    """Whether `--accept-change KEY` may keep what a stage has done under another value.
+    """Return whether `--accept-change KEY` may keep the stage's work although the field has another value now.
 
-    A finished stage's result stands as it is. Files of data are compared by content and have the stage done again.
+    A finished stage may keep its result. The fields of `data` cannot be accepted: their files are compared by content,
+    and a change has the stage done again.
     """
     return not key.startswith("data.") if done else key in STAGES[stage].may_change
 
 
 def check_accepted(keys: Sequence[str]) -> None:
-    """Raise UserError for a key of --accept-change that no recipe has."""
+    """Raise UserError for a key of --accept-change that is no field of a recipe."""
     known = [key for key, _ in fields()]
     for key in keys:
         if key not in known:
@@ -126,17 +121,17 @@ def check_accepted(keys: Sequence[str]) -> None:
 
 
 def check_recipe(recipe: Recipe, run: RunFolder, redo: str | None, accept: Sequence[str] = ()) -> None:
-    """Hold the recipe to the run's recipe.yaml, and write it there.
+    """Compare the recipe with the run's recipe.yaml, and write it there.
 
-    Fields that only stages yet to come depend on may change.
+    Fields may change if no stage depends on them that is finished or has checkpoints.
 
     Args:
-        redo: a stage that is done from scratch; the recipe is bound by the stages before it alone. (The other variant
-            of PPO is not one of them: its own fingerprint has it done again.)
-        accept: fields that may have changed nevertheless; the stages that depend on them note it in stage.json.
+        redo: a stage that is done from scratch: only the stages before it count then. (The other variant of PPO is not
+            before it: its own fingerprint has it done again.)
+        accept: fields that may have changed nevertheless; the stages that depend on them record it in stage.json.
 
     Raises:
-        UserError: when a stage that is finished, or has checkpoints, depends on a field that has changed.
+        UserError: for a change that is not allowed.
     """
     check_accepted(accept)
     path = run.path / "recipe.yaml"
@@ -173,14 +168,14 @@ def check_recipe(recipe: Recipe, run: RunFolder, redo: str | None, accept: Seque
 
 def _verdict(stages: Sequence[str], fixed: Sequence[str]) -> str:
     if fixed:
-        return f"cannot be accepted: {', '.join(fixed)} would be neither the one nor the other"
+        return f"cannot be accepted: {', '.join(fixed)} would be made partly with each value"
     return f"of {', '.join(stages)}; may be accepted"
 
 
 def _note_accepted(run: RunFolder, recipe: Recipe, stage: str, changed: Sequence[tuple[str, Any, Any]]) -> None:
-    """Have stage.json hold the stage to the new recipe, and say what it was made with."""
+    """Write the new fingerprint into stage.json, with the old and new values of the accepted fields."""
     record = run.read_stage(stage)
-    if record is None:  # lost; its checkpoints tell whose they are
+    if record is None:  # stage.json is lost; the checkpoints carry their identity
         return
     entries = [{"key": key, "old": old, "new": new} for key, old, new in changed]
     known = record.get("accepted", [])
@@ -189,12 +184,12 @@ def _note_accepted(run: RunFolder, recipe: Recipe, stage: str, changed: Sequence
 
 
 def is_started(run: RunFolder, stage: str) -> bool:
-    """Whether the stage is finished or holds checkpoints to go on from."""
+    """Return whether the stage is finished or has checkpoints to resume from."""
     return run.is_done(stage) or bool(list_checkpoints(run.stage_dir(stage) / "checkpoints"))
 
 
 def check_data_files(recipe: Recipe, stages: Sequence[str]) -> None:
-    """Raise UserError for a data file of these stages that is not there, before any of them runs."""
+    """Raise UserError if a data file of these stages does not exist, before any of them runs."""
     for stage in stages:
         for name in STAGES[stage].reads.data:
             for entry in getattr(recipe.data, name):

@@ -1,12 +1,12 @@
-"""The run folder: where a stage's files are, who may write, what a stage has recorded, and hashes of its inputs.
+"""The run folder: the paths of a run, its lock and the records of its stages.
 
     runs/<name>/recipe.yaml            the resolved recipe
-    runs/<name>/lock                   the process that writes, while there is one
+    runs/<name>/lock                   the process that writes now, if any
     runs/<name>/<stage>/stage.json     state, inputs, outputs, metrics
     runs/<name>/<stage>/model/         Hugging Face folder
     runs/<name>/<stage>/logs/          one file for each of several processes (rlhf/system/rank_logs.py)
 
-Several machines share the run folder: it must be on a file system that all of them see.
+The machines of a run share its folder, which must be on a file system that all of them can reach.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ LOGS = "logs"
 
 
 class RunFolder:
-    """Paths and records of one run; creates nothing by itself."""
+    """Paths, records and lock of one run; making an instance creates no files."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def stage_dir(self, stage: str) -> Path:
-        """runs/<name>/<stage>."""
+        """Return runs/<name>/<stage>."""
         return self.path / stage
 
     def model_dir(self, stage: str) -> Path:
-        """runs/<name>/<stage>/model, there or not."""
+        """Return runs/<name>/<stage>/model, whether or not it exists."""
         return self.path / stage / "model"
 
     def read_stage(self, stage: str) -> dict[str, Any] | None:
-        """What stage.json holds, None when the stage has never run.
+        """Return the content of stage.json, None if the stage has never run.
 
         Raises:
-            UserError: when the file cannot be read as JSON.
+            UserError: if the file cannot be read as JSON.
         """
         path = self.stage_dir(stage) / "stage.json"
         if not path.exists():
@@ -62,35 +62,35 @@ class RunFolder:
         return record
 
     def write_stage(self, stage: str, record: dict[str, Any]) -> None:
-        """Write stage.json whole or not at all."""
+        """Write stage.json completely or not at all."""
         write_atomic(self.stage_dir(stage) / "stage.json", json.dumps(record, indent=1) + "\n")
 
     def is_done(self, stage: str) -> bool:
-        """Whether the stage has run to its end."""
+        """Return whether the stage has run to its end."""
         record = self.read_stage(stage)
         return record is not None and record.get("state") == "done"
 
     def require(self, stage: str, what: str) -> Path:
-        """The path <stage>/<what> of a finished stage; a folder put there by hand, without stage.json, will do too.
+        """Return the path <stage>/<what> of a finished stage, or of a folder made by hand, without stage.json.
 
         Raises:
-            UserError: when the stage has not run or not finished: its files may be half written.
+            UserError: if the stage has not run or not finished: its files may be half written.
         """
         path, record = self.stage_dir(stage) / what, self.read_stage(stage)
         if record is not None and record.get("state") != "done":
             raise UserError(
                 f"the {stage} stage has not finished (state: {record.get('state')})",
                 str(path),
-                f"run the {stage} stage again: it goes on where it stopped",
+                f"run the {stage} stage again: it continues where it stopped",
             )
         if not path.exists():
             raise UserError(f"there is no {stage}/{what} in this run", str(path), f"run the {stage} stage first")
         return path
 
     def set_aside(self, stage: str) -> Path | None:
-        """Move <stage> to <stage>.old, which replaces an earlier one, and drop its checkpoints; None if there is none.
+        """Move <stage> to <stage>.old, in place of an earlier one, and return that path; None if there is no result.
 
-        Checkpoints are only of use to go on with, and what is set aside will not be resumed.
+        The checkpoints are removed: they serve to resume a stage, and a stage that is set aside is not resumed.
         """
         folder, old = self.stage_dir(stage), self.path / f"{stage}.old"
         if not folder.exists() or [part.name for part in folder.iterdir()] == [LOGS]:
@@ -102,27 +102,27 @@ class RunFolder:
             shutil.rmtree(old / "checkpoints")
         if (old / LOGS).exists():
             folder.mkdir()
-            (old / LOGS).rename(folder / LOGS)  # this attempt writes there already
+            (old / LOGS).rename(folder / LOGS)  # the attempt that runs now writes there already
         return old
 
     def key(self, path: str | Path) -> str:
-        """Name of an input in stage.json: relative to the run folder inside it, absolute elsewhere."""
+        """Return the name of an input in stage.json: relative inside the run folder, absolute elsewhere."""
         resolved, root = Path(path).resolve(), self.path.resolve()
         return str(resolved.relative_to(root)) if resolved.is_relative_to(root) else str(resolved)
 
     def from_key(self, key: str) -> Path:
-        """The path that `key` named."""
+        """Return the path that `key` has named."""
         return self.path / key
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Be the only writer of the run; the lock of a process of this machine that is gone is taken over.
+        """Be the only writer of the run inside the block; the lock of a dead process of this machine is taken over.
 
-        The system lets go of the file's lock when its holder dies, however it does; the process number in it is looked
-        at as well, for file systems that do not lock.
+        The system releases the file lock when its holder dies in any way. The process id in the file is checked as
+        well, for file systems without locks.
 
         Raises:
-            UserError: when a live process, or one of another machine, holds it.
+            UserError: if a live process, or a process of another machine, holds the lock.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / "lock"
@@ -135,14 +135,14 @@ class RunFolder:
             try:
                 yield
             finally:
-                # Somebody may have deleted the file and started another run, which is not ours to unlock.
+                # Someone may have deleted the file and started another run, whose lock must stay.
                 if _is_at(path, file):
                     path.unlink()
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[Any]:
-    """The lock file, open and held; see `RunFolder.lock`."""
+    """Yield the lock file, open and locked; see `RunFolder.lock`."""
     while True:
         with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8") as file:
             held = False
@@ -154,7 +154,7 @@ def _locked(path: Path) -> Iterator[Any]:
                 if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                     raise
             if not _is_at(path, file):
-                continue  # the owner removed it between open and flock
+                continue  # its owner removed it between open and flock
             owner = read_owner(file.read())
             if held or (owner and is_alive(owner)):
                 whose = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
@@ -168,7 +168,7 @@ def _locked(path: Path) -> Iterator[Any]:
 
 
 def _is_at(path: Path, file: Any) -> bool:
-    """Whether an open file is the one of that name."""
+    """Return whether an open file is still the one at that path."""
     try:
         return path.stat().st_ino == os.fstat(file.fileno()).st_ino
     except FileNotFoundError:
@@ -176,7 +176,7 @@ def _is_at(path: Path, file: Any) -> bool:
 
 
 def read_owner(text: str) -> dict[str, Any] | None:
-    """Who a lock file names, {"pid", "host", "started"}; None for one that was cut off in writing."""
+    """Return the owner in a lock file, {"pid", "host", "started"}; None for a file that was not completely written."""
     try:
         owner = json.loads(text)
     except ValueError:
@@ -185,11 +185,11 @@ def read_owner(text: str) -> dict[str, Any] | None:
 
 
 def is_alive(owner: dict[str, Any]) -> bool:
-    """Whether the process of a lock runs, or may run: those of other machines cannot be looked at."""
+    """Return whether the owner of a lock runs, or may run: processes of other machines cannot be looked up."""
     if owner["host"] != socket.gethostname():
         return True
     try:
-        # A process number is used again: the same one with another start is somebody else.
+        # Process ids are used again: the same id with another start time is another process.
         return psutil.Process(owner["pid"]).status() != psutil.STATUS_ZOMBIE and (
             abs(_started(owner["pid"]) - owner["started"]) < 2
         )
@@ -198,7 +198,7 @@ def is_alive(owner: dict[str, Any]) -> bool:
 
 
 def live_owner(run: Path) -> dict[str, Any] | None:
-    """The live process that writes a run, None when there is none."""
+    """Return the live process that writes a run, None if there is none."""
     try:
         owner = read_owner((run / "lock").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -207,8 +207,8 @@ def live_owner(run: Path) -> dict[str, Any] | None:
 
 
 def _started(pid: int) -> float:
-    """When a process of this machine started: clock ticks since boot, which no change of the date moves."""
+    """Return when a process of this machine started, in clock ticks since boot: changes of the date do not matter."""
     stat = Path(f"/proc/{pid}/stat")
     if not stat.parent.parent.joinpath("self").exists():  # not Linux
         return psutil.Process(pid).create_time()
-    return float(stat.read_text().rpartition(")")[2].split()[19])  # field 22; the name before it may hold anything
+    return float(stat.read_text().rpartition(")")[2].split()[19])  # field 22; the name in field 2 may contain anything

@@ -1,4 +1,4 @@
-"""What is checked before a stage starts, and the plan of a recipe as rows of a table."""
+"""Check a recipe before a stage starts, and show its plan as rows of a table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from rlhf.stage_table import STAGES
 
 
 def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
-    """Rules between fields, for the given stages (default: run.stages). Raises UserError at the first one broken."""
+    """Check the rules between fields for the given stages (default: run.stages).
+
+    Raises:
+        UserError: for the first rule that is broken.
+    """
     stages = list(recipe.run.stages if stages is None else stages)
     _check_order(stages)
     if recipe.launch.deepspeed_config and not Path(recipe.launch.deepspeed_config).expanduser().is_file():
@@ -42,7 +46,7 @@ def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
 
 
 def plan_rows(recipe: Recipe, stages: Sequence[str] | None = None) -> list[tuple[str, str]]:
-    """(what, derived number with how it came about) for the given stages, to be shown as a table."""
+    """Return rows (name, sizes and how they are computed) about the given stages for a table."""
     stages = list(recipe.run.stages if stages is None else stages)
     rows = [("model", f"{recipe.model.name}, {recipe.model.dtype}")]
     if recipe.model.peft.on:
@@ -50,23 +54,23 @@ def plan_rows(recipe: Recipe, stages: Sequence[str] | None = None) -> list[tuple
         rows.append(("trained", f"{settings_of(recipe.model.peft)}{only}"))
     rows.append(("processes", str(recipe_processes(recipe))))
     if "sft" in stages:
-        s = plan_sft(recipe)
-        split = _split(s.processes, s.accumulation, s.micro_batch_size)
-        step = f"{s.batch_size} sequences per optimiser step = {split}"
+        sft = plan_sft(recipe)
+        split = _split(sft.processes, sft.accumulation, sft.micro_batch_size)
+        step = f"{sft.batch_size} sequences per optimiser step = {split}"
         rows.append(("sft", f"{step}, {_count(recipe.sft.epochs, 'epoch')}"))
     if "rank" in stages:
-        r = plan_rank(recipe)
-        prompts, responses = (f"{r.prompts}", f" = {r.responses} responses") if r.prompts else ("all", "")
-        rows.append(("rank", f"{prompts} prompts x {r.outputs_per_prompt} outputs{responses}"))
-        rows.append(("rank", f"{r.pairs_per_prompt} pairs per prompt, labeler {recipe.rank.labeler}"))
+        rank = plan_rank(recipe)
+        prompts, responses = (f"{rank.prompts}", f" = {rank.responses} responses") if rank.prompts else ("all", "")
+        rows.append(("rank", f"{prompts} prompts x {rank.outputs_per_prompt} outputs{responses}"))
+        rows.append(("rank", f"{rank.pairs_per_prompt} pairs per prompt, labeler {recipe.rank.labeler}"))
         if recipe.rank.labeler == "human":
             rows.append(("rank", _people(recipe.label)))
         if recipe.rank.labeler == "judge":
             rows.append(("rank", _judge(recipe)))
     if "reward" in stages:
-        w = plan_reward(recipe)
-        split = f"{_count(w.processes, 'process')} x {w.batch_per_process}"
-        step = f"{w.batch_size} prompts per optimiser step = {split}, {_count(recipe.reward.epochs, 'epoch')}"
+        reward = plan_reward(recipe)
+        split = f"{_count(reward.processes, 'process')} x {reward.batch_per_process}"
+        step = f"{reward.batch_size} prompts per optimiser step = {split}, {_count(recipe.reward.epochs, 'epoch')}"
         rows.append(("reward", f"{step}, at most {recipe.reward.micro_tokens} tokens per forward"))
     if "ppo-ptx" in stages or "ppo" in stages:
         rows += _ppo_rows(recipe, [stage for stage in stages if stage.startswith("ppo")])
@@ -82,10 +86,10 @@ def _count(n: float, word: str) -> str:
 
 
 def _people(label: LabelSection) -> str:
-    until = _count(label.rankings, "ranking") if label.rankings else "all that are wanted"
+    until = _count(label.rankings, "ranking") if label.rankings else "all of them"
     several = min(label.opinions, len(label.labelers))
     shared = f"{label.overlap:.0%} of the prompts by {several} of them, " if several > 1 else ""
-    return f"by {', '.join(label.labelers)}; {shared}goes on after {until}"
+    return f"by {', '.join(label.labelers)}; {shared}continues after {until}"
 
 
 def _judge(recipe: Recipe) -> str:
@@ -96,18 +100,20 @@ def _judge(recipe: Recipe) -> str:
 
 
 def _ppo_rows(recipe: Recipe, variants: list[str]) -> list[tuple[str, str]]:
-    p, cfg, name = plan_ppo(recipe), recipe.ppo, ", ".join(variants)
-    per_step = _split(p.processes, p.micro_batches, cfg.micro_batch_size)
-    passes = f"{_count(p.minibatches, 'minibatch')} x {_count(cfg.epochs, 'epoch')}"
+    plan, cfg, name = plan_ppo(recipe), recipe.ppo, ", ".join(variants)
+    per_step = _split(plan.processes, plan.micro_batches, cfg.micro_batch_size)
+    passes = f"{_count(plan.minibatches, 'minibatch')} x {_count(cfg.epochs, 'epoch')}"
     rows = [
-        (name, f"{cfg.episodes} episodes = {p.iterations} iterations x {cfg.batch_size}"),
-        (name, f"{passes} = {p.steps_per_iteration} optimiser steps per iteration"),
-        (name, f"{p.steps} optimiser steps in all, each {cfg.minibatch_size} episodes = {per_step}"),
-        (name, f"at most {p.response_tokens} response tokens per iteration"),
+        (name, f"{cfg.episodes} episodes = {plan.iterations} iterations x {cfg.batch_size}"),
+        (name, f"{passes} = {plan.steps_per_iteration} optimiser steps per iteration"),
+        (name, f"{plan.steps} optimiser steps in all, each {cfg.minibatch_size} episodes = {per_step}"),
+        (name, f"at most {plan.response_tokens} response tokens per iteration"),
     ]
     if "ppo-ptx" in variants:
-        ptx = f"{p.ptx_rows_per_minibatch} pretraining rows of {cfg.ptx_tokens} tokens per step"
-        how = f"{cfg.ptx_examples_per_episode:g} x {cfg.minibatch_size}, {_count(p.ptx_micro_batches, 'micro-batch')}"
+        ptx = f"{plan.ptx_rows_per_minibatch} pretraining rows of {cfg.ptx_tokens} tokens per step"
+        how = (
+            f"{cfg.ptx_examples_per_episode:g} x {cfg.minibatch_size}, {_count(plan.ptx_micro_batches, 'micro-batch')}"
+        )
         rows.append(("ppo-ptx", f"{ptx} = {how}"))
     return rows
 
@@ -117,10 +123,10 @@ def _check_launch(recipe: Recipe) -> None:
     if launch.hostfile:
         machines = len(read_hosts(launch.hostfile))
     elif launch.node_rank >= 0:
-        raise UserError("launch.node_rank is a place in a hostfile", "launch.hostfile", "give the hostfile")
+        raise UserError("launch.node_rank is an index into a hostfile", "launch.hostfile", "give the hostfile")
     if launch.node_rank >= machines:
         raise UserError(
-            f"launch.node_rank {launch.node_rank} is not of the {machines} machines in the hostfile",
+            f"launch.node_rank {launch.node_rank} is none of the {machines} machines in the hostfile",
             "launch.node_rank",
             f"the first is 0, the last {machines - 1}",
         )
@@ -134,10 +140,10 @@ def _check_order(stages: list[str]) -> None:
     for stage in stages:
         if stages.count(stage) > 1:
             raise UserError(f"{stage} is listed twice", "run.stages", "name every stage once")
-    # The sort is stable: the two variants of PPO may come in either order.
+    # The sort is stable, so the two variants of PPO may come in either order.
     ordered = sorted(stages, key=lambda stage: STAGES[stage].level)
     if ordered != stages:
-        raise UserError("a stage comes before one that it needs", "run.stages", f"run.stages=[{','.join(ordered)}]")
+        raise UserError("a stage comes before another that it needs", "run.stages", f"run.stages=[{','.join(ordered)}]")
 
 
 def _check_rank(recipe: Recipe) -> None:
@@ -160,7 +166,7 @@ def _check_ppo(recipe: Recipe, with_ptx: bool) -> None:
     _need_data(recipe, "prompts", "PPO samples from it")
     if cfg.kl_control == "adaptive" and cfg.kl_coef == 0:
         raise UserError(
-            "adaptive control multiplies ppo.kl_coef, and 0 stays 0", "ppo.kl_coef", "give a start value, as 0.02"
+            "adaptive control multiplies ppo.kl_coef, and 0 stays 0", "ppo.kl_coef", "give an initial value, as 0.02"
         )
     if not with_ptx:
         return

@@ -1,11 +1,11 @@
-"""Checkpoints that are whole or not there: written aside, flushed to disk, sealed by a manifest, then renamed.
+"""Sealed checkpoints: written aside, flushed to disk, sealed by a manifest, then renamed, so that none is half there.
 
     checkpoints/step-000040/manifest.json    {"of": ..., "files": {name: {"bytes": n, "sha256": hex}}}, written last
-    checkpoints/.tmp-step-000041/            one that was interrupted; never read, removed by the next
+    checkpoints/.tmp-step-000041/            an interrupted one; never read, removed by the next
 
-`of` says whose they are: a stage with its recipe and inputs (rlhf/run/fingerprints.py, `identity`). A kill, a power cut
-or a full disk at any point leaves the checkpoints sealed before as they are. rlhf/run/checkpoints.py keeps those of a
-stage.
+`of` is the identity of the stage with its recipe and inputs (`identity` in rlhf/run/fingerprints.py). A kill, a power
+cut or a full disk at any point leaves earlier checkpoints as they are. rlhf/run/checkpoints.py manages the checkpoints
+of a stage.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OF_ANOTHER_RUN = "it belongs to another run, recipe or input"
 
 @dataclass(frozen=True)
 class Sealed:
-    """What sealing took: bytes in the checkpoint, seconds in all, and of them seconds of hashing."""
+    """Size of a sealed checkpoint in bytes, and the seconds of sealing, in all and for hashing."""
 
     bytes: int
     seconds: float
@@ -37,13 +37,13 @@ class Sealed:
 
 
 def write_aside(final_dir: Path, write: Callable[[Path], object], barrier: Callable[[], None] | None = None) -> Path:
-    """Have `write(folder)` fill a new folder beside `final_dir`, to be sealed; returns it.
+    """Have `write(folder)` fill a new folder beside `final_dir`, and return it for `seal`.
 
     Args:
         final_dir: `.../checkpoints/step-NNNNNN`.
-        write: puts files into the folder it is given.
-        barrier: waits for all processes. Given, all of them must call this: each one writes into the same folder, files
-            of its own names. Without it the calling process alone writes.
+        write: writes files into the given folder.
+        barrier: waits for all processes. With it, all processes must call this, and each writes files of its own names
+            into the same folder. Without it, the calling process alone writes.
     """
     staged = final_dir.with_name(f"{TEMPORARY}{final_dir.name}")
     wait = barrier or (lambda: None)
@@ -57,18 +57,18 @@ def write_aside(final_dir: Path, write: Callable[[Path], object], barrier: Calla
         wait()
     except BaseException:
         if leads:
-            shutil.rmtree(staged, ignore_errors=True)  # on a full disk this gives back what the attempt took
+            shutil.rmtree(staged, ignore_errors=True)  # on a full disk this frees the space of the attempt
         raise
     return staged
 
 
 def seal(staged: Path, final_dir: Path, identity: str = "") -> Sealed:
-    """Flush every file of `staged`, write its manifest last and give it its name, in the same parent folder.
+    """Flush every file of `staged`, write its manifest last and rename it to `final_dir`.
 
-    What has that name already is replaced where it is a damaged checkpoint, and moved aside where it is another run's.
+    A damaged checkpoint of that name is replaced, and one of another run is moved aside.
 
     Raises:
-        ValueError: when there is nothing to seal, or the two are not in one folder (a rename must be one step).
+        ValueError: if there is nothing to seal, or the two are not in one folder (the rename must be a single step).
     """
     begin = time.perf_counter()
     if staged.parent.resolve() != final_dir.parent.resolve():
@@ -92,7 +92,7 @@ def seal(staged: Path, final_dir: Path, identity: str = "") -> Sealed:
         if verify(final_dir, contents=False, identity=identity) == [OF_ANOTHER_RUN]:
             _move_aside(final_dir)
         else:
-            _try_to_remove(final_dir)  # a damaged one: newest_sealed went back past it
+            _try_to_remove(final_dir)  # damaged: newest_sealed has skipped it
     staged.rename(final_dir)
     fsync(final_dir.parent)
     total = sum(entry["bytes"] for entry in entries.values())
@@ -100,12 +100,12 @@ def seal(staged: Path, final_dir: Path, identity: str = "") -> Sealed:
 
 
 def verify(folder: Path, contents: bool = True, identity: str = "") -> list[str]:
-    """What is wrong with a sealed folder; empty when nothing is. Files that the manifest does not name are ignored.
+    """Return the problems of a sealed folder, empty if it is sound; files that its manifest does not name are ignored.
 
     Args:
         folder: a checkpoint.
         contents: compare hashes as well as sizes.
-        of: whose it must be; anybody's when empty.
+        identity: hash that it must carry; empty: any.
     """
     manifest = folder / MANIFEST
     try:
@@ -138,11 +138,11 @@ def verify(folder: Path, contents: bool = True, identity: str = "") -> list[str]
 
 
 def newest_sealed(checkpoints: Path, identity: str = "") -> Path | None:
-    """The newest sound checkpoint, None when there is none; others are skipped with a warning that says why.
+    """Return the newest sound checkpoint, None if there is none; others are skipped with a warning that says why.
 
     Args:
-        checkpoints: the folder that holds them.
-        of: whose they must be; anybody's when empty.
+        checkpoints: the folder that contains them.
+        identity: hash that they must carry; empty: any.
     """
     for folder in reversed(list_checkpoints(checkpoints)):
         problems = verify(folder, identity=identity)
@@ -154,13 +154,13 @@ def newest_sealed(checkpoints: Path, identity: str = "") -> Path | None:
 
 
 def keep_last(checkpoints: Path, n: int, identity: str = "") -> None:
-    """Remove checkpoints older than the newest n sound ones (by size), and what interrupted writes have left.
+    """Remove checkpoints older than the newest n sound ones (by size), and the leftovers of interrupted writes.
 
-    Damaged ones among the newest are left as they are and do not count; those of another run are never touched.
-    Only the first process does anything.
+    Damaged ones among the newest stay and do not count; those of another run are never touched. Only the first process
+    does anything.
 
     Raises:
-        ValueError: when n is below 1.
+        ValueError: if n is below 1.
     """
     if n < 1:
         raise ValueError(f"cannot keep {n} checkpoints")
@@ -173,18 +173,18 @@ def keep_last(checkpoints: Path, n: int, identity: str = "") -> None:
         for folder in folders[: folders.index(sound[-n])]:
             _try_to_remove(folder)
     for leftover in checkpoints.glob(f"{TEMPORARY}*"):
-        with suppress(OSError):  # one that resists was told of when it lost its name
+        with suppress(OSError):  # `_try_to_remove` has already warned about one that cannot be removed
             _remove(leftover)
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """Folders step-NNNNNN by number, the oldest first, sound or not."""
+    """Return the folders step-NNNNNN by number, the oldest first, sound or not."""
     found = [p for p in checkpoints.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder; it loses its name first, so that a half-removed one is never taken for a checkpoint."""
+    """Remove a folder; it is renamed first, so that a half-removed one is never taken for a checkpoint."""
     if not folder.exists():
         return
     if not folder.name.startswith(TEMPORARY):
@@ -196,7 +196,7 @@ def _remove(folder: Path) -> None:
 
 
 def _try_to_remove(folder: Path) -> None:
-    """Remove what is not needed; one that resists costs space and no run."""
+    """Remove a folder that is not needed; if that fails, only warn, since it costs no more than space."""
     try:
         _remove(folder)
     except OSError as error:

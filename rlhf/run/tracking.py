@@ -1,8 +1,9 @@
-"""Metrics of a stage: metrics.jsonl always, wandb as well where it works.
+"""Metrics of a stage: always in metrics.jsonl, and in wandb if it works.
 
 A row of metrics.jsonl is {"step": episodes or tokens so far, "axis": "episodes", "time": unix seconds, name: value,
 ...}. A value that is not finite is written as null (JSON has no NaN) and counted in a warning. wandb never stops a run:
-what it raises is told once. One wandb run per stage, all of a run in one group, resumed under the id in wandb_id.txt.
+its first exception becomes a warning. Each stage is one wandb run in the group of its run, and a resumed stage
+continues it under the id in wandb_id.txt.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from rlhf.system.console import warn
 from rlhf.system.distributed import is_main_process
 from rlhf.system.files import fsync, write_atomic
 
-INIT_SECONDS, FINISH_SECONDS = 30, 60  # a server that does not answer must not hold up a run
+INIT_SECONDS, FINISH_SECONDS = 30, 60  # limits, because a server that does not answer must not delay a run
 
 
 class Tracker:
-    """Where a stage's numbers go; processes other than the first log nothing.
+    """The log of a stage's metrics and tables; processes other than the first log nothing.
 
     Args:
         stage_dir: runs/<run>/<stage>; wandb's files go to runs/<run>/wandb.
         run_name: the wandb group.
-        stage: the kind of wandb run.
-        tracking: `auto` follows WANDB_MODE where set, else is online with a key (WANDB_API_KEY, netrc), else offline.
+        stage: the wandb job type.
+        tracking: wandb=auto follows WANDB_MODE if set, else is online with a key (WANDB_API_KEY, netrc), else offline.
         config: the resolved recipe, shown by wandb.
         axis: what `step_value` counts.
     """
@@ -83,14 +84,15 @@ class Tracker:
         """Drop the rows beyond `step_value` from the files: a resumed stage logs them again.
 
         Args:
-            again: metrics and tables that are logged after the checkpoint at `step_value` itself; their rows go too.
+            again: metrics and tables whose rows at `step_value` itself are dropped too, because they are logged after
+                the checkpoint.
         """
         if not self._active:
             return
         for path in [self.path, *self._tables()]:
             if not path.exists():
                 continue
-            # Not splitlines(): model text may hold U+2028 and its like, which JSON leaves as they are.
+            # splitlines() would also split at U+2028 and its like, which JSON leaves as they are in a model's text.
             lines = path.read_text(encoding="utf-8").split("\n")[:-1]
             rows = [json.loads(line) for line in lines]
             kept = [
@@ -103,19 +105,19 @@ class Tracker:
                 write_atomic(path, "".join(f"{line}\n" for line in kept))
 
     def flush(self) -> None:
-        """Wait until what was logged is on disk: a checkpoint must not outlive the rows before it."""
+        """Wait until all rows are on disk: a checkpoint must not outlive the rows before it."""
         if self._active:
             for path in filter(Path.exists, [self.path, *self._tables()]):
                 fsync(path)
 
     def close(self, failed: bool = False) -> None:
-        """Finish the wandb run, marked as failed or not; the files are complete without it."""
+        """Finish the wandb run, marked as failed or not; the files need no finish."""
         if self.not_finite > 1:
             warn(f"{self.not_finite} logged values were not finite; they are null in {self.path}")
         if self._run is not None:
             run, self._run = self._run, None
             what = "wandb could not finish the run; its data stay in the run's wandb folder"
-            _told(what, lambda: run.finish(exit_code=int(failed)))
+            _warn_on_error(what, lambda: run.finish(exit_code=int(failed)))
 
     def _finite(self, name: str, value: Any) -> Any:
         if not isinstance(value, float) or math.isfinite(value):
@@ -133,7 +135,7 @@ class Tracker:
     def _to_wandb(self, make: Callable[[Any], Mapping[str, Any]], step_value: int) -> None:
         if self._run is None:
             return
-        # wandb drops what goes back; rows that a resumed stage logs again are the same, so that is what we want.
+        # wandb drops rows of earlier steps. A resumed stage logs the same rows again, so nothing is lost.
         self._last_step = max(self._last_step, int(step_value))
 
         def send() -> bool:
@@ -142,7 +144,7 @@ class Tracker:
             self._run.log({**make(wandb), self.axis: int(step_value)}, step=self._last_step)
             return True
 
-        if not _told("wandb stopped taking metrics; metrics.jsonl goes on", send):
+        if not _warn_on_error("wandb stopped taking metrics; they still go to metrics.jsonl", send):
             self._run = None
 
     def _tables(self) -> list[Path]:
@@ -150,12 +152,12 @@ class Tracker:
 
 
 def _plain(value: Any) -> Any:
-    """A Python value of a tensor or numpy scalar."""
+    """Return the Python value of a tensor or numpy scalar, other values as they are."""
     return value.item() if hasattr(value, "item") else value
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Take off a last line without newline: the writer was killed in the middle of it."""
+    """Remove a last line without a newline: the writer was killed in the middle of it."""
     if not path.exists():
         return
     content = path.read_bytes()
@@ -167,8 +169,8 @@ def _cut_torn_line(path: Path) -> None:
 # --- wandb -----------------------------------------------------------------------------------------------------------
 
 
-def _told(what: str, action: Callable[[], Any]) -> Any:
-    """The action's result; an exception becomes a warning and None, since wandb must never stop a run."""
+def _warn_on_error(what: str, action: Callable[[], Any]) -> Any:
+    """Return the result of `action`; an exception becomes a warning and None, since wandb must never stop a run."""
     try:
         return action()
     except Exception as error:
@@ -178,7 +180,7 @@ def _told(what: str, action: Callable[[], Any]) -> Any:
 
 
 def wandb_mode(tracking: TrackingSection) -> str:
-    """online, offline or disabled."""
+    """Return online, offline or disabled."""
     if tracking.wandb != "auto":
         return tracking.wandb
     wished = os.environ.get("WANDB_MODE", "")
@@ -194,65 +196,65 @@ def _has_key() -> bool:
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     if not path.is_file():
         return False
-    found = _told(f"{path} cannot be read, so wandb stays offline", lambda: netrc.netrc(str(path)).authenticators(host))
+    found = _warn_on_error(
+        f"{path} cannot be read, so wandb stays offline", lambda: netrc.netrc(str(path)).authenticators(host)
+    )
     return bool(found)
 
 
 def _start_wandb(
     stage_dir: Path, run_name: str, stage: str, tracking: TrackingSection, config: Mapping[str, Any], axis: str
 ) -> Any:
-    """The wandb run, or None when it is disabled or does not work, which is told once."""
+    """Return the wandb run; None if wandb is disabled, or if it does not work, with a warning."""
     mode = wandb_mode(tracking)
     if mode == "disabled":
         return None
     os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else wandb reports its own crashes to its makers
-    where = stage_dir.parent
-    id_file = stage_dir / "wandb_id.txt"
-
-    def start(mode: str) -> Any:
-        import wandb
-
-        folder = where / "wandb"
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):  # wandb would go to the system's temporary folder unasked
-            raise PermissionError(f"cannot write to {folder}")
-        if not id_file.exists():
-            write_atomic(id_file, uuid.uuid4().hex[:12] + "\n")
-        run = wandb.init(
-            project=tracking.project,
-            entity=tracking.entity or None,
-            group=run_name,
-            job_type=stage,
-            name=f"{run_name}-{stage}",
-            id=id_file.read_text().strip(),
-            resume="allow",
-            mode=mode,
-            dir=str(where),
-            config=dict(config),
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                save_code=False,
-                init_timeout=INIT_SECONDS,
-                login_timeout=INIT_SECONDS,  # on a terminal it asks for a key
-                finish_timeout=FINISH_SECONDS,
-            ),
-        )
-        run.define_metric(axis)
-        run.define_metric("*", step_metric=axis)
-        return run
-
-    run = None
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # otherwise wandb reports its own crashes to its makers
+    options = {"project": tracking.project, "entity": tracking.entity or None, "group": run_name, "job_type": stage}
+    options |= {"name": f"{run_name}-{stage}", "config": dict(config)}
     if mode == "online":
-        run = _told("wandb cannot be reached, so this stage is tracked offline", lambda: start("online"))
-        if run is None:
-            _told("wandb's service did not end", _end_service)
-    return run or _told("wandb does not work here, metrics go to metrics.jsonl alone", lambda: start("offline"))
+        run = _warn_on_error(
+            "wandb cannot be reached, so this stage is tracked offline",
+            lambda: _init_wandb(stage_dir, axis, options | {"mode": "online"}),
+        )
+        if run is not None:
+            return run
+        _warn_on_error("wandb's service did not end", _end_service)
+    return _warn_on_error(
+        "wandb does not work here, metrics go to metrics.jsonl alone",
+        lambda: _init_wandb(stage_dir, axis, options | {"mode": "offline"}),
+    )
+
+
+def _init_wandb(stage_dir: Path, axis: str, options: Mapping[str, Any]) -> Any:
+    """Start the wandb run of a stage, or resume it under the id in wandb_id.txt."""
+    import wandb
+
+    folder, id_file = stage_dir.parent / "wandb", stage_dir / "wandb_id.txt"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):  # wandb would fall back to the system's temporary folder
+        raise PermissionError(f"cannot write to {folder}")
+    if not id_file.exists():
+        write_atomic(id_file, uuid.uuid4().hex[:12] + "\n")
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        save_code=False,
+        init_timeout=INIT_SECONDS,
+        login_timeout=INIT_SECONDS,  # on a terminal wandb asks for a key
+        finish_timeout=FINISH_SECONDS,
+    )
+    run = wandb.init(
+        **options, id=id_file.read_text().strip(), resume="allow", dir=str(folder.parent), settings=settings
+    )
+    run.define_metric(axis)
+    run.define_metric("*", step_metric=axis)
+    return run
 
 
 def _end_service() -> None:
-    """Have wandb forget the run that could not start: it would refuse its id a second time."""
+    """Have wandb forget the run that could not start: it would refuse the same id a second time."""
     import wandb
 
     wandb.teardown()

@@ -1,8 +1,8 @@
-"""What a person sees of a run: progress bars with rate and time left, tables, warnings.
+"""What a person sees of a run: progress bars with rate and time left, tables, notes and warnings.
 
-On a terminal progress is a bar; elsewhere it is a plain line at the start, about every ten seconds, and at the end:
-`sampling 64/256 12.3 responses/s 0:15 left`. Only the first process of a distributed run shows anything, and lines at
-that, for they go to its log file as well.
+On a terminal progress is a bar. Elsewhere it is a plain line at the start, about every ten seconds, and at the end:
+`sampling 64/256 12.3 responses/s 0:15 left`. Of a distributed run only the first process shows anything, and it shows
+lines even on a terminal, because they go to its log file as well.
 """
 
 from __future__ import annotations
@@ -19,34 +19,45 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf.system.distributed import is_main_process
+from rlhf.system.distributed import is_main_process, launcher_world_size
 from rlhf.system.phases import heartbeat
 
 T = TypeVar("T")
 PLAIN_INTERVAL = 10.0  # seconds between lines when the output is not a terminal
-_bars = os.environ.get("WORLD_SIZE", "1") == "1"
-# Without a terminal rich assumes 80 columns, which breaks tables of a log file for no reason.
+# Without a terminal rich assumes 80 columns, which breaks the tables of a log file for no reason.
 _width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
 console = Console(quiet=not is_main_process(), width=_width, highlight=False)
 _errors = Console(stderr=True, quiet=not is_main_process(), highlight=False, soft_wrap=True)
-_display: bars.Progress | None = None  # rich draws one live display at a time: nested bars share it
-_open_bars = 0
 
 
 def warn(text: str) -> None:
-    """One yellow line on standard error."""
+    """Print a warning as one yellow line to standard error."""
     _errors.print(f"warning: {text}", style="yellow", markup=False)
 
 
-def duration(seconds: float) -> str:
-    """0:15, 12:03 or 1:02:45."""
+def note(line: str) -> None:
+    """Print a line to standard error, from the first process only."""
+    if is_main_process():
+        print(line, file=sys.stderr, flush=True)
+
+
+def show_drops(counts: Iterable[tuple[str, int]]) -> None:
+    """Print a line for each reason why rows were dropped; `counts` is `Drops.table()`."""
+    for reason, n in counts:
+        console.print(f"dropped {n}: {reason}", markup=False)
+
+
+def duration(seconds: float | None) -> str:
+    """Return seconds as 0:15, 12:03 or 1:02:45, and None as a dash."""
+    if seconds is None:
+        return "–"
     minutes, rest = divmod(round(max(0.0, seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def number(value: Any) -> str:
-    """A table cell: floats with four significant digits, whole numbers with separators, None as a dash."""
+    """Return a table cell: floats with four significant digits, whole numbers with separators, None as a dash."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -57,9 +68,9 @@ def number(value: Any) -> str:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a table; cells are shown as they are (no markup), columns of numbers to the right.
+    """Print a table with its cells as they are (no markup) and columns of numbers aligned to the right.
 
-    The header is left out when all column names are empty.
+    The table has no header if all column names are empty.
     """
     rows = [list(row) for row in rows]
     view = Table(title=Text(title), title_justify="left", show_header=any(columns))
@@ -72,13 +83,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
 
 
 class Progress:
-    """Progress of a loop, as a context manager; `advance(n)` says that n more are done.
+    """Progress of a loop, as a context manager; `advance(n)` reports that n more units are done.
 
     Args:
-        description: what is going on.
-        total: how many there will be in all, None when nobody knows.
+        description: what the loop does.
+        total: number of units in all, None if it is unknown.
         unit: what is counted, in the plural.
-        initial: how many were done before, by a run that is resumed; they do not count for the rate.
+        initial: units that a run did before it was resumed; they do not count for the rate.
     """
 
     def __init__(self, description: str, total: int | None = None, unit: str = "it", initial: int = 0) -> None:
@@ -91,8 +102,8 @@ class Progress:
         self._start = self._last = self._printed = time.monotonic()
         if not is_main_process():
             return self
-        if console.is_terminal and _bars:
-            self._task = _show(self)
+        if console.is_terminal and launcher_world_size() in (None, 1):
+            self._task = _live.show(self)
         else:
             self._line(f"{self._count()} {self.unit}")
         return self
@@ -101,7 +112,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._task is not None:
-            _hide()
+            _live.hide()
         elif is_main_process():
             took = f"{'done' if kind is None else 'broken off'} in {duration(time.monotonic() - self._start)}"
             self._line(" ".join(filter(None, [self._count(), self.rate_text(), took])))
@@ -113,8 +124,8 @@ class Progress:
         heartbeat()
         if self._first is None:
             self._first = (self._last, self.done)
-        if self._task is not None and _display is not None:
-            _display.update(self._task, completed=self.done)
+        if self._task is not None:
+            _live.update(self._task, self.done)
         elif self._task is None and is_main_process() and self._last - self._printed >= PLAIN_INTERVAL:
             self._printed = self._last
             left = self.seconds_left()
@@ -122,9 +133,9 @@ class Progress:
             self._line(" ".join(filter(None, [self._count(), self.rate_text(), rest])))
 
     def rate(self) -> float | None:
-        """Units per second, None before it can be known.
+        """Return units per second, None before it can be known.
 
-        The first advance is left out when there are others: it holds warm-up, or what a resumed run did before.
+        The first advance does not count if there are others: it contains warm-up, or what a resumed run did before.
         """
         if self._first is None:
             return None
@@ -135,7 +146,7 @@ class Progress:
         return (self.done - self._initial) / elapsed if elapsed > 1e-3 else None
 
     def rate_text(self) -> str:
-        """`12.3 responses/s`, or seconds per unit where that reads better; empty when not known."""
+        """Return the rate as `12.3 responses/s` or, below 0.1 per second, as seconds per unit; empty if unknown."""
         rate = self.rate()
         if not rate:
             return ""
@@ -144,7 +155,7 @@ class Progress:
         return f"{rate:,.0f} {self.unit}/s" if rate >= 1000 else f"{rate:.3g} {self.unit}/s"
 
     def seconds_left(self) -> float | None:
-        """Seconds until the end at the rate so far, None when not known."""
+        """Return the seconds until the end at the rate so far, None if unknown."""
         rate = self.rate()
         if not rate or self.total is None:
             return None
@@ -158,7 +169,7 @@ class Progress:
 
 
 def track(iterable: Iterable[T], description: str, total: int | None = None, unit: str = "it") -> Iterator[T]:
-    """Iterate with progress; `total` is the length of the iterable where it has one."""
+    """Yield the items and show progress; `total` defaults to the length of the iterable if it has one."""
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)
     with Progress(description, total, unit) as progress:
@@ -168,15 +179,12 @@ def track(iterable: Iterable[T], description: str, total: int | None = None, uni
 
 
 def close_progress() -> None:
-    """Take down bars that were left open by an error, so that the terminal is as it was."""
-    global _display, _open_bars
-    if _display is not None:
-        _display.stop()
-    _display, _open_bars = None, 0
+    """Take down bars that an error left open, so that the terminal is as it was."""
+    _live.close()
 
 
 class _Rate(bars.ProgressColumn):
-    """Rate and time left; rich's own forget a step that took longer than half a minute."""
+    """The column for rate and time left; rich's own forgets a step that took longer than half a minute."""
 
     def render(self, task: bars.Task) -> Text:
         progress: Progress = task.fields["progress"]
@@ -185,24 +193,46 @@ class _Rate(bars.ProgressColumn):
         return Text(text, style="cyan")
 
 
-def _show(progress: Progress) -> bars.TaskID:
-    global _display, _open_bars
-    if _display is None:
-        _display = bars.Progress(
-            bars.TextColumn("{task.description}", markup=False),
-            bars.BarColumn(),
-            bars.MofNCompleteColumn(),
-            bars.TimeElapsedColumn(),
-            _Rate(),
-            console=console,
+class _LiveDisplay:
+    """The bars on the terminal: rich draws one live display at a time, so nested bars share it."""
+
+    def __init__(self) -> None:
+        self._display: bars.Progress | None = None
+        self._open = 0  # bars shown now
+
+    def show(self, progress: Progress) -> bars.TaskID:
+        """Add a bar, and start the display with the first one."""
+        if self._display is None:
+            self._display = bars.Progress(
+                bars.TextColumn("{task.description}", markup=False),
+                bars.BarColumn(),
+                bars.MofNCompleteColumn(),
+                bars.TimeElapsedColumn(),
+                _Rate(),
+                console=console,
+            )
+            self._display.start()
+        self._open += 1
+        return self._display.add_task(
+            progress.description, total=progress.total, completed=progress.done, progress=progress
         )
-        _display.start()
-    _open_bars += 1
-    return _display.add_task(progress.description, total=progress.total, completed=progress.done, progress=progress)
+
+    def update(self, task: bars.TaskID, done: int) -> None:
+        """Set how many units of a bar are done."""
+        if self._display is not None:
+            self._display.update(task, completed=done)
+
+    def hide(self) -> None:
+        """Close a bar, and stop the display with the last one."""
+        self._open -= 1
+        if self._open <= 0:
+            self.close()
+
+    def close(self) -> None:
+        """Stop the display, whatever is open."""
+        if self._display is not None:
+            self._display.stop()
+        self._display, self._open = None, 0
 
 
-def _hide() -> None:
-    global _open_bars
-    _open_bars -= 1
-    if _open_bars <= 0:
-        close_progress()
+_live = _LiveDisplay()

@@ -1,4 +1,9 @@
-"""The processes of a run: which one this is, what all must agree on, and how work and results are shared."""
+"""The processes of a run: which one this is, how many there are, and how they share work and results.
+
+A launcher tells every process its number (RANK) and how many it started (WORLD_SIZE); `launcher_world_size` and
+`process_rank` read that and work before the processes have met. `processes` counts those that have met, and
+`recipe_processes` (rlhf/plan.py) those that the recipe asks for; rlhf/run/stage.py makes all three the same.
+"""
 
 from __future__ import annotations
 
@@ -20,52 +25,60 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def world_size() -> int:
-    """How many processes the launcher started, 1 without one."""
-    return launcher_world_size() or 1
-
-
 def launcher_world_size() -> int | None:
-    """How many processes the launcher started, None without one."""
+    """Return how many processes the launcher started, None without a launcher."""
     return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
+
+
+def process_rank() -> int:
+    """Return the number of this process among those of all machines, from 0; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Return the number of this process among those of its machine, from 0; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 @contextmanager
 def process_group(device: torch.device, timeout_s: int) -> Iterator[None]:
-    """Be in one group with the processes that a launcher started; nothing for a single process.
+    """Join the processes that a launcher started in one group for the block; do nothing for a single process.
 
     Args:
-        timeout_s: seconds to wait for the others, here and in collectives (a little longer: the watch speaks first).
+        timeout_s: seconds to wait for the others, here and in collectives. Collectives wait a little longer, so that
+            the watchdog reports first.
 
     Raises:
-        UserError: when the others do not come.
+        UserError: if the processes do not find each other in time.
     """
-    if world_size() == 1 or dist.is_initialized():
+    world_size = launcher_world_size() or 1
+    if world_size == 1 or dist.is_initialized():
         yield
         return
     backend: dict[str, Any] = {"backend": "gloo"}
     if device.type == "cuda":
         backend = {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
-    # rlhf/system/watchdog.py looks every hundredth of the time, at least four times a second, at most every 10 s.
+    # The watchdog looks every hundredth of the time limit, at least four times a second and at most every 10 s.
     margin = 5 + timeout_s // 50
     try:
         dist.init_process_group(**backend, timeout=timedelta(seconds=timeout_s + margin))
     except dist.DistError as error:
         raise UserError(
-            f"the {world_size()} processes did not find each other within {timeout_s} s: {str(error).splitlines()[0]}",
+            f"the {world_size} processes did not find each other within {timeout_s} s: {str(error).splitlines()[0]}",
             f"{os.environ.get('MASTER_ADDR')} port {os.environ.get('MASTER_PORT')}",
-            "start the stage on every machine; see that this address and port can be reached from all of them",
+            "start the stage on every machine, and check that all of them can reach this address and port",
         ) from None
     yield
-    dist.barrier()  # the launcher ends the others when one has gone with another code than 0
-    dist.destroy_process_group()  # not after an error: the others may hang in a collective, and the launcher ends them
+    dist.barrier()  # the launcher ends all processes as soon as one exits with a code other than 0
+    # This is not reached after an error: the others may hang in a collective then, and the launcher ends them.
+    dist.destroy_process_group()
 
 
 def broadcast_from_main(make: Callable[[], T]) -> T:
-    """What `make` returns on the first process, on all of them; where it raises there, all of them end.
+    """Call `make` on the first process and return its result on all of them.
 
     Raises:
-        SystemExit: (2) on the other processes when `make` raised.
+        SystemExit: (2) on the other processes if `make` raises on the first one, where its own error passes through.
     """
     answer: list = [None, False]
     failure: BaseException | None = None
@@ -79,18 +92,18 @@ def broadcast_from_main(make: Callable[[], T]) -> T:
     if failure:
         raise failure
     if answer[1]:
-        raise SystemExit(2)  # the first process tells why
+        raise SystemExit(2)  # the first process reports the reason
     return answer[0]
 
 
 def collective_device() -> torch.device:
-    """Where small tensors of a collective must be: a group with NCCL alone takes GPU tensors only."""
+    """Return the device for small tensors of a collective: a group with NCCL alone accepts GPU tensors only."""
     return torch.device("cpu" if "gloo" in str(dist.get_backend_config()) else "cuda")
 
 
 def is_main_process() -> bool:
-    """Whether this is the first process of the run: the one that shows, logs and seals."""
-    return os.environ.get("RANK", "0") == "0"
+    """Return whether this is the first process of the run: the one that shows, logs and seals."""
+    return process_rank() == 0
 
 
 def processes() -> int:

@@ -1,4 +1,4 @@
-"""Files: hashes, sizes, reading JSON, writing so that a crash leaves the old file or the new one, checks of space."""
+"""Hash, measure and read files, write them so that a crash leaves the old or the new one, and check the disk."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from rlhf.errors import UserError
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Flush the files of `partial` and rename it to `final`, in whose place nothing or an older folder is."""
+    """Flush the files in the folder `partial` and rename it to `final`, which replaces an older folder."""
     mode = partial.stat().st_mode & 0o666
     for file in (path for path in partial.rglob("*") if path.is_file()):
-        # safetensors writes its files readable by their owner only; a model folder is for whoever reads the folder.
+        # safetensors makes its files readable by their owner only; whoever may read the folder must read the model.
         file.chmod(mode)
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
@@ -26,10 +26,10 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def hash_path(path: str | Path) -> str:
-    """SHA-256 (hex) of a file's content, or of the names and contents of all files below a folder.
+    """Return the SHA-256 (hex) of a file's content, or of the names and contents of all files below a folder.
 
     Raises:
-        FileNotFoundError: when there is nothing.
+        FileNotFoundError: if the path does not exist.
     """
     path = Path(path)
     if path.is_file():
@@ -44,16 +44,16 @@ def hash_path(path: str | Path) -> str:
 
 
 def size_of(path: str | Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
+    """Return the bytes of a file, or of all files below a folder."""
     path = Path(path)
     return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file of a stage holds; None when it is not there.
+    """Return the content of a stage's JSON file, None if there is no file.
 
     Raises:
-        UserError: for a file that is no JSON.
+        UserError: for a file that is not JSON.
     """
     if not path.exists():
         return None
@@ -64,17 +64,17 @@ def read_json(path: Path) -> Any:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file of a stage; [] when it is not there.
+    """Return the rows of a stage's JSONL file, [] if there is no file.
 
-    A last line without its newline is left out: it is being written, or was cut off when the run was killed.
+    A last line without a newline is left out: it is being written, or was cut off when the run was killed.
 
     Raises:
-        UserError: naming the line that is no JSON.
+        UserError: for a line that is not JSON.
     """
     if not path.exists():
         return []
     rows = []
-    # Not splitlines(): model text may hold U+2028 and its like, which JSON leaves as they are.
+    # splitlines() would also split at U+2028 and its like, which JSON leaves as they are in the text of a model.
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
         try:
             rows.append(json.loads(line))
@@ -84,7 +84,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that a kill or a full disk leaves the old content or the new, never a part."""
+    """Write a text file so that a kill or a full disk leaves the old or the new content, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f"{path.name}.tmp")
     with staged.open("w", encoding="utf-8") as file:
@@ -96,7 +96,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on disk: to last through a power cut."""
+    """Wait until a file's content, or the names in a folder, are on disk and would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -105,36 +105,32 @@ def fsync(path: Path) -> None:
 
 
 def require_writable(path: str | Path) -> None:
-    """Refuse to start where nothing can be written.
+    """Check that files can be written below a folder, which need not exist yet.
 
     Raises:
-        UserError: for a folder, there or to be made, that is read-only or somebody else's.
+        UserError: if the folder is read-only or belongs to another user.
     """
-    folder = Path(path).resolve()
-    while not folder.exists():
-        folder = folder.parent
+    folder = _nearest_existing(path)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(
             "the folder cannot be written to",
             str(folder),
-            "it is read-only or another user's: mend that, or choose another place with run.dir=FOLDER",
+            "it is read-only or belongs to another user: change that, or choose another place with run.dir=FOLDER",
         )
 
 
 def require_disk(path: str | Path, need: int, what: str) -> None:
-    """Refuse to start what the disk cannot hold.
+    """Check that the disk has room for `need` bytes.
 
     Args:
-        path: where it will be written; it need not exist yet.
+        path: where they will be written; it need not exist yet.
         need: bytes.
         what: what they are for, as in "a checkpoint".
 
     Raises:
-        UserError: when fewer bytes are free.
+        UserError: if fewer bytes are free.
     """
-    folder = Path(path).resolve()
-    while not folder.exists():
-        folder = folder.parent
+    folder = _nearest_existing(path)
     free = shutil.disk_usage(folder).free
     if need > free:
         raise UserError(
@@ -142,3 +138,11 @@ def require_disk(path: str | Path, need: int, what: str) -> None:
             str(folder),
             "free some space, or choose another place with run.dir=FOLDER",
         )
+
+
+def _nearest_existing(path: str | Path) -> Path:
+    """Return the path itself, or the nearest folder above it that exists."""
+    folder = Path(path).resolve()
+    while not folder.exists():
+        folder = folder.parent
+    return folder

@@ -1,9 +1,8 @@
-"""Silence for the libraries: our own lines and progress bars are enough."""
+"""Silence the libraries: our own lines and progress bars are enough."""
 
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +10,13 @@ from logging import ERROR, getLogger
 
 from transformers.utils import logging
 
+from rlhf.system.console import note
+
 
 def quiet_libraries() -> None:
-    """No warnings of what changes in later versions, and no settings of other programs that would change the training.
+    """Silence warnings about later versions, and remove environment variables that would change the training.
 
-    `accelerate launch` sets variables by which Accelerate would choose ZeRO stage and precision: the recipe does.
+    `accelerate launch` sets variables from which Accelerate would choose ZeRO stage and precision; the recipe chooses.
     """
     for module in ("transformers", "torch", "accelerate", "trl", "deepspeed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
@@ -28,12 +29,12 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no loading reports of transformers inside the block; errors still come through.
+    """Silence progress bars and loading reports of transformers inside the block; errors still come through.
 
-    What the reports would say is checked by the caller instead (missing weights are refused, for instance).
+    The caller checks what the reports would say: it refuses missing weights, for instance.
     """
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    hub = getLogger("huggingface_hub")  # tells of every retry
+    hub = getLogger("huggingface_hub")  # logs every retry
     hub_level = hub.level
     hub.setLevel(ERROR)
     logging.set_verbosity_error()
@@ -45,9 +46,3 @@ def quiet_transformers() -> Iterator[None]:
         hub.setLevel(hub_level)
         if bars:
             logging.enable_progress_bar()
-
-
-def note(line: str) -> None:
-    """One line to standard error, from the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)

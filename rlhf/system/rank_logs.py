@@ -1,11 +1,11 @@
-"""Output of a distributed run: one voice on the terminal, a log file for every process, an error told once.
+"""Output of a distributed run: one process prints to the terminal, every process has a log file, one error is shown.
 
     runs/<run>/<stage>/logs/rank-0.txt    what the first process printed, which is also on the terminal
     runs/<run>/<stage>/logs/rank-1.txt    everything that process 1 wrote, libraries included; traceback of its error
     runs/<run>/<stage>/logs/error.txt     the error that ended the last attempt, as the terminal showed it
 
-The process whose error comes first creates error.txt and tells; what follows from it in the others goes to their files.
-A single process has none of this.
+The process whose error comes first creates error.txt and shows it; errors that follow from it in the other processes go
+to their log files. A single process keeps no log.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import TextIO
 
 from rlhf.errors import UserError
+from rlhf.system.distributed import process_rank
 from rlhf.system.phases import now
 
 ERROR = "error.txt"
 _STYLES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-_open: RankLog | None = None
+_open: RankLog | None = None  # one for the process: signal handlers and threads need it, and get no arguments
 
 
 class PeerFailed(Exception):
@@ -35,26 +36,27 @@ class PeerFailed(Exception):
 
 
 class RankLog:
-    """Log file of this process and the terminal it was started from."""
+    """The log file of this process, and the terminal that it was started from."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.rank, self.folder = rank, folder
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"rank-{rank}.txt"
         self.file = self.path.open("a", encoding="utf-8", buffering=1)
-        # Written again once all have joined: what the watch then finds is of this attempt.
+        # The watchdog writes this file anew once all processes have joined: what it finds then is of this attempt.
         (folder / f"rank-{rank}.json").unlink(missing_ok=True)
         self.file.write(f"--- process {os.getpid()} begins, {time.strftime('%Y-%m-%d %H:%M:%S')} ---\n")
         if rank == 0:
-            (folder / ERROR).unlink(missing_ok=True)  # of the attempt before; nobody tells one before all have joined
+            # Of the previous attempt: no process reports an error before all have joined.
+            (folder / ERROR).unlink(missing_ok=True)
         self.terminal = os.dup(2)
 
     def error_reported(self) -> bool:
-        """Whether some process has told an error."""
+        """Return whether some process has reported an error."""
         return (self.folder / ERROR).exists()
 
     def report_error(self, text: str) -> bool:
-        """Show an error on the terminal, unless another process was first; returns whether this one was."""
+        """Show an error on the terminal unless another process was first; return whether this one was first."""
         try:
             descriptor = os.open(self.folder / ERROR, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
@@ -69,19 +71,20 @@ class RankLog:
 
 @contextmanager
 def own_log(folder: Path, processes: int) -> Iterator[None]:
-    """Keep what this process of several writes in its file, and tell an error that leaves the block.
+    """Write what this process prints inside the block to its log file, and report an error that leaves the block.
 
     Args:
-        folder: logs/ of the stage. processes: how many there are; with one the block runs as it is.
+        folder: logs/ of the stage.
+        processes: number of processes; with one, the block runs without a log.
 
     Raises:
-        SystemExit: (2) in place of a UserError, (1) in place of other exceptions, once that is told.
+        SystemExit: (2) in place of a UserError, (1) in place of other exceptions, after the report.
     """
     global _open
     if processes == 1:
         yield
         return
-    log = _open = RankLog(folder, int(os.environ["RANK"]))
+    log = _open = RankLog(folder, process_rank())
     try:
         with _tee(log.file) if log.rank == 0 else _redirect(log.file), _deepspeed_to(log.file):
             yield
@@ -103,12 +106,12 @@ def own_log(folder: Path, processes: int) -> Iterator[None]:
 
 
 def current() -> RankLog | None:
-    """The log of this process; None where there is only one process, or the stage has not begun."""
+    """Return the log of this process; None for a single process, and outside of `own_log`."""
     return _open
 
 
 class _Tee:
-    """A text stream that a log file follows, without colours."""
+    """A text stream that is copied to a log file without its colours."""
 
     def __init__(self, stream: TextIO, file: TextIO) -> None:
         self._stream, self._file = stream, file
@@ -117,7 +120,7 @@ class _Tee:
         self._file.write(_STYLES.sub("", text))
         return self._stream.write(text)
 
-    def __getattr__(self, name: str) -> object:  # isatty, encoding, flush and the rest are the stream's
+    def __getattr__(self, name: str) -> object:  # isatty, encoding, flush and all others come from the stream
         return getattr(self._stream, name)
 
 
@@ -133,7 +136,7 @@ def _tee(file: TextIO) -> Iterator[None]:
 
 @contextmanager
 def _redirect(file: TextIO) -> Iterator[None]:
-    """Descriptors 1 and 2 to the file, so that it has what libraries print from C++ too."""
+    """Redirect descriptors 1 and 2 to the file, so that it also gets what libraries print from C++."""
     kept = {number: os.dup(number) for number in (1, 2)}
     streams = (sys.stdout, sys.stderr)
     for stream in streams:
@@ -154,14 +157,14 @@ def _redirect(file: TextIO) -> Iterator[None]:
 
 @contextmanager
 def _deepspeed_to(file: TextIO) -> Iterator[None]:
-    """DeepSpeed logs to standard output: its warnings go to the file alone, its errors to the terminal as well."""
+    """Send DeepSpeed's warnings to the file alone, its errors to the terminal as well; it logs to standard output."""
 
     def divert(record: logging.LogRecord) -> bool:
         if record.levelno < logging.ERROR:
             file.write(f"DeepSpeed {record.levelname.lower()}: {record.getMessage()}\n")
         return record.levelno >= logging.ERROR
 
-    logger = logging.getLogger("DeepSpeed")  # a filter of the logger holds for the handlers of a later import too
+    logger = logging.getLogger("DeepSpeed")  # a filter of the logger also holds for handlers that a later import adds
     logger.addFilter(divert)
     try:
         yield

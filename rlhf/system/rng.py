@@ -1,11 +1,10 @@
-"""State of the random generators of this process: Python's, numpy's, torch's and that of its GPU.
+"""State of the random generators of this process: those of Python, numpy, torch and the GPU.
 
 rng-<process>.pt    in a checkpoint, one for every process
 """
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -13,25 +12,27 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf.system.distributed import process_rank
+
 
 def _path(folder: Path) -> Path:
-    return folder / f"rng-{os.environ.get('RANK', '0')}.pt"
+    return folder / f"rng-{process_rank()}.pt"
 
 
 def seed_rng(seed: int) -> None:
-    """Start all generators from run.seed: what no stage draws from may still be drawn from by a model's own code."""
+    """Seed all generators with run.seed: a model's own code may draw from those that no stage draws from."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def save_rng(folder: Path) -> None:
-    """Write this process's generators into a checkpoint; every process must."""
+    """Write the state of this process's generators into a checkpoint; every process must call this."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     state: dict[str, Any] = {
         "python": [version, list(words), gauss],
-        # As int64: torch reads no numpy array without running pickled code.
+        # As int64 tensor: torch cannot load a numpy array without running pickled code.
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
@@ -40,10 +41,10 @@ def save_rng(folder: Path) -> None:
 
 
 def load_rng(folder: Path) -> None:
-    """Set this process's generators as the checkpoint has them.
+    """Set this process's generators to the state in the checkpoint.
 
-    A process that was not there then keeps its own, seeded by run.seed: with another number of processes no draw would
-    be the same anyway.
+    A process that the checkpoint does not know keeps its own state, seeded by run.seed: with another number of
+    processes no draw would be the same anyway.
     """
     path = _path(folder)
     if not path.exists():

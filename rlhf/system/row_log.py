@@ -1,4 +1,4 @@
-"""Rows of work that is paid for as it comes: appended and on disk at once, read again after a kill."""
+"""Logs of expensive results, one JSON row each: every row is on disk at once, and is read again after a kill."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rlhf.system.distributed import is_main_process
 
 
 def complete_rows(path: Path, fields: Collection[str], lost: str) -> list[dict[str, Any]]:
-    """The rows of a log, [] when it is not there; a last line that a kill has cut off is told and taken off the file.
+    """Return the rows of a log, [] if there is no file; report a last line that a kill cut off, and remove it.
 
     Args:
-        fields: what every row has; a file of other rows is no log of this work.
-        lost: what becomes of the work of such a line, in words.
+        fields: fields that every row has, by which a file of other rows is recognised.
+        lost: what happens to the work of a line that was cut off, in words.
 
     Raises:
         UserError: for a file that `append_rows` did not write, which is left as it is.
@@ -27,7 +27,7 @@ def complete_rows(path: Path, fields: Collection[str], lost: str) -> list[dict[s
     rows = [_row(line, path, number, fields) for number, line in enumerate(lines, 1)]
     if last:
         if not last.startswith(b'{"'):  # as every row begins
-            raise _no_log(path, len(lines) + 1)
+            raise _foreign_line(path, len(lines) + 1)
         console.print(f"{path.name}: a line was cut off by an interruption; {lost}")
         if is_main_process():
             os.truncate(path, path.stat().st_size - len(last))
@@ -38,13 +38,13 @@ def _row(line: bytes, path: Path, number: int, fields: Collection[str]) -> dict[
     try:
         row = json.loads(line)
     except ValueError:
-        raise _no_log(path, number) from None
+        raise _foreign_line(path, number) from None
     if not isinstance(row, dict) or not all(field in row for field in fields):
-        raise _no_log(path, number)
+        raise _foreign_line(path, number)
     return row
 
 
-def _no_log(path: Path, number: int) -> UserError:
+def _foreign_line(path: Path, number: int) -> UserError:
     return UserError(
         "this line was not written by this work, and nothing is added to a file of another kind",
         f"{path}, line {number}",
@@ -53,7 +53,7 @@ def _no_log(path: Path, number: int) -> UserError:
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Add rows to a log and wait until they are on disk."""
+    """Append rows to a log and wait until they are on disk."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
         file.flush()

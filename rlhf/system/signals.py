@@ -1,4 +1,4 @@
-"""The signals that ask a stage to stop, how all processes learn of them, and the exit codes that say so."""
+"""The signals that ask a stage to stop, how all processes learn of them, and the exit codes that report them."""
 
 from __future__ import annotations
 
@@ -15,31 +15,30 @@ import torch.distributed as dist
 from rlhf.system import rank_logs
 from rlhf.system.distributed import collective_device, is_main_process
 
-REPEAT_SECONDS = (
-    0.5  # seconds between two signals that a person sent; a launcher's and the terminal's copies come together
-)
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is Slurm's warning that the time is nearly up
+# Two signals this far apart, in seconds, came from a person: the copies of a launcher and a terminal come together.
+REPEAT_SECONDS = 0.5
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm sends SIGUSR1 when the time is nearly up
 STOPPED = tuple(128 + number for number in STOPPING)
 
 
 class StopNow(BaseException):
-    """Raised by a second Ctrl-C, wherever the work stands."""
+    """Raised by a second Ctrl-C, in the middle of whatever the stage is doing."""
 
 
 @dataclass
 class Signals:
-    """Notes the first SIGINT, SIGTERM or SIGUSR1; a later SIGINT raises StopNow and the next ends the process.
+    """The first SIGINT, SIGTERM or SIGUSR1; a later SIGINT raises StopNow and the one after that ends the process.
 
-    SIGTERM and SIGUSR1 stop nothing at once however often they come: schedulers send them to every process of a job,
-    and `rlhf run` hands its own on.
+    SIGTERM and SIGUSR1 never stop at once, however often they come: schedulers send them to every process of a job, and
+    `rlhf run` passes on its own.
     """
 
-    received: int = 0  # number of the first signal
-    at: float = 0.0  # when it came, time.monotonic
+    received: int = 0  # number of the first signal, 0 before one came
+    at: float = 0.0  # time.monotonic of the first signal
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Catch the signals while the block lasts."""
+        """Catch the signals inside the block."""
         before = {number: signal.signal(number, self._note) for number in STOPPING}
         try:
             yield
@@ -48,11 +47,11 @@ class Signals:
                 signal.signal(number, handler)
 
     def agreed(self) -> int:
-        """`received`, on all processes as soon as one has it; all of them must ask at the same places."""
+        """Return the number of a signal that some process received, else 0; all processes must call this together."""
         if dist.is_initialized() and dist.get_world_size() > 1:
             flag = torch.tensor(self.received, device=collective_device())
             dist.all_reduce(flag, dist.ReduceOp.MAX)
-            if flag:  # else `received` stays: a signal that came during the reduction is for the next call
+            if flag:  # without one, a signal that came during the reduction stays in `received` for the next call
                 self.received = int(flag)
             return int(flag)
         return self.received
@@ -65,6 +64,6 @@ class Signals:
             return
         self.received, self.at = number, time.monotonic()
         log = rank_logs.current()
-        if is_main_process() and not (log and log.error_reported()):  # a launcher ends what is left after a failure
-            # Not through a buffered stream: the signal may have come while one was being written to.
+        if is_main_process() and not (log and log.error_reported()):  # after a failure the launcher sends SIGTERM
+            # A buffered stream will not do: the signal may have come while it was being written to.
             os.write(2, b"\nstopping after this step; Ctrl-C to stop at once\n")

@@ -1,11 +1,12 @@
-"""The watch that ends a distributed stage when one of its processes dies or hangs, naming it and its last phase.
+"""The watchdog ends a distributed stage when one of its processes dies or hangs, and names it and its last phase.
 
     runs/<run>/<stage>/logs/rank-1.json    {"rank": 1, "machine": ..., "pid": 4711, "phase": "train", "step": 3, ...}
 
-Every process keeps such a file with a thread of its own, and some on each machine read everybody's: a file that no
-longer changes is of a process that is stopped, dead or cut off, and when no file tells of progress the processes wait
-for one that hangs. Nothing here is a collective, so it works while those are stuck, with gloo and with NCCL; over
-several machines the shared run folder serves. Times are by this machine's clock, from when a change was seen.
+Every process updates such a file from a thread of its own, and two on each machine read the files of all. A file that
+no longer changes belongs to a process that is stopped, dead or cut off. When no file shows progress, the processes wait
+for one that hangs. Nothing here is a collective, so the watchdog works while those are stuck, with gloo and with NCCL;
+on several machines it works through the shared run folder. Times are read from this machine's clock when it sees a
+change.
 """
 
 from __future__ import annotations
@@ -27,17 +28,18 @@ from typing import Any
 import psutil
 
 from rlhf.system import phases, rank_logs
+from rlhf.system.distributed import local_rank
 from rlhf.system.phases import PhaseState, now
 from rlhf.system.rank_logs import PeerFailed, RankLog
 
-HUNG = 124  # exit code of a process that ends because another hangs, as of timeout(1)
-GRACE = 5.0  # seconds that a process gets to end by itself once another has told an error
-_watch: Watchdog | None = None
+HUNG = 124  # exit code of a process that ends because another one hangs, the same as of timeout(1)
+GRACE = 5.0  # seconds that a process gets to end by itself after another one reported an error
+_watch: Watchdog | None = None  # of the stage that this process runs; `root_cause` reads it wherever an error is caught
 
 
 @dataclass
 class Peer:
-    """What was last read of a process, and when it changed (time.monotonic)."""
+    """The last report of a process, and when it changed (time.monotonic)."""
 
     report: dict[str, Any]
     alive: float  # last sign of life
@@ -45,13 +47,13 @@ class Peer:
 
 
 class Watchdog:
-    """Keeps this process's report and reads the others'.
+    """The thread that writes this process's report and reads those of the others.
 
     Args:
         folder: logs/ of the stage.
-        processes: how many there are.
-        timeout: seconds without a sign of life of a process, or without progress of all of them, that end the stage.
-        reads: whether this process looks at the others.
+        processes: number of processes.
+        timeout: the stage ends after so many seconds without a sign of life of one process, or without progress of all.
+        reads: whether this process reads the reports of the others.
     """
 
     def __init__(self, folder: Path, stage: str, rank: int, processes: int, timeout: float, reads: bool) -> None:
@@ -61,10 +63,10 @@ class Watchdog:
         self._main, self._machine = threading.main_thread().ident, _machine()
         begin = time.monotonic()
         self._peers = {r: Peer({}, begin, begin) for r in range(processes)}
-        self._told_at: float | None = None
+        self._error_seen: float | None = None
 
     def start(self, log: RankLog) -> None:
-        """Write the first report, and go on in a thread."""
+        """Write the first report, and start the thread."""
         self.write()
         self._thread = threading.Thread(target=self._run, args=(log,), daemon=True)
         self._thread.start()
@@ -75,8 +77,8 @@ class Watchdog:
         self._thread.join()
 
     def write(self) -> None:
-        """This process's report, replaced at once."""
-        with self._write_lock:  # the thread writes, and the main one when a phase begins
+        """Replace this process's report in one step."""
+        with self._write_lock:  # the thread writes, and the main thread does when a phase begins
             self._ticks += 1
             report = {"rank": self.rank, "machine": self._machine, "pid": os.getpid(), **vars(now)}
             report |= {"waits": _in_collective(sys._current_frames().get(self._main)), "tick": self._ticks}
@@ -84,8 +86,8 @@ class Watchdog:
             staged.write_text(json.dumps(report))
             staged.replace(self.folder / f"rank-{self.rank}.json")
 
-    def look(self) -> None:
-        """Read what the others report."""
+    def read_reports(self) -> None:
+        """Read the reports of all processes."""
         at = time.monotonic()
         for rank, peer in self._peers.items():
             path = self.folder / f"rank-{rank}.json"
@@ -97,45 +99,45 @@ class Watchdog:
             peer.report = report
 
     def stuck(self) -> str:
-        """What to say of a process that gives no sign of life, or keeps all of them waiting; empty when all is well."""
+        """Describe the processes without a sign of life, or those that all others wait for; empty if there are none."""
         if words := self.silent(self.timeout):
             return words
         at = time.monotonic()
         if all(at - peer.moved > self.timeout for peer in self._peers.values()):
-            return self._say(self._holding_up(), f"makes no progress for {self.timeout:g} s")
+            return self._describe(self._holding_up(), f"makes no progress for {self.timeout:g} s")
         return ""
 
     def silent(self, seconds: float) -> str:
-        """What to say of processes whose report has not changed for so long; empty when there are none."""
+        """Describe the processes whose report has not changed for `seconds`; empty if there are none."""
         at = time.monotonic()
         silent = [rank for rank, peer in self._peers.items() if at - peer.alive > seconds]
-        return self._say(silent, f"gives no sign of life for {seconds:g} s") if silent else ""
+        return self._describe(silent, f"gives no sign of life for {seconds:g} s") if silent else ""
 
     def dead(self) -> str:
-        """What to say of processes of this machine that are gone; empty when there are none."""
+        """Describe the processes of this machine that have ended; empty if there are none."""
         found = {}
         for rank, peer in self._peers.items():
             if peer.report.get("machine") == self._machine:
                 ended, number = _ended(peer.report["pid"])
                 if ended:
                     found[rank] = f"died (signal {number})" if number else "has ended"
-        return "\n".join(self._say([rank], how) for rank, how in found.items())
+        return "\n".join(self._describe([rank], how) for rank, how in found.items())
 
     def _holding_up(self) -> list[int]:
-        """Ranks that the others wait for: those that have come least far; of them, those not in a collective."""
+        """Return the ranks that the others wait for: of those furthest behind, the ones not in a collective."""
         reports = {rank: peer.report for rank, peer in self._peers.items()}
         least = min(report.get("beat", 0) for report in reports.values())
         behind = [rank for rank, report in sorted(reports.items()) if report.get("beat", 0) == least]
         return [rank for rank in behind if not reports[rank].get("waits")] or behind
 
-    def _say(self, ranks: list[int], how: str) -> str:
+    def _describe(self, ranks: list[int], how: str) -> str:
         lines = []
         for rank in ranks[:4]:
             report = self._peers[rank].report
             where = PhaseState(report["phase"], report["step"]).words() if report else "phase start"
             lines.append(f"rank {rank} {how}, in {where}, of {self.stage}\n  log: {self.folder}/rank-{rank}.txt")
         if len(ranks) > 4:
-            lines.append(f"and so are {len(ranks) - 4} more")
+            lines.append(f"the same holds for {len(ranks) - 4} more")
         return "\n".join(lines)
 
     def _run(self, log: RankLog) -> None:
@@ -143,22 +145,26 @@ class Watchdog:
             try:
                 self.write()
                 if self.reads:
-                    self.look()
+                    self.read_reports()
                     if words := self.stuck():
                         log.report_error(words)
                         self._end(log, words)
                     if not log.error_reported() and (words := self.dead()):
                         log.report_error(words)
-            except (OSError, ValueError, psutil.Error) as error:  # a full or slow disk: the next round may find it well
-                os.write(log.terminal, f"warning: the watch of rank {self.rank}: {error}\n".encode())
+            except (
+                OSError,
+                ValueError,
+                psutil.Error,
+            ) as error:  # a full or slow disk may recover later
+                os.write(log.terminal, f"warning: the watchdog of rank {self.rank}: {error}\n".encode())
                 continue
             if log.error_reported():
-                self._told_at = self._told_at or time.monotonic()
-                if time.monotonic() - self._told_at > GRACE:  # in a collective that will never end
+                self._error_seen = self._error_seen or time.monotonic()
+                if time.monotonic() - self._error_seen > GRACE:  # in a collective that will never end
                     self._end(log, "ended: another process has failed")
 
     def _end(self, log: RankLog, why: str) -> None:
-        """End this process from the thread, with the stack of its main thread in the log."""
+        """End this process from the thread, and write the stack of its main thread to the log."""
         log.file.write(f"{why}\nthis process was at:\n")
         if frame := sys._current_frames().get(self._main):
             traceback.print_stack(frame, file=log.file)
@@ -167,14 +173,14 @@ class Watchdog:
 
 @contextmanager
 def run_watchdog(stage: str, processes: int, timeout: float) -> Iterator[None]:
-    """Watch over the processes of a stage while the block lasts, within `own_log`; nothing for a single one."""
+    """Watch the processes of a stage inside the block, which must be inside `own_log`; do nothing for a single one."""
     global _watch
     log = rank_logs.current()
     if log is None:
         yield
         return
-    # Two on every machine: each sees when the other is the one that hangs. More would only load a shared disk.
-    reads = int(os.environ.get("LOCAL_RANK", "0")) < 2
+    # Two processes of every machine read: each sees when the other one hangs. More would only load a shared disk.
+    reads = local_rank() < 2
     _watch = Watchdog(log.folder, stage, log.rank, processes, timeout, reads)
     phases.on_phase_change(_watch.write)
     _watch.start(log)
@@ -186,8 +192,8 @@ def run_watchdog(stage: str, processes: int, timeout: float) -> Iterator[None]:
         _watch = None
 
 
-def cause(error: BaseException) -> BaseException:
-    """The error to tell: PeerFailed in place of one that only follows from the end of another process."""
+def root_cause(error: BaseException) -> BaseException:
+    """Return the error to report: PeerFailed if `error` only follows from the end of another process, else `error`."""
     log = rank_logs.current()
     if _watch is None or log is None or not _from_collective(error):
         return error
@@ -196,7 +202,7 @@ def cause(error: BaseException) -> BaseException:
     while time.monotonic() < deadline:
         if log.error_reported():
             return PeerFailed((log.folder / rank_logs.ERROR).read_text().strip())
-        _watch.look()
+        _watch.read_reports()
         if words := _watch.dead() or _watch.silent(3 * _watch.interval):
             return PeerFailed(words)
         time.sleep(0.2)
@@ -204,7 +210,7 @@ def cause(error: BaseException) -> BaseException:
 
 
 def last_phases(folder: Path, processes: int) -> list[str]:
-    """A line for each process that left a report in logs/: the phase it was last in, and its log."""
+    """Return a line for each process that left a report in logs/, with its last phase and its log."""
     lines = []
     for path in (folder / f"rank-{rank}.json" for rank in range(processes)):
         if path.exists():
@@ -215,11 +221,11 @@ def last_phases(folder: Path, processes: int) -> list[str]:
 
 
 def _from_collective(error: BaseException) -> bool:
-    """Whether the error came out of a collective operation."""
+    """Return whether the error came out of a collective operation."""
     frames = traceback.extract_tb(error.__traceback__)
     if not isinstance(error, RuntimeError):
         return False
-    # DeepSpeed waits for its gathers on handles whose code is not Python's.
+    # DeepSpeed waits for its gathers on handles that are not implemented in Python.
     return any("torch/distributed" in frame.filename for frame in frames) or "/deepspeed/" in frames[-1].filename
 
 
@@ -232,7 +238,7 @@ def _in_collective(frame: FrameType | None) -> bool:
 
 
 def _machine() -> str:
-    """What processes have in common that can look each other up: host names are the same on too many machines."""
+    """Return a name that two processes share if they can see each other's ids: host names are not unique enough."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -241,7 +247,7 @@ def _machine() -> str:
 
 
 def _ended(pid: int) -> tuple[bool, int]:
-    """Whether a process of this machine has ended, and the signal that ended it where that can be known, else 0."""
+    """Return whether a process of this machine has ended, and the signal that ended it, 0 if that is unknown."""
     try:
         if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
             return False, 0

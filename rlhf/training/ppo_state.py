@@ -28,7 +28,7 @@ from rlhf.rollout.probes import check_probes
 from rlhf.rollout.scoring import check_plain_head
 from rlhf.rollout.vllm_engine import check_server
 from rlhf.run.checkpoints import Checkpoints
-from rlhf.system.console import console
+from rlhf.system.console import console, show_drops
 from rlhf.system.distributed import barrier, is_main_process, pick_device
 from rlhf.system.malloc import return_freed_memory
 from rlhf.system.phase_timer import PhaseTimer
@@ -140,8 +140,7 @@ def _load_data(
     ptx_rows = token_blocks(texts, tokenizer, recipe.ppo.ptx_tokens) if ptx else []
     if ptx and not ptx_rows:
         raise UserError("PPO-ptx has no pretraining text", where="data.pretraining", fix="name a text file or run ppo")
-    for reason, n in drops.table():
-        console.print(f"dropped {n}: {reason}")
+    show_drops(drops.table())
     return [row.prompt for row in prompts], ptx_rows
 
 

@@ -74,7 +74,7 @@ def test_convert_writes_plain_rankings_once(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text(json.dumps([one, one | {"labeler": "bob", "time": 0}]))
     done = rlhf("convert", "a.jsonl", "b.json", "out.jsonl", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "left out 1: exact duplicate of a ranking" in done.stdout
+    assert "dropped 1: exact duplicate of a ranking" in done.stdout
     assert "out.jsonl: 2 rankings of 1 prompts, 2 labelers" in done.stdout
     row = {"prompt": "q", "responses": ["x", "y"], "ranks": [1, 2], "finished": [True, True]}
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [

@@ -59,36 +59,16 @@ def flip_a_byte(folder: Path) -> None:
     path.write_bytes(content)
 
 
-def remove_a_file(folder: Path) -> None:
-    (folder / "state.json").unlink()
-
-
-def empty_manifest(folder: Path) -> None:
-    (folder / "manifest.json").write_text("")
-
-
-def manifest_without_files(folder: Path) -> None:
-    (folder / "manifest.json").write_text('{"files": {}}')
-
-
-def manifest_of_another_shape(folder: Path) -> None:
-    (folder / "manifest.json").write_text('["step"]')
-
-
-def remove_manifest(folder: Path) -> None:
-    (folder / "manifest.json").unlink()
-
-
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
         (truncate, "engine/trainable.bin has 4 bytes instead of 10"),
         (flip_a_byte, "engine/trainable.bin has other content than was sealed"),
-        (remove_a_file, "state.json is missing"),
-        (empty_manifest, "manifest.json cannot be read"),
-        (manifest_without_files, "manifest.json names no file"),
-        (manifest_of_another_shape, "manifest.json cannot be read"),
-        (remove_manifest, "manifest.json is missing"),
+        (lambda folder: (folder / "state.json").unlink(), "state.json is missing"),
+        (lambda folder: (folder / "manifest.json").write_text(""), "manifest.json cannot be read"),
+        (lambda folder: (folder / "manifest.json").write_text('{"files": {}}'), "manifest.json names no file"),
+        (lambda folder: (folder / "manifest.json").write_text('["step"]'), "manifest.json cannot be read"),
+        (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
     ],
 )
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(

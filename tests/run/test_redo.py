@@ -18,17 +18,13 @@ from rlhf.recipe import fields, load_recipe
 from rlhf.run.stage import StageContext, run_stage
 from rlhf.stage_table import STAGES
 from support.command import rlhf
-from support.stage_runs import RECIPE, never, train
+from support.stage_runs import RECIPE, never, stage_json, train
 
 pytestmark = pytest.mark.usefixtures("stage_folder")
 
 
-def record(stage: str) -> dict[str, Any]:
-    return json.loads(Path(f"runs/demo/{stage}/stage.json").read_text())
-
-
 def stop(ctx: StageContext) -> dict[str, Any]:
-    """Work that is stopped at its first step, with a checkpoint."""
+    """Stop at the first step, with a checkpoint."""
     os.kill(os.getpid(), signal.SIGTERM)
     assert ctx.stop_requested
     ctx.checkpoints.save(16, lambda staged: (staged / "state").write_text("x"))
@@ -36,8 +32,8 @@ def stop(ctx: StageContext) -> dict[str, Any]:
     return {}
 
 
-def go_on(ctx: StageContext) -> dict[str, Any]:
-    """Work that goes on from `stop`'s checkpoint."""
+def resume(ctx: StageContext) -> dict[str, Any]:
+    """Resume from the checkpoint of `stop`."""
     newest = ctx.checkpoints.newest()
     assert newest is not None and newest.name == "step-000016"
     return train(ctx)
@@ -50,7 +46,7 @@ def test_a_finished_stage_is_kept_when_its_change_is_accepted(capsys: pytest.Cap
     told = capsys.readouterr().err
     assert "sft.lr: 0.001 -> 0.5 (of sft; may be accepted)" in told and "--accept-change sft.lr" in told
     assert run_stage("rank", train, [*changed, "--accept-change", "sft.lr"]) == 0  # a later stage, of the new recipe
-    assert record("sft")["accepted"] == [{"key": "sft.lr", "old": 0.001, "new": 0.5}]
+    assert stage_json("sft")["accepted"] == [{"key": "sft.lr", "old": 0.001, "new": 0.5}]
     assert run_stage("sft", never, changed) == 0  # kept, and from now on without the option
     assert Path("runs/demo/sft/model/weights").read_text() == "sft 0.001"
     assert run_stage("sft", never, RECIPE) == 2  # nor does it change back unasked
@@ -69,9 +65,9 @@ def test_an_interrupted_stage_takes_allowed_changes_and_refuses_others(
     told = capsys.readouterr().err
     assert "ppo.gamma" in told and "ppo.lr:" not in told
     both = ["--accept-change", "ppo.lr", "--accept-change", "ppo.gamma"]
-    assert run_stage("ppo", go_on, [*changed, *both]) == 0
-    assert [entry["key"] for entry in record("ppo")["accepted"]] == ["ppo.lr", "ppo.gamma"]
-    assert record("ppo")["attempts"] == 2
+    assert run_stage("ppo", resume, [*changed, *both]) == 0
+    assert [entry["key"] for entry in stage_json("ppo")["accepted"]] == ["ppo.lr", "ppo.gamma"]
+    assert stage_json("ppo")["attempts"] == 2
     assert run_stage("ppo", never, changed) == 0
 
 
@@ -135,7 +131,7 @@ def test_status_of_stages_in_every_state(capsys: pytest.CaptureFixture[str], mon
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
     # A process that was killed leaves `running` and a lock behind; a live one holds it.
-    running = record("ppo-ptx") | {"state": "running"}
+    running = stage_json("ppo-ptx") | {"state": "running"}
     (run / "ppo-ptx" / "stage.json").write_text(json.dumps(running))
     assert "interrupted" in shown(run, capsys)
     seen: list[str] = []
@@ -162,10 +158,10 @@ def shown_by(*arguments: str) -> str:
 def test_from_and_fresh_redo_and_status_shows_it() -> None:
     run = ["run", "tiny", "run.name=demo", "run.stages=[sft,rank]", "rank.prompts=8", "tracking.wandb=disabled"]
     shown_by(*run)
-    before = {stage: record(stage)["ended"] for stage in ("sft", "rank")}
+    before = {stage: stage_json(stage)["ended"] for stage in ("sft", "rank")}
     weights = Path("runs/demo/sft/model/model.safetensors").stat().st_mtime_ns
     shown_by(*run, "rank.temperature=0.5", "--from", "rank")
-    assert record("sft")["ended"] == before["sft"] and record("rank")["attempts"] == 1
+    assert stage_json("sft")["ended"] == before["sft"] and stage_json("rank")["attempts"] == 1
     assert Path("runs/demo/rank.old/rankings.jsonl").exists()
     assert Path("runs/demo/sft/model/model.safetensors").stat().st_mtime_ns == weights
     assert "all stages are done" in shown_by("status", "runs/demo")

@@ -1,4 +1,4 @@
-"""The run folder: records, the lock, hashes, atomic writes, free space."""
+"""The run folder: its paths, records and lock."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import pytest
 
 from rlhf.errors import UserError
 from rlhf.run.folder import RunFolder, is_alive
-from rlhf.system.files import hash_path, require_disk, size_of, write_atomic
 from support.paths import ROOT
 
 
@@ -72,7 +71,7 @@ def test_keys_are_relative_inside_the_run_and_absolute_outside(tmp_path: Path, m
 
 HOLDER = """
 import sys, time
-from rlhf.run.folder import RunFolder, is_alive
+from rlhf.run.folder import RunFolder
 with RunFolder(sys.argv[1]).lock():
     print("held", flush=True)
     time.sleep(600)
@@ -80,7 +79,7 @@ with RunFolder(sys.argv[1]).lock():
 
 
 def hold(run: Path) -> subprocess.Popen[str]:
-    """Another process that has the lock."""
+    """Start another process that holds the lock."""
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     child = subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], env=env, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stdout.readline() == "held\n"
@@ -169,7 +168,7 @@ def test_of_many_that_find_a_dead_owner_one_takes_over(tmp_path: Path) -> None:
 import sys, time
 from pathlib import Path
 from rlhf.errors import UserError
-from rlhf.run.folder import RunFolder, is_alive
+from rlhf.run.folder import RunFolder
 root = Path(sys.argv[1])
 while not (root / "go").exists():
     time.sleep(0.001)
@@ -184,46 +183,3 @@ except UserError:
     time.sleep(3)  # let them all come to the gate
     (tmp_path / "go").touch()
     assert sorted(child.wait(timeout=60) for child in children) == [0, 2, 2, 2, 2, 2]
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def test_hash_of_a_file_is_sha256_of_its_content(tmp_path: Path) -> None:
-    (tmp_path / "abc").write_text("abc")
-    # FIPS 180-2, appendix B.1
-    assert hash_path(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    with pytest.raises(FileNotFoundError):
-        hash_path(tmp_path / "missing")
-
-
-def test_hash_of_a_folder_sees_names_and_contents_at_any_depth(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    (folder / "sub" / "weights").write_bytes(b"\0" * 100)
-    seen = {hash_path(folder)}
-    assert size_of(folder) == 102
-    os.utime(folder / "config.json", (1, 1))
-    assert hash_path(folder) in seen  # times do not matter
-    for change in (
-        lambda: (folder / "sub" / "weights").write_bytes(b"\0" * 99 + b"\1"),
-        lambda: (folder / "config.json").rename(folder / "sub" / "config.json"),
-        lambda: (folder / "extra").write_text(""),
-    ):
-        change()
-        assert hash_path(folder) not in seen
-        seen.add(hash_path(folder))
-
-
-def test_write_atomic_replaces_whole_files(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "file.json"
-    write_atomic(path, "one")
-    write_atomic(path, "two")
-    assert path.read_text() == "two" and [p.name for p in path.parent.iterdir()] == ["file.json"]
-
-
-def test_require_disk(tmp_path: Path) -> None:
-    require_disk(tmp_path / "not" / "yet", 1, "a checkpoint")
-    with pytest.raises(UserError, match=r"a checkpoint needs about 1000000000.00 GB[\s\S]*run.dir=FOLDER"):
-        require_disk(tmp_path / "not" / "yet", 10**18, "a checkpoint")

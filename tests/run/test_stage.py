@@ -197,14 +197,23 @@ READ = re.compile(r"recipe\.((?:run|model|data|sft|rank|reward|ppo|evaluate)(?:\
 FREE = {"run.device", "run.name", "run.dir", "run.stages"}  # where, not what
 
 
+def sources(program: str) -> list[str]:
+    """Return the text of a stage's program, and of what it imports of rlhf/training and the sampling parameters."""
+    found: dict[Path, str] = {}
+    waiting = [ROOT / "stages" / f"{program}.py"]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found[path] = path.read_text()
+            imported = re.findall(r"^from rlhf\.(training\.\w+|rollout\.sampling_params) import", found[path], re.M)
+            waiting += [ROOT / "rlhf" / f"{name.replace('.', '/')}.py" for name in imported]
+    return list(found.values())
+
+
 @pytest.mark.parametrize("stage", [*STAGES])
 def test_every_field_that_a_stage_program_names_is_among_its_dependencies(stage: str) -> None:
     program = STAGES[stage].program
-    files = [ROOT / "stages" / f"{program}.py"]
-    if program == "ppo":
-        files += [ROOT / "rlhf" / "training" / f"{name}.py" for name in ("ppo_state", "ppo_networks", "ppo_checks")]
-    files += [ROOT / "rlhf" / "rollout" / "sampling_params.py"] if program in ("ppo", "evaluate") else []
-    texts = [file.read_text() for file in files]
+    texts = sources(program)
     named = {name for text in texts for name in READ.findall(text)} - FREE
     if any("recipe.reward_peft" in text for text in texts):  # which comes from these two
         named |= {"reward.peft.method", "model.peft.method"}

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,22 +14,10 @@ import torch.distributed as dist
 
 from rlhf.run.stage import run_stage
 from rlhf.system.signals import Signals
-from support.paths import ROOT
-from support.ports import free_port, wait_for
-from support.stage_runs import RECIPE, never, stage_json, train
+from support.ports import wait_for
+from support.stage_runs import RECIPE, never, stage_json, start, start_pair, train
 
 pytestmark = pytest.mark.usefixtures("stage_folder")
-
-
-def start(program: str, *arguments: str, **env: str) -> subprocess.Popen[str]:
-    """A stage program in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *RECIPE, *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def test_a_killed_stage_is_taken_up_again_and_a_live_one_is_not_disturbed(
@@ -80,35 +67,30 @@ sys.exit(run_stage("sft", work, sys.argv[1:]))
 """
 
 
-def start_pair(*arguments: str, **env: str) -> list[subprocess.Popen[str]]:
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **env}
-    arguments = ("launch.processes=2", "sft.micro_batch_size=8", *arguments)
-    return [start(PAIR, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in (0, 1)]
-
-
 def finish(children: list[subprocess.Popen[str]]) -> tuple[list[int], list[str], list[str]]:
-    """Exit codes, standard outputs, standard errors."""
+    """Wait for the processes and return their exit codes, standard outputs and standard errors."""
     texts = [child.communicate(timeout=180) for child in children]
     return [child.returncode for child in children], [out for out, _ in texts], [err for _, err in texts]
 
 
 def test_two_processes_write_one_record_skip_together_and_fail_together() -> None:
-    codes, outputs, errors = finish(start_pair())
+    codes, outputs, errors = finish(start_pair(PAIR))
     assert codes == [0, 0], errors
     assert stage_json()["metrics"] == {"total": 3.0}
     assert len(Path("runs/demo/sft/metrics.jsonl").read_text().splitlines()) == 1
     assert "sft: done" in outputs[0] and outputs[1] == ""
-    codes, outputs, errors = finish(start_pair())
+    codes, outputs, errors = finish(start_pair(PAIR))
     assert codes == [0, 0] and "skipped" in outputs[0] and outputs[1] == ""
-    codes, _, errors = finish(start_pair("sft.lr=0.5"))
+    codes, _, errors = finish(start_pair(PAIR, "sft.lr=0.5"))
     assert codes == [2, 2]
     assert "sft.lr: 0.001 -> 0.5" in errors[0] and "recipe has changed" not in errors[1]
 
 
-def test_a_signal_to_one_process_stops_both_after_the_same_step() -> None:
-    children = start_pair(STEPS="1")
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_a_signal_to_one_process_stops_both_after_the_same_step(signalled: int) -> None:
+    children = start_pair(PAIR, STEPS="1")
     wait_for(lambda: Path("at-0").exists() and Path("at-1").exists(), *children)
-    children[1].send_signal(signal.SIGTERM)
+    children[signalled].send_signal(signal.SIGTERM)
     codes, _, errors = finish(children)
     assert codes == [143, 143], errors
     assert Path("stopped-0").read_text() == Path("stopped-1").read_text()

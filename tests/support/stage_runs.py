@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlhf.run.stage import StageContext
+from support.paths import ROOT
+from support.ports import free_port
 
 DATA = ("demonstrations", "prompts", "prompts_heldout", "pretraining", "pretraining_heldout", "cloze")
 RECIPE = ["tiny", "tracking.wandb=disabled", "run.device=cpu", "run.name=demo", "run.dir=runs"]
@@ -35,6 +39,24 @@ def never(ctx: StageContext) -> dict[str, Any]:
 def stage_json(name: str = "sft") -> dict[str, Any]:
     """Return the record of a stage of the run `demo`."""
     return json.loads(Path("runs/demo", name, "stage.json").read_text())
+
+
+def start(program: str, *arguments: str, **env: str) -> subprocess.Popen[str]:
+    """Start the text of a stage program in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *RECIPE, *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_pair(program: str, *arguments: str, **env: str) -> list[subprocess.Popen[str]]:
+    """Start the text of a stage program as two processes of one run, without a launcher."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **env}
+    arguments = ("launch.processes=2", "sft.micro_batch_size=8", *arguments)
+    return [start(program, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in (0, 1)]
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, ask: int) -> None:

@@ -156,14 +156,8 @@ def test_number(value: object, shown: str) -> None:
 
 
 def test_duration() -> None:
-    assert [duration(s) for s in (0, 14.6, 61, 3599.4, 3765, -3)] == [
-        "0:00",
-        "0:15",
-        "1:01",
-        "59:59",
-        "1:02:45",
-        "0:00",
-    ]
+    shown = ["–", "0:00", "0:15", "1:01", "59:59", "1:00:00", "1:02:45", "0:00"]
+    assert [duration(s) for s in (None, 0, 14.6, 61, 3599.4, 3599.6, 3765, -3)] == shown
 
 
 def test_warnings_go_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:

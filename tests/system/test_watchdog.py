@@ -21,8 +21,8 @@ from rlhf.run.stage import StageContext, run_stage
 from rlhf.system.rank_logs import current
 from rlhf.system.watchdog import Watchdog
 from support.paths import ROOT
-from support.ports import free_port, wait_for
-from support.stage_runs import RECIPE
+from support.ports import wait_for
+from support.stage_runs import RECIPE, stage_json, start_pair
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("stage_folder")]
 
@@ -47,20 +47,6 @@ sys.exit(run_stage("sft", work, sys.argv[1:]))
 """
 
 
-def start_pair(*arguments: str, **env: str) -> list[subprocess.Popen[str]]:
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", WORK, *RECIPE, "sft.micro_batch_size=8", *arguments],
-            env=os.environ | shared | {"PYTHONPATH": str(ROOT), "RANK": str(rank), "LOCAL_RANK": str(rank)} | env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-
-
 def report(rank: int) -> dict[str, object]:
     path = LOGS / f"rank-{rank}.json"
     return json.loads(path.read_text()) if path.exists() else {}
@@ -71,7 +57,7 @@ def in_update() -> bool:
 
 
 def test_an_error_of_one_rank_is_told_once_and_its_traceback_is_in_its_log() -> None:
-    children = start_pair(DO="raise")
+    children = start_pair(WORK, DO="raise")
     (out0, err0), (out1, err1) = (child.communicate(timeout=120) for child in children)
     assert [child.returncode for child in children] == [1, 1]
     told = "error on rank 1 in phase train, step 3: ValueError: boom\n  traceback: runs/demo/sft/logs/rank-1.txt\n"
@@ -80,12 +66,12 @@ def test_an_error_of_one_rank_is_told_once_and_its_traceback_is_in_its_log() -> 
     log = (LOGS / "rank-1.txt").read_text()
     assert "written by rank 1\n" in log and "Traceback" in log and ", in work" in log
     assert "Traceback" not in out0
-    record = json.loads(Path("runs/demo/sft/stage.json").read_text())
+    record = stage_json()
     assert record["state"] == "failed" and "ValueError: boom" in record["error"]
 
 
 def test_a_killed_rank_is_named_with_its_phase_by_the_other() -> None:
-    children = start_pair()
+    children = start_pair(WORK)
     wait_for(in_update, *children)
     children[1].kill()  # and not waited for, so that its end can be looked up as under a launcher that has not yet
     _, err = children[0].communicate(timeout=60)
@@ -100,7 +86,7 @@ def test_a_killed_rank_is_named_with_its_phase_by_the_other() -> None:
     [("stop", "rank 1 gives no sign of life for 3 s"), ("sleep", "rank 1 makes no progress for 3 s")],
 )
 def test_a_hanging_rank_ends_the_stage_in_time(how: str, words: str) -> None:
-    children = start_pair("launch.timeout_s=3", DO=how)
+    children = start_pair(WORK, "launch.timeout_s=3", DO=how)
     wait_for(in_update, *children)
     if how == "stop":
         children[1].send_signal(signal.SIGSTOP)
@@ -134,7 +120,7 @@ def test_in_time_is_when_nothing_has_to_be_said(tmp_path: Path) -> None:
             setattr(watch._peers[rank], what, time.monotonic() - seconds)
 
     write([5, 5, 4, 5], [True, True, False, True], 1)
-    watch.look()
+    watch.read_reports()
     assert watch.stuck() == ""
     age(11, 0, 1, 2)
     assert watch.stuck() == ""  # rank 3 goes on
@@ -142,12 +128,12 @@ def test_in_time_is_when_nothing_has_to_be_said(tmp_path: Path) -> None:
     assert watch.stuck().startswith("rank 2 makes no progress for 10 s, in phase train, step 4, of ppo")
     assert watch.stuck().count("rank ") == 1
     write([5, 5, 5, 5], [True, True, False, True], 2)
-    watch.look()
+    watch.read_reports()
     assert watch.stuck() == ""  # rank 2 has gone on
     age(11, 0, 1, 2, 3)
     assert "rank 2 makes" in watch.stuck() and watch.stuck().count("log:") == 1  # the others wait in a collective
     write([5, 5, 5, 5], [True] * 4, 3)
-    watch.look()
+    watch.read_reports()
     age(11, 0, 1, 2, 3)
     assert watch.stuck().count("log:") == 4  # nobody can tell who is to blame
     age(11, 1, what="alive")

@@ -95,7 +95,7 @@ def test_an_export_that_cannot_be_written_is_told(run: Path, tmp_path: Path) -> 
 def test_outputs_that_are_left_out_are_told(run: Path, capsys) -> None:
     write_jsonl(run / collect.OUTPUTS, [outputs_row(item) for item in [*outputs(2), *outputs(1)]])
     joined(run, "anna")
-    assert "left out 1: exact duplicate of outputs" in capsys.readouterr().out
+    assert "dropped 1: exact duplicate of outputs" in capsys.readouterr().out
 
 
 # --- until all know that it is over ----------------------------------------------------------------------------------
