@@ -60,7 +60,7 @@ EQUIVALENT = {
     ("gae", "torch.zeros_like(rewards)  ->  torch.ones_like(rewards) (2)"): "every column of the result is assigned",
     (
         "whiten",
-        "reduce(mask.sum().to(torch.float64)).clamp(min=1)  ->  reduce(mask.sum().to(torch.float64))",
+        "mask.sum().to(torch.float64).clamp(min=1)  ->  mask.sum().to(torch.float64)",
     ): "without real tokens the whole result is masked, nan or not",
     ("whiten", "values.double() - mean  ->  mean - values.double()"): "squared",
     (
