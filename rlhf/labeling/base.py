@@ -42,7 +42,7 @@ def ranks_of(utilities: Sequence[float], tie_margin: float = 0.0) -> tuple[int, 
 def agreement(ranks_a: Sequence[int], ranks_b: Sequence[int]) -> tuple[int, int]:
     """(pairs ordered alike, pairs untied in both rankings) of one prompt's outputs."""
     counts = tally(ranks_a, ranks_b)
-    return counts.alike, counts.alike + counts.opposed
+    return counts.concordant, counts.concordant + counts.discordant
 
 
 def preference(ranks: tuple[int, ...]) -> float:

@@ -15,7 +15,7 @@ from rlhf.config import Recipe
 from rlhf.errors import UserError
 
 T = TypeVar("T")
-Item = TypeVar("Row")
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
