@@ -45,6 +45,7 @@ TARGETS = {
     "rlhf.rollout.experience": ["rollout/test_experience.py"],
     "rlhf.functional.judge_odds": ["functional/test_judge_odds.py"],
     "rlhf.functional.agreement": ["functional/test_agreement.py"],
+    "rlhf.functional.statistics": ["functional/test_statistics.py"],
 }
 LIMIT_S = 60  # a mutant that hangs counts as seen
 QUICK = 12
