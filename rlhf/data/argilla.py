@@ -6,7 +6,7 @@
     {"prompt", .., QUESTION: [{"user_id", "status", "value": {"value": [..], "rank": [..]}}]}
                 a row of the data set that the 1.x client makes (`format_as("datasets")`, also on the Hub)
 
-Rank 1 is best and equal ranks tie. An option stands for the field of the same name, or of the same number or letter at
+Rank 1 is best and equal ranks tie. An option names the field of the same name, or of the same number or letter at
 the end: "1", "Response 1" or "response-1" for `response1`. The prompt is one of the fields that
 rlhf/data/layout_fields.py lists. Discarded responses, drafts and responses without ranks are dropped and counted.
 
@@ -86,7 +86,7 @@ def _ranking(
     for place, option, rank in _options(row, response):
         name = named(check_text(row, f"{place}.value", option), names)
         if name is None or name in ranks:
-            what = f"the option {option!r} stands for no field of its own among {', '.join(names) or 'none'}"
+            what = f"the option {option!r} names no field of its own among {', '.join(names) or 'none'}"
             raise row.fail(f"{place}.value", what, "call the options after the fields")
         ranks[name] = check_rank(row, f"{place}.rank", rank)
     texts = [text_or_empty(row, prefix + name, fields[name] or "") for name in ranks]

@@ -186,7 +186,7 @@ def _two(row: SourceRow, data: dict[str, Any]) -> list[str]:
         if end == first and (stem, second) in by_name
     ]
     if len(pairs) != 1:
-        what = f"it cannot be told which two fields are compared: {', '.join(data)}"
+        what = f"it is not clear which two fields are compared: {', '.join(data)}"
         raise row.fail("data", what, "call them answer1 and answer2, or left and right, and no others in this way")
     return pairs[0]
 

@@ -108,7 +108,7 @@ def _hh(row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
     for field in ("chosen", "rejected"):
         turns = split_transcript(check_text(row, field, row.need(field)))
         if turns is None:
-            what = f"there is no `prompt`, and `{field}` is no dialogue that begins with Human:"
+            what = f"there is no `prompt`, and `{field}` is not a dialogue that begins with Human:"
             raise row.fail(field, what, 'add `prompt`, or write "\\n\\nHuman: ... \\n\\nAssistant: ..."')
         if turns[-1][0] != "Assistant":
             drops.add("HH-RLHF: the dialogue does not end with the assistant")

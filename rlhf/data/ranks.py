@@ -65,7 +65,7 @@ def _ranks_of_letters(row: SourceRow, k: int) -> tuple[int, ...]:
     for rank, group in enumerate(check_text(row, "ranking", row.fields["ranking"]).split(">"), start=1):
         for letter in (part.strip() for part in group.split("=")):
             if letter not in names:
-                raise row.fail("ranking", f"{letter!r} stands for none of the {k} responses", fix)
+                raise row.fail("ranking", f"{letter!r} names none of the {k} responses", fix)
             if letter in ranks:
                 raise row.fail("ranking", f"the letter {letter} comes twice", fix)
             ranks[letter] = rank

@@ -2,7 +2,7 @@
 
     demonstration   {"prompt", "response"}, or {"messages": [..]} whose last message is the assistant's
     ranking         {"prompt", "responses": [K texts], "ranks": [K numbers]}: 1 is best, equal ranks are a tie
-                    {"prompt", "responses", "ranking": "D>C>A=B"}: the letters stand for the responses in order
+                    {"prompt", "responses", "ranking": "D>C>A=B"}: the letters name the responses in order
                     {"prompt", "chosen", "rejected"}: texts, or message lists that may include the prompt
                     or a published layout, or an export of Label Studio or Argilla (rlhf/data/layouts.py)
                     K is 2 to 16. Optional: "finished": [K true or false], "labeler": who ranked, "time": when, in
@@ -271,7 +271,7 @@ def _demonstration(row: SourceRow) -> Demonstration:
         return Demonstration(_prompt(row), check_text(row, "response", row.need("response")))
     before, response = _answered(row, "messages", row.fields["messages"])
     if not before or before[-1].role != "user":
-        raise row.fail("messages", "no user message stands before the response", "put the prompt before it")
+        raise row.fail("messages", "no user message comes before the response", "put the prompt before it")
     return Demonstration(_prompt(row, [m._asdict() for m in before]), response)
 
 
@@ -317,7 +317,7 @@ def _pair(row: SourceRow) -> Ranking:
         value = row.need(name)
         before, answer = _answered(row, name, value) if isinstance(value, list) else ((), check_text(row, name, value))
         if before and before[-1].role != "user":
-            raise row.fail(name, "no user message stands before the answer", "put the prompt before it")
+            raise row.fail(name, "no user message comes before the answer", "put the prompt before it")
         if prompt is None and before:
             prompt = _prompt(row, [m._asdict() for m in before])
         elif before and prompt is not None and before != prompt.messages:

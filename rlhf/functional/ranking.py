@@ -46,7 +46,7 @@ def has_pairs(ranks: Sequence[int], ties: TieHandling) -> bool:
 def ranking_loss(scores: Tensor, ranks: Sequence[Sequence[int]], ties: TieHandling = "drop") -> RankingLoss:
     """Return the sum over prompts of -(1/P) sum log sigmoid(r_w - r_l) over the P pairs of a prompt (equation 1).
 
-    Prompts weigh the same whatever their K.
+    Every prompt has the same weight, for any K.
 
     Args:
         scores: [sum K_g], one score per output, prompt after prompt.

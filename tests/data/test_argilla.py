@@ -149,8 +149,8 @@ MISTAKES = [
     (record(response("ann", ranks(1, 2, 0))), f"{AT}[2].rank", "the rank 0 is below 1"),
     (record(response("ann", [{"value": "response-1"}])), f"{AT}[0].rank", "is null, not a whole number"),
     (record(response("ann", [{"rank": 1}])), f"{AT}[0].value", "is null, not a string"),
-    (record(response("ann", ranks(1, 2, 3, 4))), f"{AT}[3].value", "'response-4' stands for no field"),
-    (record(response("ann", ranks(1) * 2)), f"{AT}[1].value", "'response-1' stands for no field of its own"),
+    (record(response("ann", ranks(1, 2, 3, 4))), f"{AT}[3].value", "'response-4' names no field"),
+    (record(response("ann", ranks(1) * 2)), f"{AT}[1].value", "'response-1' names no field of its own"),
     (record(response("ann", ranks(1, 2)) | {"user_id": []}), "responses[0].user_id", "is a list, not a string"),
     (record(response("ann", None) | TWICE), "responses[0].values", "2 questions have ranks: a, b"),
     (

@@ -179,7 +179,7 @@ MISTAKES = [
     (TWO, choices("1"), "annotations[0].result[0].value.choices", "names neither of the two answers"),  # or a grade
     (LISTED | {"context": ITEMS}, ranker(rank=["m1", "m2", "m3"]), "annotations[0].result[0].value.ranker", "several"),
     (TWO, choices("1", "2"), "annotations[0].result[0].value.choices", "names neither of the two answers"),
-    (TWO | {"answer1": 3}, pairwise("left"), "data", "cannot be told which two fields"),
+    (TWO | {"answer1": 3}, pairwise("left"), "data", "not clear which two fields"),
     (TWO | {"reply1": "x", "reply2": "y"}, pairwise("left"), "data", "prompt, answer1, answer2, reply1, reply2"),
     ({"answer1": "x", "answer2": "y"}, pairwise("left"), "data.prompt", "none of the fields is the prompt"),
     (TWO | {"prompt": 3}, pairwise("left"), "data.prompt", "is a number, not a string"),

@@ -232,7 +232,7 @@ def test_openassistant_trees_may_be_deep(tmp_path: Path) -> None:
 
 
 MISTAKES = [
-    ({"chosen": "hello", "rejected": "bye"}, "chosen", "there is no `prompt`, and `chosen` is no dialogue"),
+    ({"chosen": "hello", "rejected": "bye"}, "chosen", "there is no `prompt`, and `chosen` is not a dialogue"),
     ({k: v for k, v in HH.items() if k != "rejected"}, "rejected", "the field `rejected` is missing"),
     (SUMMARY | {"choice": 2}, "choice", "`choice` is 2, and there are 2 summaries"),
     (SUMMARY | {"worker": 5}, "worker", "`worker` is a number, not a string"),
