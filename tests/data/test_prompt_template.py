@@ -1,4 +1,4 @@
-"""Templates: what is shipped, what is rendered, and that every mistake is told with its line."""
+"""Templates: those that are shipped, what they make, and the line that every mistake names."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_messages_are_the_demonstrations_and_then_the_question() -> None:
     )
 
 
-def test_reasoning_stands_on_lines_of_its_own_before_the_cue() -> None:
+def test_reasoning_is_on_lines_of_its_own_before_the_cue() -> None:
     text = PAIR.replace("few-shot", "chain-of-thought").replace('"label"', '"reason": "because", "label"')
     assert parse_template(text, "t", "t").messages(fields())[1] == ("assistant", "because\nBetter: B")
 
@@ -114,7 +114,7 @@ def test_every_form_of_both_kinds_is_shipped() -> None:
         ('"label": "B"}', '"label": "B"', 12, "not JSON"),
     ],
 )
-def test_a_mistake_is_told_with_file_and_line(old: str, new: str, line: int, words: str) -> None:
+def test_a_mistake_names_file_and_line(old: str, new: str, line: int, words: str) -> None:
     assert PAIR.count(old) == 1
     with pytest.raises(UserError) as caught:
         parse_template(PAIR.replace(old, new), "t.txt", "t")
@@ -167,7 +167,7 @@ def test_examples_of_points_by_hand() -> None:
         ("z", "4"),
         ("y", "7"),
     ]
-    # Of four places the second is a third of the way down: 6 x 1/3 = 2 below 7.
+    # Of four ranks the second is a third of the way down: 6 x 1/3 = 2 below 7.
     four = [ranking("p", "wxyz", (1, 2, 3, 4))] * 3
     assert examples_from(four, template)[2] == Example({"prompt": "p", "response": "y"}, "3")
 

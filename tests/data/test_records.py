@@ -352,7 +352,7 @@ MISTAKES = [
 def test_a_bad_line_names_file_line_field_and_remedy(
     tmp_path: Path, read: Read, row: Any, field: str | None, parts: list[str]
 ) -> None:
-    # A good line and a blank one stand before the bad one: line 3.
+    # The bad line is line 3, after a good one and a blank one.
     good = {"prompt": "p", "response": "r", "text": "t", "context": "c", "choices": ["x", "y"], "answer": 0}
     if read is read_rankings:
         good = GOOD

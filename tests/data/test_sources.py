@@ -80,7 +80,7 @@ def test_empty_files_are_refused(tmp_path: Path, name: str, content: bytes) -> N
 
 
 @pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-12]])
-def test_a_damaged_gzip_file_is_told(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_gzip_file_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(content)
     with pytest.raises(UserError, match="the file cannot be read") as error:

@@ -22,6 +22,7 @@ from rlhf.functional.statistics import (
 )
 
 nan = pytest.approx(math.nan, nan_ok=True)
+SHARES = [0.1, 0.9, 0.35, 0.6, 0.2, 0.75, 0.5, 0.05]
 
 
 @pytest.mark.parametrize(("seed", "resamples"), [(0, 2000), (4, 31), (4, 130)])
@@ -69,6 +70,7 @@ def test_mean_interval_against_all_resamples() -> None:
     # Four values of which one is 4: a resample holds it k times with probability C(4,k) 3^(4-k) / 4^4; k = 0 has 0.316
     # and k >= 3 has 0.051, k = 4 0.004: the ends are 0 and 3.
     assert mean_interval([0.0, 0.0, 0.0, 4.0], resamples=20000) == (1.0, 0.0, 3.0)
+    assert mean_interval(SHARES) == bootstrap_interval(SHARES, [1] * len(SHARES))
     with pytest.raises(ValueError, match="at least one"):
         mean_interval([])
 
@@ -79,6 +81,8 @@ def test_wilson_interval() -> None:
     # k = 0: the upper end is z^2 / (n + z^2) = 3.8415 / 13.8415.
     assert wilson_interval(0, 10) == pytest.approx((0, 0, 0.27753), abs=1e-5)
     assert wilson_interval(10, 10) == pytest.approx((1, 0.72247, 1), abs=1e-5)
+    # Rounding does not take an end past 0 or 1, as it would for some n.
+    assert all(wilson_interval(0, n).low == 0 and wilson_interval(n, n).high == 1 for n in range(1, 200))
     for k, n in [(0, 0), (-1, 3), (4, 3)]:
         with pytest.raises(ValueError):
             wilson_interval(k, n)
@@ -95,7 +99,7 @@ def test_win_rate_interval() -> None:
     rate = win_rate([0, 1] * 200, resamples=4000)
     assert rate.mean == 0.5
     assert (rate.low, rate.high) == pytest.approx((0.451, 0.549), abs=0.005)
-    assert win_rate([0, 1] * 20, seed=1) == win_rate([0, 1] * 20, seed=1)
+    assert win_rate(SHARES) == mean_interval(SHARES)
     # Ties carry no spread: 100 prompts, 40 won, 60 tied: mean 0.7, std sqrt(.4 * .6) / 2 = 0.245, error 0.0245.
     tied = win_rate([1] * 40 + [0.5] * 60, resamples=4000)
     assert tied.mean == pytest.approx(0.7)
@@ -113,6 +117,11 @@ def test_length_matched_win_rate() -> None:
     assert rate is not None
     assert rate.mean == pytest.approx((1.0 + 0.75) / 2)  # the first prompt keeps its win, the second (1 + 0.5) / 2
     assert length_matched_win_rate([[1.0]], [[10]], [[2]]) == (None, 0)
+    ones = [[1]] * len(SHARES)
+    assert length_matched_win_rate([[x] for x in SHARES], ones, ones) == (win_rate(SHARES), len(SHARES))
+    for lengths in ([], [[1, 2]]):
+        with pytest.raises(ValueError):
+            length_matched_win_rate([[1.0]], [[1]], lengths)
 
 
 def test_cluster_bootstrap() -> None:
@@ -123,6 +132,7 @@ def test_cluster_bootstrap() -> None:
     assert cluster_bootstrap([[0.0] * 3] * 4, shares=False) == (0, nan, nan)
     # Of one group nothing is known, however many values it has.
     assert cluster_bootstrap([[1.0] * 27 + [0.0]]) == (pytest.approx(27 / 28), nan, nan)
+    assert cluster_bootstrap([[x] for x in SHARES]) == mean_interval(SHARES)
     # Two groups of 1 and 3 values: the means of resamples are 0, 3/4 and 1 with probability 1/4, 1/2, 1/4.
     assert cluster_bootstrap([[0.0], [1.0, 1.0, 1.0]]) == (0.75, 0, 1)
 

@@ -82,6 +82,11 @@ EQUIVALENT = {
     ("tally", "a1 < b1  ->  a1 <= b1"): "ties are counted before",
     ("tally", "a2 < b2  ->  a2 <= b2"): "ties are counted before",
     ("ratio", "a - value * b  ->  value * b - a"): "squared",
+    (
+        "cluster_bootstrap",
+        "max(means) - min(means) < 1e-12  ->  max(means) - min(means) <= 1e-12",
+    ): "no gap is exactly that",
+    ("cluster_bootstrap", "means[0]  ->  means[1]"): "all means are equal there",
     ("alpha_ordinal", "for unit in units if len(unit) > 1  ->  for unit in units"): "a value alone is in no pair",
     ("alpha_ordinal", "len(unit) > 1  ->  len(unit) >= 1"): "a value alone is in no pair",
     ("alpha_ordinal", "coincidences.sum(0)  ->  coincidences.sum(1)"): "symmetric",
