@@ -225,9 +225,7 @@ def test_openassistant_trees_may_be_deep(tmp_path: Path) -> None:
     node = reply("end", "prompter", 0, reply("x", "assistant", 0), reply("y", "assistant", 1))
     for i in range(100):
         node = reply(f"p{i}", "prompter", 0, reply(f"a{i}", "assistant", 0, node), reply("no", "assistant", 1))
-    rankings, drops = rankings_in(
-        tmp_path / "published.jsonl", {"message_tree_id": "t", "tree_state": "ready_for_export", "prompt": node}
-    )
+    rankings, drops = rankings_in(tmp_path, {"message_tree_id": "t", "tree_state": "ready_for_export", "prompt": node})
     assert len(rankings) == 101 and len(rankings[-1].prompt.messages) == 201 and drops == []
 
 
