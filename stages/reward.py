@@ -25,10 +25,9 @@ from rlhf.data.encoding import fit_demonstrations, fit_rankings
 from rlhf.data.records import Drops, read_demonstrations, read_rankings
 from rlhf.data.splits import split_by_prompt
 from rlhf.errors import UserError
-from rlhf.functional.ranking import PairCounts, calibration, count_pairs, has_pairs, tied_pairs
+from rlhf.functional.ranking import PairCounts, accuracy_interval, calibration, count_pairs, has_pairs, tied_pairs
 from rlhf.functional.schedule import lr_factor
 from rlhf.functional.seeding import shuffled_indices
-from rlhf.functional.statistics import accuracy_interval
 from rlhf.models.loading import check_context, load_tokenizer, new_reward_model, recompute_activations, save_model
 from rlhf.models.placement import full_state_dict, materialized
 from rlhf.models.zero import trained

@@ -1,4 +1,4 @@
-"""Argilla's exports of a RankingQuestion: records with the responses of each labeler, every one a ranking.
+"""Read Argilla's exports of a RankingQuestion: records with responses of labelers, each of which is a ranking.
 
     {"fields": {..}, "responses": [{"user_id", "status", "values": {QUESTION: {"value": [{"value", "rank"}]}}}]}
                 a record of the 1.x client, or of a server of any version (GET /api/v1/datasets/ID/records
@@ -6,12 +6,12 @@
     {"prompt", .., QUESTION: [{"user_id", "status", "value": {"value": [..], "rank": [..]}}]}
                 a row of the data set that the 1.x client makes (`format_as("datasets")`, also on the Hub)
 
-Rank 1 is best and equal ranks tie. An option stands for the field of its name, or with its number or letter at the end:
-"1", "Response 1" or "response-1" for `response1`. The prompt is one of the fields that rlhf/data/layout_fields.py
-lists. Discarded responses, drafts and those without ranks are counted.
+Rank 1 is best and equal ranks tie. An option names the field of the same name, or of the same number or letter at
+the end: "1", "Response 1" or "response-1" for `response1`. The prompt is one of the fields that
+rlhf/data/layout_fields.py lists. Discarded responses, drafts and responses without ranks are dropped and counted.
 
 The 2.x client (`to_json`, `to_datasets`) writes the options in the question's order and leaves out the ranks
-(argilla-io/argilla issues 5677 and 5712). Such a file is refused: no order can be had from it.
+(argilla-io/argilla issues 5677 and 5712). Such a file is refused, since it does not contain the order.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from rlhf.data.layout_fields import Counter, Layout, RawRanking, find_prompt, named, objects, text_or_empty
-from rlhf.data.sources import SourceRow, check_list, check_object, check_text, check_time, check_whole
+from rlhf.data.ranks import check_rank
+from rlhf.data.sources import SourceRow, check_list, check_object, check_text, check_time
 
 NAME = "Argilla"
-USERS = ".responses.users"  # ends the name of a column that the 2.x client makes
+USERS = ".responses.users"  # end of the name of a column that the 2.x client writes
 
 
 class _Response(NamedTuple):
     """One labeler's response to a record."""
 
-    place: str
+    place: str  # path of the response in the row, for errors
     about: dict[str, Any]  # user_id, status, times
-    values_at: str
-    values: Any  # options and ranks; None where it has none
+    values_at: str  # path of the values
+    values: Any  # options and ranks; None if there are none
 
 
 def _record(row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
@@ -85,11 +86,9 @@ def _ranking(
     for place, option, rank in _options(row, response):
         name = named(check_text(row, f"{place}.value", option), names)
         if name is None or name in ranks:
-            what = f"the option {option!r} stands for no field of its own among {', '.join(names) or 'none'}"
+            what = f"the option {option!r} names no field of its own among {', '.join(names) or 'none'}"
             raise row.fail(f"{place}.value", what, "call the options after the fields")
-        ranks[name] = check_whole(row, f"{place}.rank", rank)
-        if ranks[name] < 1:
-            raise row.fail(f"{place}.rank", f"the rank {rank} is below 1", "count from 1, the best")
+        ranks[name] = check_rank(row, f"{place}.rank", rank)
     texts = [text_or_empty(row, prefix + name, fields[name] or "") for name in ranks]
     user = about.get("user_id")
     labeler = "" if user is None else check_text(row, f"{response.place}.user_id", user)
@@ -100,7 +99,7 @@ def _ranking(
 
 
 def _options(row: SourceRow, response: _Response) -> Iterator[tuple[str, Any, Any]]:
-    """(place, option, rank) of a list of {value, rank}, or of the two columns that `datasets` makes of such a list."""
+    """Yield (path, option, rank) from a list of {value, rank}, or from the two columns that `datasets` makes of it."""
     place, values = response.values_at, response.values
     if not isinstance(values, dict):
         yield from ((where, item.get("value"), item.get("rank")) for where, item in objects(row, place, values))
@@ -113,7 +112,7 @@ def _options(row: SourceRow, response: _Response) -> Iterator[tuple[str, Any, An
 
 
 def _has_ranks(value: Any) -> bool:
-    """Whether this is the value of a RankingQuestion; no other type of question has a list of objects with these."""
+    """Return whether this is the value of a RankingQuestion; no other type of question lists objects with ranks."""
     if isinstance(value, dict):
         return "rank" in value and "value" in value
     items = value if isinstance(value, list) else []
@@ -121,11 +120,11 @@ def _has_ranks(value: Any) -> bool:
 
 
 def _is_question(fields: dict[str, Any], name: str) -> bool:
-    """Whether a column has responses of labelers."""
+    """Return whether a column has responses of labelers."""
     column = fields[name]
     if not isinstance(column, list) or not all(isinstance(item, dict) for item in column):
         return False
-    # A question that nobody answered yet is known by the column beside it.
+    # A question that nobody has answered yet is recognised by the column beside it.
     answered = bool(column) and all({"user_id", "value", "status"} <= item.keys() for item in column)
     return answered or (not column and f"{name}-suggestion-metadata" in fields)
 
@@ -140,7 +139,7 @@ def _is_page(fields: dict[str, Any]) -> bool:
 
 
 def _without_ranks(row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
-    """A record or row of the 2.x client."""
+    """Refuse a record or row of the 2.x client, or count it if it has no responses."""
     fields = row.fields
     if fields.get("responses") == {}:
         drops.add(f"{NAME}: a record without responses")

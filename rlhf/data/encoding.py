@@ -1,7 +1,8 @@
-"""Text to token ids and back to limits: how a prompt and a response become what the model sees.
+"""Turn prompts and responses into token ids, and drop records that are over the length limits.
 
-A prompt goes through the tokenizer's chat template, up to where the assistant speaks; a response is its text followed
-by EOS when it is finished. Both are encoded apart and joined as ids, so that a response is the same ids in every stage.
+A prompt goes through the tokenizer's chat template, up to where the assistant's answer begins; a response is its text,
+followed by EOS if it is finished. They are encoded separately and joined as ids, so that a response has the same ids in
+every stage.
 """
 
 from __future__ import annotations
@@ -15,30 +16,30 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data.records import Demonstration, Drops, Message, Prompt, Ranking
 
-PRIVATE_USE = 0xF0000  # code points without a meaning of their own, to stand for something while a text is encoded
+PRIVATE_USE = 0xF0000  # first of the code points that serve as placeholders while a text is encoded
 Item = TypeVar("Item", Prompt, Demonstration, Ranking)
 
 
 @dataclass(frozen=True)
 class Encoded(Generic[Item]):
-    """A record with its token ids; a prompt has no responses, a demonstration one, a ranking K."""
+    """A record with its token ids."""
 
     item: Item
     prompt: list[int]
-    responses: list[list[int]]
+    responses: list[list[int]]  # none for a prompt, one for a demonstration, K for a ranking
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Ids of the prompt in the chat template, ending where the assistant's answer begins."""
+    """Return the ids of the prompt in the chat template, up to where the assistant's answer begins."""
     messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
 
 def encode_untrusted(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Ids of a dialogue up to where the assistant speaks, whose messages hold texts of models and strangers.
+    """Return the ids of a dialogue whose messages contain text of models and strangers, up to the assistant's answer.
 
-    Names of special tokens in the messages are spelled out, so that no text can end or begin a turn that these mark. In
-    the plain format turns are marked by words alone, which a text may hold.
+    Names of special tokens in the messages are encoded as ordinary text, so that no message can end or begin a turn by
+    such a token. In the plain format turns are marked by words, which a message can contain.
     """
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     names = [name for name in special if any(name in message.content for message in messages)]
@@ -58,10 +59,10 @@ def encode_untrusted(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mess
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, text: str, finished: bool = True) -> list[int]:
-    """Ids of a response, with EOS at the end when it is finished; nothing else is added.
+    """Return the ids of a response, with EOS at the end if it is finished.
 
-    Names of special tokens inside the text are spelled out, so that no text can end a turn. Where the template ends in
-    `Assistant:` (the plain format) the text gets one leading space, as the model would sample it.
+    Names of special tokens inside the text are encoded as ordinary text, so that no text can end a turn. If the
+    template ends in `Assistant:` (the plain format), the text gets one leading space, as the model would sample it.
     """
     if speaks_after_colon(tokenizer):
         text = " " + text.lstrip(" ")
@@ -70,13 +71,13 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, text: str, finished: boo
 
 
 def speaks_after_colon(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template leaves the assistant right after `Assistant:`."""
+    """Return whether the template ends in `Assistant:`."""
     probe = [{"role": "user", "content": "x"}]
     return tokenizer.apply_chat_template(probe, add_generation_prompt=True, tokenize=False).endswith("Assistant:")
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> list[int]:
-    """Ids that end a response: the tokenizer's EOS first, then those of the model's generation config."""
+    """Return the ids that end a response: the tokenizer's EOS, then those of the model's generation config."""
     theirs = model.generation_config.eos_token_id if model is not None else None
     others = theirs if isinstance(theirs, list) else [] if theirs is None else [theirs]
     return list(dict.fromkeys([tokenizer.eos_token_id, *others]))
@@ -85,7 +86,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None =
 def fit_prompts(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, max_prompt: int, drops: Drops
 ) -> list[Encoded[Prompt]]:
-    """Prompts of at most `max_prompt` tokens; the others are left out and counted in `drops`."""
+    """Encode prompts; those of over `max_prompt` tokens are dropped and counted."""
     return _fit([Encoded(p, encode_prompt(tokenizer, p), []) for p in prompts], drops, max_prompt=max_prompt)
 
 
@@ -97,7 +98,10 @@ def fit_demonstrations(
     max_tokens: int,
     drops: Drops,
 ) -> list[Encoded[Demonstration]]:
-    """Demonstrations within all three limits (response tokens include EOS; `max_tokens` is prompt and response)."""
+    """Encode demonstrations; those over a limit are dropped and counted.
+
+    Limits are in tokens: of the prompt, of the response with its EOS, and of both together (`max_tokens`).
+    """
     rows = [Encoded(d, encode_prompt(tokenizer, d.prompt), [encode_response(tokenizer, d.response)]) for d in items]
     return _fit(rows, drops, max_prompt, max_response, max_tokens)
 
@@ -105,7 +109,7 @@ def fit_demonstrations(
 def fit_rankings(
     items: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase, max_tokens: int, drops: Drops
 ) -> list[Encoded[Ranking]]:
-    """Rankings of which every output, prompt included, has at most `max_tokens` tokens."""
+    """Encode rankings; those with an output of over `max_tokens` tokens, prompt included, are dropped and counted."""
     rows = [
         Encoded(
             r,

@@ -1,10 +1,4 @@
-"""The judge's template as a recipe names it, and worked examples made of ranked outputs.
-
-A pair's example shows the best and the worst output of a ranking. Which of them stands first follows the Thue-Morse
-sequence (A B B A B A A B ..): both labels come equally often and no simple pattern foretells the next one. An example
-of points is one output, by turns the best, the worst and the middle one; the places of its ranking are spread evenly
-over the labels, the best one getting the highest.
-"""
+"""Load the judge's template that a recipe names, and make worked examples for it from ranked outputs."""
 
 from __future__ import annotations
 
@@ -19,10 +13,10 @@ from rlhf.errors import UserError
 
 
 def judge_template(cfg: JudgeSection) -> Template:
-    """The template of a recipe, with the recipe's own demonstrations where it names any.
+    """Return the template of a recipe, with the demonstrations of the recipe's file if it names one.
 
     Raises:
-        UserError: no such template or a mistake in it, or demonstrations that it cannot take or has not got.
+        UserError: if there is no such template, if it has a mistake, or if it and the demonstrations do not fit.
     """
     template = load_template(cfg.template)
     if cfg.demonstrations:
@@ -48,28 +42,28 @@ def judge_template(cfg: JudgeSection) -> Template:
 
 
 def why_not_calibrated(template: Template) -> str:
-    """Why contextual calibration does nothing for answers to a template; empty where it does."""
+    """Return why contextual calibration has no effect with a template; "" if it has one."""
     if template.reasons:
         return f"{template.name} reasons: there is nothing to reason about without content"
     if template.kind == "pair":
-        # One constant is taken off the log-odds of both orders, and cancels in their mean.
-        return f"{template.name} is asked in both orders, in which what calibration takes off cancels"
+        # Calibration subtracts one constant from the log-odds of both orders, which cancels in their difference.
+        return f"{template.name} is asked in both orders, in which the correction cancels"
     return ""
 
 
 def check_judge(cfg: JudgeSection) -> None:
-    """What can be known before anything is loaded.
+    """Check the endpoint, the template and the demonstrations of a recipe before any model is loaded.
 
     Raises:
-        UserError: for a bad endpoint, template or file of demonstrations.
+        UserError: if one of them is wrong.
     """
     if cfg.endpoint:
         parts = urlsplit(cfg.endpoint)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError("this is no URL of an endpoint", "judge.endpoint", "give it as http://HOST:PORT/v1")
+            raise UserError("this is not the URL of an endpoint", "judge.endpoint", "give it as http://HOST:PORT/v1")
         if parts.username or parts.password or parts.query:
             raise UserError(
-                "an endpoint's URL has no name, password or query: a recipe is written into the run and shown",
+                "an endpoint's URL must not have a name, password or query: recipes are copied into runs and shown",
                 "judge.endpoint",
                 "put the key into the environment: export OPENAI_API_KEY=...",
             )
@@ -81,26 +75,32 @@ def check_judge(cfg: JudgeSection) -> None:
 
 
 def example_rankings(rankings: Sequence[Ranking]) -> list[Ranking]:
-    """Rankings that an example can be made of: not all of their outputs tie."""
+    """Return the rankings that an example can be made of: those whose outputs do not all tie."""
     return [ranking for ranking in rankings if len(set(ranking.ranks)) > 1]
 
 
 def examples_from(rankings: Sequence[Ranking], template: Template) -> list[Example]:
-    """One example of each ranking, in order; see the head of this file."""
+    """Make one example of each ranking, in order.
+
+    An example of a pair shows the best and the worst output. Their order follows the Thue-Morse sequence (A B B A B A A
+    B ..): both labels occur equally often, and no simple pattern predicts the next one. An example of points is one
+    output, in turn the best, the worst and the middle one. The distinct ranks are spread evenly over the labels, the
+    best rank at the highest label.
+    """
     make = _pair if template.kind == "pair" else _points
     return [make(ranking, template.labels, i) for i, ranking in enumerate(rankings)]
 
 
 def _pair(ranking: Ranking, labels: Sequence[str], i: int) -> Example:
     best, worst = (ranking.responses[ranking.ranks.index(rank)] for rank in (min(ranking.ranks), max(ranking.ranks)))
-    right = bin(i).count("1") % 2
-    first, second = (best, worst) if right == 0 else (worst, best)
-    return Example({"prompt": ranking.prompt.text, "first": first, "second": second}, labels[right])
+    best_at = bin(i).count("1") % 2  # the Thue-Morse sequence
+    first, second = (best, worst) if best_at == 0 else (worst, best)
+    return Example({"prompt": ranking.prompt.text, "first": first, "second": second}, labels[best_at])
 
 
 def _points(ranking: Ranking, labels: Sequence[str], i: int) -> Example:
-    places = sorted(set(ranking.ranks))
-    place = (0, len(places) - 1, len(places) // 2)[i % 3]
-    response = ranking.responses[ranking.ranks.index(places[place])]
-    below = round(place * (len(labels) - 1) / (len(places) - 1))
+    ranks = sorted(set(ranking.ranks))
+    position = (0, len(ranks) - 1, len(ranks) // 2)[i % 3]
+    response = ranking.responses[ranking.ranks.index(ranks[position])]
+    below = round(position * (len(labels) - 1) / (len(ranks) - 1))
     return Example({"prompt": ranking.prompt.text, "response": response}, labels[len(labels) - 1 - below])

@@ -1,15 +1,15 @@
-"""Label Studio's JSON export: tasks with the annotations of each labeler, every one of which becomes a ranking.
+"""Read Label Studio's JSON export: tasks with the annotations of labelers, each of which becomes a ranking.
 
     {"data": {"prompt", ..}, "annotations": [{"result": [..], "completed_by", "created_at", "was_cancelled"}]}
 
-    ranker      value.ranker: {NAME OF THE TAG: [ids, best first]}; or, with buckets whose names end in a number, that
-                number is the rank of all that are in it, and they tie. `data` has a list of {"id", "body" or "title"}
+    ranker      value.ranker: {NAME OF THE TAG: [ids, best first]}; or buckets whose names end in a number, which is the
+                rank of all items in the bucket, so that they tie. `data` has a list of {"id", "body" or "title"}
     pairwise    value.selected: left or right, of two fields of `data` called answer1 and answer2 or the like
     choices     value.choices: one that names one of the two fields (by its number, letter or side), or a tie
 
 The first of these types that an annotation has is read, other results are ignored. The prompt is one of the fields
-rlhf/data/layout_fields.py lists. Skipped annotations, and those that rank nothing or leave items in the list, are
-counted.
+that rlhf/data/layout_fields.py lists. Skipped annotations, and those that rank nothing or leave items unranked, are
+dropped and counted.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ TIES = {
 UNUSED = "_"  # the bucket of items that nobody moved
 
 Answer = tuple[list[str], list[int]]  # responses, ranks
-Result = tuple[str, dict[str, Any]]  # place, one result of an annotation
+Result = tuple[str, dict[str, Any]]  # path, one result of an annotation
 
 
 def _read(row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
@@ -73,14 +73,14 @@ def _read(row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
 
 
 def _user(row: SourceRow, field: str, user: Any) -> str:
-    """An id, or an object with an email address and an id; nothing where nobody is named."""
+    """Return the name of a labeler: an id, or the email address or id of an object; "" if there is none."""
     if isinstance(user, dict):
         field, user = next(((f"{field}.{k}", user[k]) for k in ("email", "id") if user.get(k)), (field, None))
     return user or "" if user is None or isinstance(user, str) else str(check_whole(row, field, user))
 
 
 def _answer(row: SourceRow, data: dict[str, Any], results: Sequence[Result]) -> Answer | str:
-    """What an annotation says; a reason to leave it out where that is no ranking."""
+    """Return the ranking of an annotation, or the reason to drop it."""
     by_type = {name: [result for result in results if result[1].get("type") == name] for name in READERS}
     kind = next((name for name, found in by_type.items() if found), None)
     if kind is None:
@@ -121,7 +121,7 @@ def _ranker(row: SourceRow, data: dict[str, Any], place: str, result: dict[str, 
 
 
 def _items(row: SourceRow, data: dict[str, Any], field: str, ids: set[str]) -> dict[str, str]:
-    """Text by id of the list in `data` that has these ids."""
+    """Return the texts by id of the list in `data` that has these ids."""
     found: list[tuple[str, dict[str, str]]] = []
     for name, value in data.items():
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
@@ -172,7 +172,7 @@ def _texts(row: SourceRow, data: dict[str, Any], names: Sequence[str]) -> list[s
 
 
 def _two(row: SourceRow, data: dict[str, Any]) -> list[str]:
-    """The two fields of a task that are compared, left before right: the export does not say which they are."""
+    """Find the two fields of a task that are compared, left before right; the export does not name them."""
     prompt, _ = find_prompt(row, "data.", data)
     by_name = {
         (plain(name).removesuffix(ending(name)), ending(name)): name
@@ -186,7 +186,7 @@ def _two(row: SourceRow, data: dict[str, Any]) -> list[str]:
         if end == first and (stem, second) in by_name
     ]
     if len(pairs) != 1:
-        what = f"it cannot be told which two fields are compared: {', '.join(data)}"
+        what = f"it is not clear which two fields are compared: {', '.join(data)}"
         raise row.fail("data", what, "call them answer1 and answer2, or left and right, and no others in this way")
     return pairs[0]
 

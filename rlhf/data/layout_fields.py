@@ -1,4 +1,4 @@
-"""What the readers of published layouts and of tools' exports share: their result, and checks of nested fields."""
+"""Share what the readers of published layouts and of tools' exports need: their result, and checks of nested fields."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _ENDING = re.compile(r"(\d+|(?<![a-z])[a-z]|left|right)$")
 
 
 class Counter(Protocol):
-    """What counts dropped rows: `rlhf.data.records.Drops`."""
+    """A counter of dropped rows by reason, such as `rlhf.data.records.Drops`."""
 
     def add(self, reason: str, n: int = 1) -> None: ...
 
 
 class RawRanking(NamedTuple):
-    """A ranking before it is checked: the prompt as the contract has it (text or messages), texts, ranks."""
+    """A ranking before it is checked; the other fields are those of `rlhf.data.records.Ranking`."""
 
-    prompt: str | list[dict[str, str]]
+    prompt: str | list[dict[str, str]]  # text, or messages
     responses: list[str]
     ranks: list[int]
     labeler: str = ""
@@ -31,72 +31,69 @@ class RawRanking(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A layout of files: its name, whether a row has it, and how the row is read."""
+    """A layout of files and its reader."""
 
     name: str
-    matches: Callable[[dict[str, Any]], bool]
+    matches: Callable[[dict[str, Any]], bool]  # whether a row with these fields has the layout
     read: Callable[[SourceRow, Counter], Iterator[RawRanking]]
 
 
 def has(*names: str) -> Callable[[dict[str, Any]], bool]:
-    """Whether a row has all these fields."""
+    """Return a test of whether a row has all these fields."""
     return lambda fields: all(name in fields for name in names)
 
 
-def ranks_of_scores(scores: Sequence[float]) -> list[int]:
-    """Ranks of scores, the highest 1, equal scores tied, no rank left out: [7, 9, 7, 1] gives [2, 1, 2, 3]."""
-    order = sorted(set(scores), reverse=True)
-    return [order.index(score) + 1 for score in scores]
-
-
 def objects(row: SourceRow, field: str, value: Any) -> list[tuple[str, dict[str, Any]]]:
-    """(place, object) of each item of a list; UserError naming the field or item otherwise."""
+    """Return (path, object) of each item of a list; raise UserError naming the field or item otherwise."""
     items = check_list(row, field, value)
     return [(f"{field}[{i}]", check_object(row, f"{field}[{i}]", item)) for i, item in enumerate(items)]
 
 
 def column(row: SourceRow, field: str, name: str) -> list[str]:
-    """The text `name` of every object in the list `field`."""
+    """Return the text `name` of every object in the list `field`."""
     return [
         text_or_empty(row, f"{place}.{name}", item.get(name)) for place, item in objects(row, field, row.need(field))
     ]
 
 
 def text_or_empty(row: SourceRow, field: str, value: Any) -> str:
-    """Text that may be empty: files have such responses, and they are dropped and counted."""
+    """Return `value` if it is text, empty or not; an empty response is dropped and counted later."""
     return "" if isinstance(value, str) and not value.strip() else check_text(row, field, value)
 
 
 def number(row: SourceRow, field: str, value: Any) -> float:
-    """A finite number; UserError naming `field` otherwise."""
+    """Return `value` if it is a finite number; raise UserError naming `field` otherwise."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
         raise row.fail(field, f"`{field}` is {value!r}, not a number", "write it as a number without quotes")
     return float(value)
 
 
 def plain(name: str) -> str:
-    """A name without capitals, blanks and punctuation."""
+    """Return a name in lower case without blanks and punctuation."""
     return "".join(c for c in name.lower() if c.isalnum())
 
 
 def ending(name: str) -> str:
-    """The number, single letter or side that a name ends with: "1" of answer-1, "b" of "Response B", else nothing."""
+    """Return the number, letter or side that a name ends with: "1" of answer-1, "b" of "Response B"; "" if none."""
     found = _ENDING.search(name.lower().rstrip())
     return found[1] if found else ""
 
 
 def named(option: str, names: Sequence[str]) -> str | None:
-    """The field that an option of a tool's question stands for: of the same name, else of the same ending."""
+    """Return the field that an option of a tool's question names: by the same name, else by the same ending."""
     same = [name for name in names if plain(name) == plain(option)]
     alike = [name for name in names if ending(name) and ending(name) == ending(option)]
     return next((found[0] for found in (same, alike) if len(found) == 1), None)
 
 
 def find_prompt(row: SourceRow, prefix: str, fields: dict[str, Any]) -> tuple[str, Any]:
-    """(name, value) of the prompt among a tool's fields: the first of `PROMPTS` that is there; text, or messages.
+    """Return (name, value) of the prompt among a tool's fields: the first of `PROMPTS` that is there.
 
     Args:
-        prefix: what stands before the names where a field is told: "data." or nothing.
+        prefix: put before the name of a field in an error: "data." or nothing.
+
+    Raises:
+        UserError: if no field is the prompt, or if its value is neither text nor a list of messages.
     """
     for wanted in PROMPTS:
         for name, value in fields.items():

@@ -1,6 +1,6 @@
-"""Published layouts of ranking data, read as they were released: each row becomes rows of our own contract.
+"""Read published layouts of ranking data as they were released.
 
-A layout is known by its keys (first line of each); 1 is the best rank and equal ranks are a tie.
+A layout is recognised by its keys, in the first line of each; rank 1 is best and equal ranks are a tie.
 
     Anthropic HH-RLHF       chosen, rejected: both transcripts, and no prompt
     (arXiv 2204.05862)      the prompt is what both share, up to the last "Assistant:"; chosen 1, rejected 2
@@ -11,7 +11,7 @@ A layout is known by its keys (first line of each); 1 is the best rank and equal
     (arXiv 2112.09332)      question.full_text; the higher score first, equal scores tie
     UltraFeedback           instruction, completions
     (arXiv 2310.01377)      completions[].response, by fine-grained_score where all have it, else by overall_score
-                            (which a bug of early releases made 10 where it was 1: OpenBMB/UltraFeedback issue 8)
+                            (a bug of early releases turned 1 into 10: OpenBMB/UltraFeedback issue 8)
     Nectar                  prompt (a transcript), answers
     (Zhu et al. 2023)       answers[].answer, by answers[].rank
     OpenAssistant trees     prompt (an object)
@@ -20,10 +20,11 @@ A layout is known by its keys (first line of each); 1 is the best rank and equal
     SHP                     history, human_ref_A, human_ref_B, labels
     (Ethayarajh 2022)       history; labels 1: A first, 0: B first
 
-Exports of labelling tools are found in the same way and read by rlhf/data/label_studio.py and rlhf/data/argilla.py.
+Exports of labelling tools are recognised in the same way; rlhf/data/label_studio.py and rlhf/data/argilla.py read them.
 
-A field that is missing or of the wrong type is the user's error, as everywhere. Known blemishes of the releases (empty
-responses, equal texts ranked apart, too few responses, a dialogue that parts early) are dropped and counted by reason.
+A missing field or one of the wrong type raises UserError. Rankings with known blemishes of the releases (empty
+responses, equal texts ranked apart, too few responses, dialogues that differ before the last answer) are dropped and
+counted by reason.
 """
 
 from __future__ import annotations
@@ -41,20 +42,22 @@ from rlhf.data.layout_fields import (
     has,
     number,
     objects,
-    ranks_of_scores,
     text_or_empty,
 )
+from rlhf.data.ranks import MAX_K, MIN_K, equal_texts_ranked_apart, ranks_of_scores
 from rlhf.data.sources import SourceRow, check_object, check_text, check_whole
 
-MIN_K, MAX_K = 2, 16
 _MARKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 def split_transcript(text: str) -> list[tuple[str, str]] | None:
-    """Turns (speaker, words) of "Human: .. Assistant: ..", words stripped; None when it does not begin with "Human:".
+    """Split "Human: .. Assistant: .." into turns (speaker, words), words stripped.
 
-    A speaker's name counts where it begins the text or follows a blank line, and when the other speaker spoke last: a
-    second "Human:" in a row is part of what the human said, so that turns alternate and no character is lost.
+    A speaker's name counts if it begins the text or follows a blank line, and if the other speaker had the turn before:
+    a second "Human:" in a row is part of the human's words, so that turns alternate and no character is lost.
+
+    Returns:
+        The turns; None if the text does not begin with "Human:".
     """
     text = text.strip()
     turns: list[list[Any]] = []  # [speaker, start of the words, end of the words]
@@ -69,15 +72,15 @@ def split_transcript(text: str) -> list[tuple[str, str]] | None:
 
 
 def find_layout(fields: dict[str, Any]) -> Layout | None:
-    """The published layout that a row has, if any."""
+    """Return the published layout of a row with these fields, or None."""
     return next((layout for layout in LAYOUTS if layout.matches(fields)), None)
 
 
 def read_published(layout: Layout, row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
-    """Rankings of a published row; those with a known blemish are dropped and counted.
+    """Yield the rankings of a published row; those with a known blemish are dropped and counted.
 
     Raises:
-        UserError: for a field that is missing or of the wrong type.
+        UserError: if a field is missing or of the wrong type.
     """
     for ranked in layout.read(row, drops):
         if reason := _blemish(ranked):
@@ -86,23 +89,15 @@ def read_published(layout: Layout, row: SourceRow, drops: Counter) -> Iterator[R
             yield ranked
 
 
-def contradiction(responses: Sequence[str], ranks: Sequence[int]) -> tuple[int, int] | None:
-    """The first two equal responses with different ranks, as indices."""
-    first: dict[str, int] = {}
-    for i, response in enumerate(responses):
-        if ranks[first.setdefault(response, i)] != ranks[i]:
-            return first[response], i
-    return None
-
-
 def _blemish(ranked: RawRanking) -> str | None:
+    """Return the reason to drop a ranking, or None."""
     if len(ranked.responses) < MIN_K:
         return f"fewer than {MIN_K} ranked responses"
     if len(ranked.responses) > MAX_K:
         return f"more than {MAX_K} responses"
     if not all(response.strip() for response in ranked.responses):
         return "an empty response"
-    if contradiction(ranked.responses, ranked.ranks):
+    if equal_texts_ranked_apart(ranked.responses, ranked.ranks):
         return "equal responses ranked apart"
     contents = [m["content"] for m in ranked.prompt] if isinstance(ranked.prompt, list) else [ranked.prompt]
     return None if all(content.strip() for content in contents) else "an empty prompt or turn"
@@ -113,7 +108,7 @@ def _hh(row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
     for field in ("chosen", "rejected"):
         turns = split_transcript(check_text(row, field, row.need(field)))
         if turns is None:
-            what = f"there is no `prompt`, and `{field}` is no dialogue that begins with Human:"
+            what = f"there is no `prompt`, and `{field}` is not a dialogue that begins with Human:"
             raise row.fail(field, what, 'add `prompt`, or write "\\n\\nHuman: ... \\n\\nAssistant: ..."')
         if turns[-1][0] != "Assistant":
             drops.add("HH-RLHF: the dialogue does not end with the assistant")
@@ -176,7 +171,7 @@ def _nectar(row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
 
 
 def _oasst(row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
-    # A tree is walked with a list of its own: a thread may be deeper than Python's recursion.
+    # A list of nodes in place of recursion: a thread may be deeper than Python's recursion limit.
     todo: list[tuple[str, dict[str, Any], list[dict[str, str]]]] = [("prompt", row.fields["prompt"], [])]
     while todo:
         place, node, above = todo.pop()

@@ -1,18 +1,18 @@
-"""Templates of questions to a language model: a header, the text of one question, and worked examples.
+"""Read, check, fill in and write templates of questions to a language model. A template is a text file:
 
     # comments
     kind: pair                  pair: which of two responses is better; points: how good is one; answer: respond to it
     form: few-shot              zero-shot, few-shot, or chain-of-thought (the model reasons before it answers)
-    labels: A B                 the answers: the first for "the first one is better"; of points, worst to best
-    cue: The better answer is   what the assistant's answer begins with, or what ends its reasoning
+    labels: A B                 the answers of a pair, A for the first response; the points of one response, worst first
+    cue: The better answer is   beginning of the assistant's answer, after its reasoning if there is any
     ---
     Request: {{ prompt }}  ..   the user's turn; a pair has {{ first }} and {{ second }}, points have {{ response }}
     --- demonstrations
     {"prompt": "..", "first": "..", "second": "..", "label": "A", "reason": ".."}       one a line
 
-Demonstrations come before the question as turns of their own: the same text filled in, and the answer as it is to be
-given. `name` (else the file's) and, for answers, `stop` (text at which a response ends) may be in the header as well.
-Fields are put in once: braces inside a response stay what they are, and nothing in a template is executed.
+Demonstrations come before the question as turns of their own: the same text filled in, and the expected answer. The
+header may also have `name` (by default the file's name) and, for kind answer, `stop` (text at which a response ends).
+Fields are filled in once: braces inside a response are kept, and nothing in a template is executed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Kind = Literal["pair", "points", "answer"]
 Form = Literal["zero-shot", "few-shot", "chain-of-thought"]
 FOLDER = Path(__file__).parent / "prompt_templates"
 FOLDERS = {"judge": FOLDER / "judge", "answer": FOLDER / "generate"}
-FIELD_OF = {"judge": "judge.template", "answer": "evaluate.prompted"}  # the recipe's, that name them
+FIELD_OF = {"judge": "judge.template", "answer": "evaluate.prompted"}  # fields of the recipe that name a template
 FIELDS = {"pair": ("prompt", "first", "second"), "points": ("prompt", "response"), "answer": ("prompt",)}
 HEADER = ("name", "kind", "form", "labels", "cue", "stop")
 MAX_LABELS = 11
@@ -41,16 +41,16 @@ _FIELD = re.compile(r"\{\{\s*(\w*)\s*\}\}")
 
 
 class Example(NamedTuple):
-    """A worked example: what is put into the text, the reasoning, and the answer (a label, or a response)."""
+    """A worked example."""
 
-    fields: dict[str, str]
-    answer: str
+    fields: dict[str, str]  # filled into the text
+    answer: str  # a label, or a response
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class Template:
-    """See the head of this file."""
+    """A template; the fields are those of the file."""
 
     name: str
     kind: Kind
@@ -63,20 +63,20 @@ class Template:
 
     @property
     def reasons(self) -> bool:
-        """Whether the model writes before it answers."""
+        """Return whether the model reasons before it answers."""
         return self.form == "chain-of-thought"
 
     def question(self, fields: Mapping[str, str]) -> str:
-        """The text of the user's turn."""
+        """Return the text of the user's turn."""
         return _FIELD.sub(lambda match: fields[match[1]], self.body)
 
     def shown(self, fields: Mapping[str, str]) -> list[Example]:
-        """The examples for a question: all but those about the very prompt that is asked about."""
+        """Return the examples for a question: all but those about the prompt of the question."""
         asked = _key(fields["prompt"])
         return [example for example in self.examples if _key(example.fields["prompt"]) != asked]
 
     def messages(self, fields: Mapping[str, str]) -> tuple[Message, ...]:
-        """The dialogue up to where the assistant speaks."""
+        """Return the dialogue up to the assistant's answer."""
         turns = []
         for example in self.shown(fields):
             words = " ".join(filter(None, [self.cue, example.answer]))
@@ -85,26 +85,26 @@ class Template:
 
 
 def assistant_answer(reasoning: str, words: str) -> str:
-    """What the assistant says: its reasoning, where there is any, and on a line of its own the answer."""
+    """Return the assistant's turn: its reasoning, if any, and the answer on a line of its own."""
     return f"{reasoning.strip()}\n{words}" if reasoning.strip() else words
 
 
 def with_examples(template: Template, examples: Sequence[Example], name: str = "") -> Template:
-    """The template with other examples; without reasons it becomes a few-shot or zero-shot one."""
+    """Return the template with other examples; its form follows from them, unless it reasons."""
     form: Form = template.form if template.reasons else "few-shot" if examples else "zero-shot"
     return replace(template, examples=tuple(examples), form=form, name=name or template.name)
 
 
 def template_names(folder: str) -> list[str]:
-    """Names of the templates that are shipped for `judge` or `answer`."""
+    """Return the names of the templates that are shipped for `judge` or `answer`."""
     return sorted(path.stem for path in FOLDERS[folder].glob("*.txt"))
 
 
 def find_template(name_or_path: str, folder: str) -> Path:
-    """The file of a template that is shipped under that name, or at that path.
+    """Return the file of a template that is shipped under this name, or the file at this path.
 
     Raises:
-        UserError: naming the nearest name when there is neither.
+        UserError: if there is neither; suggests the nearest name.
     """
     names = template_names(folder)
     if name_or_path in names:
@@ -122,7 +122,7 @@ def load_template(name_or_path: str, folder: str = "judge") -> Template:
     """Read and check a template.
 
     Raises:
-        UserError: no such template, or a mistake in it, with its file and line.
+        UserError: if there is no such template, or a mistake in it; gives file and line.
     """
     path = find_template(name_or_path, folder)
     try:
@@ -139,16 +139,16 @@ def load_template(name_or_path: str, folder: str = "judge") -> Template:
 
 
 def parse_template(text: str, path: str, name: str) -> Template:
-    """A template from its text; `path` is for errors, `name` is its name where the header has none.
+    """Return the template of a text; `path` is for errors, `name` is used if the header has no name.
 
     Raises:
-        UserError: with file and line.
+        UserError: if there is a mistake; gives file and line.
     """
     return _Parser(text, path).template(name)
 
 
 def template_text(template: Template, comments: Sequence[str] = ()) -> str:
-    """The template as a file that `parse_template` reads back equal."""
+    """Return the text of a template that `parse_template` reads back equal."""
     values = {
         "name": template.name,
         "kind": template.kind,
@@ -167,7 +167,7 @@ def template_text(template: Template, comments: Sequence[str] = ()) -> str:
 
 
 def write_template(template: Template, path: Path, comments: Sequence[str] = ()) -> None:
-    """Write the template whole or not at all."""
+    """Write the template; a kill leaves the old file or the new one, never a part."""
     write_atomic(path, template_text(template, comments))
 
 
@@ -185,7 +185,7 @@ def _key(text: str) -> str:
 
 
 class _Parser:
-    """One pass over the lines of a template; every error knows its line."""
+    """A parser of the lines of a template, whose errors name the line."""
 
     def __init__(self, text: str, path: str) -> None:
         self.lines, self.path = text.split("\n"), path
@@ -221,22 +221,22 @@ class _Parser:
         return replace(template, examples=examples)
 
     def _fail(self, line: int, what: str, fix: str) -> UserError:
-        """The error for line number `line` (from 0), to be raised by the caller."""
+        """Return the error for line number `line` (from 0), for the caller to raise."""
         return UserError(what, f"{self.path}, line {line + 1}", fix)
 
     def _marks(self) -> list[tuple[int, str]]:
-        """Lines that begin a part, with its name; the text has none."""
+        """Return (line number, name) of the lines that begin a part; the part with the text has an empty name."""
         marks = [(i, line[3:].strip()) for i, line in enumerate(self.lines) if re.match(r"---(\s|$)", line)]
         if not marks:
             raise self._fail(len(self.lines) - 1, "no line `---` ends the header", "put one before the text")
-        for place, (line, part) in enumerate(marks):
-            if part != ("", "demonstrations")[min(place, 1)] or place > 1:
+        for i, (line, part) in enumerate(marks):
+            if part != ("", "demonstrations")[min(i, 1)] or i > 1:
                 fix = "a template has `---` before the text and `--- demonstrations` after it, each once"
                 raise self._fail(line, f"the line `{self.lines[line].strip()}` begins no part here", fix)
         return marks
 
     def _header(self, end: int) -> dict[str, tuple[str, int]]:
-        """Value and line of every key."""
+        """Return value and line number of every key."""
         values: dict[str, tuple[str, int]] = {}
         for i, line in enumerate(self.lines[:end]):
             if not line.strip() or line.lstrip().startswith("#"):
@@ -245,7 +245,9 @@ class _Parser:
             if not colon or key not in HEADER:
                 near = get_close_matches(key, HEADER, n=1)
                 guess = f"did you mean `{near[0]}:`? " if near and colon else ""
-                raise self._fail(i, f"`{line.strip()}` is no line of the header", f"{guess}keys: {', '.join(HEADER)}")
+                raise self._fail(
+                    i, f"`{line.strip()}` is not a line of the header", f"{guess}keys: {', '.join(HEADER)}"
+                )
             if key in values:
                 raise self._fail(i, f"`{key}` is given twice", "keep one of the lines")
             if not value:
@@ -273,10 +275,10 @@ class _Parser:
         labels = tuple(text.split())
         if len(labels) != 2 and kind == "pair" or not 2 <= len(labels) <= MAX_LABELS:
             count = "two labels" if kind == "pair" else f"2 to {MAX_LABELS} labels"
-            raise self._fail(line, f"there are {len(labels)} labels", f"{kind} has {count}, with blanks between them")
+            raise self._fail(line, f"there are {len(labels)} labels", f"{kind} has {count}, separated by blanks")
         for i, a in enumerate(labels):
             if any(b.startswith(a) for j, b in enumerate(labels) if j != i):
-                # The probability of the shorter one would hold that of the longer one.
+                # The probability of the shorter label would include that of the longer one.
                 raise self._fail(line, f"another label begins with {a!r}", "choose words that do not begin alike")
         return labels
 
@@ -289,10 +291,12 @@ class _Parser:
         for i, line in enumerate(self.lines[begin:end], begin):
             for match in _FIELD.finditer(line):
                 if match[1] not in fields:
-                    raise self._fail(i, f"`{match[0]}` is no field of kind {kind}", f"fields: {names}")
+                    raise self._fail(i, f"`{match[0]}` is not a field of kind {kind}", f"fields: {names}")
                 found.add(match[1])
             if re.search(r"\{\{|\}\}|\{%|%\}", _FIELD.sub("", line)):
-                raise self._fail(i, "braces that hold no field", f"write fields as {names}; there are no statements")
+                raise self._fail(
+                    i, "braces without a field in them", f"write fields as {names}; templates have no statements"
+                )
         if missing := [name for name in fields if name not in found]:
             fix = f"put {{{{ {missing[0]} }}}} where it belongs"
             raise self._fail(begin, f"the text never uses {{{{ {missing[0]} }}}}", fix)
@@ -312,7 +316,7 @@ class _Parser:
                 raise self._fail(i, "a demonstration is an object of texts", f"give it {', '.join(needed)}")
             if set(row) != set(needed):
                 odd = sorted(set(row) ^ set(needed))[0]
-                what = f"`{odd}` is {'missing' if odd in needed else 'no field here'}"
+                what = f"`{odd}` is {'missing' if odd in needed else 'not a field here'}"
                 raise self._fail(i, what, f"a demonstration of this template has {', '.join(needed)}")
             if template.labels and row[answer] not in template.labels:
                 raise self._fail(i, f"{row[answer]!r} is none of the labels", f"one of {', '.join(template.labels)}")

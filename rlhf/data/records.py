@@ -1,20 +1,20 @@
-"""Prompts, demonstrations, rankings, pretraining text and cloze questions: what they are and how they are read.
+"""Define and read prompts, demonstrations, rankings, pretraining text and cloze questions. The forms of a row:
 
     demonstration   {"prompt", "response"}, or {"messages": [..]} whose last message is the assistant's
     ranking         {"prompt", "responses": [K texts], "ranks": [K numbers]}: 1 is best, equal ranks are a tie
-                    {"prompt", "responses", "ranking": "D>C>A=B"}: the letters stand for the responses in order
-                    {"prompt", "chosen", "rejected"}: texts, or message lists that may carry the prompt themselves
+                    {"prompt", "responses", "ranking": "D>C>A=B"}: the letters name the responses in order
+                    {"prompt", "chosen", "rejected"}: texts, or message lists that may include the prompt
                     or a published layout, or an export of Label Studio or Argilla (rlhf/data/layouts.py)
                     K is 2 to 16. Optional: "finished": [K true or false], "labeler": who ranked, "time": when, in
                     ISO 8601 or in seconds since 1970
     prompt          {"prompt"}
     text            {"text"}, or a .txt file, which is one document
-    cloze           {"context", "choices": [..], "answer"}: the index of the right choice from 0; "label" is the same
+    cloze           {"context", "choices": [..], "answer"}: the index of the right choice from 0, or "label" for it
 
-A "prompt" is text, a transcript "Human: .. Assistant: .. Assistant:", or a list of {"role", "content"}. "use_case" goes
-with the prompt; other fields are ignored. Ranks are kept as given: [1, 4, 4] and [1, 2, 2] mean the same, since only
-order and equality count. A bad line stops the reading with its file, line, field and remedy. Exact duplicates are
-dropped and counted; nothing else is, but for known blemishes of published layouts.
+A "prompt" is text, a transcript "Human: .. Assistant: .. Assistant:", or a list of {"role", "content"}. "use_case"
+labels the prompt; other fields are ignored. Ranks are kept as given: [1, 4, 4] and [1, 2, 2] mean the same, since only
+order and equality count. A bad line raises UserError with its file, line, field and remedy. Exact duplicates and
+rankings with known blemishes of published layouts are dropped and counted; no other row is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.data.layouts import MAX_K, MIN_K, contradiction, find_layout, read_published, split_transcript
+from rlhf.data.layouts import find_layout, read_published, split_transcript
+from rlhf.data.ranks import MAX_K, MIN_K, check_equal_texts, read_ranks
 from rlhf.data.sources import (
     SourceRow,
     check_list,
@@ -47,7 +48,7 @@ SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 
 
 class Message(NamedTuple):
-    """One turn; the role is system, user or assistant."""
+    """One turn of a dialogue; the role is system, user or assistant."""
 
     role: str
     content: str
@@ -55,17 +56,17 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A dialogue up to where the assistant speaks; `use_case` is a label for reports and takes no part in `key`."""
+    """A dialogue up to the assistant's answer; `use_case` is a label for reports and has no effect on `key`."""
 
     messages: tuple[Message, ...]
     use_case: str = ""
 
     @classmethod
     def from_text(cls, text: str, use_case: str = "") -> Prompt:
-        """A transcript that begins with "Human:" and ends with "Assistant:" becomes turns, other text one user message.
+        """Make turns of a transcript that begins with "Human:" and ends with "Assistant:", else one user message.
 
         Raises:
-            UserError: when the text, or a turn of the transcript, is empty.
+            UserError: if the text, or a turn of the transcript, is empty.
         """
         if not text.strip():
             raise UserError("the prompt is empty", fix="write a prompt")
@@ -76,20 +77,20 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """For people to read: the words of a single user message, else a transcript that ends with "Assistant:"."""
+        """Return the words of a single user message, else a transcript that ends with "Assistant:"."""
         if len(self.messages) == 1 and self.messages[0].role == "user":
             return self.messages[0].content
         return "\n\n".join([*(f"{SPEAKERS[m.role]}: {m.content}" for m in self.messages), "Assistant:"])
 
     @property
     def key(self) -> str:
-        """SHA-256 (hex) of the text in Unicode's NFC form with runs of white space made one blank."""
+        """Return the SHA-256 (hex) of the text in Unicode's NFC form, with each run of white space as one blank."""
         return hashlib.sha256(" ".join(unicodedata.normalize("NFC", self.text).split()).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A prompt and the response a person wrote."""
+    """A prompt and the response that a person wrote."""
 
     prompt: Prompt
     response: str
@@ -97,18 +98,14 @@ class Demonstration:
 
 @dataclass(frozen=True)
 class Ranking:
-    """K outputs for one prompt and their ranks, 1 the best, equal a tie.
-
-    `finished` is False for an output that ended at the length limit, without EOS; when left out, all are finished.
-    `labeler` and `time` say who ranked, and when (UTC); training does not look at them.
-    """
+    """K outputs for one prompt and their ranks. Training does not use `labeler` and `time`."""
 
     prompt: Prompt
     responses: tuple[str, ...]
-    ranks: tuple[int, ...]
-    finished: tuple[bool, ...] = ()
+    ranks: tuple[int, ...]  # 1 is best, equal ranks are a tie
+    finished: tuple[bool, ...] = ()  # False: ended at the length limit without EOS; empty: all are finished
     labeler: str = ""
-    time: datetime | None = None
+    time: datetime | None = None  # UTC
 
     def __post_init__(self) -> None:
         if not self.finished:
@@ -128,7 +125,7 @@ class Cloze:
 
 @dataclass
 class Drops:
-    """How many rows were left out, by reason."""
+    """Counts of dropped rows by reason."""
 
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -138,16 +135,16 @@ class Drops:
 
     @property
     def total(self) -> int:
-        """All dropped rows."""
+        """Return the number of all dropped rows."""
         return sum(self.counts.values())
 
     def table(self) -> list[tuple[str, int]]:
-        """(reason, count), in the order in which the reasons first came up."""
+        """Return (reason, count), in the order in which the reasons first occurred."""
         return list(self.counts.items())
 
 
 def read_demonstrations(paths: Sequence[str], drops: Drops) -> list[Demonstration]:
-    """Demonstrations of all `paths` in order; see the head of this file. Raises UserError for a bad line."""
+    """Return the demonstrations of all `paths` in order; raise UserError for a bad line."""
     found: dict[tuple[Any, ...], Demonstration] = {}
     for row in _rows(paths):
         item = _demonstration(row)
@@ -157,11 +154,11 @@ def read_demonstrations(paths: Sequence[str], drops: Drops) -> list[Demonstratio
 
 
 def read_rankings(paths: Sequence[str], drops: Drops) -> list[Ranking]:
-    """Rankings of all `paths` in order; see the head of this file. Raises UserError for a bad line."""
+    """Return the rankings of all `paths` in order; raise UserError for a bad line."""
     found: dict[tuple[Any, ...], Ranking] = {}
     for row in _rows(paths):
         for item in rankings_of(row, drops):
-            # Two labelers who rank alike are no duplicate: that they agree is what their rankings say.
+            # Equal rankings of two labelers are kept: they show that the labelers agree.
             key = (item.prompt.messages, item.responses, item.ranks, item.finished, item.labeler, item.time)
             if found.setdefault(key, item) is not item:
                 drops.add("exact duplicate of a ranking")
@@ -169,7 +166,7 @@ def read_rankings(paths: Sequence[str], drops: Drops) -> list[Ranking]:
 
 
 def read_prompts(paths: Sequence[str], drops: Drops) -> list[Prompt]:
-    """Prompts of all `paths` in order, each `key` once. Raises UserError for a bad line."""
+    """Return the prompts of all `paths` in order, each `key` once; raise UserError for a bad line."""
     found: dict[str, Prompt] = {}
     for row in _rows(paths):
         item = _prompt(row)
@@ -179,7 +176,7 @@ def read_prompts(paths: Sequence[str], drops: Drops) -> list[Prompt]:
 
 
 def read_texts(paths: Sequence[str], drops: Drops) -> list[str]:
-    """Documents of pretraining text in order. Raises UserError for a bad line."""
+    """Return the documents of pretraining text in order; raise UserError for a bad line."""
     found: dict[str, None] = {}
     for text in (text for path in paths for text in read_documents(path)):
         if text in found:
@@ -189,17 +186,17 @@ def read_texts(paths: Sequence[str], drops: Drops) -> list[str]:
 
 
 def read_cloze(paths: Sequence[str]) -> list[Cloze]:
-    """Cloze questions of all `paths` in order. Raises UserError for a bad line."""
+    """Return the cloze questions of all `paths` in order; raise UserError for a bad line."""
     return [_cloze(row) for row in _rows(paths)]
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object a line, so that a kill or a full disk leaves the old file or the new, never a part."""
+    """Write one JSON object a line; a kill or a full disk leaves the old file or the new one, never a part."""
     write_atomic(Path(path), "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
 def ranking_row(ranking: Ranking) -> dict[str, Any]:
-    """The ranking as a row that `read_rankings` reads back equal."""
+    """Return the ranking as a row that `read_rankings` reads back equal."""
     row = _prompt_row(ranking.prompt) | {
         "responses": list(ranking.responses),
         "ranks": list(ranking.ranks),
@@ -209,13 +206,8 @@ def ranking_row(ranking: Ranking) -> dict[str, Any]:
     return row | ({"time": ranking.time.isoformat()} if ranking.time else {})
 
 
-def demonstration_row(demonstration: Demonstration) -> dict[str, Any]:
-    """The demonstration as a row that `read_demonstrations` reads back equal."""
-    return _prompt_row(demonstration.prompt) | {"response": demonstration.response}
-
-
 def _prompt_row(prompt: Prompt) -> dict[str, Any]:
-    # Text where text says it all; messages where it would not (a system message, or words that look like a transcript).
+    # Text is not enough for a system message, or for words that look like a transcript.
     says_all = _parse(prompt.text) == prompt.messages
     row: dict[str, Any] = {"prompt": prompt.text if says_all else [m._asdict() for m in prompt.messages]}
     return row | {"use_case": prompt.use_case} if prompt.use_case else row
@@ -233,7 +225,7 @@ def _rows(paths: Sequence[str]) -> Iterator[SourceRow]:
 
 
 def _prompt(row: SourceRow, value: Any = None) -> Prompt:
-    """The prompt of a row: its field `prompt`, or `value` in its place."""
+    """Return the prompt of a row: its field `prompt`, or `value` in its place."""
     value = row.need("prompt") if value is None else value
     use_case = row.fields.get("use_case", "")
     if not isinstance(use_case, str):
@@ -267,7 +259,7 @@ def _messages(row: SourceRow, name: str, value: Any) -> tuple[Message, ...]:
 
 
 def _answered(row: SourceRow, name: str, value: Any) -> tuple[tuple[Message, ...], str]:
-    """Messages before the last, which must be the assistant's, and the last one's words."""
+    """Return the messages before the last, which must be the assistant's, and the words of the last."""
     *before, last = _messages(row, name, value)
     if last.role != "assistant":
         raise row.fail(name, f"the last message of `{name}` is the {last.role}'s", "end it with an assistant message")
@@ -279,12 +271,12 @@ def _demonstration(row: SourceRow) -> Demonstration:
         return Demonstration(_prompt(row), check_text(row, "response", row.need("response")))
     before, response = _answered(row, "messages", row.fields["messages"])
     if not before or before[-1].role != "user":
-        raise row.fail("messages", "no user message stands before the response", "put the prompt before it")
+        raise row.fail("messages", "no user message comes before the response", "put the prompt before it")
     return Demonstration(_prompt(row, [m._asdict() for m in before]), response)
 
 
 def rankings_of(row: SourceRow, drops: Drops) -> Iterator[Ranking]:
-    """The rankings in a row: of most layouts one. Raises UserError for a bad row."""
+    """Yield the rankings of a row, one in most layouts; raise UserError for a bad row."""
     fields = row.fields
     own = "ranks" in fields or isinstance(fields.get("ranking"), str)  # a tool may call its question `ranking`
     layout = None if own else find_layout(fields)
@@ -305,46 +297,9 @@ def _ranking(row: SourceRow) -> Ranking:
     if not MIN_K <= k <= MAX_K:
         what = f"there are {k} responses; a ranking has {MIN_K} to {MAX_K}"
         raise row.fail("responses", what, "add responses" if k < MIN_K else "leave some out, or make two rankings")
-    if {"ranks", "ranking"} <= row.fields.keys():
-        raise row.fail("ranking", "both `ranks` and `ranking` are given", "keep one of them")
-    ranks = _letters(row, k) if "ranking" in row.fields else _ranks(row, k)
-    _no_contradiction(row, responses, ranks)
+    ranks = read_ranks(row, k)
+    check_equal_texts(row, responses, ranks)
     return Ranking(prompt, responses, ranks, _finished(row, k))
-
-
-def _no_contradiction(row: SourceRow, responses: Sequence[str], ranks: Sequence[int]) -> None:
-    if pair := contradiction(responses, ranks):
-        i, j = pair
-        what = f"responses {i} and {j} (from 0) are the same text with ranks {ranks[i]} and {ranks[j]}"
-        raise row.fail("ranks", what, "give them one rank, or keep one of them")
-
-
-def _ranks(row: SourceRow, k: int) -> tuple[int, ...]:
-    listed = check_list(row, "ranks", row.need("ranks"))
-    ranks = tuple(check_whole(row, f"ranks[{i}]", rank) for i, rank in enumerate(listed))
-    if len(ranks) != k:
-        raise row.fail("ranks", f"there are {len(ranks)} ranks for {k} responses", "give each response one rank")
-    for i, rank in enumerate(ranks):
-        if rank < 1:
-            raise row.fail(f"ranks[{i}]", f"the rank {rank} is below 1", "count from 1, the best")
-    return ranks
-
-
-def _letters(row: SourceRow, k: int) -> tuple[int, ...]:
-    """Ranks of "D>C>A=B": the place of each letter's group, D being response 3."""
-    names = [chr(ord("A") + i) for i in range(k)]
-    ranks: dict[str, int] = {}
-    fix = f"use each of {' '.join(names)} once, as in {'>'.join(names)}; = is a tie"
-    for place, group in enumerate(check_text(row, "ranking", row.fields["ranking"]).split(">"), start=1):
-        for letter in (part.strip() for part in group.split("=")):
-            if letter not in names:
-                raise row.fail("ranking", f"{letter!r} stands for none of the {k} responses", fix)
-            if letter in ranks:
-                raise row.fail("ranking", f"the letter {letter} comes twice", fix)
-            ranks[letter] = place
-    if missing := [name for name in names if name not in ranks]:
-        raise row.fail("ranking", f"the ranking leaves out {', '.join(missing)}", fix)
-    return tuple(ranks[name] for name in names)
 
 
 def _finished(row: SourceRow, k: int) -> tuple[bool, ...]:
@@ -355,14 +310,14 @@ def _finished(row: SourceRow, k: int) -> tuple[bool, ...]:
 
 
 def _pair(row: SourceRow) -> Ranking:
-    """{"prompt", "chosen", "rejected"}, each side a text or messages that may carry the prompt before the answer."""
+    """Read {"prompt", "chosen", "rejected"}; each side is a text, or messages that may begin with the prompt."""
     prompt = _prompt(row) if "prompt" in row.fields else None
     answers = []
     for name in ("chosen", "rejected"):
         value = row.need(name)
         before, answer = _answered(row, name, value) if isinstance(value, list) else ((), check_text(row, name, value))
         if before and before[-1].role != "user":
-            raise row.fail(name, "no user message stands before the answer", "put the prompt before it")
+            raise row.fail(name, "no user message comes before the answer", "put the prompt before it")
         if prompt is None and before:
             prompt = _prompt(row, [m._asdict() for m in before])
         elif before and prompt is not None and before != prompt.messages:
@@ -370,7 +325,7 @@ def _pair(row: SourceRow) -> Ranking:
         answers.append(answer)
     if prompt is None:
         row.need("prompt")
-    _no_contradiction(row, answers, (1, 2))
+    check_equal_texts(row, answers, (1, 2))
     return Ranking(prompt, tuple(answers), (1, 2))
 
 

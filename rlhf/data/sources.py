@@ -1,10 +1,10 @@
-"""Where rows come from: local files, the data shipped here, or the Hub; and where in them a mistake is.
+"""Read rows from local files, the embedded data sets or the Hub, each with its place for error messages.
 
     NAME.jsonl  NAME.json       one object a line; .json may be one array of objects instead; either may end in .gz
     NAME.parquet                read by `datasets`
     NAME.txt                    one document (read_documents only)
     embedded:NAME               the data set shipped with the project
-    owner/name, name:split      a Hub data set; the split is `train` unless said, and may be a slice: name:train[:100]
+    owner/name, name:split      a Hub data set; the split is `train` by default, and may be a slice: name:train[:100]
 
 JSON is read here and not by `datasets`, so that an error can name the line.
 """
@@ -31,20 +31,20 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w\[\]:%+.-]+)?")
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One object of a data file and its place. Fields whose value is null are left out, as if they were not there."""
+    """One object of a data file and its place; fields whose value is null are left out."""
 
     fields: dict[str, Any]
     place: str  # "rankings.jsonl, line 3"
 
     def fail(self, field: str, what: str, fix: str) -> UserError:
-        """The error for a bad field, to be raised by the caller."""
+        """Return the error for a bad field, for the caller to raise."""
         return UserError(what, where=f"{self.place}, field `{field}`", fix=fix)
 
     def need(self, field: str) -> Any:
-        """The field's value.
+        """Return the field's value.
 
         Raises:
-            UserError: when it is missing or null; names the most similar field that is there.
+            UserError: if it is missing or null; names the most similar field of the row.
         """
         if field in self.fields:
             return self.fields[field]
@@ -56,10 +56,10 @@ class SourceRow:
 
 
 def check_text(row: SourceRow, field: str, value: Any) -> str:
-    """`value` as it is, if it is text with something in it that can be encoded.
+    """Return `value` if it is text that is not blank and can be encoded as UTF-8.
 
     Raises:
-        UserError: naming `field`.
+        UserError: otherwise, naming `field`.
     """
     if not isinstance(value, str):
         raise row.fail(field, f"`{field}` is {kind(value)}, not a string", "put the text in quotes")
@@ -74,31 +74,31 @@ def check_text(row: SourceRow, field: str, value: Any) -> str:
 
 
 def check_list(row: SourceRow, field: str, value: Any) -> list[Any]:
-    """`value` if it is a list; UserError naming `field` otherwise."""
+    """Return `value` if it is a list; raise UserError naming `field` otherwise."""
     if not isinstance(value, list):
         raise row.fail(field, f"`{field}` is {kind(value)}, not a list", "write it as [..., ...]")
     return value
 
 
 def check_object(row: SourceRow, field: str, value: Any) -> dict[str, Any]:
-    """`value` if it is an object; UserError naming `field` otherwise."""
+    """Return `value` if it is an object; raise UserError naming `field` otherwise."""
     if not isinstance(value, dict):
         raise row.fail(field, f"`{field}` is {kind(value)}, not an object", "write it as {...}")
     return value
 
 
 def check_whole(row: SourceRow, field: str, value: Any) -> int:
-    """`value` if it is a whole number, true and false not being numbers; UserError naming `field` otherwise."""
+    """Return `value` if it is a whole number, not true or false; raise UserError naming `field` otherwise."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise row.fail(field, f"`{field}` is {kind(value)}, not a whole number", "write it as a number without quotes")
     return value
 
 
 def check_time(row: SourceRow, field: str, value: Any) -> datetime:
-    """A point in time, in UTC: ISO 8601 (in UTC where it names no zone) or seconds since 1970.
+    """Return a time in UTC, from ISO 8601 (taken as UTC if without a zone) or from seconds since 1970.
 
     Raises:
-        UserError: naming `field`.
+        UserError: if it is neither, naming `field`.
     """
     what = f"`{field}` is {kind(value)}, not a time"
     try:
@@ -108,12 +108,12 @@ def check_time(row: SourceRow, field: str, value: Any) -> datetime:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return datetime.fromtimestamp(value, UTC)
     except (ValueError, OverflowError, OSError):
-        what = f"`{field}` is {value!r}, which is no time"
+        what = f"`{field}` is {value!r}, which is not a time"
     raise row.fail(field, what, "write it as 2026-05-01T09:30:00Z, or as seconds since 1970")
 
 
 def kind(value: Any) -> str:
-    """JSON's name for the type of a value, with its article."""
+    """Return JSON's name for the type of a value, with its article."""
     if isinstance(value, bool):
         return "true or false"
     names = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
@@ -121,10 +121,10 @@ def kind(value: Any) -> str:
 
 
 def embedded_path(name: str) -> Path:
-    """File of the data set shipped with the project: data/NAME.jsonl of a checkout, or of the installed `rlhf_data`.
+    """Return the file of an embedded data set: data/NAME.jsonl of a checkout, or of the installed `rlhf_data`.
 
     Raises:
-        UserError: listing the names there are.
+        UserError: if there is no such data set; lists their names.
     """
     # Paths, not importlib.resources: in an editable install that cannot list a package whose folder has another name.
     beside = Path(__file__).resolve().parents[2]
@@ -140,7 +140,7 @@ def embedded_path(name: str) -> Path:
 
 
 def local_path(source: str) -> Path | None:
-    """The file that a source names, or None for a Hub name; what a stage hashes as its input.
+    """Return the file that a source names, or None for a Hub name.
 
     Raises:
         UserError: for a missing file (names the nearest one), an unknown embedded name, a folder, an unknown suffix.
@@ -162,10 +162,10 @@ def local_path(source: str) -> Path | None:
 
 
 def read_rows(source: str) -> Iterator[SourceRow]:
-    """Rows of a JSON file, a parquet file, an embedded data set or a Hub data set, one after the other.
+    """Yield the rows of a JSON file, a parquet file, an embedded data set or a Hub data set.
 
     Raises:
-        UserError: for what cannot be found or read, for a line that is not a JSON object, and for a file without rows.
+        UserError: if the source cannot be found or read, if a line is not a JSON object, or if there are no rows.
     """
     path = local_path(source)
     if path is not None and path.suffix == ".txt":
@@ -189,7 +189,7 @@ def read_rows(source: str) -> Iterator[SourceRow]:
 
 
 def read_documents(source: str) -> Iterator[str]:
-    """Pretraining text: the whole of a .txt file as one document, or the field `text` of every row."""
+    """Yield documents of pretraining text: a whole .txt file, or the field `text` of every row."""
     path = local_path(source)
     if path is None or path.suffix != ".txt":
         for row in read_rows(source):
@@ -223,7 +223,7 @@ def _json_rows(source: str, path: Path) -> Iterator[tuple[str, Any]]:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as file:
-            # Published .json files are as often one object a line as one array: the first character tells.
+            # Published .json files are as often one object a line as one array: the first character decides.
             start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
             file.seek(0)
             if path.name.endswith((".json", ".json.gz")) and start == b"[":
@@ -237,7 +237,7 @@ def _json_rows(source: str, path: Path) -> Iterator[tuple[str, Any]]:
                     raise _not_utf8(place) from None
                 if text.strip():
                     yield place, _parse(text, place)
-    except (OSError, EOFError, zlib.error) as error:  # no permission, no gzip file, one that is cut off
+    except (OSError, EOFError, zlib.error) as error:  # no permission; not a gzip file, or a truncated one
         raise UserError(f"the file cannot be read: {error}", where=source, fix="check it, or fetch it again") from None
 
 
@@ -250,7 +250,7 @@ def _parse(text: str, place: str) -> Any:
 
 
 def _json_array(source: str, content: bytes) -> Iterator[tuple[str, Any]]:
-    """Items of an array with the line each starts on; and their number, for a whole export may be on one line."""
+    """Yield (place, item) of an array; the place has line and item number, since a whole array may be on one line."""
     try:
         text = content.decode("utf-8-sig")
         json.loads(text)
@@ -261,7 +261,7 @@ def _json_array(source: str, content: bytes) -> Iterator[tuple[str, Any]]:
         what = f"the file is not JSON: {error.msg}"
         fix = "correct the array, or write one object a line"
         raise UserError(what, where=f"{source}, line {error.lineno}", fix=fix) from None
-    # The whole is sound; a second pass, item by item, is for the line numbers.
+    # The array is valid JSON; a second pass, item by item, finds the line numbers.
     decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
     line, position, seen, number = 1, text.index("[") + 1, 0, 0
     while text[position := between.match(text, position).end()] != "]":
@@ -272,12 +272,12 @@ def _json_array(source: str, content: bytes) -> Iterator[tuple[str, Any]]:
 
 
 def _tabular(source: str, name: str) -> Iterator[tuple[str, Any]]:
-    """Rows of a parquet file or of a Hub data set."""
+    """Yield (place, row) of a parquet file or of a Hub data set."""
     import datasets
 
     try:
         if name.endswith(".parquet"):
-            # Streamed, so that no second copy of the file lands in the cache of `datasets`.
+            # Streamed, so that `datasets` puts no second copy of the file into its cache.
             table = datasets.load_dataset("parquet", data_files=name, split="train", streaming=True)
         else:
             hub_name, _, split = name.partition(":")

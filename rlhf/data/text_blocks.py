@@ -1,4 +1,4 @@
-"""Token rows for language-model losses: blocks of plain text, and demonstrations with the tokens that are trained."""
+"""Make token rows for language-model losses: blocks of plain text, and demonstrations with a mask of trained tokens."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from rlhf.data.encoding import Encoded
 from rlhf.data.records import Demonstration
 from rlhf.errors import UserError
 
-MIN_BLOCK_TOKENS = 8  # a shorter rest has next to no context and would count as much per token as the others
-TokenRow = dict[str, list[int]]  # input_ids, and completion_mask: 1 on tokens that are trained
+MIN_BLOCK_TOKENS = 8  # tokens of a shorter last row have almost no context and would weigh as much as others
+TokenRow = dict[str, list[int]]  # input_ids, and completion_mask: 1 on trained tokens
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the ids of plain text, without special tokens around it."""
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def token_blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_tokens: int) -> list[list[int]]:
-    """Each document as rows of `block_tokens` tokens; its last row may be shorter and is kept from 8 tokens on.
+    """Cut each document into rows of `block_tokens` ids; a shorter last row is kept if it has at least 8.
 
     Rows never span documents and hold no special tokens.
     """
@@ -33,7 +34,7 @@ def token_blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block
 
 
 def demonstration_row(demonstration: Encoded[Demonstration]) -> TokenRow:
-    """The prompt, and the response with its EOS; only the latter is trained."""
+    """Return prompt and response as one row; only the response with its EOS is trained."""
     prompt, response = demonstration.prompt, demonstration.responses[0]
     return {"input_ids": prompt + response, "completion_mask": [0] * len(prompt) + [1] * len(response)}
 
@@ -41,19 +42,17 @@ def demonstration_row(demonstration: Encoded[Demonstration]) -> TokenRow:
 def text_rows(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int
 ) -> list[TokenRow]:
-    """`count` rows of pretraining text, each of at most `length` tokens, every token trained; a text ends with EOS.
+    """Draw `count` rows of pretraining text, each of at most `length` tokens, all trained; each text ends with EOS.
 
     Raises:
-        UserError: when the texts are too short for that many rows.
+        UserError: if the texts are too short for that many rows.
     """
     rows = []
     for text in texts:
-        ids = [
-            *tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"],
-            tokenizer.eos_token_id,
-        ]
-        pieces = [ids[i : i + length] for i in range(0, len(ids), length)]
-        rows += [{"input_ids": p, "completion_mask": [1] * len(p)} for p in pieces if len(p) > 1]
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = [*ids, tokenizer.eos_token_id]
+        blocks = [ids[i : i + length] for i in range(0, len(ids), length)]
+        rows += [{"input_ids": block, "completion_mask": [1] * len(block)} for block in blocks if len(block) > 1]
     if len(rows) < count:
         raise UserError(
             f"the pretraining mix needs {count} rows of text and there are {len(rows)}",

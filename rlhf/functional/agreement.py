@@ -1,16 +1,16 @@
-"""How far labelers who ranked the same outputs agree: arithmetic on ranks. Nothing of ours is imported.
+"""Compute how far labelers who ranked the same outputs agree: pair agreement, Kendall's tau-b, Krippendorff's alpha.
 
 Ouyang et al. 2022, section 3.4: training labelers "agree with each-other" 72.6 +- 1.5 % of the time, held-out labelers
-77.3 +- 1.3 %. The paper says neither what is counted (pairs of outputs or whole rankings), nor what a tie counts, nor
-what stands behind the +-. Here two labelers are compared over all pairs of outputs of a prompt that both ranked, and
-all these comparisons are pooled. Ties have three conventions, and all three are reported:
+77.3 +- 1.3 %. The paper says neither whether pairs of outputs or whole rankings are counted, nor how a tie counts, nor
+what the +- measures. Here two labelers are compared over all pairs of outputs of a prompt that both ranked, and all
+these comparisons are pooled. Ties have three conventions, and all three are reported:
 
-    untied   pairs that both labelers ordered; those that either of them tied are left out. The headline: it is what
-             the reward model learns from (the paper drops ties), and chance is one half whoever ties how often
-    strict   all pairs; a tie agrees with a tie alone
-    half     all pairs; a tie against a tie agrees, a tie against an order agrees by half
+    untied   counts the pairs that both labelers ordered. It is the headline: the reward model learns from such pairs
+             (the paper drops ties), and chance is one half however often a labeler ties
+    strict   counts all pairs; a tie agrees only with a tie
+    half     counts all pairs; a tie agrees with a tie, and by half with an order
 
-Pairs of one prompt hang together, so intervals and standard errors are over prompts, not pairs: they say how far other
+Pairs of one prompt are not independent, so intervals and standard errors are over prompts: they say how far other
 prompts would move the figure for these labelers, not what other labelers would do.
 """
 
@@ -25,61 +25,61 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from rlhf.functional.statistics import bootstrap_interval, wilson_interval
+
 TieConvention = Literal["untied", "strict", "half"]
 CONVENTIONS: tuple[TieConvention, ...] = ("untied", "strict", "half")
 HEADLINE: TieConvention = "untied"
-Z95 = 1.959963984540054  # the normal's 97.5 % quantile
-RESAMPLES, BATCH = 2000, 50  # in batches: all at once would take prompts x resamples of memory
 
 
 class Tally(NamedTuple):
-    """Pairs of K outputs under two rankings; the five numbers add up to K (K - 1) / 2."""
+    """Numbers of pairs of K outputs under two rankings; the five add up to K (K - 1) / 2."""
 
-    concordant: int  # both put the same output first
-    discordant: int
+    concordant: int  # ordered alike by both rankings
+    discordant: int  # ordered in opposite ways
     first_ties: int  # tied by the first ranking alone
-    second_ties: int
+    second_ties: int  # tied by the second ranking alone
     both_tie: int
 
 
 class SharedRankings(NamedTuple):
-    """Outputs of one prompt that several labelers ranked: all ranks are of the same outputs in the same order."""
+    """The rankings that several labelers gave to the same outputs of one prompt, in the same order of outputs."""
 
-    prompt: str  # what tells prompts apart
-    ranks: dict[str, Sequence[int]]  # labeler: ranks
-    times: dict[str, datetime]  # labeler: when the ranking was given, where that is known
+    prompt: str  # identifies the prompt
+    ranks: dict[str, Sequence[int]]  # by labeler
+    times: dict[str, datetime]  # by labeler: time of the ranking, if known
 
 
 class LabelerPair(NamedTuple):
-    """Two labelers' rankings of the same outputs; `time` is when the later was given, where both times are known."""
+    """Two labelers' rankings of the same outputs, compared."""
 
     prompt: str
-    first: str
+    first: str  # a labeler's name
     second: str
     tally: Tally
-    time: datetime | None
+    time: datetime | None  # of the later ranking, if both times are known
 
 
 class AgreementEstimate(NamedTuple):
-    """A share or mean with its 95 % interval and standard error, nan where there is none to give."""
+    """A share or mean with its 95 % interval and standard error; each of the three is nan where it is undefined."""
 
     value: float
     low: float
     high: float
-    error: float
-    counted: float  # what the value is a share or mean of: pairs of outputs, or comparisons
+    error: float  # standard error
+    counted: float  # number of pairs of outputs, or of comparisons, that the value is a share or mean of
     prompts: int
-    interval: str  # how it was made: bootstrap, or wilson
+    interval: str  # kind of interval: bootstrap or wilson
 
 
 def tally(first: Sequence[int], second: Sequence[int]) -> Tally:
-    """Count the pairs of outputs by what two rankings say of them.
+    """Count the pairs of outputs that two rankings order alike, order differently, or tie.
 
     Args:
-        first, second: [K] ranks of the same outputs in the same order; only their order and equality count.
+        first, second: [K] ranks of the same outputs in the same order; only order and equality of ranks count.
 
     Raises:
-        ValueError: when they differ in length.
+        ValueError: if they differ in length.
     """
     counts = dict.fromkeys(Tally._fields, 0)
     for (a1, a2), (b1, b2) in combinations(list(zip(first, second, strict=True)), 2):
@@ -93,7 +93,7 @@ def tally(first: Sequence[int], second: Sequence[int]) -> Tally:
 
 
 def agreement_counts(counts: Tally, ties: TieConvention = HEADLINE) -> tuple[float, int]:
-    """(pairs that agree, pairs that count) under a convention; see the head of this file."""
+    """Return (pairs that agree, pairs that count) under a convention of ties."""
     if ties == "untied":
         return counts.concordant, counts.concordant + counts.discordant
     one_ties = counts.first_ties + counts.second_ties
@@ -101,9 +101,9 @@ def agreement_counts(counts: Tally, ties: TieConvention = HEADLINE) -> tuple[flo
 
 
 def tau_b(counts: Tally) -> float:
-    """Kendall's tau-b of two rankings with ties (Kendall 1945); nan when one of them ties everything.
+    """Return Kendall's tau-b of two rankings with ties (Kendall 1945); nan if one of them ties everything.
 
-    (alike - opposed) / sqrt(P Q), with P the pairs that the first ranking orders and Q those that the second orders.
+    (concordant - discordant) / sqrt(P Q), P the number of pairs that the first ranking orders, Q that of the second.
     """
     ordered_by_both = counts.concordant + counts.discordant
     p, q = ordered_by_both + counts.second_ties, ordered_by_both + counts.first_ties
@@ -111,7 +111,7 @@ def tau_b(counts: Tally) -> float:
 
 
 def labeler_pairs(shared: Iterable[SharedRankings]) -> list[LabelerPair]:
-    """Every two labelers of every set of outputs, names in alphabetical order."""
+    """Compare every two labelers of every set of outputs; the names of a pair are in alphabetical order."""
     found = []
     for item in shared:
         for first, second in combinations(sorted(item.ranks), 2):
@@ -122,26 +122,27 @@ def labeler_pairs(shared: Iterable[SharedRankings]) -> list[LabelerPair]:
 
 
 def pairwise(compared: Sequence[LabelerPair], ties: TieConvention = HEADLINE, seed: int = 0) -> AgreementEstimate:
-    """Share of the pairs of outputs on which two labelers agree, all comparisons pooled."""
+    """Return the share of pairs of outputs on which two labelers agree, all comparisons pooled."""
     credits = [(c.prompt, *agreement_counts(c.tally, ties)) for c in compared]
     return ratio(credits, seed, shares=all(agree in (0, 1) for _, agree, _ in credits))
 
 
 def kendall(compared: Sequence[LabelerPair], seed: int = 0) -> AgreementEstimate:
-    """Mean tau-b of the comparisons in which neither ranking ties everything."""
+    """Return the mean tau-b of the comparisons in which neither ranking ties everything."""
     taus = [(c.prompt, tau_b(c.tally)) for c in compared]
     return ratio([(prompt, tau, 1) for prompt, tau in taus if not math.isnan(tau)], seed, span=(-1.0, 1.0))
 
 
 def pairs_of_labeler(compared: Iterable[LabelerPair], name: str) -> list[LabelerPair]:
-    """The comparisons of one labeler with the others."""
+    """Return the comparisons of one labeler with the others."""
     return [c for c in compared if name in (c.first, c.second)]
 
 
 def time_windows(compared: Iterable[LabelerPair], count: int) -> list[list[LabelerPair]]:
-    """Comparisons that have a time, in its order, cut into at most `count` parts of equal size.
+    """Sort the comparisons that have a time by it and cut them into at most `count` parts of equal size.
 
-    Parts of equal size rather than length: labelling comes in bursts, and their intervals are to be of like width.
+    Parts have equal size and not equal duration, since labels come in bursts and the intervals of the parts should be
+    of similar width.
     """
     timed = sorted((c for c in compared if c.time is not None), key=lambda c: c.time)
     edges = np.linspace(0, len(timed), min(count, len(timed)) + 1).round().astype(int)
@@ -154,15 +155,16 @@ def ratio(
     shares: bool = False,
     span: tuple[float, float] = (0.0, 1.0),
 ) -> AgreementEstimate:
-    """Sum of numerators over sum of denominators, with an interval over prompts.
+    """Return the sum of numerators over the sum of denominators, with an interval and standard error over prompts.
 
-    The interval is the percentile bootstrap over prompts. Where every prompt gives one pair alone (`shares`), pairs are
-    independent, and Wilson's interval (1927) is right; where all prompts have one ratio, resampling them shows no
-    spread however few they are, and it is Wilson's for so many cases of that share of `span`. The standard error is
-    that of a ratio of prompt totals, linearised: sqrt(m / (m - 1) sum (a - r b)^2) / sum b (Cochran 1977, section 6).
+    The interval is the percentile bootstrap over prompts, with two exceptions. If every prompt gives a single pair
+    (`shares`), pairs are independent and Wilson's interval applies. If all prompts have the same ratio, resampling
+    shows no spread however few they are; Wilson's interval is then of as many cases as there are prompts, with the
+    ratio's place in `span` as the share. The standard error is that of a ratio of prompt totals, linearised:
+    sqrt(m / (m - 1) sum (a - r b)^2) / sum b with m prompts (Cochran 1977, section 6).
 
     Args:
-        parts: (prompt, numerator, denominator), any number for a prompt.
+        parts: (prompt, numerator, denominator); a prompt may have several.
         shares: whether a prompt whose denominator is 1 has a numerator of 0 or 1.
         span: the least and the greatest ratio that a prompt can have.
     """
@@ -178,34 +180,17 @@ def ratio(
     error = math.sqrt(m / (m - 1) * ((a - value * b) ** 2).sum()) / b.sum() if m > 1 else math.nan
     if (shares and bool((b == 1).all())) or (m > 1 and float(np.ptp(a / b)) < 1e-12):
         least, width = span[0], span[1] - span[0]
-        low, high = (least + width * end for end in wilson((value - least) / width, m))
+        low, high = (least + width * end for end in wilson_interval((value - least) / width * m, m)[1:])
         return AgreementEstimate(value, low, high, float(error), float(b.sum()), m, "wilson")
-    return AgreementEstimate(value, *_bootstrap(a, b, seed), float(error), float(b.sum()), m, "bootstrap")
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of n independent cases."""
-    z = Z95 * Z95 / n
-    middle, half = share + z / 2, Z95 * math.sqrt(share * (1 - share) / n + z / (4 * n))
-    return (middle - half) / (1 + z), (middle + half) / (1 + z)
-
-
-def _bootstrap(a: np.ndarray, b: np.ndarray, seed: int) -> tuple[float, float]:
-    if len(a) < 2:
-        return math.nan, math.nan
-    generator, rates = np.random.default_rng(seed), []
-    for _ in range(RESAMPLES // BATCH):
-        drawn = generator.integers(0, len(a), size=(BATCH, len(a)))
-        rates.append(a[drawn].sum(1) / b[drawn].sum(1))
-    low, high = np.quantile(np.concatenate(rates), [0.025, 0.975])
-    return float(low), float(high)
+    low, high = bootstrap_interval(a, b, seed)[1:] if m > 1 else (math.nan, math.nan)
+    return AgreementEstimate(value, low, high, float(error), float(b.sum()), m, "bootstrap")
 
 
 def positions(ranks: Sequence[int]) -> list[float]:
-    """Where each output stands from 0, the best, to 1, the worst: (midrank - 1) / (K - 1).
+    """Return each output's position from 0, the best, to 1, the worst: (midrank - 1) / (K - 1).
 
-    Tied outputs share the mean of the places that they take up, so [1, 4, 4] and [1, 2, 2] are the same, and rankings
-    of 4 and of 9 outputs are on one scale.
+    Tied outputs share the mean of the ranks that they take up, so [1, 4, 4] and [1, 2, 2] are the same, and rankings of
+    4 and of 9 outputs are on one scale.
     """
     r = np.asarray(ranks)
     better, tied = (r[None, :] < r[:, None]).sum(1), (r[None, :] == r[:, None]).sum(1) - 1
@@ -213,7 +198,7 @@ def positions(ranks: Sequence[int]) -> list[float]:
 
 
 def alpha(shared: Iterable[SharedRankings]) -> float:
-    """Krippendorff's ordinal alpha of the outputs' positions; an output is a unit, and labelers may be missing."""
+    """Return Krippendorff's ordinal alpha of the outputs' positions: outputs are units, and labelers may be missing."""
     units: list[Sequence[float]] = []
     for item in shared:
         units += zip(*(positions(ranks) for ranks in item.ranks.values()), strict=True)
@@ -221,16 +206,16 @@ def alpha(shared: Iterable[SharedRankings]) -> float:
 
 
 def alpha_ordinal(units: Iterable[Sequence[float]]) -> float:
-    """Krippendorff's alpha for ordinal data (Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability").
+    """Return Krippendorff's alpha of ordinal data (Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability").
 
-    1 - observed / expected disagreement: 1 is perfect, 0 is chance. The distance of two values is the number of values
-    from one to the other in the whole of the data, half of each end counted, squared.
+    1 - observed / expected disagreement: 1 is perfect, 0 is chance. The distance of two values is the squared number of
+    values in all data from one to the other, where values equal to either end count half.
 
     Args:
-        units: the values that each unit was given, by however many labelers; those with a single value do not count.
+        units: for each unit the values that its labelers gave; a unit with a single value does not count.
 
     Returns:
-        alpha; nan when nothing has two values, or when all values are equal.
+        Alpha; nan if no unit has two values, or if all values are equal.
     """
     paired = [list(unit) for unit in units if len(unit) > 1]
     if not paired:

@@ -1,6 +1,6 @@
-"""Arithmetic on what a language model judges: label probabilities, both orders, rankings, calibration. Pure functions.
+"""Turn a judge's label log-probabilities into preferences and rankings, and score them against people's choices.
 
-Nothing of ours is imported. Log-probabilities and log-odds are in nats; log-odds are log(p / (1 - p)).
+The judge is a language model. Log-probabilities and log-odds are in nats; log-odds are log(p / (1 - p)).
 """
 
 from __future__ import annotations
@@ -13,58 +13,59 @@ import numpy as np
 
 
 class BothOrders(NamedTuple):
-    """A pair (a, b) asked as (a, b) and as (b, a): log-odds for the one shown first, each time."""
+    """Log-odds for the output shown first, of a pair that is asked about in both orders."""
 
-    ab: float
-    ba: float
+    ab: float  # a shown first
+    ba: float  # b shown first
 
     @property
     def preference(self) -> float:
-        """Log-odds that a is better. A shift toward the first, the same in both orders, cancels."""
+        """Return the log-odds that a is better; a shift toward the first that both orders share cancels."""
         return (self.ab - self.ba) / 2
 
     @property
     def shift(self) -> float:
-        """Log-odds toward the first, whatever stands there: 0 without position bias."""
+        """Return the log-odds toward the output shown first, whichever it is: 0 without position bias."""
         return (self.ab + self.ba) / 2
 
     @property
     def flips(self) -> bool:
-        """Whether the two orders do not name the same winner (or the same tie)."""
+        """Return whether the two orders name different winners, or only one of them a tie."""
         return bool(np.sign(self.ab) != -np.sign(self.ba))
 
 
 def normalise_labels(logprobs: Sequence[float]) -> list[float]:
-    """Log-probabilities of the labels given that one of them is said: they sum to 1."""
+    """Return the labels' log-probabilities given that one of the labels is the answer: the probabilities sum to 1."""
     total = np.logaddexp.reduce(logprobs)
     return [float(logp - total) for logp in logprobs]
 
 
 def calibrated(logprobs: Sequence[float], content_free: Sequence[Sequence[float]]) -> list[float]:
-    """Contextual calibration (Zhao et al. 2021, arXiv 2102.09690, section 5): p / p_cf, made to sum to 1 again.
+    """Return log-probabilities after contextual calibration (Zhao et al. 2021, arXiv 2102.09690, section 5).
+
+    Probabilities are p / p_cf, normalised to sum to 1; p_cf is the mean probability over content-free inputs.
 
     Args:
-        logprobs: of each label.
-        content_free: of each label, for inputs without content; p_cf is the mean of their probabilities.
+        logprobs: log-probability of each label.
+        content_free: [inputs][labels], log-probabilities of the labels for inputs without content.
     """
-    free = np.logaddexp.reduce(
-        [normalise_labels(row) for row in content_free], axis=0
-    )  # of the sum: what follows divides
+    # The sum in place of the mean: the normalisation takes out the factor.
+    free = np.logaddexp.reduce([normalise_labels(row) for row in content_free], axis=0)
     return normalise_labels([logp - each for logp, each in zip(logprobs, free, strict=True)])
 
 
 def log_odds(logprobs: Sequence[float]) -> float:
-    """Of the first of two labels."""
+    """Return the log-odds of the first of two labels."""
     return float(logprobs[0] - logprobs[1])
 
 
 def expected_points(logprobs: Sequence[float]) -> float:
-    """Mean of the label's place 1, 2, .. N."""
-    return sum(place * math.exp(logp) for place, logp in enumerate(normalise_labels(logprobs), 1))
+    """Return the expected number of points, where the labels stand for 1, 2, .. N points."""
+    return sum(points * math.exp(logp) for points, logp in enumerate(normalise_labels(logprobs), 1))
 
 
 def win_log_odds(a: Sequence[float], b: Sequence[float]) -> float:
-    """Log-odds that a draw of points from a's distribution is above one from b's; equal points count half each.
+    """Return the log-odds that points drawn from a's distribution exceed points drawn from b's; a tie counts half.
 
     Args:
         a, b: log-probabilities of the labels, from worst to best.
@@ -77,7 +78,9 @@ def win_log_odds(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def mean_wins(preferences: Sequence[Sequence[float]]) -> list[float]:
-    """Mean probability of each output to be better than another one (Borda's count, with probabilities for votes).
+    """Return for each output the mean probability that it is better than another one.
+
+    This is Borda's count with probabilities in place of votes.
 
     Args:
         preferences: [K, K] log-odds that i is better than j; the diagonal is not read.
@@ -87,21 +90,25 @@ def mean_wins(preferences: Sequence[Sequence[float]]) -> list[float]:
 
 
 def sigmoid(x: float) -> float:
-    """1 / (1 + exp(-x)), without overflow."""
+    """Return 1 / (1 + exp(-x)) without overflow."""
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
 def log_loss(log_odds_of_right: Sequence[float]) -> float:
-    """Mean of -log p over pairs, p the probability given to the side that people preferred; log 2 = 0.693 is chance."""
+    """Return the mean of -log p over pairs, p the probability of the side that people preferred; chance is log 2."""
     return float(np.mean([np.logaddexp(0, -x) for x in log_odds_of_right]))
 
 
 def brier(log_odds_of_right: Sequence[float]) -> float:
-    """Mean of (1 - p)^2 (Brier 1950); 0.25 is chance."""
+    """Return the mean of (1 - p)^2 over pairs (Brier 1950); chance is 0.25."""
     return float(np.mean([sigmoid(-x) ** 2 for x in log_odds_of_right]))
 
 
 def calibration_error(reliability: Sequence[dict[str, float]]) -> float:
-    """Expected calibration error: |accuracy - confidence| of the bins, weighted by their pairs (Naeini et al. 2015)."""
+    """Return the expected calibration error (Naeini et al. 2015): mean |accuracy - confidence| of bins, by pairs.
+
+    Args:
+        reliability: the rows of `rlhf.functional.ranking.calibration`.
+    """
     pairs = sum(row["n"] for row in reliability)
     return sum(row["n"] * abs(row["accuracy"] - row["confidence"]) for row in reliability) / pairs

@@ -1,13 +1,13 @@
-"""The arithmetic of PPO and PPO-ptx: rewards, advantages, losses, KL control. Pure functions of tensors.
+"""Compute PPO and PPO-ptx: rewards, advantages, losses, KL control. All are pure functions of tensors.
 
 Notation: B episodes, R response positions (right-padded), T_i the length of response i including its EOS when it has
 one. `lengths` [B] int64 holds the T_i; `mask` [B, R] bool is True on the T_i real positions. Masks come from lengths,
-never from token ids. All log-probabilities are natural logarithms at the sampling temperature; all KL are in nats.
-Losses are returned as sums over tokens: the caller divides by the token count of the global minibatch, so that neither
-micro-batches nor the number of processes changes the gradient.
+never from token ids, since the padding id may equal EOS. All log-probabilities are natural logarithms at the sampling
+temperature; all KL are in nats. Losses are sums over tokens: the caller divides by the token count of the global
+minibatch, so that neither micro-batches nor the number of processes changes the gradient.
 
-Sources: Ouyang et al. 2022 (arXiv 2203.02155) for the objective, Schulman et al. 2016 (1506.02438) for GAE,
-Schulman et al. 2017 (1707.06347) for the clipped loss, Ziegler et al. 2019 (1909.08593) for the adaptive KL
+Sources: Ouyang et al. 2022 (arXiv 2203.02155, "the paper") for the objective, Schulman et al. 2016 (1506.02438) for
+GAE, Schulman et al. 2017 (1707.06347) for the clipped loss, Ziegler et al. 2019 (1909.08593) for the adaptive KL
 coefficient, and Schulman's note "Approximating KL divergence" (2020) for the k1 and k3 estimators.
 """
 
@@ -20,27 +20,27 @@ from torch import Tensor
 
 
 def length_mask(lengths: Tensor, width: int) -> Tensor:
-    """Mask [B, width], True on the first `lengths[i]` positions of row i."""
+    """Return a mask [B, width] bool, True on the first `lengths[i]` positions of row i."""
     return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum over the True positions; junk (also inf and nan) elsewhere has no effect."""
+    """Return the sum over the True positions; values elsewhere have no effect, inf and nan included."""
     return torch.where(mask, values, torch.zeros_like(values)).sum()
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the True positions; 0 when there are none."""
+    """Return the mean over the True positions; 0 if there are none."""
     return masked_sum(values, mask) / mask.sum().clamp(min=1)
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Per-token estimate log p - log q of KL(p || q) on samples of p: unbiased, can be negative."""
+    """Return log p - log q per token: an unbiased estimate of KL(p || q) on samples of p; it can be negative."""
     return logprobs - ref_logprobs
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Per-token estimate (q/p - 1) - log(q/p) of KL(p || q) on samples of p: unbiased and never negative."""
+    """Return (q/p - 1) - log(q/p) per token: an unbiased estimate of KL(p || q) on samples of p, never negative."""
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
 
@@ -54,16 +54,21 @@ def per_token_rewards(
     kl_coef: float,
     missing_eos_penalty: float = 0.0,
 ) -> Tensor:
-    """R_t = -beta (log pi_old - log pi_ref) + [t = T] (r(x, y) - penalty if y has no EOS).
+    """Return R_t = -beta (log pi_old(a_t) - log pi_ref(a_t)) + [t = T] (r(x, y) - penalty if y has no EOS).
+
+    This is the reward of the paper's equation 2 (section 3.5), written per token.
 
     Args:
-        logprobs, ref_logprobs: [B, R], of the sampled tokens under the sampling policy and the reference.
-        scores: [B], normalised reward-model scores.
+        logprobs, ref_logprobs: [B, R], log-probabilities of the sampled tokens: of the sampling policy pi_old, and of
+            the reference pi_ref (the SFT policy).
+        scores: [B], normalised reward-model scores r(x, y).
+        lengths: [B], the T of each response.
         finished: [B] bool, whether the response ended with EOS.
         kl_coef: beta, per nat.
+        missing_eos_penalty: subtracted from the score of a response without EOS.
 
     Returns:
-        [B, R], zero on padding (paper section 3.5, equation 2, written per token).
+        [B, R], zero on padding.
     """
     mask = length_mask(lengths, logprobs.shape[1])
     rewards = torch.where(mask, -kl_coef * kl_k1(logprobs, ref_logprobs), torch.zeros_like(logprobs))
@@ -72,15 +77,16 @@ def per_token_rewards(
 
 
 def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation.
+    """Return advantages and returns by generalised advantage estimation (Schulman et al. 2016, equation 16).
 
     delta_t = R_t + gamma V_{t+1} - V_t with V_{T+1} = 0, and A_t = sum_l (gamma lam)^l delta_{t+l}.
 
     Args:
         rewards, values: [B, R]; V_t is the value of the state in which token t is chosen.
+        lengths: [B], the T of each response.
 
     Returns:
-        advantages [B, R] and returns A_t + V_t [B, R], both zero on padding.
+        Advantages A_t [B, R] and returns A_t + V_t [B, R], both zero on padding.
     """
     mask = length_mask(lengths, rewards.shape[1])
     zeros = torch.zeros_like(rewards)
@@ -113,17 +119,24 @@ def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 @dataclass
 class PolicyLoss:
-    """Sums over the real tokens of a micro-batch; `loss` carries the gradient."""
+    """The policy loss of a micro-batch and its statistics, all scalars; only `loss` carries the gradient."""
 
-    loss: Tensor
-    clipped: Tensor  # tokens whose clipped branch was the larger
+    loss: Tensor  # sum over the real tokens
+    clipped: Tensor  # number of tokens whose clipped branch was the larger
     ratio_max: Tensor
     ratio_error: Tensor  # largest |ratio - 1|
-    approx_kl: Tensor  # sum of k3 between the new and the sampling policy
+    approx_kl: Tensor  # sum over tokens of k3, of KL(pi_old || pi)
 
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> PolicyLoss:
-    """Clipped surrogate, summed: max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip)) over tokens [B, R]."""
+    """Return the clipped surrogate loss summed over tokens (Schulman et al. 2017, equation 7).
+
+    max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip)) with ratio = pi(a_t) / pi_old(a_t).
+
+    Args:
+        logprobs, old_logprobs: [B, R], log-probabilities of the sampled tokens under pi and pi_old.
+        advantages, mask: [B, R].
+    """
     log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
     ratio = log_ratio.exp()
     plain = -advantages * ratio
@@ -139,7 +152,15 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
-    """Sum of 0.5 max((V - G)^2, (clamp(V, V_old - clip, V_old + clip) - G)^2) over tokens [B, R]."""
+    """Return the clipped value loss summed over tokens.
+
+    0.5 max((V - G)^2, (clamp(V, V_old - clip, V_old + clip) - G)^2), as in OpenAI's PPO code (baselines, ppo2); the
+    papers do not clip values.
+
+    Args:
+        values, old_values: [B, R], V now and V_old at the time of sampling.
+        returns: [B, R], the targets G of `gae`.
+    """
     # Masked first: behind a square, nan or inf on padding would come back as a nan gradient.
     values, old_values, returns = (torch.where(mask, x, torch.zeros_like(x)) for x in (values, old_values, returns))
     bounded = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
@@ -148,7 +169,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(G - V) / Var(G) over the real tokens; 0 when the returns do not vary."""
+    """Return 1 - Var(G - V) / Var(G) over the real tokens; 0 if the returns G do not vary."""
     if int(mask.sum()) == 0:
         return torch.zeros((), dtype=values.dtype)
     target, error = returns[mask], (returns - values)[mask]
@@ -159,17 +180,18 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def ptx_loss(token_nll: Tensor, mask: Tensor, ptx_coef: float) -> Tensor:
-    """ptx_coef times the sum of -log p(token) over pretraining tokens [B, L]; the caller divides by their count.
+    """Return ptx_coef times the sum of -log pi(token) over pretraining tokens [B, L].
 
-    Equation 2 of the paper subtracts gamma E[log pi(x)] from the reward-side objective, a plus sign in the loss.
+    The caller divides by the number of tokens. Equation 2 of the paper (section 3.5) adds gamma E[log pi(x)] to the
+    objective, which is to be maximised; in a loss that is the sum of -log pi with a plus sign.
     """
     return ptx_coef * masked_sum(token_nll, mask)
 
 
 def adaptive_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
-    """Next beta: beta (1 + clamp((KL - target) / target, -0.2, 0.2) episodes / horizon), KL in nats per response.
+    """Return the next beta: beta (1 + clamp((KL - target) / target, -0.2, 0.2) episodes / horizon).
 
-    Ziegler et al. 2019, section 2.2.
+    Ziegler et al. 2019, section 2.2. `kl` and `target` are in nats per response.
     """
     error = min(max((kl - target) / target, -0.2), 0.2)
     return kl_coef * (1 + error * episodes / horizon)
@@ -177,6 +199,6 @@ def adaptive_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, ho
 
 @torch.no_grad()
 def ema_update(average: dict[str, Tensor], parameters: dict[str, Tensor], decay: float) -> None:
-    """average <- decay average + (1 - decay) parameters, in place (paper C.4: decay 0.992)."""
+    """Set average <- decay average + (1 - decay) parameters, in place (paper, appendix C.4: decay 0.992)."""
     for name, mean in average.items():
         mean.mul_(decay).add_(parameters[name].detach().to(mean.device, mean.dtype), alpha=1 - decay)

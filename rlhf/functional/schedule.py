@@ -1,4 +1,4 @@
-"""Learning-rate factors by step, as pure arithmetic, so that a resumed run needs the step number alone."""
+"""Compute learning-rate factors from the step number alone, so that a resumed run needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ WARMUP_START = 0.1  # the paper warms up from a tenth of the peak (Appendix C.4)
 def lr_factor(
     step: int, total: int, schedule: Literal["cosine", "linear", "constant"], warmup: int, final_fraction: float
 ) -> float:
-    """Share of the peak learning rate at `step` (0-based) of `total`.
+    """Return the learning rate at `step` (from 0) of `total`, as a fraction of its peak.
 
-    Linear warm-up from a tenth of the peak over the first `warmup` steps; then constant, or linear or cosine decay that
-    reaches `final_fraction` at the last step.
+    The first `warmup` steps rise linearly from a tenth of the peak. After them the rate is constant, or decays linearly
+    or as a cosine to `final_fraction` at the last step.
     """
     if step < warmup:
         return WARMUP_START + (1 - WARMUP_START) * step / warmup

@@ -1,4 +1,4 @@
-"""A shuffled, endless stream of indices without state: position in, indices out; resuming needs one number."""
+"""Derive seeds, uniform numbers and shuffled orders from keys alone, so that a resumed run needs no generator state."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 def shuffled_indices(n: int, seed: int, name: str, start: int, count: int) -> list[int]:
-    """Indices at positions [start, start + count) of passes over range(n), each pass in an order of its own.
+    """Return positions [start, start + count) of an endless stream of passes over range(n), each shuffled anew.
 
     Args:
-        name: what is streamed ("prompts", "ptx", ...), so that streams of one run differ.
+        name: kind of rows ("prompts", "ptx", ...), so that the streams of one run differ.
 
     Raises:
-        ValueError: when there is nothing to stream from.
+        ValueError: if n is below 1.
     """
     if n < 1:
         raise ValueError(f"no rows to draw {name} from")
@@ -30,7 +30,7 @@ def shuffled_indices(n: int, seed: int, name: str, start: int, count: int) -> li
 
 
 def row_seed(*parts: int | str) -> int:
-    """Return a 64-bit seed that depends on its parts alone, e.g. (run seed, "ppo", iteration, row)."""
+    """Return a 64-bit seed that depends on `parts` alone, e.g. (run seed, "ppo", iteration, row)."""
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.encoding import Encoded
-from rlhf.data.layouts import contradiction
+from rlhf.data.ranks import equal_texts_ranked_apart
 from rlhf.data.records import Drops, Prompt, Ranking, ranking_row, rankings_of, write_jsonl
 from rlhf.data.sources import SourceRow, read_rows
 from rlhf.labeling.base import Output
@@ -57,7 +57,7 @@ def _outputs(row: SourceRow, drops: Drops) -> Outputs:
     # Read as a ranking in which all are tied, so that both are checked alike.
     tied = [1] * len(responses) if isinstance(responses, list) else []
     (item,) = rankings_of(SourceRow(fields | {"ranks": tied}, row.place), drops)
-    if pair := contradiction(item.responses, range(len(item.responses))):  # equal texts can have but one rank
+    if pair := equal_texts_ranked_apart(item.responses, range(len(item.responses))):  # equal texts have one rank
         what = f"responses {pair[0]} and {pair[1]} (from 0) are the same text"
         raise row.fail("responses", what, "keep one of them: nobody can tell them apart")
     return Outputs(item.prompt, item.responses, item.finished)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf.data.records import Drops, Message, Prompt, Ranking, read_rankings
-from rlhf.errors import UserError
+from support.data_files import assert_bad_ranking, rankings_in, write_lines
 
 PROMPT = Prompt.from_text("Where does the cuckoo lay its eggs?")
 FIELDS = {"prompt": PROMPT.text, "response-1": "In trees.", "response-2": "In other birds' nests.", "response-3": "No."}
@@ -38,12 +37,6 @@ def record(*responses: dict[str, Any], fields: dict[str, Any] = FIELDS) -> dict[
     }
 
 
-def read(tmp_path: Path, *rows: dict[str, Any]) -> tuple[list[Ranking], list[tuple[str, int]]]:
-    path, drops = tmp_path / "export.json", Drops()
-    path.write_text(json.dumps(list(rows)))
-    return read_rankings([str(path)], drops), drops.table()
-
-
 def test_records_of_the_first_client(tmp_path: Path) -> None:
     rows = [
         record(
@@ -56,7 +49,7 @@ def test_records_of_the_first_client(tmp_path: Path) -> None:
         ),
         record(),
     ]
-    assert read(tmp_path, *rows) == (
+    assert rankings_in(tmp_path, *rows) == (
         [Ranking(PROMPT, TEXTS, (2, 1, 2), labeler="ann"), Ranking(PROMPT, TEXTS, (3, 1, 2), labeler="bob")],
         [
             ("Argilla: a discarded response", 2),
@@ -74,10 +67,9 @@ def test_a_page_of_the_server(tmp_path: Path) -> None:
         "total": 2,
     }
     expected = [Ranking(PROMPT, TEXTS, (1, 2, 3), labeler="ann", time=NOON), Ranking(PROMPT, TEXTS, (1, 1, 1))]
-    assert read(tmp_path, page) == (expected, [])
-    path = tmp_path / "pages.jsonl"
-    path.write_text(json.dumps(page) + "\n" + json.dumps({"items": [], "total": 2}) + "\n")
-    assert read_rankings([str(path)], Drops()) == expected
+    assert rankings_in(tmp_path, page) == (expected, [])
+    path = write_lines(tmp_path / "pages.jsonl", page, {"items": [], "total": 2})
+    assert read_rankings([path], Drops()) == expected
 
 
 @pytest.mark.parametrize("sequence", [True, False])
@@ -100,7 +92,7 @@ def test_rows_of_the_first_clients_data_set(tmp_path: Path, sequence: bool) -> N
         "external_id": "e1",
         "metadata": '{"source": "birds"}',
     }
-    assert read(tmp_path, row, row | {"ranking": [], "why": []}) == (
+    assert rankings_in(tmp_path, row, row | {"ranking": [], "why": []}) == (
         [Ranking(PROMPT, TEXTS, (2, 1, 1), labeler="ann")],
         [("Argilla: a discarded response", 1), ("Argilla: a record without responses", 1)],
     )
@@ -133,7 +125,7 @@ def test_rows_from_parquet(tmp_path: Path) -> None:
 def test_options_stand_for_fields(tmp_path: Path, names: list[str], options: str) -> None:
     fields = {"instruction": PROMPT.text, "Golden Answer": "y", names[1]: "b", names[0]: "a"}
     row = record(response("ann", ranks(2, 1, name=options)), fields=fields)
-    assert read(tmp_path, row)[0] == [Ranking(PROMPT, ("a", "b"), (2, 1), labeler="ann")]
+    assert rankings_in(tmp_path, row)[0] == [Ranking(PROMPT, ("a", "b"), (2, 1), labeler="ann")]
 
 
 def test_a_chat_is_a_prompt_of_messages(tmp_path: Path) -> None:
@@ -142,13 +134,13 @@ def test_a_chat_is_a_prompt_of_messages(tmp_path: Path) -> None:
         {"role": "assistant", "content": "Hello."},
         {"role": "user", "content": "Where?"},
     ]
-    (found,) = read(tmp_path, record(response("ann", ranks(1, 2, 3)), fields=FIELDS | {"prompt": chat}))[0]
+    (found,) = rankings_in(tmp_path, record(response("ann", ranks(1, 2, 3)), fields=FIELDS | {"prompt": chat}))[0]
     assert found.prompt.messages == tuple(Message(**turn) for turn in chat)
 
 
 def test_an_optional_field_that_is_empty_is_counted(tmp_path: Path) -> None:
     row = record(response("ann", ranks(1, 2, 3)), fields=FIELDS | {"response-3": None})
-    assert read(tmp_path, row) == ([], [("Argilla: an empty response", 1)])
+    assert rankings_in(tmp_path, row) == ([], [("Argilla: an empty response", 1)])
 
 
 AT = "responses[0].values.ranking.value"
@@ -157,8 +149,8 @@ MISTAKES = [
     (record(response("ann", ranks(1, 2, 0))), f"{AT}[2].rank", "the rank 0 is below 1"),
     (record(response("ann", [{"value": "response-1"}])), f"{AT}[0].rank", "is null, not a whole number"),
     (record(response("ann", [{"rank": 1}])), f"{AT}[0].value", "is null, not a string"),
-    (record(response("ann", ranks(1, 2, 3, 4))), f"{AT}[3].value", "'response-4' stands for no field"),
-    (record(response("ann", ranks(1) * 2)), f"{AT}[1].value", "'response-1' stands for no field of its own"),
+    (record(response("ann", ranks(1, 2, 3, 4))), f"{AT}[3].value", "'response-4' names no field"),
+    (record(response("ann", ranks(1) * 2)), f"{AT}[1].value", "'response-1' names no field of its own"),
     (record(response("ann", ranks(1, 2)) | {"user_id": []}), "responses[0].user_id", "is a list, not a string"),
     (record(response("ann", None) | TWICE), "responses[0].values", "2 questions have ranks: a, b"),
     (
@@ -166,7 +158,7 @@ MISTAKES = [
         "fields.prompt",
         "none of the fields is the prompt: q",
     ),
-    (record(response("ann", ranks(1, 2, 3), updated_at="?")), "responses[0].updated_at", "'?', which is no time"),
+    (record(response("ann", ranks(1, 2, 3), updated_at="?")), "responses[0].updated_at", "'?', which is not a time"),
     ({"items": [record(response("ann", ranks(0)))]}, f"items[0].{AT}[0].rank", "below 1"),
     (record() | {"responses": {"ranking": [{"value": ["response-2"], "user_id": "a"}]}}, "responses.ranking", "2.x"),
     (FIELDS | {"ranking.responses": [["response-2"]], "ranking.responses.users": ["a"]}, "ranking.responses", "2.x"),
@@ -175,11 +167,11 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("row", "field", "part"), MISTAKES)
 def test_mistakes_name_the_item_and_the_field(tmp_path: Path, row: dict[str, Any], field: str, part: str) -> None:
-    with pytest.raises(UserError) as caught:
-        read(tmp_path, record(), row)
-    assert caught.value.where == f"{tmp_path / 'export.json'}, line 1, item 2, field `{field}`"
-    assert part in caught.value.what and caught.value.fix
+    assert_bad_ranking(tmp_path, record(), row, field, part)
 
 
 def test_records_of_the_second_client_without_responses_are_counted(tmp_path: Path) -> None:
-    assert read(tmp_path, record() | {"responses": {}}) == ([], [("Argilla: a record without responses", 1)])
+    assert rankings_in(tmp_path, record() | {"responses": {}}) == (
+        [],
+        [("Argilla: a record without responses", 1)],
+    )

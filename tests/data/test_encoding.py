@@ -6,14 +6,11 @@ from rlhf.config import ModelSection
 from rlhf.data.encoding import encode_prompt, encode_response, fit_demonstrations, fit_prompts, fit_rankings, stop_ids
 from rlhf.data.records import Demonstration, Drops, Message, Prompt, Ranking
 from rlhf.models.loading import load_policy, load_tokenizer
-
-
-def ask(text: str) -> Prompt:
-    return Prompt((Message("user", text),))
+from support.data_files import user
 
 
 def test_a_prompt_ends_where_the_assistant_begins(tiny_tokenizer) -> None:
-    ids = encode_prompt(tiny_tokenizer, ask("Say yes."))
+    ids = encode_prompt(tiny_tokenizer, user("Say yes."))
     assert isinstance(ids, list) and all(type(i) is int for i in ids)
     assert tiny_tokenizer.decode(ids) == "<|im_start|>user\nSay yes.<|im_end|>\n<|im_start|>assistant\n"
     assert ids[0] == 1 and ids.count(2) == 1
@@ -44,10 +41,10 @@ def test_special_tokens_inside_a_response_are_spelled_out(tiny_tokenizer) -> Non
 
 def test_plain_and_verbatim(tiny_dir) -> None:
     plain, verbatim = (load_tokenizer(tiny_dir, ModelSection(prompt_format=name)) for name in ("plain", "verbatim"))
-    assert plain.decode(encode_prompt(plain, ask("Say yes."))) == "Human: Say yes.\n\nAssistant:"
+    assert plain.decode(encode_prompt(plain, user("Say yes."))) == "Human: Say yes.\n\nAssistant:"
     assert plain.decode(encode_response(plain, "Yes.")[:-1]) == " Yes."
     assert encode_response(plain, " Yes.") == encode_response(plain, "Yes.")
-    assert verbatim.decode(encode_prompt(verbatim, ask("Once upon"))) == "Once upon"
+    assert verbatim.decode(encode_prompt(verbatim, user("Once upon"))) == "Once upon"
     assert verbatim.decode(encode_response(verbatim, " a time")[:-1]) == " a time"
 
 
@@ -61,7 +58,7 @@ def test_stop_ids(tiny_dir, tiny_tokenizer) -> None:
 
 
 def test_prompts_over_the_limit_are_dropped_and_counted(tiny_tokenizer) -> None:
-    short, long = ask("Say yes."), ask("Say yes. " * 30)
+    short, long = user("Say yes."), user("Say yes. " * 30)
     limit = len(encode_prompt(tiny_tokenizer, short))
     drops = Drops()
     kept = fit_prompts([short, long, short], tiny_tokenizer, limit, drops)
@@ -72,7 +69,7 @@ def test_prompts_over_the_limit_are_dropped_and_counted(tiny_tokenizer) -> None:
 
 
 def test_demonstrations_count_eos_in_the_response(tiny_tokenizer) -> None:
-    demonstration = Demonstration(ask("Say yes."), "Yes, it is.")
+    demonstration = Demonstration(user("Say yes."), "Yes, it is.")
     prompt, response = (
         len(encode_prompt(tiny_tokenizer, demonstration.prompt)),
         len(encode_response(tiny_tokenizer, "Yes, it is.")),
@@ -92,7 +89,7 @@ def test_demonstrations_count_eos_in_the_response(tiny_tokenizer) -> None:
 
 
 def test_a_ranking_goes_with_its_longest_output(tiny_tokenizer) -> None:
-    ranking = Ranking(ask("Say yes."), ("Yes.", "Yes, it is, and it was."), (1, 2), (True, False))
+    ranking = Ranking(user("Say yes."), ("Yes.", "Yes, it is, and it was."), (1, 2), (True, False))
     prompt = len(encode_prompt(tiny_tokenizer, ranking.prompt))
     longest = len(encode_response(tiny_tokenizer, "Yes, it is, and it was.", finished=False))
     drops = Drops()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 
 from rlhf.data.records import Drops, Prompt, Ranking, ranking_row, read_rankings, write_jsonl
 from rlhf.errors import UserError
+from support.data_files import assert_bad_ranking, rankings_in
 
 PROMPT = Prompt.from_text("Why do onions make us cry?")
 TWO = {"prompt": PROMPT.text, "answer1": "They are sad.", "answer2": "A gas from the cut cells irritates the eye."}
@@ -71,19 +71,12 @@ def ranker(**columns: list[Any]) -> dict[str, Any]:
     return result("ranker", {"ranker": columns})
 
 
-def read(tmp_path: Path, *tasks: dict[str, Any]) -> tuple[list[Ranking], list[tuple[str, int]]]:
-    """Of an array, as the tool exports it."""
-    path, drops = tmp_path / "export.json", Drops()
-    path.write_text(json.dumps(list(tasks)))
-    return read_rankings([str(path)], drops), drops.table()
-
-
 def expected(responses: tuple[str, ...], ranks: tuple[int, ...], labeler: str = "7") -> Ranking:
     return Ranking(PROMPT, responses, ranks, labeler=labeler, time=EDITED)
 
 
 def ranks_of(tmp_path: Path, data: dict[str, Any], *results: dict[str, Any]) -> tuple[int, ...]:
-    rankings, drops = read(tmp_path, task(data, annotation(*results)))
+    rankings, drops = rankings_in(tmp_path, task(data, annotation(*results)))
     assert len(rankings) == 1 and drops == []
     return rankings[0].ranks
 
@@ -95,7 +88,7 @@ def test_pairwise_of_two_labelers_with_a_skip(tmp_path: Path) -> None:
         task(TWO, annotation()),
         task(TWO),
     ]
-    assert read(tmp_path, *rows) == (
+    assert rankings_in(tmp_path, *rows) == (
         [expected(TEXTS, (2, 1)), expected(TEXTS, (1, 2), "8")],
         [
             ("Label Studio: a skipped annotation", 1),
@@ -107,16 +100,16 @@ def test_pairwise_of_two_labelers_with_a_skip(tmp_path: Path) -> None:
 
 def test_labelers(tmp_path: Path) -> None:
     people = [{"id": 3, "email": "ann@example.org", "first_name": "Ann"}, {"id": 4, "email": ""}, None, 0]
-    rankings, _ = read(tmp_path, *(task(TWO, annotation(pairwise("left"), by=who)) for who in people))
+    rankings, _ = rankings_in(tmp_path, *(task(TWO, annotation(pairwise("left"), by=who)) for who in people))
     assert [r.labeler for r in rankings] == ["ann@example.org", "4", "", "0"]
 
 
 def test_a_ranker_orders_a_list(tmp_path: Path) -> None:
     # Best first m3, m1, m2; ranks go with the items as the task lists them.
-    rankings, _ = read(tmp_path, task(LISTED, annotation(ranker(rank=["m3", "m1", "m2"]))))
+    rankings, _ = rankings_in(tmp_path, task(LISTED, annotation(ranker(rank=["m3", "m1", "m2"]))))
     assert rankings == [expected(("Because.", "A gas.", "Sulfur compounds from cut cells."), (2, 3, 1))]
     numbers = LISTED | {"items": [{"id": i, "title": t} for i, t in enumerate("xyz")], "tags": [{"id": "m1"}]}
-    rankings, _ = read(tmp_path, task(numbers, annotation(ranker(rank=["2", "0", "1"]))))
+    rankings, _ = rankings_in(tmp_path, task(numbers, annotation(ranker(rank=["2", "0", "1"]))))
     assert rankings == [expected(("x", "y", "z"), (2, 3, 1))]
 
 
@@ -131,7 +124,7 @@ def test_items_left_in_the_list_are_counted(tmp_path: Path) -> None:
         task(LISTED, annotation(ranker(place1=["m2"], place2=["m3"]))),
         task(LISTED, annotation(ranker(_=[], place1=[]))),
     ]
-    assert read(tmp_path, *rows) == (
+    assert rankings_in(tmp_path, *rows) == (
         [],
         [
             ("Label Studio: an annotation that leaves items unranked", 2),
@@ -158,20 +151,22 @@ def test_choices_name_an_answer_or_a_tie(tmp_path: Path, choice: str, ranks: tup
 )
 def test_names_of_the_two_answers(tmp_path: Path, left: str, right: str) -> None:
     data = {right: "second", "id": "a1", "Prompt": PROMPT.text, left: "first", "source": "web"}
-    assert read(tmp_path, task(data, annotation(pairwise("left"))))[0] == [expected(("first", "second"), (1, 2))]
+    assert rankings_in(tmp_path, task(data, annotation(pairwise("left"))))[0] == [expected(("first", "second"), (1, 2))]
 
 
 def test_blemishes_are_counted_as_of_published_layouts(tmp_path: Path) -> None:
     empty, same = TWO | {"answer1": ""}, TWO | {"answer1": TWO["answer2"]}
-    assert read(tmp_path, *(task(data, annotation(pairwise("left"))) for data in (empty, same))) == (
+    assert rankings_in(tmp_path, *(task(data, annotation(pairwise("left"))) for data in (empty, same))) == (
         [],
         [("Label Studio: an empty response", 1), ("Label Studio: equal responses ranked apart", 1)],
     )
 
 
 def test_what_was_read_is_written_back(tmp_path: Path) -> None:
-    rankings, _ = read(
-        tmp_path, task(TWO, annotation(pairwise("left"))), task(LISTED, annotation(ranker(a1=["m1", "m2", "m3"])))
+    rankings, _ = rankings_in(
+        tmp_path,
+        task(TWO, annotation(pairwise("left"))),
+        task(LISTED, annotation(ranker(a1=["m1", "m2", "m3"]))),
     )
     write_jsonl(tmp_path / "out.jsonl", [ranking_row(r) for r in rankings])
     assert len(rankings) == 2 and read_rankings([str(tmp_path / "out.jsonl")], Drops()) == rankings
@@ -184,7 +179,7 @@ MISTAKES = [
     (TWO, choices("1"), "annotations[0].result[0].value.choices", "names neither of the two answers"),  # or a grade
     (LISTED | {"context": ITEMS}, ranker(rank=["m1", "m2", "m3"]), "annotations[0].result[0].value.ranker", "several"),
     (TWO, choices("1", "2"), "annotations[0].result[0].value.choices", "names neither of the two answers"),
-    (TWO | {"answer1": 3}, pairwise("left"), "data", "cannot be told which two fields"),
+    (TWO | {"answer1": 3}, pairwise("left"), "data", "not clear which two fields"),
     (TWO | {"reply1": "x", "reply2": "y"}, pairwise("left"), "data", "prompt, answer1, answer2, reply1, reply2"),
     ({"answer1": "x", "answer2": "y"}, pairwise("left"), "data.prompt", "none of the fields is the prompt"),
     (TWO | {"prompt": 3}, pairwise("left"), "data.prompt", "is a number, not a string"),
@@ -199,16 +194,14 @@ MISTAKES = [
 def test_mistakes_name_the_item_and_the_field(
     tmp_path: Path, data: dict[str, Any], answer: dict[str, Any], field: str, part: str
 ) -> None:
-    with pytest.raises(UserError) as caught:
-        read(tmp_path, task(TWO, annotation(pairwise("left"))), task(data, annotation(answer)))
-    assert caught.value.where == f"{tmp_path / 'export.json'}, line 1, item 2, field `{field}`"
-    assert part in caught.value.what and caught.value.fix
+    good, bad = task(TWO, annotation(pairwise("left"))), task(data, annotation(answer))
+    assert_bad_ranking(tmp_path, good, bad, field, part)
 
 
 def test_two_questions_are_one_too_many(tmp_path: Path) -> None:
     for answers in ([pairwise("left"), pairwise("right")], [choices("answer1"), choices("left")]):
         with pytest.raises(UserError, match="2 results of type"):
-            read(tmp_path, task(TWO, annotation(*answers)))
+            rankings_in(tmp_path, task(TWO, annotation(*answers)))
 
 
 def test_other_mistakes(tmp_path: Path) -> None:
@@ -220,5 +213,5 @@ def test_other_mistakes(tmp_path: Path) -> None:
         (annotation() | {"result": "x"}, "annotations[0].result"),
     ):
         with pytest.raises(UserError) as caught:
-            read(tmp_path, task(TWO, bad))
+            rankings_in(tmp_path, task(TWO, bad))
         assert (caught.value.where or "").endswith(f"field `{field}`")

@@ -8,21 +8,11 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.layout_fields import ending, named, ranks_of_scores
+from rlhf.data.layout_fields import ending, named
 from rlhf.data.layouts import split_transcript
-from rlhf.data.records import Drops, Message, Prompt, Ranking, read_rankings
-from rlhf.errors import UserError
-
-
-def read(tmp_path: Path, *rows: dict[str, Any]) -> tuple[list[Ranking], list[tuple[str, int]]]:
-    path, drops = tmp_path / "published.jsonl", Drops()
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return read_rankings([str(path)], drops), drops.table()
-
-
-def user(text: str) -> Prompt:
-    return Prompt((Message("user", text),))
-
+from rlhf.data.ranks import ranks_of_scores
+from rlhf.data.records import Message, Prompt, Ranking
+from support.data_files import assert_bad_ranking, rankings_in, user
 
 HEAD = "\n\nHuman: My bike chain keeps slipping.\n\nAssistant: In which gear?\n\nHuman: The third."
 HH = {
@@ -140,7 +130,7 @@ def test_hh_rlhf(tmp_path: Path) -> None:
         Message("user", "The third."),
     )
     chosen, rejected = "Then the derailleur needs a small turn.\n\nTry a quarter.", "Buy a new bike."
-    assert read(tmp_path, HH) == ([Ranking(Prompt(prompt), (chosen, rejected), (1, 2))], [])
+    assert rankings_in(tmp_path, HH) == ([Ranking(Prompt(prompt), (chosen, rejected), (1, 2))], [])
 
 
 def test_hh_rlhf_blemishes_are_counted(tmp_path: Path) -> None:
@@ -153,7 +143,7 @@ def test_hh_rlhf_blemishes_are_counted(tmp_path: Path) -> None:
         {"chosen": "\n\nHuman: \n\nAssistant: a", "rejected": "\n\nHuman: \n\nAssistant: b"},
         HH,
     ]
-    rankings, drops = read(tmp_path, *rows)
+    rankings, drops = rankings_in(tmp_path, *rows)
     assert len(rankings) == 1
     assert drops == [
         ("HH-RLHF: an empty response", 1),
@@ -170,7 +160,7 @@ def test_summarize_from_feedback(tmp_path: Path) -> None:
         "POST: My flatmate leaves the tap running.\nI pay the bill.\n\nTL;DR:"
     )
     texts = ("Flatmate wastes water.", "Flatmate lets the tap run and I pay for it.")
-    assert read(tmp_path, SUMMARY, NEWS) == (
+    assert rankings_in(tmp_path, SUMMARY, NEWS) == (
         [
             Ranking(user(post), texts, (2, 1), labeler="w1"),
             Ranking(user("Article:\nThe bridge is shut.\n\nTL;DR:"), texts, (1, 2), labeler="w1"),
@@ -183,7 +173,10 @@ def test_webgpt(tmp_path: Path) -> None:
     tie = WEBGPT | {"score_0": 0.0, "score_1": 0.0}
     texts = (WEBGPT["answer_0"], WEBGPT["answer_1"])
     question = user("Why is the sea salty?")
-    assert read(tmp_path, WEBGPT, tie) == ([Ranking(question, texts, (2, 1)), Ranking(question, texts, (1, 1))], [])
+    assert rankings_in(tmp_path, WEBGPT, tie) == (
+        [Ranking(question, texts, (2, 1)), Ranking(question, texts, (1, 1))],
+        [],
+    )
 
 
 def test_ultrafeedback(tmp_path: Path) -> None:
@@ -194,26 +187,32 @@ def test_ultrafeedback(tmp_path: Path) -> None:
     question = user("Name a prime above 10.")
     # fine-grained 4.5, 1.25, 4.5, 5.0; without one of them all go by overall 7, 10, 8, 8.5
     rankings = [Ranking(question, texts, (2, 3, 2, 1)), Ranking(question, texts, (4, 1, 3, 2))]
-    assert read(tmp_path, ULTRA, coarse, none) == (rankings, [("UltraFeedback: fewer than 2 ranked responses", 1)])
+    assert rankings_in(tmp_path, ULTRA, coarse, none) == (
+        rankings,
+        [("UltraFeedback: fewer than 2 ranked responses", 1)],
+    )
 
 
 def test_nectar(tmp_path: Path) -> None:
     prompt = Prompt((Message("user", "Hi"), Message("assistant", "Hello!"), Message("user", "A joke, please.")))
     expected = Ranking(prompt, tuple(f"joke {i}" for i in range(7)), (3, 1, 2, 6, 5, 5, 4))
-    assert read(tmp_path, NECTAR) == ([expected], [])
+    assert rankings_in(tmp_path, NECTAR) == ([expected], [])
 
 
 def test_shp(tmp_path: Path) -> None:
     texts, question = ("Blanch it for ten seconds first.", "Add lemon."), user("How do I keep basil green in pesto?")
     rows = [SHP, SHP | {"labels": 0}]
-    assert read(tmp_path, *rows) == ([Ranking(question, texts, (1, 2)), Ranking(question, texts, (2, 1))], [])
+    assert rankings_in(tmp_path, *rows) == (
+        [Ranking(question, texts, (1, 2)), Ranking(question, texts, (2, 1))],
+        [],
+    )
 
 
 def test_openassistant_trees(tmp_path: Path) -> None:
     first = Message("user", "What is a fugue?")
     best = "Voices that take up one theme in turn."
     nested = Prompt((first, Message("assistant", best), Message("user", "And a canon?")))
-    assert read(tmp_path, OASST) == (
+    assert rankings_in(tmp_path, OASST) == (
         [
             Ranking(Prompt((first,)), ("A song.", best, "Music."), (3, 1, 2)),
             Ranking(nested, ("Strict imitation.", "The same theme, note for note."), (2, 1)),
@@ -226,12 +225,12 @@ def test_openassistant_trees_may_be_deep(tmp_path: Path) -> None:
     node = reply("end", "prompter", 0, reply("x", "assistant", 0), reply("y", "assistant", 1))
     for i in range(100):
         node = reply(f"p{i}", "prompter", 0, reply(f"a{i}", "assistant", 0, node), reply("no", "assistant", 1))
-    rankings, drops = read(tmp_path, {"message_tree_id": "t", "tree_state": "ready_for_export", "prompt": node})
+    rankings, drops = rankings_in(tmp_path, {"message_tree_id": "t", "tree_state": "ready_for_export", "prompt": node})
     assert len(rankings) == 101 and len(rankings[-1].prompt.messages) == 201 and drops == []
 
 
 MISTAKES = [
-    ({"chosen": "hello", "rejected": "bye"}, "chosen", "there is no `prompt`, and `chosen` is no dialogue"),
+    ({"chosen": "hello", "rejected": "bye"}, "chosen", "there is no `prompt`, and `chosen` is not a dialogue"),
     ({k: v for k, v in HH.items() if k != "rejected"}, "rejected", "the field `rejected` is missing"),
     (SUMMARY | {"choice": 2}, "choice", "`choice` is 2, and there are 2 summaries"),
     (SUMMARY | {"worker": 5}, "worker", "`worker` is a number, not a string"),
@@ -260,10 +259,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("row", "field", "part"), MISTAKES)
 def test_mistakes_name_the_published_field(tmp_path: Path, row: dict[str, Any], field: str, part: str) -> None:
-    with pytest.raises(UserError) as caught:
-        read(tmp_path, HH, row)
-    assert caught.value.where == f"{tmp_path / 'published.jsonl'}, line 2, field `{field}`"
-    assert part in caught.value.what and caught.value.fix
+    assert_bad_ranking(tmp_path, HH, row, field, part)
 
 
 def test_own_ranks_go_before_published_keys(tmp_path: Path) -> None:
@@ -275,7 +271,7 @@ def test_own_ranks_go_before_published_keys(tmp_path: Path) -> None:
         "instruction": "i",
         "completions": [],
     }
-    assert read(tmp_path, row) == ([Ranking(user("q"), ("x", "y"), (2, 1))], [])
+    assert rankings_in(tmp_path, row) == ([Ranking(user("q"), ("x", "y"), (2, 1))], [])
 
 
 def test_scores_to_ranks() -> None:

@@ -1,4 +1,4 @@
-"""Templates: what is shipped, what is rendered, and that every mistake is told with its line."""
+"""Templates: those that are shipped, what they make, and the line that every mistake names."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_messages_are_the_demonstrations_and_then_the_question() -> None:
     )
 
 
-def test_reasoning_stands_on_lines_of_its_own_before_the_cue() -> None:
+def test_reasoning_is_on_lines_of_its_own_before_the_cue() -> None:
     text = PAIR.replace("few-shot", "chain-of-thought").replace('"label"', '"reason": "because", "label"')
     assert parse_template(text, "t", "t").messages(fields())[1] == ("assistant", "because\nBetter: B")
 
@@ -91,7 +91,7 @@ def test_every_form_of_both_kinds_is_shipped() -> None:
         ("kind: pair", "kind: pairs", 2, "'pairs' is unknown"),
         ("kind: pair\n", "", 1, "no `kind`"),
         ("kind: pair", "kinds: pair", 2, "did you mean `kind:`?"),
-        ("kind: pair", "pair", 2, "no line of the header"),
+        ("kind: pair", "pair", 2, "not a line of the header"),
         ("cue: Better:", "cue:", 5, "`cue` is empty"),
         ("cue: Better:", "kind: pair", 5, "given twice"),
         ("labels: A B", "labels: A B C", 4, "there are 3 labels"),
@@ -102,19 +102,19 @@ def test_every_form_of_both_kinds_is_shipped() -> None:
         ("form: few-shot", "form: zero-shot", 3, "zero-shot template has demonstrations"),
         ("---\nQ", "Q", 10, "begins no part"),
         ("--- demonstrations", "--- examples", 11, "begins no part"),
-        ("{{first}}", "{{ fist }}", 8, "`{{ fist }}` is no field"),
-        ("{{first}}", "{{ first", 8, "braces that hold no field"),
-        ("{{first}}", "{% if first %}", 8, "there are no statements"),
+        ("{{first}}", "{{ fist }}", 8, "`{{ fist }}` is not a field"),
+        ("{{first}}", "{{ first", 8, "braces without a field"),
+        ("{{first}}", "{% if first %}", 8, "templates have no statements"),
         ("1 {{first}}\n", "", 7, "never uses {{ first }}"),
         ("Q {{ prompt }}\n1 {{first}}\n2 {{ second }}\n", "", 6, "no text"),
         ('"label": "B"', '"label": "C"', 12, "'C' is none of the labels"),
-        ('"label": "B"', '"label": "B", "why": "x"', 12, "`why` is no field here"),
+        ('"label": "B"', '"label": "B", "why": "x"', 12, "`why` is not a field here"),
         ('"first": "f", ', "", 12, "`first` is missing"),
         ('"label": "B"', '"label": 2', 12, "object of texts"),
         ('"label": "B"}', '"label": "B"', 12, "not JSON"),
     ],
 )
-def test_a_mistake_is_told_with_file_and_line(old: str, new: str, line: int, words: str) -> None:
+def test_a_mistake_names_file_and_line(old: str, new: str, line: int, words: str) -> None:
     assert PAIR.count(old) == 1
     with pytest.raises(UserError) as caught:
         parse_template(PAIR.replace(old, new), "t.txt", "t")
@@ -167,7 +167,7 @@ def test_examples_of_points_by_hand() -> None:
         ("z", "4"),
         ("y", "7"),
     ]
-    # Of four places the second is a third of the way down: 6 x 1/3 = 2 below 7.
+    # Of four ranks the second is a third of the way down: 6 x 1/3 = 2 below 7.
     four = [ranking("p", "wxyz", (1, 2, 3, 4))] * 3
     assert examples_from(four, template)[2] == Example({"prompt": "p", "response": "y"}, "3")
 
@@ -181,7 +181,7 @@ def test_the_recipe_s_section_is_checked_before_anything_is_loaded(tmp_path: Pat
     for section, words in [
         ({"template": "pair-zero-shot", "demonstrations": str(rows)}, "takes no demonstrations"),
         ({"template": "pair-chain-of-thought", "calibrate": True}, "nothing to reason about"),
-        ({"endpoint": "localhost:8000", "model": "m"}, "no URL"),
+        ({"endpoint": "localhost:8000", "model": "m"}, "not the URL"),
         ({"endpoint": "http://me:secret@host/v1", "model": "m"}, "OPENAI_API_KEY"),
         ({"endpoint": "http://host/v1?key=secret", "model": "m"}, "OPENAI_API_KEY"),
         ({"endpoint": "http://host/v1"}, "asked for a model by name"),

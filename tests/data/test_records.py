@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from rlhf.data.records import (
     Message,
     Prompt,
     Ranking,
-    demonstration_row,
     ranking_row,
     read_cloze,
     read_demonstrations,
@@ -28,22 +26,13 @@ from rlhf.data.records import (
     write_jsonl,
 )
 from rlhf.errors import UserError
+from support.data_files import Read, error_of, user, write_lines
 from support.paths import ROOT
 
 SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder ../shared/data with public data is not there")
 
 TURNS = "Human: hi\n\nAssistant: hello\n\nHuman: who are you?\n\nAssistant:"
-
-
-def user(text: str, use_case: str = "") -> Prompt:
-    return Prompt((Message("user", text),), use_case)
-
-
-def lines(path: Path, *rows: Any) -> str:
-    """Write rows as JSON lines; a string is written as it stands."""
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return str(path)
 
 
 # Prompts
@@ -84,7 +73,7 @@ def test_empty_prompts_and_turns_are_refused(text: str) -> None:
 
 
 def test_demonstrations(tmp_path: Path) -> None:
-    path = lines(
+    path = write_lines(
         tmp_path / "d.jsonl",
         {"prompt": "a?", "response": " yes ", "use_case": "chat", "source": "x"},
         "",
@@ -108,7 +97,7 @@ def test_demonstrations(tmp_path: Path) -> None:
 def test_rankings(tmp_path: Path) -> None:
     four = ["w", "x", "y", "z"]
     said = [{"role": "user", "content": "q"}]
-    path = lines(
+    path = write_lines(
         tmp_path / "r.jsonl",
         {"prompt": "q", "responses": four, "ranks": [4, 1, 1, 9], "finished": [True, False, True, True]},
         {"prompt": "q", "responses": four, "ranking": "D > C>A=B"},
@@ -151,7 +140,7 @@ def test_labelers_and_times_are_kept(tmp_path: Path) -> None:
         pair | {"labeler": "ann"},
     ]
     drops = Drops()
-    rankings = read_rankings([lines(tmp_path / "r.jsonl", *rows)], drops)
+    rankings = read_rankings([write_lines(tmp_path / "r.jsonl", *rows)], drops)
     # Labelers who say the same are no duplicates of each other; the fifth row is one of the fourth.
     assert [(r.labeler, r.time) for r in rankings] == [
         ("ann", noon), ("bob", noon), ("cem", noon), ("dia", noon), ("", None), ("ann", None),
@@ -166,7 +155,7 @@ def test_labelers_and_times_are_kept(tmp_path: Path) -> None:
 
 def test_sixteen_outputs_are_the_most(tmp_path: Path) -> None:
     texts = [f"t{i}" for i in range(16)]
-    path = lines(
+    path = write_lines(
         tmp_path / "r.jsonl", {"prompt": "q", "responses": texts, "ranking": "P=O>N>M>L>K>J>I>H>G>F>E>D>C>B>A"}
     )
     (ranking,) = read_rankings([path], Drops())
@@ -174,8 +163,8 @@ def test_sixteen_outputs_are_the_most(tmp_path: Path) -> None:
 
 
 def test_prompts_are_read_once(tmp_path: Path) -> None:
-    one = lines(tmp_path / "a.jsonl", {"prompt": "a?", "use_case": "chat"}, {"prompt": "b?"})
-    two = lines(tmp_path / "b.jsonl", {"prompt": " a?", "use_case": "qa"}, {"prompt": "c?"}, {"prompt": "b?"})
+    one = write_lines(tmp_path / "a.jsonl", {"prompt": "a?", "use_case": "chat"}, {"prompt": "b?"})
+    two = write_lines(tmp_path / "b.jsonl", {"prompt": " a?", "use_case": "qa"}, {"prompt": "c?"}, {"prompt": "b?"})
     drops = Drops()
     assert read_prompts([one, two], drops) == [user("a?", "chat"), user("b?"), user("c?")]
     assert drops.table() == [("prompt seen before", 2)]
@@ -183,14 +172,14 @@ def test_prompts_are_read_once(tmp_path: Path) -> None:
 
 def test_texts(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_bytes("\ufeffOne.\n\nTwo.\n".encode())
-    path = lines(tmp_path / "t.jsonl", {"text": "three"}, {"text": "One.\n\nTwo.\n"}, {"text": "three"})
+    path = write_lines(tmp_path / "t.jsonl", {"text": "three"}, {"text": "One.\n\nTwo.\n"}, {"text": "three"})
     drops = Drops()
     assert read_texts([str(tmp_path / "book.txt"), path], drops) == ["One.\n\nTwo.\n", "three"]
     assert drops.table() == [("exact duplicate of a text", 2)]
 
 
 def test_cloze(tmp_path: Path) -> None:
-    path = lines(
+    path = write_lines(
         tmp_path / "c.jsonl",
         {"context": "a", "choices": ["x", "y"], "answer": 1},
         {"context": "b", "choices": ["x", "y", "z"], "label": 0},
@@ -207,12 +196,9 @@ def test_rows_read_back_equal(tmp_path: Path) -> None:
         user("Human:\n\nAssistant:"),
     ]
     rankings = [Ranking(p, ("x", "y\nz"), (1, 1), (True, False)) for p in prompts]
-    demonstrations = [Demonstration(p, "r") for p in prompts]
     path = tmp_path / "new" / "rows.jsonl"
     write_jsonl(path, [ranking_row(r) for r in rankings])
     assert read_rankings([str(path)], Drops()) == rankings
-    write_jsonl(path, [demonstration_row(d) for d in demonstrations])
-    assert read_demonstrations([str(path)], Drops()) == demonstrations
     assert ranking_row(Ranking(user("a?", "chat"), ("x", "y"), (1, 2))) == {
         "prompt": "a?",
         "use_case": "chat",
@@ -222,7 +208,7 @@ def test_rows_read_back_equal(tmp_path: Path) -> None:
     }
     with pytest.raises(ValueError):
         write_jsonl(path, [{"x": float("nan")}])
-    assert read_demonstrations([str(path)], Drops()) == demonstrations
+    assert read_rankings([str(path)], Drops()) == rankings
     assert [p.name for p in path.parent.iterdir()] == ["rows.jsonl"]
 
 
@@ -237,18 +223,10 @@ def test_drops_add_up() -> None:
 # Mistakes
 
 GOOD = {"prompt": "q", "responses": ["x", "y", "z"], "ranks": [1, 2, 3]}
-Read = Callable[[list[str], Drops], Any]
 
 
 def cloze(paths: list[str], drops: Drops) -> list[Cloze]:
     return read_cloze(paths)
-
-
-def text_of(read: Read, source: str) -> str:
-    with pytest.raises(UserError) as caught:
-        read([source], Drops())
-    assert caught.value.fix
-    return str(caught.value)
 
 
 def without(row: dict[str, Any], *names: str, **changes: Any) -> dict[str, Any]:
@@ -302,7 +280,7 @@ MISTAKES = [
     (read_demonstrations, {"prompt": "a", "response": ""}, "response", ["`response` is empty"]),
     (read_demonstrations, {"messages": "a"}, "messages", ["`messages` is a string, not a list"]),
     (read_demonstrations, {"messages": said(("user", "a"))}, "messages", ["last message of `messages` is the user's"]),
-    (read_demonstrations, {"messages": said(("assistant", "a"))}, "messages", ["no user message stands before"]),
+    (read_demonstrations, {"messages": said(("assistant", "a"))}, "messages", ["no user message comes before"]),
     (read_rankings, without(GOOD, "ranks"), "ranks", ["the field `ranks` is missing"]),
     (read_rankings, without(GOOD, "responses"), "responses", ["the field `responses` is missing"]),
     (read_rankings, without(GOOD, "prompt"), "prompt", ["the field `prompt` is missing"]),
@@ -332,13 +310,18 @@ MISTAKES = [
     ),
     (read_rankings, GOOD | {"labeler": 3}, "labeler", ["`labeler` is a number, not a string"]),
     (read_rankings, GOOD | {"labeler": ""}, "labeler", ["`labeler` is empty"]),
-    (read_rankings, GOOD | {"time": "noon"}, "time", ["`time` is 'noon', which is no time", "2026-05-01T09:30:00Z"]),
-    (read_rankings, GOOD | {"time": 1777636800000}, "time", ["1777636800000, which is no time", "seconds since 1970"]),
+    (read_rankings, GOOD | {"time": "noon"}, "time", ["`time` is 'noon', which is not a time", "2026-05-01T09:30:00Z"]),
+    (
+        read_rankings,
+        GOOD | {"time": 1777636800000},
+        "time",
+        ["1777636800000, which is not a time", "seconds since 1970"],
+    ),
     (read_rankings, GOOD | {"time": True}, "time", ["is true or false, not a time"]),
     (read_rankings, GOOD | {"time": [1]}, "time", ["is a list, not a time"]),
     (read_rankings, GOOD | {"ranking": "A>B>C"}, "ranking", ["both `ranks` and `ranking`"]),
-    (read_rankings, without(GOOD, "ranks", ranking="A>B>E"), "ranking", ["'E' stands for none of the 3", "A B C"]),
-    (read_rankings, without(GOOD, "ranks", ranking="A>B>"), "ranking", ["'' stands for none"]),
+    (read_rankings, without(GOOD, "ranks", ranking="A>B>E"), "ranking", ["'E' names none of the 3", "A B C"]),
+    (read_rankings, without(GOOD, "ranks", ranking="A>B>"), "ranking", ["'' names none"]),
     (read_rankings, without(GOOD, "ranks", ranking="A>B=A"), "ranking", ["the letter A comes twice"]),
     (read_rankings, without(GOOD, "ranks", ranking="B"), "ranking", ["leaves out A, C"]),
     (read_rankings, without(GOOD, "ranks", ranking=[1]), "ranking", ["`ranking` is a list, not a string"]),
@@ -369,12 +352,12 @@ MISTAKES = [
 def test_a_bad_line_names_file_line_field_and_remedy(
     tmp_path: Path, read: Read, row: Any, field: str | None, parts: list[str]
 ) -> None:
-    # A good line and a blank one stand before the bad one: line 3.
+    # The bad line is line 3, after a good one and a blank one.
     good = {"prompt": "p", "response": "r", "text": "t", "context": "c", "choices": ["x", "y"], "answer": 0}
     if read is read_rankings:
         good = GOOD
-    source = lines(tmp_path / "data.jsonl", good, "", row)
-    message = text_of(read, source)
+    source = write_lines(tmp_path / "data.jsonl", good, "", row)
+    message = str(error_of(read, source))
     where = f"{source}, line 3" + (f", field `{field}`" if field else "")
     assert f"  where: {where}\n" in message
     for part in parts:

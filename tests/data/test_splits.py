@@ -13,11 +13,11 @@ PROMPTS = [Prompt.from_text(f"question {i}") for i in range(1000)]
 
 
 def test_the_hash_decides() -> None:
-    # sha256("7:" + sha256("question 0")) begins with these 13 digits; their share of 16^13 is the place of the prompt.
+    # sha256("7:" + sha256("question 0")) begins with these 13 digits; their share of 16^13 is where the prompt falls.
     key = hashlib.sha256(b"question 0").hexdigest()
-    place = int(hashlib.sha256(f"7:{key}".encode()).hexdigest()[:13], 16) / 2**52
-    assert split_by_prompt(PROMPTS[:1], place + 1e-9, seed=7) == ([], PROMPTS[:1])
-    assert split_by_prompt(PROMPTS[:1], place - 1e-9, seed=7) == (PROMPTS[:1], [])
+    position = int(hashlib.sha256(f"7:{key}".encode()).hexdigest()[:13], 16) / 2**52
+    assert split_by_prompt(PROMPTS[:1], position + 1e-9, seed=7) == ([], PROMPTS[:1])
+    assert split_by_prompt(PROMPTS[:1], position - 1e-9, seed=7) == (PROMPTS[:1], [])
 
 
 def test_a_prompt_is_on_one_side_only() -> None:

@@ -12,7 +12,7 @@ import pytest
 from rlhf.errors import UserError
 from rlhf.evaluation.comparison import ArmResult, arm_results, finding
 from rlhf.evaluation.comparison_file import Comparison
-from rlhf.functional.statistics import Interval, mean_interval
+from rlhf.functional.statistics import Interval
 from rlhf.run.folder import _started
 from support.comparison_runs import BAD, by_arm, hand_made
 
@@ -89,16 +89,6 @@ def test_prompts_that_differ_are_not_compared(comparison: Comparison) -> None:
     lora = by_arm(arm_results(comparison))["lora"]
     assert lora.gain == Interval(0.5, 0.5, 0.5)  # its own policies still answer the same prompts
     assert lora.gain_reference is lora.versus_reference is lora.win_rate_reference is None
-
-
-def test_mean_interval_against_all_resamples() -> None:
-    # Two values: the mean of a resample is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4; both ends are beyond 2.5 %.
-    assert mean_interval([0.0, 1.0], seed=1) == Interval(0.5, 0.0, 1.0)
-    # Four values of which one is 4: a resample holds it k times with probability C(4,k) 3^(4-k) / 4^4; k = 0 has 0.316
-    # and k >= 3 has 0.051, k = 4 0.004: the ends are 0 and 3.
-    assert mean_interval([0.0, 0.0, 0.0, 4.0], resamples=20000) == Interval(1.0, 0.0, 3.0)
-    with pytest.raises(ValueError, match="at least one"):
-        mean_interval([])
 
 
 # --- runs that are not done, or broken -------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def test_flips(ab: float, ba: float, flips: bool) -> None:
 
 
 def test_points_by_hand() -> None:
-    # 0.2 x 1 + 0.3 x 2 + 0.5 x 3 = 2.3, whatever the labels' share of all tokens.
+    # 0.2 x 1 + 0.3 x 2 + 0.5 x 3 = 2.3, for any share of the labels in all tokens.
     assert expected_points(logs(0.02, 0.03, 0.05)) == pytest.approx(2.3)
 
 

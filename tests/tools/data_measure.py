@@ -32,8 +32,7 @@ from rlhf.config import ModelSection
 from rlhf.data.encoding import fit_rankings
 from rlhf.data.records import Drops, Ranking, ranking_row, read_cloze, read_rankings, write_jsonl
 from rlhf.evaluation.alignment_tax import cloze_accuracy
-from rlhf.functional.ranking import PairCounts, count_pairs, ordered_pairs
-from rlhf.functional.statistics import accuracy_interval
+from rlhf.functional.ranking import PairCounts, accuracy_interval, count_pairs, ordered_pairs
 from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from rlhf.system.console import Progress, table
 from stages.reward import Group, pair_counts

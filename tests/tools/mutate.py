@@ -46,6 +46,7 @@ TARGETS = {
     "stages.ppo": ["rollout/test_experience.py"],
     "rlhf.functional.judge_odds": ["functional/test_judge_odds.py"],
     "rlhf.functional.agreement": ["functional/test_agreement.py"],
+    "rlhf.functional.statistics": ["functional/test_statistics.py"],
 }
 FORMULAS = {"stages.ppo": {"advantages"}}  # of a module whose other functions are no arithmetic
 LIMIT_S = 60  # a mutant that hangs counts as seen
@@ -83,6 +84,11 @@ EQUIVALENT = {
     ("tally", "a1 < b1  ->  a1 <= b1"): "ties are counted before",
     ("tally", "a2 < b2  ->  a2 <= b2"): "ties are counted before",
     ("ratio", "a - value * b  ->  value * b - a"): "squared",
+    (
+        "cluster_bootstrap",
+        "max(means) - min(means) < 1e-12  ->  max(means) - min(means) <= 1e-12",
+    ): "no gap is exactly that",
+    ("cluster_bootstrap", "means[0]  ->  means[1]"): "all means are equal there",
     ("alpha_ordinal", "for unit in units if len(unit) > 1  ->  for unit in units"): "a value alone is in no pair",
     ("alpha_ordinal", "len(unit) > 1  ->  len(unit) >= 1"): "a value alone is in no pair",
     ("alpha_ordinal", "coincidences.sum(0)  ->  coincidences.sum(1)"): "symmetric",

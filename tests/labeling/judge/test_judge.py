@@ -20,7 +20,6 @@ from rlhf.data.prompt_template import Template, load_template
 from rlhf.data.records import Drops, Prompt, read_rankings
 from rlhf.errors import UserError
 from rlhf.functional.judge_odds import BothOrders
-from rlhf.functional.statistics import cluster_bootstrap
 from rlhf.labeling.base import Output
 from rlhf.labeling.judge.judge import Judge, check_context_fits, load_judge, make_reader
 from rlhf.labeling.judge.labeler import JudgeLabeler, position_bias
@@ -83,13 +82,6 @@ def test_intervals_are_over_prompts() -> None:
     assert (even["flips"], even["flips_low"]) == (0, 0)
     assert even["flips_high"] == pytest.approx(0.4899, abs=1e-4)
     assert (even["shift"], even["shift_low"], even["shift_high"]) == (0, None, None)  # log-odds are no shares
-    # Two prompts with 3 of 4 right, Wilson's for n = 2: (0.75 + z^2/4 -+ z sqrt(0.1875/2 + z^2/16)) / (1 + z^2/2).
-    assert cluster_bootstrap([[1, 1, 1, 0]] * 2)[1:] == pytest.approx((0.1979, 0.9733), abs=1e-4)
-    # Of one prompt nothing is known, however many pairs it has.
-    one = cluster_bootstrap([[1.0] * 27 + [0.0]])
-    assert one.mean == pytest.approx(27 / 28) and math.isnan(one.low) and math.isnan(one.high)
-    # Two prompts of 1 and 3 pairs: the means of resamples are 0, 3/4 and 1 with probability 1/4, 1/2, 1/4.
-    assert cluster_bootstrap([[0.0], [1.0, 1.0, 1.0]]) == (0.75, 0, 1)
 
 
 def test_k_outputs_are_ranked_by_their_mean_win_probability() -> None:
