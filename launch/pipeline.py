@@ -46,7 +46,7 @@ def stages_from(recipe: Recipe, redo: Redo) -> list[str]:
     return list(stages[len(before) :])
 
 
-def run(name_or_path: str, overrides: Sequence[str], redo: Redo = NO_REDO) -> int:
+def run_pipeline(name_or_path: str, overrides: Sequence[str], redo: Redo = NO_REDO) -> int:
     """Run all stages of `run.stages`; returns the exit code of the one that stopped, or 0.
 
     Raises:
@@ -70,7 +70,7 @@ def run(name_or_path: str, overrides: Sequence[str], redo: Redo = NO_REDO) -> in
             console.print(f"stage {stage} {how}. {go_on}: {again}", markup=False, soft_wrap=True)
             return code
     if leads and "evaluate" in recipe.run.stages:
-        report(Path(recipe.run.dir) / recipe.run.name)
+        report_run(Path(recipe.run.dir) / recipe.run.name)
     return 0
 
 
@@ -95,7 +95,7 @@ def show_plan(recipe: Recipe, stages: Sequence[str]) -> None:
     table(f"Plan of {recipe.run.dir}/{recipe.run.name}", ["", ""], [list(row) for row in plan_rows(recipe, stages)])
 
 
-def report(run_dir: Path) -> Path:
+def report_run(run_dir: Path) -> Path:
     """Write the report of a run, print its headline table and path."""
     from rlhf.evaluation.report import print_summary, write_report  # draws plots: seconds to import
 

@@ -20,7 +20,7 @@ from rlhf.stage_table import PPO_VARIANTS
 from rlhf.system.console import console
 
 
-def chat(run: Path, stage: str, temperature: float, max_tokens: int, once: str) -> None:
+def chat_with_policies(run: Path, stage: str, temperature: float, max_tokens: int, once: str) -> None:
     """Answer typed prompts until an empty line, or `once` alone.
 
     Args:

@@ -28,7 +28,7 @@ from rlhf.system.files import require_disk, require_writable
 from rlhf.system.signals import STOPPED
 
 
-def compare(name_or_path: str, overrides: Sequence[str], chosen: Sequence[str] = (), fresh: bool = False) -> int:
+def run_comparison(name_or_path: str, overrides: Sequence[str], chosen: Sequence[str] = (), fresh: bool = False) -> int:
     """Run the ways of a comparison and show what came out; returns 0, 1 when a way failed, or a stopped stage's code.
 
     Args:

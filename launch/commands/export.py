@@ -22,7 +22,7 @@ from rlhf.system.quiet import quiet_libraries
 FOLDER = "merged"
 
 
-def export(run: Path, stage: str = "", ema: bool = False, out: Path | None = None) -> Path:
+def export_model(run: Path, stage: str = "", ema: bool = False, out: Path | None = None) -> Path:
     """Write the model of a stage as any program loads it; returns the folder.
 
     Args:

@@ -20,7 +20,7 @@ from rlhf.system.quiet import quiet_libraries
 COLUMNS = ["method", "settings", "trained", "share", "stored", "PPO iteration", "merged by export"]
 
 
-def show(recipe: Recipe, card_name: str | None) -> None:
+def show_peft_methods(recipe: Recipe, card_name: str | None) -> None:
     """Print the table. Nothing is loaded: all numbers follow from the model's config.
 
     Args:

@@ -34,7 +34,7 @@ class Profile:
     rates: dict[str, float]  # tokens per second of the stages before
 
 
-def show(path: Path, variant: str = "", as_json: bool = False) -> None:
+def show_profile(path: Path, variant: str = "", as_json: bool = False) -> None:
     """Print the profile of a run, or write it as JSON to standard output.
 
     Raises:
@@ -65,7 +65,7 @@ def show(path: Path, variant: str = "", as_json: bool = False) -> None:
 
 
 def profile(path: Path, variant: str = "") -> Profile:
-    """Read a run's recipe and logs; see `show`."""
+    """Read a run's recipe and logs; see `show_profile`."""
     file = path / "recipe.yaml"
     if not file.is_file():
         raise UserError("this is no run folder: it has no recipe.yaml", str(path), "give one, such as runs/demo")

@@ -32,7 +32,7 @@ class StageProgress(NamedTuple):
     error: str = ""
 
 
-def show(path: Path) -> None:
+def show_status(path: Path) -> None:
     """Print the table of a run and what comes next.
 
     Raises:

@@ -288,4 +288,4 @@ def test_a_log_from_before_floors_shows_its_seconds(tmp_path: Path, run: Path) -
         ("train", 0.25, None),
     ]
     assert found.first == [] and found.memory == {}
-    profile.show(tmp_path)
+    profile.show_profile(tmp_path)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch import launcher, pipeline
+from launch.cli import COMMANDS
 from rlhf.costs import disk
 from rlhf.errors import UserError
 from rlhf.recipe import load_recipe
@@ -23,31 +24,15 @@ from support.paths import ROOT
 
 def test_help_names_every_command_and_shows_examples() -> None:
     text = rlhf("--help").stdout
-    for command in (
-        "run",
-        "sft",
-        "rank",
-        "reward",
-        "ppo",
-        "evaluate",
-        "compare",
-        "status",
-        "profile",
-        "report",
-        "chat",
-        "plan",
-        "judge-eval",
-        "judge-search",
-        "export",
-        "peft",
-        "agreement",
-        "convert",
-        "label",
-        "recipes",
-    ):
+    for command in COMMANDS:
         assert f" {command} " in text
     assert "rlhf run demo" in text
     assert "--variant" in rlhf("ppo", "--help").stdout
+
+
+def test_the_command_line_loads_without_torch() -> None:
+    check = "import launch.cli, sys; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)
 
 
 def test_recipes_lists_names_with_descriptions(tmp_path: Path) -> None:

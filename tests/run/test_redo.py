@@ -109,7 +109,7 @@ def test_from_needs_the_stages_before_and_takes_those_after() -> None:
 
 
 def shown(run: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    status.show(run)
+    status.show_status(run)
     return capsys.readouterr().out
 
 
@@ -149,7 +149,7 @@ def test_status_of_stages_in_every_state(capsys: pytest.CaptureFixture[str], mon
     (run / "sft" / "stage.json").write_text("{")
     assert "unreadable" in shown(run, capsys)
     with pytest.raises(UserError, match="no run folder"):
-        status.show(run / "sft")
+        status.show_status(run / "sft")
 
 
 def shown_by(*arguments: str) -> str:
