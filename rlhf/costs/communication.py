@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from rlhf.config import Recipe
 from rlhf.costs.cards import Card
+from rlhf.costs.model_memory import sharding_of
 from rlhf.costs.model_shapes import ModelSpec, count
-from rlhf.costs.stage_memory import sharding_of
 from rlhf.plan import recipe_processes
 
 SHARE = 0.7  # of a link's rate that a collective reaches
