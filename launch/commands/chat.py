@@ -25,8 +25,9 @@ def chat_with_policies(run: Path, stage: str, temperature: float, max_tokens: in
 
     Args:
         run: run folder with sft/model and an aligned policy.
-        stage: which aligned policy; empty for the first there is of ppo-ptx and ppo.
-        temperature: 0 is greedy. max_tokens: longest response.
+        stage: stage of the aligned policy; empty for the first that exists of ppo-ptx and ppo.
+        temperature: 0 is greedy.
+        max_tokens: longest response.
     """
     recipe = load_recipe(str(_existing(run / "recipe.yaml", "a run folder has its recipe")))
     names = ["sft", stage or _aligned(run)]
@@ -54,7 +55,7 @@ def answer(
     max_tokens: int,
     seed: int,
 ) -> str:
-    """One response as text."""
+    """Return one response as text."""
     rollout = sample(
         policy,
         tokenizer,

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch import launcher, pipeline
+from launch.supervisor import ranks_below, supervise
 from rlhf.costs import disk
 from rlhf.errors import UserError
 from rlhf.recipe import load_recipe
@@ -190,8 +191,8 @@ time.sleep(60)
 """
 PARENT = """
 import os, sys
-from launch.pipeline import _supervise
-sys.exit(_supervise([sys.executable, "-c", {child!r}], dict(os.environ), local_ranks=False))
+from launch.supervisor import supervise
+sys.exit(supervise([sys.executable, "-c", {child!r}], dict(os.environ)))
 """
 
 
@@ -217,7 +218,7 @@ def test_signals_reach_the_stage_once_and_its_end_is_waited_for(sent: signal.Sig
     ("body", "code"), [("raise SystemExit(3)", 3), ("pass", 0), ("import os; os.kill(os.getpid(), 9)", 137)]
 )
 def test_exit_codes_are_passed_on(body: str, code: int) -> None:
-    assert launcher._supervise([sys.executable, "-c", body], dict(os.environ), local_ranks=False) == code
+    assert supervise([sys.executable, "-c", body], dict(os.environ)) == code
 
 
 def test_ranks_are_the_grandchildren_of_the_launcher() -> None:
@@ -227,7 +228,7 @@ def test_ranks_are_the_grandchildren_of_the_launcher() -> None:
     runner = subprocess.Popen([sys.executable, "-c", spawn.format(spawn.format(sleep))], start_new_session=True)
     try:
         deadline = time.monotonic() + 20
-        while (ranks := launcher._ranks(runner.pid)) == [runner.pid] and time.monotonic() < deadline:
+        while (ranks := ranks_below(runner.pid)) == [runner.pid] and time.monotonic() < deadline:
             time.sleep(0.1)
         (rank,) = ranks
         assert Path(f"/proc/{rank}/cmdline").read_text().split("\0")[2] == sleep

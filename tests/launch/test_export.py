@@ -79,7 +79,7 @@ def test_a_method_that_cannot_be_merged_is_refused_with_the_reason(method: str, 
 def test_what_is_not_there_is_named(tiny_dir: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         export_model(tmp_path)
-    assert "no run folder" in error.value.what and error.value.where == str(tmp_path)
+    assert "not a run folder" in error.value.what and error.value.where == str(tmp_path)
     run = run_folder(tmp_path / "run", tiny_dir, "lora")
     with pytest.raises(UserError) as error:
         export_model(run, "ppo-ptx", ema=True)

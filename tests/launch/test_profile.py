@@ -72,7 +72,7 @@ def test_the_command_shows_a_table_and_json(run: Path) -> None:
 
 
 def test_what_has_no_profile_is_told(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="not a run folder"):
         profile.profile(tmp_path)
     (tmp_path / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
     with pytest.raises(UserError, match="no iteration of ppo-ptx or ppo is finished"):

@@ -148,7 +148,7 @@ def test_status_of_stages_in_every_state(capsys: pytest.CaptureFixture[str], mon
     assert f"running now: process {os.getpid()}" in seen[0] and " running " in seen[0]
     (run / "sft" / "stage.json").write_text("{")
     assert "unreadable" in shown(run, capsys)
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="not a run folder"):
         status.show_status(run / "sft")
 
 
