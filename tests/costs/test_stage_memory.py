@@ -37,7 +37,7 @@ H100 = find_card("h100-80g")
 
 
 def large(*overrides: str) -> tuple[Recipe, Shapes]:
-    """A recipe for eight cards, and a model of 6.7 billion weights."""
+    """Return a recipe for eight cards, and a model of 6.7 billion weights."""
     shape = LlamaConfig(
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
     )

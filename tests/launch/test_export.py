@@ -20,7 +20,7 @@ IDS = torch.tensor([[5, 60, 7, 300, 2]])
 
 
 def run_folder(folder: Path, base: str, method: str) -> Path:
-    """A run whose SFT and reward stages have left models of a method, trained as far as `stir` goes."""
+    """Make a run whose SFT and reward stages have left models of a method, with weights changed by `stir`."""
     folder.mkdir()
     (folder / "recipe.yaml").write_text("run:\n  name: run\nmodel:\n  name: tiny\n")
     torch.manual_seed(3)

@@ -17,7 +17,7 @@ from stages import ppo, rank, reward, sft
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A tiny run with two iterations of PPO-ptx."""
+    """Make a tiny run with two iterations of PPO-ptx."""
     folder = tmp_path_factory.mktemp("runs")
     small = ["tiny", "tracking.wandb=disabled", "run.device=cpu", "rank.prompts=8", "rank.outputs_per_prompt=3"]
     small += ["data.max_response_tokens=16", "data.validation_fraction=0.3", "ppo.episodes=16", "ppo.batch_size=8"]

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """The clock of PhaseTimes, which stands still; call it to let seconds pass. Memory peaks at 2, then 3 GB, ..."""
+    """Stop the clock of PhaseTimer; call this to let seconds pass. Memory peaks at 2, then 3 GB, ..."""
     now, peaks = [0.0], iter([2.0, 3.0, 1.0, 9.0])
     monkeypatch.setattr(phase_timer.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(phase_timer, "measured_peak_flops", lambda device, dtype: 1e9)
