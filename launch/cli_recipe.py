@@ -1,4 +1,4 @@
-"""Commands that are given a RECIPE: the stages, alone or in order, and what is known of them before they run.
+"""Commands that are given a RECIPE: the stages, alone or in order, and tables of what they need.
 
 Imports that take seconds, such as torch, are inside the functions, because `rlhf --help` loads this file.
 """
@@ -14,10 +14,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Set fields: sft.lr=1e-5 'run.stages=\\[sft,rank]'"),
 ]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Redo from scratch; what is there moves to STAGE.old.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Redo from scratch; the old results move to STAGE.old.")]
 Accept = Annotated[
     list[str] | None,
-    typer.Option("--accept-change", metavar="KEY", help="Keep what is done though this field has changed; repeatable."),
+    typer.Option("--accept-change", metavar="KEY", help="Keep finished work although this field changed; repeatable."),
 ]
 Variant = Annotated[
     Literal["ppo-ptx", "ppo"] | None,
@@ -31,7 +31,7 @@ def run(
     begin: Annotated[
         str, typer.Option("--from", metavar="STAGE", help="Redo this stage and all after it from scratch.")
     ] = "",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Redo all stages; what is there moves to STAGE.old.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Redo all stages; old results move to STAGE.old.")] = False,
     accept: Accept = None,
 ) -> None:
     """Run the stages of a recipe in order, and end with a table and an HTML report.
@@ -119,7 +119,7 @@ def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", metavar="CARD", help="Plan for this card, or cpu; default: what is here.")
+        str | None, typer.Option("--gpu", metavar="CARD", help="Plan for this card, or cpu; default: this machine.")
     ] = None,
     count: Annotated[int | None, typer.Option("--count", help="Processes in all; default: the recipe's.")] = None,
 ) -> None:
@@ -146,7 +146,7 @@ def peft(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", metavar="CARD", help="Memory on this card, or cpu; default: what is here.")
+        str | None, typer.Option("--gpu", metavar="CARD", help="Memory on this card, or cpu; default: this machine.")
     ] = None,
 ) -> None:
     """Compare the parameter-efficient methods on a recipe's model: what each trains and stores, memory of PPO.

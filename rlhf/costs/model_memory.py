@@ -1,6 +1,6 @@
 """Memory that one model takes on a process: the models that the stages build, trained or frozen, whole or sharded.
 
-What stays whole and what is partitioned follows rlhf/training/engine.py, rlhf/training/zero_engine.py and DeepSpeed
+Which parts stay whole and which are partitioned follows rlhf/training/engine.py, rlhf/training/zero_engine.py and DeepSpeed
 0.19; `trained_state` is the one place that says so.
 """
 
@@ -35,7 +35,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How DeepSpeed divides what is trained; stage 0 with one process, which runs without it."""
+    """DeepSpeed's division of the trained models; stage 0 with one process, which runs without it."""
 
     stage: int
     processes: int
@@ -122,7 +122,7 @@ def frozen_weights(spec: ModelSpec, recipe: Recipe, name: str) -> tuple[Componen
 def gathered_bytes(spec: ModelSpec, recipe: Recipe) -> float:
     """Return the bytes of partitioned weights that are whole at a time while the model samples or scores.
 
-    By launch.gather these are all weights, or one layer and what is outside the layers.
+    By launch.gather these are all weights, or one layer and all that is outside the layers.
     """
     c = count(spec)
     if recipe.launch.gather == "once":

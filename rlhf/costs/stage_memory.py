@@ -121,7 +121,7 @@ def _libraries(stage: str, sharding: Sharding) -> float:
     return size + (HOOKS if sharding.stage == 3 and stage != "sft" else 0.0)
 
 
-# --- stages: what is always there, and what each phase adds -----------------------------------------------------------
+# --- stages: the components of all phases, and those of each phase ----------------------------------------------------
 
 
 def _sft(recipe: Recipe, shapes: Shapes, on_gpu: bool) -> tuple[Components, Phases]:

@@ -82,7 +82,7 @@ def phase(folder: Path, rank: int, stage: str = "sft") -> str:
 
 @pytest.fixture
 def namespaces() -> Iterator[list[tuple[str, str, str]]]:
-    """Yield (name, address, interface) of two network namespaces joined by a cable; skip where that is not permitted."""
+    """Yield (name, address, interface) of two network namespaces joined by a cable; skip if that is not permitted."""
     names = [f"rlhf-{os.getpid()}-{n}" for n in (0, 1)]
 
     def ip(line: str) -> subprocess.CompletedProcess[str]:

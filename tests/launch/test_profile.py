@@ -1,4 +1,4 @@
-"""`rlhf profile` over a real run and over what is no run."""
+"""`rlhf profile` over a real run, and its refusals."""
 
 from __future__ import annotations
 
