@@ -1,7 +1,7 @@
 """Memory that one model takes on a process: the models that the stages build, trained or frozen, whole or sharded.
 
-Which parts stay whole and which are partitioned follows rlhf/training/engine.py, rlhf/training/zero_engine.py and DeepSpeed
-0.19; `trained_state` is the one place that says so.
+The parts that stay whole and those that are partitioned follow rlhf/training/engine.py, rlhf/training/zero_engine.py
+and DeepSpeed 0.19; `trained_state` is the one place that says so.
 """
 
 from __future__ import annotations

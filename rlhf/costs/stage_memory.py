@@ -16,6 +16,7 @@ from rlhf.costs.model_memory import (
     REWARD,
     Component,
     Sharding,
+    TrainedState,
     frozen_weights,
     gathered_bytes,
     kept_adapter,
@@ -238,7 +239,7 @@ def _ptx_training(recipe: Recipe, loop: TrainingLoop, plan: PpoPlan) -> Componen
     shape = PassShape(min(recipe.ppo.micro_batch_size, plan.ptx_rows_per_process), 1, recipe.ppo.ptx_tokens - 1)
     footprint = training_pass(policy, "policy", shape, recipe.launch.gradient_checkpointing)
     parts = replace(loop, one_pass=False).passes([footprint], ("policy",) if alone else ())
-    # One process tells the two gradients apart by a copy.
+    # One process keeps a copy, to tell the two gradients apart.
     return (*parts, Component("copy of gradients", count(policy).trained_bytes)) if alone else parts
 
 
@@ -275,23 +276,25 @@ class TrainingLoop:
     on_gpu: bool
     one_pass: bool
 
+    @property
+    def _states(self) -> dict[str, TrainedState]:
+        return {name: trained_state(spec, self.sharding, self.on_gpu) for name, spec in self.models.items()}
+
     def _total(self, field: str, names: Sequence[str] = ()) -> float:
-        """Return the sum of a field of TrainedState over the named models, all by default."""
-        specs = [self.models[name] for name in names or self.models]
-        return sum(getattr(trained_state(spec, self.sharding, self.on_gpu), field) for spec in specs)
+        """Return the sum of a field over the named models, all by default."""
+        states = self._states
+        return sum(getattr(states[name], field) for name in names or states)
 
     @property
-    def _reduction(self) -> float:
-        return max(trained_state(spec, self.sharding, self.on_gpu).reduction for spec in self.models.values())
+    def _reduction(self) -> Component:
+        return Component("reduction buffers", max(state.reduction for state in self._states.values()))
 
     def always(self) -> Components:
         """Return the components that are there all the time."""
         sharding = self.sharding
         parts = [
-            Component(
-                f"weights: {name}", trained_state(spec, sharding, self.on_gpu).weights, host=sharding.offload_weights
-            )
-            for name, spec in self.models.items()
+            Component(f"weights: {name}", state.weights, host=sharding.offload_weights)
+            for name, state in self._states.items()
         ]
         parts.append(Component("optimiser state", self._total("optimiser"), host=sharding.offload))
         if sharding.stage == 3:
@@ -312,16 +315,14 @@ class TrainingLoop:
             Component("gathered weights", self._total("gathered")),
         ]
         if self.on_gpu or sharding.stage >= 2:
-            parts.append(Component("reduction buffers", self._reduction))
+            parts.append(self._reduction)
         return tuple(parts)
 
     def step(self, stepped: Sequence[str] = ()) -> Components:
         """Return the components of the optimiser's step on the named models, all by default."""
-        sharding = self.sharding
-        parts = [
-            Component("working buffers", self._total("step", stepped)),
-            Component("reduction buffers", 0.0 if sharding.stage >= 2 else self._reduction),
-        ]
+        sharding, parts = self.sharding, [Component("working buffers", self._total("step", stepped))]
+        if sharding.stage < 2:
+            parts.append(self._reduction)
         if sharding.stage < 3:
             parts.append(Component("gradients", self._total("gradients", stepped), host=sharding.offload))
         return tuple(parts)
