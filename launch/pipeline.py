@@ -1,8 +1,8 @@
 """`rlhf run`: show the plan, then start every stage as a program of its own, one after the other.
 
-The stage programs skip themselves when they are finished and resume where they stopped, so running again is always the
-way to go on. One process needs no launcher; more of them, or several machines, are started by DeepSpeed's: through ssh
-from one of them, or, with launch.node_rank, by the same command on each, where the first one alone shows anything.
+Stage programs skip themselves when they are finished and resume where they stopped, so the same command continues a
+run. One process needs no launcher; several processes or machines are started by DeepSpeed's: through ssh from one
+machine, or, with launch.node_rank, by the same command on each, where only the first machine shows anything.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from rlhf.system.files import require_disk, require_writable
 
 
 def stages_from(recipe: Recipe, redo: Redo) -> list[str]:
-    """Stages of the recipe that are to be run.
+    """Return the stages of the recipe that are to be run.
 
     Raises:
-        UserError: when `redo` begins at a stage that is not among them, or before which one has not finished.
+        UserError: `redo` begins at a stage that is not among them, or before which one has not finished.
     """
     stages = recipe.run.stages
     if not redo.begin:
@@ -36,7 +36,7 @@ def stages_from(recipe: Recipe, redo: Redo) -> list[str]:
     if redo.fresh:
         raise UserError("--from and --fresh contradict each other", "the command line", "give one of them")
     if redo.begin not in stages:
-        raise UserError(f"{redo.begin} is no stage of the recipe", "--from", f"take one of {', '.join(stages)}")
+        raise UserError(f"{redo.begin} is not a stage of the recipe", "--from", f"take one of {', '.join(stages)}")
     before, run_folder = stages[: stages.index(redo.begin)], RunFolder(Path(recipe.run.dir) / recipe.run.name)
     for stage in before:
         if not run_folder.is_done(stage):
@@ -46,15 +46,15 @@ def stages_from(recipe: Recipe, redo: Redo) -> list[str]:
     return list(stages[len(before) :])
 
 
-def run(name_or_path: str, overrides: Sequence[str], redo: Redo = NO_REDO) -> int:
-    """Run all stages of `run.stages`; returns the exit code of the one that stopped, or 0.
+def run_pipeline(name_or_path: str, overrides: Sequence[str], redo: Redo = NO_REDO) -> int:
+    """Run all stages of `run.stages` and return the exit code of the one that stopped, or 0.
 
     Raises:
-        UserError: a recipe that cannot run, told before anything is loaded.
+        UserError: the recipe cannot run; nothing is loaded before that is known.
     """
     recipe = load_recipe(name_or_path, overrides)
     check(recipe)
-    leads = is_first_machine(recipe)
+    silence_other_machines(recipe)
     check_accepted(redo.accept)
     stages = stages_from(recipe, redo)
     check_data_files(recipe, stages)
@@ -69,25 +69,29 @@ def run(name_or_path: str, overrides: Sequence[str], redo: Redo = NO_REDO) -> in
             go_on = "Once that is corrected, run again" if code == REFUSED else "To go on where it stopped"
             console.print(f"stage {stage} {how}. {go_on}: {again}", markup=False, soft_wrap=True)
             return code
-    if leads and "evaluate" in recipe.run.stages:
-        report(Path(recipe.run.dir) / recipe.run.name)
+    if is_first_machine(recipe) and "evaluate" in recipe.run.stages:
+        report_run(Path(recipe.run.dir) / recipe.run.name)
     return 0
 
 
 def run_one(stage: str, name_or_path: str, overrides: Sequence[str], redo: Redo = NO_REDO) -> int:
-    """Run a single stage, whatever `run.stages` says; returns its exit code."""
+    """Run a single stage, whatever `run.stages` says, and return its exit code."""
     recipe = load_recipe(name_or_path, overrides)
     check_accepted(redo.accept)
     check(recipe, [stage])
-    is_first_machine(recipe)
+    silence_other_machines(recipe)
     show_plan(recipe, [stage])
     return start(stage, recipe, name_or_path, overrides, redo)
 
 
 def is_first_machine(recipe: Recipe) -> bool:
-    """Whether this is the machine that shows and reports; the console of the others is silenced."""
-    console.quiet = recipe.launch.node_rank > 0
-    return not console.quiet
+    """Return whether this machine shows and reports: the first of several that run the same command."""
+    return recipe.launch.node_rank <= 0
+
+
+def silence_other_machines(recipe: Recipe) -> None:
+    """Silence the console unless this is the first machine."""
+    console.quiet = not is_first_machine(recipe)
 
 
 def show_plan(recipe: Recipe, stages: Sequence[str]) -> None:
@@ -95,8 +99,8 @@ def show_plan(recipe: Recipe, stages: Sequence[str]) -> None:
     table(f"Plan of {recipe.run.dir}/{recipe.run.name}", ["", ""], [list(row) for row in plan_rows(recipe, stages)])
 
 
-def report(run_dir: Path) -> Path:
-    """Write the report of a run, print its headline table and path."""
+def report_run(run_dir: Path) -> Path:
+    """Write the report of a run, print its headline table and path, and return the path."""
     from rlhf.evaluation.report import print_summary, write_report  # draws plots: seconds to import
 
     path = write_report(run_dir)
@@ -105,6 +109,6 @@ def report(run_dir: Path) -> Path:
 
 
 def check_disk(recipe: Recipe) -> None:
-    """Refuse to start what the disk cannot hold; a model that is still on the Hub has no known size and is let pass."""
+    """Raise UserError if the disk cannot hold the run; a model that is still on the Hub counts as nothing."""
     require_writable(Path(recipe.run.dir) / recipe.run.name)
     require_disk(recipe.run.dir, disk_need(recipe), "the run")

@@ -33,7 +33,7 @@ WORDS = {
 }
 
 
-def show(files: Sequence[str], parts: int = 5, seed: int = 0, as_json: bool = False) -> None:
+def print_agreement(files: Sequence[str], parts: int = 5, seed: int = 0, as_json: bool = False) -> None:
     """Print the agreement of the labelers of some files, or write it as JSON to standard output.
 
     Raises:
@@ -109,7 +109,7 @@ def _over_time(compared: Sequence[LabelerPair], parts: int, seed: int) -> list[d
     ]
 
 
-def convert(files: Sequence[str], out: Path) -> None:
+def convert_rankings(files: Sequence[str], out: Path) -> None:
     """Read rankings of any layout and write them as one JSONL file of the ranking contract.
 
     Raises:

@@ -21,13 +21,14 @@ from rlhf.stage_table import PPO_VARIANTS
 from rlhf.system.console import console
 
 
-def chat(run: Path, stage: str, temperature: float, max_tokens: int, once: str) -> None:
+def chat_with_policies(run: Path, stage: str, temperature: float, max_tokens: int, once: str) -> None:
     """Answer typed prompts until an empty line, or `once` alone.
 
     Args:
         run: run folder with sft/model and an aligned policy.
-        stage: which aligned policy; empty for the first there is of ppo-ptx and ppo.
-        temperature: 0 is greedy. max_tokens: longest response.
+        stage: stage of the aligned policy; empty for the first that exists of ppo-ptx and ppo.
+        temperature: 0 is greedy.
+        max_tokens: longest response.
     """
     recipe = load_recipe(str(_existing(run / "recipe.yaml", "a run folder has its recipe")))
     names = ["sft", stage or _aligned(run)]
@@ -55,7 +56,7 @@ def answer(
     max_tokens: int,
     seed: int,
 ) -> str:
-    """One response as text."""
+    """Return one response as text."""
     params = SamplingParams(max_tokens, temperature, stop_ids(tokenizer, policy))
     rollout = sample(policy, tokenizer, [encode_prompt(tokenizer, prompt)], params, seeds=[seed])
     return rollout.texts(tokenizer)[0]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.launcher import Redo, how_ended, start
-from launch.pipeline import is_first_machine
+from launch.pipeline import is_first_machine, silence_other_machines
 from rlhf.config import Recipe
 from rlhf.costs.disk import disk_need
 from rlhf.errors import UserError
@@ -28,7 +28,7 @@ from rlhf.system.files import require_disk, require_writable
 from rlhf.system.signals import STOPPED
 
 
-def compare(name_or_path: str, overrides: Sequence[str], chosen: Sequence[str] = (), fresh: bool = False) -> int:
+def run_comparison(name_or_path: str, overrides: Sequence[str], chosen: Sequence[str] = (), fresh: bool = False) -> int:
     """Run the ways of a comparison and show what came out; returns 0, 1 when a way failed, or a stopped stage's code.
 
     Args:
@@ -51,7 +51,8 @@ def compare(name_or_path: str, overrides: Sequence[str], chosen: Sequence[str] =
     require_disk(comparison.folder, sum(disk_need(recipe) for recipe in recipes.values()), "the comparison")
     for arm in plan:
         check_shared_links(comparison, arm)
-    if leads := is_first_machine(comparison.base):  # the first of several machines
+    silence_other_machines(comparison.base)
+    if is_first_machine(comparison.base):
         write_comparison(comparison)
     _show(comparison, plan)
     again = shlex.join(["rlhf", "compare", name_or_path, *overrides, *(f"--way={arm}" for arm in chosen)])
@@ -71,7 +72,7 @@ def compare(name_or_path: str, overrides: Sequence[str], chosen: Sequence[str] =
                 str(comparison.folder / arm),
                 f"the cause is named above; to go on: {again}",
             )
-    if leads:
+    if is_first_machine(comparison.base):
         write_results(comparison, reasons)
     return 1 if reasons else 0
 

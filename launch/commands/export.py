@@ -22,22 +22,22 @@ from rlhf.system.quiet import quiet_libraries
 FOLDER = "merged"
 
 
-def export(run: Path, stage: str = "", ema: bool = False, out: Path | None = None) -> Path:
-    """Write the model of a stage as any program loads it; returns the folder.
+def export_model(run: Path, stage: str = "", ema: bool = False, out: Path | None = None) -> Path:
+    """Write the model of a stage as a folder that any program loads, and return the folder.
 
     Args:
-        stage: one of `stage_table.TRAINED`; empty: the last of PPO-ptx, PPO and SFT that the run has.
+        stage: one of `stage_table.TRAINED`; empty: the first of PPO-ptx, PPO and SFT that the run has.
         ema: the averaged policy of a PPO stage.
-        out: where; default: `merged/` in the stage's folder.
+        out: folder to write; default: `merged/` in the stage's folder.
 
     Raises:
-        UserError: no such run or model, or a method that cannot be merged, with the reason.
+        UserError: there is no such run or model, or the method cannot be merged, with the reason.
     """
     quiet_libraries()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
     if not (run / "recipe.yaml").is_file():
-        raise UserError("this is no run folder: it has no recipe.yaml", str(run), "give one, such as runs/demo")
+        raise UserError("this is not a run folder: it has no recipe.yaml", str(run), "give one, such as runs/demo")
     name = "ema" if ema else "model"
     stage = stage or next((s for s in (*PPO_VARIANTS, "sft") if (run / s / name).is_dir()), "sft")
     source = run / stage / name

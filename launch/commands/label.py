@@ -103,7 +103,7 @@ def prepare(run: Path, store: LabelStore) -> None:
     report_set_aside(store)
 
 
-def revoke(run: Path, recipe: Recipe, names: str) -> None:
+def revoke_links(run: Path, recipe: Recipe, names: str) -> None:
     """End all links of some labelers, also on a page that is served at this moment; their rankings stay and count.
 
     Args:
@@ -128,7 +128,7 @@ def revoke(run: Path, recipe: Recipe, names: str) -> None:
     )
 
 
-def export(run: Path, recipe: Recipe, file: Path) -> None:
+def export_rankings(run: Path, recipe: Recipe, file: Path) -> None:
     """Write the rankings so far, in the ranking contract: those of the outputs that were ranked on the page last.
 
     Raises:

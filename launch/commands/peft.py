@@ -1,4 +1,4 @@
-"""The table of `rlhf peft`: what each parameter-efficient method trains, stores and takes on the recipe's model."""
+"""`rlhf peft`: the weights that each parameter-efficient method trains and stores, and the memory that it takes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from launch.commands.plan import device_of
 from rlhf.config import KV_PREFIX_METHODS, METHODS_OF_SETTING, VIRTUAL_TOKEN_METHODS, PeftMethod, Recipe, read_settings
 from rlhf.costs.cards import Card, find_card, this_machine
 from rlhf.costs.fit_to_card import Settings, with_settings
+from rlhf.costs.model_memory import policy_spec
 from rlhf.costs.model_shapes import Shapes, count, shapes_of
-from rlhf.costs.stage_memory import policy_spec, stage_memory
+from rlhf.costs.stage_memory import stage_memory
 from rlhf.errors import UserError
 from rlhf.models.peft.merging import why_not_mergeable
 from rlhf.system.console import console, table
@@ -20,14 +21,14 @@ from rlhf.system.quiet import quiet_libraries
 COLUMNS = ["method", "settings", "trained", "share", "stored", "PPO iteration", "merged by export"]
 
 
-def show(recipe: Recipe, card_name: str | None) -> None:
+def show_peft_methods(recipe: Recipe, card_name: str | None) -> None:
     """Print the table. Nothing is loaded: all numbers follow from the model's config.
 
     Args:
         card_name: a card of rlhf/costs/cards.py, for the memory; None: this machine.
 
     Raises:
-        UserError: no such card, or a model whose config cannot be had.
+        UserError: there is no such card, or the model's config cannot be loaded.
     """
     quiet_libraries()
     card = find_card(card_name) if card_name else this_machine(device_of(recipe))
@@ -35,7 +36,7 @@ def show(recipe: Recipe, card_name: str | None) -> None:
     rows, notes = [], []
     for method in get_args(PeftMethod):
         try:
-            rows.append(row(recipe, method, shapes, card))
+            rows.append(method_row(recipe, method, shapes, card))
         except UserError as error:
             rows.append([method, "", "", "", "", "", "refused"])
             notes.append(f"{method}: {error.what}; {error.fix}")
@@ -50,11 +51,11 @@ def show(recipe: Recipe, card_name: str | None) -> None:
         console.print(note, markup=False, soft_wrap=True)
 
 
-def row(recipe: Recipe, method: str, shapes: Shapes, card: Card) -> list[str]:
-    """A line of the table.
+def method_row(recipe: Recipe, method: str, shapes: Shapes, card: Card) -> list[str]:
+    """Return a line of the table.
 
     Raises:
-        UserError: when the model has nothing for the method to work on.
+        UserError: the model has nothing for the method to work on.
     """
     tried = with_method(recipe, method)
     c, peft = count(policy_spec(tried, shapes)), tried.model.peft
@@ -74,7 +75,7 @@ def row(recipe: Recipe, method: str, shapes: Shapes, card: Card) -> list[str]:
 
 
 def with_method(recipe: Recipe, method: str) -> Recipe:
-    """The recipe with another method, its settings as they are, for all four networks of PPO with all their layers."""
+    """Return the recipe with another method and its own settings, for all layers of all four networks of PPO."""
     peft = recipe.model.peft
     settings: Settings = {"model.peft.method": method, "reward.peft.method": "model", "reward.keep_layers": 0}
     for name, methods in METHODS_OF_SETTING.items():

@@ -1,4 +1,4 @@
-"""The tables of `rlhf plan` about memory and time."""
+"""`rlhf plan`: its tables of memory and time."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def show_memory_and_time(recipe: Recipe, card_name: str | None) -> None:
     """Print memory by component and stage, whether it fits, what would make it fit, and about how long it takes.
 
     Args:
-        card_name: a card of rlhf/costs/cards.py. None takes this machine's, and leaves out a model whose config cannot
-            be had, by name.
+        card_name: a card of rlhf/costs/cards.py; None: this machine's, for which a model without a config is named
+            and left out.
 
     Raises:
-        UserError: no such card; with a card, also a model whose config cannot be had.
+        UserError: there is no such card; or one was named and a model's config cannot be loaded.
     """
     quiet_libraries()
     card = find_card(card_name) if card_name else this_machine(device_of(recipe))
@@ -44,7 +44,7 @@ def show_memory_and_time(recipe: Recipe, card_name: str | None) -> None:
 
 
 def memory_rows(memories: list[StageMemory], allowed: float) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: components at their largest in GB, then the peak, its phase, and whether that fits."""
+    """Return header and rows: components at their largest in GB, then the peak, its phase, and whether that fits."""
     names: list[str] = []
     for memory in memories:
         names += [name for name in memory.components() if name not in names]
@@ -84,7 +84,7 @@ def _show_time(recipe: Recipe, shapes: Shapes, card: Card) -> None:
 
 
 def device_of(recipe: Recipe) -> torch.device:
-    """Where the recipe's stages run on this machine."""
+    """Return the device on which the recipe's stages run on this machine."""
     return torch.device("cpu" if recipe.run.device == "cpu" or not torch.cuda.is_available() else "cuda")
 
 

@@ -1,4 +1,4 @@
-"""`rlhf profile RUN`: where the time and memory of a PPO iteration went, beside the least it could take. Reads only."""
+"""`rlhf profile RUN`: the time and memory of a PPO iteration, beside the least it could take. Only reads."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from rlhf.stage_table import PPO_VARIANTS
 from rlhf.system.console import console, table
 from rlhf.system.files import read_rows
 
-# Components of rlhf/costs/stage_memory.py that stay, or come with every update. The others come and go within a phase.
+# Components of rlhf/costs/stage_memory.py that stay, or come with every update; others come and go within a phase.
 LASTING = ("weights", "gradients", "optimiser state", "averaged policy", "Python and libraries")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What is shown of a run; `costs` are means over the iterations after the first, or of it where it is all."""
+    """Figures of a run."""
 
     stage: str
-    iterations: int  # that `costs` are means of
-    first: list[PhaseCost]
-    costs: list[PhaseCost]
-    row: dict[str, float]  # means of all metrics of those iterations
-    memory: dict[str, float]  # bytes by component; "rest" is what the measured peak has besides
+    iterations: int  # after the first one, or 1 if there is only one
+    first: list[PhaseCost]  # of the first iteration; empty if there is only one
+    costs: list[PhaseCost]  # means over those iterations
+    row: dict[str, float]  # means of all their metrics
+    memory: dict[str, float]  # bytes by component; "rest" is the remainder of the measured peak
     rates: dict[str, float]  # tokens per second of the stages before
 
 
-def show(path: Path, variant: str = "", as_json: bool = False) -> None:
+def show_profile(path: Path, variant: str = "", as_json: bool = False) -> None:
     """Print the profile of a run, or write it as JSON to standard output.
 
     Raises:
-        UserError: no run, or none with an iteration of PPO.
+        UserError: the folder is not a run, or has no finished iteration of PPO.
     """
     found = profile(path, variant)
     if as_json:
@@ -65,17 +65,17 @@ def show(path: Path, variant: str = "", as_json: bool = False) -> None:
 
 
 def profile(path: Path, variant: str = "") -> Profile:
-    """Read a run's recipe and logs; see `show`."""
+    """Return the profile of a run from its recipe and logs; see `show_profile`."""
     file = path / "recipe.yaml"
     if not file.is_file():
-        raise UserError("this is no run folder: it has no recipe.yaml", str(path), "give one, such as runs/demo")
+        raise UserError("this is not a run folder: it has no recipe.yaml", str(path), "give one, such as runs/demo")
     logs = {stage: _iterations(path / stage / "metrics.jsonl") for stage in ([variant] if variant else PPO_VARIANTS)}
     stage = next((stage for stage, rows in logs.items() if rows), "")
     if not stage:
         raise UserError(
             f"no iteration of {' or '.join(logs)} is finished, so there is nothing to show",
             str(path),
-            f"let `rlhf run {file}` go on, or name the other variant",
+            f"continue with `rlhf run {file}`, or name the other variant",
         )
     rows = logs[stage]
     later = rows[1:] or rows
@@ -92,7 +92,7 @@ def profile(path: Path, variant: str = "") -> Profile:
 
 
 def as_dict(found: Profile) -> dict[str, Any]:
-    """The profile for a program to read: seconds, FLOP/s, bytes."""
+    """Return the profile for a program to read: seconds, FLOP/s, bytes."""
 
     def phase(cost: PhaseCost) -> dict[str, Any]:
         floors = [vars(floor) | {"seconds": floor.seconds, "bound": floor.limited_by} for floor in cost.floors]
@@ -122,16 +122,8 @@ def _time_rows(found: Profile) -> list[list[Any]]:
         padding = "" if cost.padding is None else f"{cost.padding:.0%}"
         numbers = [cost.tokens_per_s, cost.floor, cost.times_floor]
         rows.append(
-            [
-                cost.name,
-                cost.seconds,
-                f"{cost.share:.0%}",
-                first.get(cost.name),
-                *numbers,
-                limited_by,
-                padding,
-                cost.peak_gb,
-            ]
+            [cost.name, cost.seconds, f"{cost.share:.0%}", first.get(cost.name), *numbers, limited_by, padding]
+            + [cost.peak_gb]
         )
         if len(cost.floors) > 1:
             rows += [
@@ -165,7 +157,7 @@ def _iterations(path: Path) -> list[dict[str, Any]]:
 
 
 def _rate(rows: Sequence[MetricsRow]) -> float | None:
-    """Tokens per second from one row to the next, the middle one: a stop between two rows does not count."""
+    """Return the median of the tokens per second from one row to the next; a stop between two rows hardly counts."""
     points = [(row["step"], row["time"]) for row in rows if row.get("step") is not None and row.get("time") is not None]
     pairs = zip(points, points[1:], strict=False)
     rates = [(b[0] - a[0]) / (b[1] - a[1]) for a, b in pairs if b[0] > a[0] and b[1] > a[1]]
@@ -173,7 +165,7 @@ def _rate(rows: Sequence[MetricsRow]) -> float | None:
 
 
 def _memory(path: Path, recipe: Recipe, stage: str, largest: MetricsRow) -> dict[str, float]:
-    """Bytes by component as the plan has them, and what the measured peak has besides; {} where no peak was logged."""
+    """Return bytes by component as in the plan, and the remainder of the measured peak; {} where none was logged."""
     peak = (largest.get("memory/peak_gb") or 0.0) * 1e9
     if not peak:
         return {}

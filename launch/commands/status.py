@@ -1,4 +1,4 @@
-"""`rlhf status RUN`: how far the stages of a run are, and what would run next. Reads only."""
+"""`rlhf status RUN`: how far the stages of a run are, and which would run next. Only reads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlhf.system.console import console, duration, table
 
 
 class StageProgress(NamedTuple):
-    """Where a stage stands."""
+    """State of a stage."""
 
     state: str  # not started, running, interrupted, stopped, failed, done, or unreadable
     step: int | None = None  # of the newest sealed checkpoint
@@ -32,15 +32,15 @@ class StageProgress(NamedTuple):
     error: str = ""
 
 
-def show(path: Path) -> None:
+def show_status(path: Path) -> None:
     """Print the table of a run and what comes next.
 
     Raises:
-        UserError: for a folder that is no run.
+        UserError: the folder is not a run.
     """
     file = path / "recipe.yaml"
     if not file.is_file():
-        raise UserError("this is no run folder: it has no recipe.yaml", str(path), "give one, such as runs/demo")
+        raise UserError("this is not a run folder: it has no recipe.yaml", str(path), "give one, such as runs/demo")
     recipe, run, owner = load_recipe(str(file)), RunFolder(path), live_owner(path)
     others = [stage for stage in STAGES if stage not in recipe.run.stages and run.stage_dir(stage).is_dir()]
     stages = {stage: progress(run, recipe, stage, owner is not None) for stage in [*recipe.run.stages, *others]}
@@ -53,7 +53,7 @@ def show(path: Path) -> None:
 
 
 def progress(run: RunFolder, recipe: Recipe, stage: str, in_use: bool) -> StageProgress:
-    """What the files of a stage tell.
+    """Return the progress of a stage according to its files.
 
     Args:
         in_use: whether a process holds the run's lock.
@@ -81,13 +81,13 @@ def progress(run: RunFolder, recipe: Recipe, stage: str, in_use: bool) -> StageP
 
 
 def _newest(checkpoints: Path, identity: str) -> Path | None:
-    """The newest checkpoint whose files have the sizes that were sealed; their content is not read."""
+    """Return the newest checkpoint whose files have the sizes that were sealed; their content is not read."""
     sound = (f for f in reversed(list_checkpoints(checkpoints)) if not verify(f, contents=False, identity=identity))
     return next(sound, None)
 
 
 def _last_metrics(path: Path) -> dict[str, float]:
-    """The newest values in metrics.jsonl; a line that is being written is left out."""
+    """Return the newest values in metrics.jsonl; a line that is being written is left out."""
     found: dict[str, float] = {}
     if path.exists():
         for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
@@ -110,7 +110,7 @@ def _step(each: StageProgress) -> str:
 
 
 def _age(seconds: float) -> str:
-    """`3 min`, `5 h`, `2 days`."""
+    """Format an age: `3 min`, `5 h`, `2 days`."""
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size or (seconds >= size and unit != "days"):
             return f"{seconds / size:.0f} {unit}"

@@ -1,9 +1,9 @@
-"""What a pass of the program holds in memory, found by running its own code on the meta device.
+"""Memory that a pass of the program holds, found by running the program's own code on the meta device.
 
 Meta tensors have shapes and no storage: no weight is loaded and nothing is computed, but every operation says what it
 would allocate, and autograd keeps and frees as it would. So LoRA that stops the backward early, recomputed layers and
-chunks of the LM head need no formula of their own. Layers are alike: two sizes of model are run, and the rest is a
-straight line.
+chunks of the LM head need no formula of their own. All layers are alike, so models of one and two layers are run, and
+memory grows in a straight line from there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
-from rlhf.costs.model_shapes import ModelSpec, build
+from rlhf.costs.model_shapes import ModelSpec, build, kv_heads
 from rlhf.models.layers import decoder_layers
 from rlhf.models.low_memory_layers import use_low_memory_layers
 from rlhf.rollout.batches import build_batch
@@ -36,13 +36,28 @@ SAMPLE = (1, 2)  # layers of the models that are run
 
 
 @dataclass(frozen=True)
+class PassShape:
+    """Size of a batch: `rows` rows of `prompt` + `response` tokens, of which `outputs` at a time share a prompt."""
+
+    rows: int
+    prompt: int
+    response: int
+    outputs: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a row."""
+        return self.prompt + self.response
+
+
+@dataclass(frozen=True)
 class Footprint:
     """Bytes of one pass, weights and complete gradients left out.
 
     Attributes:
         activations: kept for the backward by the transformer layers.
         head: kept for the backward by what comes after them: logits, normalised logits.
-        working: the most that is there besides these, for the length of an operation.
+        working: the largest temporary memory of an operation.
         head_gradients: of the LM head and embeddings, which are there before the first activations are freed.
     """
 
@@ -53,9 +68,12 @@ class Footprint:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that come into being inside, the model's own left out.
+    """Counts the bytes of all tensors that are made inside the context, but for the model's own.
 
-    `peak` follows `live` until `frozen` is set.
+    Attributes:
+        live: bytes at this moment.
+        peak: largest value of `live` until `frozen` was set.
+        gradients_at_peak: bytes of complete gradients at that time.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -68,7 +86,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return False  # whether a mask is all ones: it is not, for rows differ in length
+            return False  # the code asks whether a mask is all ones: it is not, because rows differ in length
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -76,7 +94,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def __enter__(self) -> LiveBytes:
-        # Not by a mode: recomputed layers run in a thread of the backward, where modes of functions do not hold.
+        # A function mode would not do: recomputed layers run in a thread of the backward, which it does not reach.
         self.attention = functional.scaled_dot_product_attention
         functional.scaled_dot_product_attention = _fused_attention
         return super().__enter__()
@@ -86,7 +104,7 @@ class LiveBytes(TorchDispatchMode):
         functional.scaled_dot_product_attention = self.attention
 
     def mark_gradient(self, parameter: Tensor) -> None:
-        """The parameter's gradient is complete."""
+        """Count a parameter's gradient as complete."""
         if parameter.grad is not None:
             key = parameter.grad.untyped_storage()._cdata
             self.gradients[key] = self.sizes.get(key, 0)
@@ -110,7 +128,7 @@ class LiveBytes(TorchDispatchMode):
 def _fused_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **_: Any
 ) -> Tensor:
-    """The kernel that keeps no attention weights: by itself the meta device takes the plain one, which does."""
+    """Run the kernel that keeps no attention weights; by itself the meta device takes the plain one, which does."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -118,49 +136,50 @@ def _fused_attention(
 
 
 @lru_cache(maxsize=256)
-def training_pass(
-    spec: ModelSpec, kind: PassKind, rows: int, prompt: int, response: int, recompute: bool, outputs: int = 1
-) -> Footprint:
-    """Forward and backward over `rows` rows of `prompt` + `response` tokens, gradients not there before.
+def training_pass(spec: ModelSpec, kind: PassKind, shape: PassShape, recompute: bool) -> Footprint:
+    """Return the footprint of a forward and backward; no gradients are there before.
 
     Args:
         kind: backbone ends before the LM head, policy goes through it at the response's positions; value and reward
-            have the scalar head.
+            have the scalar head. Only reward has prompts that several rows share, which go through the layers once.
         recompute: gradient checkpointing.
-        outputs: how many rows share a prompt, which goes through the layers once for all; reward alone.
     """
-    return _line(spec, lambda spec: _run_training(spec, kind, rows, prompt, response, recompute, outputs))
+    return _line(spec, lambda spec: _run_training(spec, kind, shape, recompute))
 
 
 @lru_cache(maxsize=256)
-def scoring_pass(spec: ModelSpec, kind: PassKind, rows: int, prompt: int, response: int) -> float:
-    """Most bytes besides the weights in a pass without gradients; it does not depend on the number of layers."""
+def scoring_pass(spec: ModelSpec, kind: PassKind, shape: PassShape) -> float:
+    """Return the peak bytes besides the weights in a pass without gradients, whatever the number of layers."""
     model = build(_cut(spec, SAMPLE[0]))
     with torch.no_grad(), LiveBytes(model) as memory:
-        _forward(model, kind, rows, prompt, response)
+        _forward(model, kind, shape)
     return float(memory.peak)
 
 
 @lru_cache(maxsize=256)
-def decoding_pass(spec: ModelSpec, rows: int, prompts: int, prompt: int, response: int) -> float:
-    """Most bytes besides weights and KV cache while `rows` responses to `prompts` distinct prompts are sampled."""
+def decoding_pass(spec: ModelSpec, shape: PassShape, prompts: int) -> float:
+    """Return the peak bytes besides weights and KV cache while responses to `prompts` distinct prompts are sampled."""
     model = build(_cut(spec, SAMPLE[0]))
     with torch.no_grad(), LiveBytes(model) as memory:
-        prefill = _decode_step(model, memory, prompts, 0, prompt)
-        last = _decode_step(model, memory, rows, prompt + response, 1)
+        prefill = _decode_step(model, memory, prompts, 0, shape.prompt)
+        last = _decode_step(model, memory, shape.rows, shape.tokens, 1)
     return float(max(prefill, last))
 
 
 def _decode_step(model: PreTrainedModel, memory: LiveBytes, rows: int, cached: int, tokens: int) -> int:
-    """Most bytes besides the KV cache in a step of the decode loop, as rlhf/rollout/sampling.py does it."""
+    """Return the peak bytes besides the KV cache in a step of the decode loop, as rlhf/rollout/sampling.py does it.
+
+    Args:
+        cached: length of the cache after the step; 0 for the prefill.
+        tokens: tokens of each row that go through the model.
+    """
     config, device = model.config, model.device
     cache = DynamicCache(config=config)
     if cached:
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads, width = kv_heads(config)
         for layer in range(SAMPLE[0]):
-            held = torch.zeros(2, rows, heads, cached - 1, size, dtype=model.dtype, device=device)
-            cache.update(held[0], held[1], layer)
+            keys, values = torch.zeros(2, rows, heads, cached - 1, width, dtype=model.dtype, device=device)
+            cache.update(keys, values, layer)
     before = memory.live
     memory.peak = before
     ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
@@ -179,7 +198,7 @@ def _decode_step(model: PreTrainedModel, memory: LiveBytes, rows: int, cached: i
 
 
 def _line(spec: ModelSpec, run: Callable[[ModelSpec], Footprint]) -> Footprint:
-    """The footprint of `spec` from those of two smaller models; layers without gradients keep nothing."""
+    """Return the footprint of `spec` from those of two smaller models; layers without gradients keep nothing."""
     deep = spec.backward_layers
     if deep <= SAMPLE[0]:
         return run(_cut(spec, deep))
@@ -190,63 +209,57 @@ def _line(spec: ModelSpec, run: Callable[[ModelSpec], Footprint]) -> Footprint:
 
 
 def _cut(spec: ModelSpec, layers: int) -> ModelSpec:
-    """The same model with so many layers, all of them with adapters where it has any."""
+    """Return the same model with so many layers, all of them with adapters where it has any."""
     peft = spec.peft and spec.peft.model_copy(update={"last_layers": 0})
     return replace(spec, keep_layers=layers, peft=peft)
 
 
-def _run_training(
-    spec: ModelSpec, kind: PassKind, rows: int, prompt: int, response: int, recompute: bool, outputs: int
-) -> Footprint:
+def _run_training(spec: ModelSpec, kind: PassKind, shape: PassShape, recompute: bool) -> Footprint:
     model = build(spec)
     if kind != "backbone" and not spec.partitioned:
         use_low_memory_layers(model)  # as the engines do; SFT is TRL's
     if recompute:
-        # Without the generator's state, which is kept for dropout and which no fake tensor has.
+        # The generator's state, which checkpointing keeps for dropout, does not exist for meta tensors.
         model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         model.train()
     layers = decoder_layers(model)
     inside = {id(p) for p in layers.parameters()}
     kept: list[int] = []
-    with LiveBytes(model) as memory, share_prompts(model) if outputs > 1 else nullcontext():
+    with LiveBytes(model) as memory, share_prompts(model) if shape.outputs > 1 else nullcontext():
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.register_post_accumulate_grad_hook(_on_gradient(memory, id(parameter) in inside))
         layers[-1].register_forward_hook(lambda *_: kept.append(memory.live))
-        loss = _forward(model, kind, rows, prompt, response, outputs, calls_head=spec.partitioned)
+        loss = _forward(model, kind, shape, calls_head=spec.partitioned)
         after = memory.live
         loss.backward()
-    held = memory.peak - memory.gradients_at_peak
-    return Footprint(kept[0], max(0, after - kept[0]), max(0, held - after), memory.gradients_at_peak)
+    peak = memory.peak - memory.gradients_at_peak
+    return Footprint(kept[0], max(0, after - kept[0]), max(0, peak - after), memory.gradients_at_peak)
 
 
 def _on_gradient(memory: LiveBytes, in_layers: bool) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         memory.mark_gradient(parameter)
-        memory.frozen = memory.frozen or in_layers  # from here on activations go and gradients come
+        memory.frozen = memory.frozen or in_layers  # after this activations are freed and gradients added
 
     return hook
 
 
-def _forward(
-    model: nn.Module,
-    kind: PassKind,
-    rows: int,
-    prompt: int,
-    response: int,
-    outputs: int = 1,
-    calls_head: bool = False,
-) -> Tensor:
-    """The pass as the stages make it; returns a scalar."""
-    device = next(model.parameters()).device
-    if outputs > 1:
+def _forward(model: nn.Module, kind: PassKind, shape: PassShape, calls_head: bool = False) -> Tensor:
+    """Run the pass as the stages make it and return a scalar.
+
+    Args:
+        calls_head: the LM head is called for each chunk of positions, as under ZeRO-3.
+    """
+    device, prompt, response = next(model.parameters()).device, [0] * shape.prompt, [0] * shape.response
+    if shape.outputs > 1:
         # Neighbours of different groups have different prompts.
-        pairs = [([row // outputs % 2] * prompt, [0] * response) for row in range(rows)]
+        pairs = [([row // shape.outputs % 2] * shape.prompt, response) for row in range(shape.rows)]
         return shared_scores(model, build_shared(pairs).to(device)).sum()
-    batch = build_batch([([0] * prompt, [0] * response)] * rows, 0).to(device)
+    batch = build_batch([(prompt, response)] * shape.rows, 0).to(device)
     if kind == "backbone":
         return hidden_states(model, batch).sum()
     if kind == "policy":
-        chunks = head_chunks(rows * response) if calls_head else 0
+        chunks = head_chunks(shape.rows * shape.response) if calls_head else 0
         logprobs, entropies = response_logprobs(model, batch, 1.0, chunks)
         return logprobs.sum() + entropies.sum().detach()
     return (response_values(model, batch) if kind == "value" else raw_scores(model, batch)).sum()

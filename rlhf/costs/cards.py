@@ -1,4 +1,4 @@
-"""Cards that a plan can be made for, with what their data sheets say."""
+"""Cards that a plan can be made for, with the figures of their data sheets."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Card:
         flops: FLOP/s by type of the weights, dense; float32 without TF32, which is PyTorch's default.
         bandwidth: bytes per second from its memory.
         link: bytes per second that it sends to others of its machine, while it receives as many.
-        base: bytes that are gone before the first tensor: CUDA context and communication buffers. Our assumption.
+        base: bytes in use before the first tensor: CUDA context and communication buffers. Our assumption.
         network: bytes per second that it sends to other machines: 400 Gbit/s for each card. Our assumption.
-        per_machine: how many a machine has. Our assumption.
+        per_machine: cards of a machine. Our assumption.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Card:
 
 
 def _card(name: str, gigabytes: float, bf16: float, fp32: float, bandwidth: float, link: float) -> Card:
-    """Memory in units of 1e9 bytes, TFLOP/s dense, bandwidth in TB/s, link in GB/s one way."""
+    """Return a card; memory in units of 1e9 bytes, TFLOP/s dense, bandwidth in TB/s, link in GB/s one way."""
     flops = {"bfloat16": bf16 * 1e12, "float32": fp32 * 1e12}
     return Card(name, gigabytes * 1e9, flops, bandwidth * 1e12, link * 1e9)
 
@@ -65,10 +65,10 @@ CARDS = {
 
 
 def find_card(name: str) -> Card:
-    """The card of that name, `cpu` for this machine.
+    """Return the card of that name, `cpu` for this machine.
 
     Raises:
-        UserError: no such card.
+        UserError: there is no such card.
     """
     if name == "cpu":
         return this_machine()
@@ -79,7 +79,7 @@ def find_card(name: str) -> Card:
 
 @lru_cache(maxsize=2)
 def this_machine(device: torch.device = CPU) -> Card:
-    """What this machine has: the memory of its CPU or GPU, arithmetic and copying as measured now (about a second)."""
+    """Return this machine's CPU or GPU as a card: its memory, and its speed as measured now, in about a second."""
     flops = {name: measured_peak_flops(device, getattr(torch, name)) for name in ("float32", "bfloat16")}
     bandwidth = measured_bandwidth(device)
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Whether a recipe fits a card, and settings of the recipe that make it fit, found by computing them."""
+"""Check whether a recipe fits a card, and search for settings of the recipe that make it fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LORA: Settings = {"model.peft.method": "lora", "reward.peft.method": "model"}
 
 
 def with_settings(recipe: Recipe, settings: Settings) -> Recipe:
-    """The recipe with fields set, checked like any other."""
+    """Return the recipe with fields set, checked like any other."""
     values = recipe.model_dump()
     for field, value in settings.items():
         *sections, name = field.split(".")
@@ -29,17 +29,17 @@ def with_settings(recipe: Recipe, settings: Settings) -> Recipe:
 
 
 def memory_budget(recipe: Recipe, card: Card) -> float:
-    """Bytes that one process may take: its card, or its share of the machine's memory."""
+    """Return the bytes that one process may take: its card, or its share of the machine's memory."""
     return card.memory if card.is_gpu else card.memory / recipe.launch.processes
 
 
 def fits_card(recipe: Recipe, shapes: Shapes, card: Card) -> bool:
-    """Whether the peak of every stage stays within the budget."""
+    """Return whether the peak of every stage stays within the budget."""
     return all(memory.peak <= memory_budget(recipe, card) for memory in all_stages(recipe, shapes, card))
 
 
 def settings_that_fit(recipe: Recipe, shapes: Shapes, card: Card) -> Settings | None:
-    """The first settings that fit, in the order of `ladder`, with the largest micro-batches; None when none does."""
+    """Return the first of `settings_to_try` that fits, with the largest micro-batches; None if none fits."""
     for base in settings_to_try(recipe):
         variants = list(micro_batches(recipe))
         # The smallest first: where that does not fit, no other does.
@@ -50,8 +50,11 @@ def settings_that_fit(recipe: Recipe, shapes: Shapes, card: Card) -> Settings | 
 
 
 def settings_to_try(recipe: Recipe) -> Iterator[Settings]:
-    """Settings to try, each with all before it: none, gradient checkpointing, ZeRO 1 to 3, frozen models in parts,
-    layers gathered one by one, the optimiser in the host's memory; at last LoRA instead of them."""
+    """Yield settings, each with all before it, and at last LoRA in place of them.
+
+    They are: none, gradient checkpointing, ZeRO 1 to 3, partitioned frozen models, layers gathered one by one, and the
+    optimiser in the host's memory.
+    """
     found: Settings = {}
     yield dict(found)
     launch = recipe.launch
@@ -72,7 +75,7 @@ def settings_to_try(recipe: Recipe) -> Iterator[Settings]:
 
 
 def micro_batches(recipe: Recipe) -> Iterator[Settings]:
-    """Smaller and smaller micro-batches of every stage; only those that divide the batches. The first is no change."""
+    """Yield smaller and smaller micro-batches of every stage that divide the batches; the first changes nothing."""
     processes = recipe_processes(recipe)
     row = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
     sizes = {
@@ -98,10 +101,10 @@ def micro_batches(recipe: Recipe) -> Iterator[Settings]:
 
 
 def with_processes(recipe: Recipe, count: int) -> Recipe:
-    """The recipe on `count` processes in all, whatever its hosts.
+    """Return the recipe on `count` processes in all, whatever its hosts.
 
     Raises:
-        UserError: below 1.
+        UserError: `count` is below 1.
     """
     if count < 1:
         raise UserError(f"there cannot be {count} processes", "--count", "give a number from 1")

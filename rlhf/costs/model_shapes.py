@@ -32,11 +32,11 @@ class ModelSpec:
     """A model as a stage builds it.
 
     Attributes:
-        scalar: a reward or value model: a scalar head in place of the LM head.
+        scalar: a reward or value model, with a scalar head in place of the LM head.
         keep_layers: the first N transformer layers only; 0 keeps all.
-        peft: the method that is trained, the rest is frozen; None: all is trained.
-        partitioned: adapters have the type of the weights, which ZeRO-3 wants.
-        borrowed: its frozen weights are those of another model (rlhf/models/peft/shared_base.py).
+        peft: the method that is trained, while all else is frozen; None: all is trained.
+        partitioned: adapters have the type of the weights, as ZeRO-3 needs.
+        shares_base: its frozen weights are those of another model (rlhf/models/peft/shared_base.py).
     """
 
     config: PretrainedConfig
@@ -75,8 +75,8 @@ class ParameterCounts:
     """Parameters of a model, tied ones once.
 
     Attributes:
-        total: all of them; `bytes` is what they take.
-        trained: with gradients and an optimiser state; `trained_bytes` what they take as weights.
+        total: all of them; `bytes` is their size.
+        trained: with gradients and an optimiser state; `trained_bytes` is their size as weights.
         through: in layers that the gradient passes through, frozen ones included.
         largest: of the largest single tensor that is trained.
         layer: of the largest transformer layer.
@@ -94,10 +94,10 @@ class ParameterCounts:
 
 
 def model_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The config of a model name: built in code, from a local folder, or from the Hub; no weights are read.
+    """Return the config of a model name: built in code, from a local folder, or from the Hub; no weights are read.
 
     Raises:
-        UserError: no such model, or a Hub name that cannot be reached.
+        UserError: there is no such model, or the Hub cannot be reached.
     """
     if name == tiny.NAME:
         return tiny.config()
@@ -112,10 +112,10 @@ def model_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig
 
 
 def shapes_of(recipe: Recipe) -> Shapes:
-    """Configs of the recipe's models.
+    """Return the configs of the recipe's models.
 
     Raises:
-        UserError: a name that is not here and cannot be reached.
+        UserError: a model is not on this machine and the Hub cannot be reached.
     """
     policy = model_config(recipe.model.name, recipe.model.trust_remote_code)
     if recipe.reward.model == "sft":
@@ -124,7 +124,7 @@ def shapes_of(recipe: Recipe) -> Shapes:
 
 
 def build(spec: ModelSpec) -> nn.Module:
-    """The model on the meta device, where weights have a shape and no storage."""
+    """Return the model on the meta device, where weights have a shape and no storage."""
     config = type(spec.config).from_dict(spec.config.to_dict())
     if spec.scalar:
         config.num_labels = 1
@@ -140,20 +140,24 @@ def build(spec: ModelSpec) -> nn.Module:
     return model.eval()
 
 
+def kv_heads(config: PretrainedConfig) -> tuple[int, int]:
+    """Return the number of heads that have keys and values, and the width of one."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 @lru_cache(maxsize=64)
 def count(spec: ModelSpec) -> ParameterCounts:
-    """Parameters of the model, counted on the meta device."""
+    """Return the parameters of the model, counted on the meta device."""
     model = build(spec)
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
-    # Before the first layer, though not in the order of the modules.
+    # Virtual tokens come before the first layer, though not in the order of the modules.
     through, reached = 0, spec.peft is not None and spec.peft.method in VIRTUAL_TOKEN_METHODS
     for parameter in parameters:
         reached = reached or parameter.requires_grad
         through += parameter.numel() if reached else 0
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, width = kv_heads(model.config)
     return ParameterCounts(
         total=sum(p.numel() for p in parameters),
         bytes=sum(p.numel() * p.element_size() for p in parameters),
@@ -162,5 +166,5 @@ def count(spec: ModelSpec) -> ParameterCounts:
         through=through,
         largest=max((p.numel() for p in trained), default=0),
         layer=max(sum(p.numel() for p in layer.parameters()) for layer in decoder_layers(model)),
-        kv_bytes=2 * spec.layers * heads * size * BYTES[spec.dtype],
+        kv_bytes=2 * spec.layers * heads * width * BYTES[spec.dtype],
     )

@@ -1,7 +1,7 @@
-"""Where the time of PPO's iterations went, and the least that each phase could have taken: from the rows of its log.
+"""Time that the phases of PPO's iterations took, and the least they could have taken, from the rows of its log.
 
 A phase cannot take less than its FLOPs at the machine's measured peak, nor less than its bytes at the measured
-bandwidth. Phases with several parts, one after the other, take the sum of what these cannot do without.
+bandwidth. A phase of several parts, one after the other, takes at least the sum of theirs.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ class Bound:
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """A phase of an iteration; `floors` is empty where none is known, `padding` a share of the places computed."""
+    """Time, least time and memory of a phase of an iteration."""
 
     name: str
     seconds: float
     share: float  # of the iteration
     tokens_per_s: float | None
-    floors: tuple[Bound, ...]
+    floors: tuple[Bound, ...]  # of its parts; empty where none is known
     peak_gb: float | None
-    padding: float | None
+    padding: float | None  # share of the computed slots
 
     @property
     def floor(self) -> float | None:
-        """Least seconds, None where unknown."""
+        """Return the least seconds, None where unknown."""
         return sum(floor.seconds for floor in self.floors) if self.floors else None
 
     @property
@@ -62,7 +62,7 @@ class PhaseCost:
 
 
 def mean_row(rows: Sequence[MetricsRow]) -> dict[str, float]:
-    """Means of what is a number; memory is the largest."""
+    """Return the mean of each metric that is a number; of memory, the largest."""
     found: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row.items():
@@ -72,7 +72,7 @@ def mean_row(rows: Sequence[MetricsRow]) -> dict[str, float]:
 
 
 def bounds_of(row: MetricsRow, phase: str) -> tuple[Bound, ...]:
-    """The floor of each part of a phase that did anything."""
+    """Return the bound of each part of a phase that did anything."""
     peak, bandwidth = row.get("perf/peak_flops"), row.get("perf/bandwidth")
     if not peak or not bandwidth:
         return ()
@@ -81,7 +81,7 @@ def bounds_of(row: MetricsRow, phase: str) -> tuple[Bound, ...]:
 
 
 def phase_costs(row: MetricsRow) -> list[PhaseCost]:
-    """The phases that took time, in the order of the iteration."""
+    """Return the phases that took time, in the order of the iteration."""
     seconds = {phase: row.get(f"perf/seconds_{phase}") or 0.0 for phase in WITH_OTHER}
     total = sum(seconds.values())
     return [
@@ -100,6 +100,6 @@ def phase_costs(row: MetricsRow) -> list[PhaseCost]:
 
 
 def worst_phase(costs: Sequence[PhaseCost]) -> PhaseCost | None:
-    """The phase that lost most seconds above its floor, None where no floor is known."""
+    """Return the phase with the most seconds above its floor, None where no floor is known."""
     known = [cost for cost in costs if cost.floor is not None]
     return max(known, key=lambda cost: cost.seconds - (cost.floor or 0.0), default=None)

@@ -9,7 +9,7 @@ import pytest
 from transformers import LlamaConfig
 
 from rlhf.config import PeftSection, Recipe
-from rlhf.costs.activation_memory import scoring_pass, training_pass
+from rlhf.costs.activation_memory import PassShape, scoring_pass, training_pass
 from rlhf.costs.cards import find_card
 from rlhf.costs.communication import exchange_seconds, gathering_traffic, training_traffic
 from rlhf.costs.fit_to_card import (
@@ -20,8 +20,9 @@ from rlhf.costs.fit_to_card import (
     with_processes,
     with_settings,
 )
+from rlhf.costs.model_memory import Sharding, trained_state
 from rlhf.costs.model_shapes import ModelSpec, Shapes, count, shapes_of
-from rlhf.costs.stage_memory import Sharding, stage_memory, trained_state
+from rlhf.costs.stage_memory import stage_memory
 from rlhf.costs.stage_time import decode_seconds, forward_flops, training_flops
 from rlhf.errors import UserError
 from rlhf.models import tiny
@@ -36,7 +37,7 @@ H100 = find_card("h100-80g")
 
 
 def large(*overrides: str) -> tuple[Recipe, Shapes]:
-    """A recipe for eight cards, and a model of 6.7 billion weights."""
+    """Return a recipe for eight cards, and a model of 6.7 billion weights."""
     shape = LlamaConfig(
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
     )
@@ -78,8 +79,8 @@ def test_adapters_alone_are_trained_and_the_gradient_ends_at_the_first() -> None
     ],
 )
 def test_zero_divides_what_it_says(stage: int, dtype: str, weights: float, gradients: float, optimiser: float) -> None:
-    how = Sharding(stage, 4, bucket=5e8, buckets=1, offload=False, offload_weights=False)
-    found = trained_state(replace(TINY, dtype=dtype), how, on_gpu=True)
+    sharding = Sharding(stage, 4, bucket=5e8, buckets=1, offload=False, offload_weights=False)
+    found = trained_state(replace(TINY, dtype=dtype), sharding, on_gpu=True)
     assert (found.weights, found.gradients, found.optimiser) == pytest.approx(
         (weights * ALL, gradients * ALL, optimiser * ALL)
     )
@@ -87,17 +88,18 @@ def test_zero_divides_what_it_says(stage: int, dtype: str, weights: float, gradi
 
 def test_recomputed_layers_keep_their_inputs_and_nothing_else() -> None:
     rows, tokens = 3, 1 + 39
-    kept = training_pass(TINY, "policy", rows, 1, 39, recompute=True)
+    shape = PassShape(rows, 1, 39)
+    kept = training_pass(TINY, "policy", shape, recompute=True)
     assert kept.activations >= 4 * rows * tokens * 64 * 4  # the input of each of four layers
     assert kept.activations < 4 * rows * tokens * 64 * 4 * 2
-    whole = training_pass(TINY, "policy", rows, 1, 39, recompute=False)
+    whole = training_pass(TINY, "policy", shape, recompute=False)
     assert whole.activations > 5 * kept.activations
     # By slices of the vocabulary no logits are kept; by calls those in float32, normalised, at 39 positions at least.
-    calls = training_pass(replace(TINY, partitioned=True), "policy", rows, 1, 39, recompute=False)
+    calls = training_pass(replace(TINY, partitioned=True), "policy", shape, recompute=False)
     assert whole.head < rows * 39 * 1024 * 4 <= calls.head
-    one = training_pass(replace(TINY, peft=PeftSection(method="lora", last_layers=1)), "policy", rows, 1, 39, False)
+    one = training_pass(replace(TINY, peft=PeftSection(method="lora", last_layers=1)), "policy", shape, False)
     assert one.activations < whole.activations / 2
-    assert scoring_pass(TINY, "policy", rows, 1, 39) < whole.activations
+    assert scoring_pass(TINY, "policy", shape) < whole.activations
 
 
 def test_more_partitioning_takes_less() -> None:
@@ -166,7 +168,7 @@ def test_arithmetic_by_hand() -> None:
     # Half the bandwidth reads the weights and the cache of two rows, at their prompt and half their response.
     step = (4 * ALL + 2 * (30 + 5) * 1024) / (H100.bandwidth * 0.5)
     start = 60 * (2 * ALL + 4 * 2 * 64 * 30) / (H100.flops["float32"] * 0.4)
-    assert decode_seconds(TINY, 2, 30, 10, H100) == pytest.approx(start + 10 * step)
+    assert decode_seconds(TINY, PassShape(2, 30, 10), H100) == pytest.approx(start + 10 * step)
 
 
 def test_traffic_by_hand() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch import launcher, pipeline
+from launch.supervisor import ranks_below, supervise
 from rlhf.costs import disk
 from rlhf.errors import UserError
 from rlhf.recipe import load_recipe
@@ -23,31 +24,18 @@ from support.paths import ROOT
 
 def test_help_names_every_command_and_shows_examples() -> None:
     text = rlhf("--help").stdout
-    for command in (
-        "run",
-        "sft",
-        "rank",
-        "reward",
-        "ppo",
-        "evaluate",
-        "compare",
-        "status",
-        "profile",
-        "report",
-        "chat",
-        "plan",
-        "judge-eval",
-        "judge-search",
-        "export",
-        "peft",
-        "agreement",
-        "convert",
-        "label",
-        "recipes",
-    ):
+    names = (
+        "run sft rank reward ppo evaluate compare status profile report chat plan judge-eval judge-search export peft"
+    )
+    for command in (*names.split(), "judge-eval", "judge-search", "recipes"):
         assert f" {command} " in text
     assert "rlhf run demo" in text
     assert "--variant" in rlhf("ppo", "--help").stdout
+
+
+def test_the_command_line_loads_without_torch() -> None:
+    check = "import launch.cli, sys; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)
 
 
 def test_recipes_lists_names_with_descriptions(tmp_path: Path) -> None:
@@ -203,8 +191,8 @@ time.sleep(60)
 """
 PARENT = """
 import os, sys
-from launch.pipeline import _supervise
-sys.exit(_supervise([sys.executable, "-c", {child!r}], dict(os.environ), local_ranks=False))
+from launch.supervisor import supervise
+sys.exit(supervise([sys.executable, "-c", {child!r}], dict(os.environ)))
 """
 
 
@@ -230,7 +218,7 @@ def test_signals_reach_the_stage_once_and_its_end_is_waited_for(sent: signal.Sig
     ("body", "code"), [("raise SystemExit(3)", 3), ("pass", 0), ("import os; os.kill(os.getpid(), 9)", 137)]
 )
 def test_exit_codes_are_passed_on(body: str, code: int) -> None:
-    assert launcher._supervise([sys.executable, "-c", body], dict(os.environ), local_ranks=False) == code
+    assert supervise([sys.executable, "-c", body], dict(os.environ)) == code
 
 
 def test_ranks_are_the_grandchildren_of_the_launcher() -> None:
@@ -240,7 +228,7 @@ def test_ranks_are_the_grandchildren_of_the_launcher() -> None:
     runner = subprocess.Popen([sys.executable, "-c", spawn.format(spawn.format(sleep))], start_new_session=True)
     try:
         deadline = time.monotonic() + 20
-        while (ranks := launcher._ranks(runner.pid)) == [runner.pid] and time.monotonic() < deadline:
+        while (ranks := ranks_below(runner.pid)) == [runner.pid] and time.monotonic() < deadline:
             time.sleep(0.1)
         (rank,) = ranks
         assert Path(f"/proc/{rank}/cmdline").read_text().split("\0")[2] == sleep

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import launch.commands.compare
-from launch.commands.compare import compare
+from launch.commands.compare import run_comparison
 from launch.launcher import Redo
 from rlhf.config import Recipe
 from rlhf.errors import UserError
@@ -52,7 +52,7 @@ ALL = [
 
 
 def test_all_ways_share_the_references_reward_model(started: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare("three.yaml", []) == 0
+    assert run_comparison("three.yaml", []) == 0
     assert started == ALL
     for arm in ("lora", "prompt"):
         assert Path(f"runs/three/{arm}/reward/model/weights").read_text() == "the reference's"
@@ -67,27 +67,27 @@ def test_all_ways_share_the_references_reward_model(started: list[str], capsys: 
 
 
 def test_a_second_start_skips_what_is_finished(started: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare("three.yaml", [], ["lora"]) == 0
+    assert run_comparison("three.yaml", [], ["lora"]) == 0
     assert started == [f"full {stage}" for stage in ("sft", "rank", "reward", "evaluate")] + ALL[5:8]
     html = Path("runs/three/comparison.html").read_text()
     assert html.count(">unfinished</td>") == html.count(">not run</td>") == 2  # in both tables
     lora = json.loads(Path("runs/three/comparison.json").read_text())["ways"][1]
     assert lora["win_rate_reference"]["mean"] == 1.0 and lora["versus_reference"] is None
-    assert compare("three.yaml", []) == 0
+    assert run_comparison("three.yaml", []) == 0
     assert started[7:] == ["full ppo-ptx", "full evaluate", *ALL[8:]]
     capsys.readouterr()
-    assert compare("three.yaml", []) == 0 and len(started) == 12
+    assert run_comparison("three.yaml", []) == 0 and len(started) == 12
     assert capsys.readouterr().out.count("skipped") == 3
     Path("runs/three/lora/ppo-ptx/model/adapter.safetensors").unlink()
-    assert compare("three.yaml", []) == 0 and started[12:] == ["lora ppo-ptx"]  # with the same result
-    assert compare("three.yaml", [], ["prompt"], fresh=True) == 0
+    assert run_comparison("three.yaml", []) == 0 and started[12:] == ["lora ppo-ptx"]  # with the same result
+    assert run_comparison("three.yaml", [], ["prompt"], fresh=True) == 0
     assert started[13:] == ALL[8:]
 
 
 def test_a_way_that_fails_does_not_stop_the_others(started: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     Path("broken/lora-ppo-ptx").write_text("KL reached 120 nats")
     Path("broken/prompt-ppo-ptx-code").write_text("137")
-    assert compare("three.yaml", []) == 1
+    assert run_comparison("three.yaml", []) == 1
     assert started == [*ALL[:7], "prompt sft"]
     shown = capsys.readouterr().out
     assert "lora: failed: ppo-ptx: KL reached 120 nats" in shown
@@ -96,7 +96,7 @@ def test_a_way_that_fails_does_not_stop_the_others(started: list[str], capsys: p
     assert [row["state"] for row in data["ways"]] == ["done", "failed", "failed"]
     for trouble in Path("broken").iterdir():
         trouble.unlink()
-    assert compare("three.yaml", []) == 0
+    assert run_comparison("three.yaml", []) == 0
     assert started[8:] == ["lora ppo-ptx", "lora evaluate", "prompt ppo-ptx", "prompt evaluate"]
 
 
@@ -105,11 +105,11 @@ def test_a_stop_or_a_reference_without_reward_model_ends_the_comparison(
 ) -> None:
     Path("broken/full-reward").write_text("all scores alike")
     with pytest.raises(UserError, match="the reference full has no reward model"):
-        compare("three.yaml", ["run.seed=3"])
+        run_comparison("three.yaml", ["run.seed=3"])
     assert started == ALL[:3] and "full: reward: all scores alike" in capsys.readouterr().out
     Path("broken/full-reward").unlink()
     Path("broken/lora-sft-code").write_text("130")
-    assert compare("three.yaml", ["run.seed=3"]) == 130
+    assert run_comparison("three.yaml", ["run.seed=3"]) == 130
     assert started[3:] == ALL[2:5]
     assert "To go on where it stopped: rlhf compare three.yaml run.seed=3" in capsys.readouterr().out
 
@@ -125,26 +125,26 @@ def test_the_second_of_several_machines_leaves_the_writing_to_the_first(
     Path("runs/three/full/reward/stage.json").write_text('{"state": "done"}')  # as the first has written it
     overrides = ["launch.hostfile=hosts", "launch.node_rank=1"]
     overrides += ["sft.micro_batch_size=8", "ppo.micro_batch_size=4"]
-    assert compare("three.yaml", overrides, ["full"]) == 0
+    assert run_comparison("three.yaml", overrides, ["full"]) == 0
     assert not started and console.quiet and os.listdir("runs/three") == ["full"]
 
 
 def test_what_cannot_run_is_refused_before_anything_starts(started: list[str]) -> None:
     with pytest.raises(UserError, match="there is no way 'lorra'[\\s\\S]*full, lora, prompt"):
-        compare("three.yaml", [], ["lorra"])
+        run_comparison("three.yaml", [], ["lorra"])
     with pytest.raises(UserError, match="does not divide"):
-        compare("three.yaml", ["ppo.episodes=33"])
+        run_comparison("three.yaml", ["ppo.episodes=33"])
     with pytest.raises(UserError, match="nowhere.jsonl"):
-        compare("three.yaml", ["data.prompts=[nowhere.jsonl]"])
+        run_comparison("three.yaml", ["data.prompts=[nowhere.jsonl]"])
     assert not started and not Path("runs").exists()
     Path("runs/three/lora/reward").mkdir(parents=True)
     with pytest.raises(UserError, match="that is not the reference's"):
-        compare("three.yaml", [])
+        run_comparison("three.yaml", [])
     assert not started and os.listdir("runs/three") == ["lora"]
 
 
 def test_a_comparison_that_was_moved_is_drawn_where_it_is(started: list[str], tmp_path: Path) -> None:
-    assert compare("three.yaml", [], ["full"]) == 0
+    assert run_comparison("three.yaml", [], ["full"]) == 0
     Path("runs/three").rename(tmp_path / "moved")
     shown = rlhf("report", "moved", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr

@@ -27,7 +27,7 @@ LAUNCHERS = {  # with the options that a port of its own needs here
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_dir: str) -> Path:
-    """Runs with a tiny SFT model put there by hand; those of one process have their reward and sft stages done."""
+    """Make runs with a tiny SFT model; those of one process have their reward and sft stages done."""
     path = tmp_path_factory.mktemp("launchers")
     for name in ("one", "torchrun", "deepspeed"):
         shutil.copytree(tiny_dir, path / "runs" / name / "sft" / "model")

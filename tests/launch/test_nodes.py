@@ -37,7 +37,7 @@ _started: list[subprocess.Popen[str]] = []
 
 @pytest.fixture(autouse=True)
 def no_leftovers() -> Iterator[None]:
-    """Whatever a test that failed has left behind is killed, with all that it started."""
+    """Kill the processes that a failed test has left behind, with all that they started."""
     yield
     for child in _started:
         if child.poll() is None:
@@ -47,7 +47,7 @@ def no_leftovers() -> Iterator[None]:
 
 
 def started(*command: str, folder: Path, output: str, **env: str) -> subprocess.Popen[str]:
-    """A command in `folder`, what it prints going to the file `output` there."""
+    """Start a command in `folder` with its output in the file `output` there."""
     child = subprocess.Popen(
         command,
         cwd=folder,
@@ -63,7 +63,7 @@ def started(*command: str, folder: Path, output: str, **env: str) -> subprocess.
 def start_node(
     folder: Path, node: int, hosts: list[str], *arguments: str, namespace: tuple[str, ...] = (), **env: str
 ) -> subprocess.Popen[str]:
-    """`rlhf run tiny` as machine `node` of `hosts`, with one process, its output in node-N.txt."""
+    """Start `rlhf run tiny` as machine `node` of `hosts`, with one process and its output in node-N.txt."""
     (folder / "hosts").write_text("".join(f"{host} slots=1\n" for host in hosts))
     assert "`launch.hostfile=hosts\nlaunch.node_rank=0`" in README
     options = ["launch.hostfile=hosts", f"launch.node_rank={node}", *SMALL, *arguments]
@@ -82,7 +82,7 @@ def phase(folder: Path, rank: int, stage: str = "sft") -> str:
 
 @pytest.fixture
 def namespaces() -> Iterator[list[tuple[str, str, str]]]:
-    """(name, address, interface) of two network namespaces joined by a cable; skips where that is not permitted."""
+    """Yield (name, address, interface) of two network namespaces joined by a cable; skip if that is not permitted."""
     names = [f"rlhf-{os.getpid()}-{n}" for n in (0, 1)]
 
     def ip(line: str) -> subprocess.CompletedProcess[str]:
@@ -171,7 +171,7 @@ wait; exit $code
 
 
 def start_slurm(folder: Path, *settings: str) -> subprocess.Popen[str]:
-    """launch/slurm.sbatch, edited as a user does, with two stand-ins for Slurm's commands."""
+    """Start launch/slurm.sbatch, edited as a user does, with two stand-ins for Slurm's commands."""
     script = (ROOT / "launch" / "slurm.sbatch").read_text()
     edits = {
         "RECIPE=instructgpt-1.3b": "RECIPE=tiny",

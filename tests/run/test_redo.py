@@ -105,7 +105,7 @@ def test_from_needs_the_stages_before_and_takes_those_after() -> None:
 
 
 def shown(run: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    status.show(run)
+    status.show_status(run)
     return capsys.readouterr().out
 
 
@@ -144,8 +144,8 @@ def test_status_of_stages_in_every_state(capsys: pytest.CaptureFixture[str], mon
     assert f"running now: process {os.getpid()}" in seen[0] and " running " in seen[0]
     (run / "sft" / "stage.json").write_text("{")
     assert "unreadable" in shown(run, capsys)
-    with pytest.raises(UserError, match="no run folder"):
-        status.show(run / "sft")
+    with pytest.raises(UserError, match="not a run folder"):
+        status.show_status(run / "sft")
 
 
 def shown_by(*arguments: str) -> str:

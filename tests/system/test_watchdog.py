@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch import launcher
+from launch import supervisor
+from launch.supervisor import ErrorFile, supervise
 from rlhf.run.stage import StageContext, run_stage
 from rlhf.system.rank_logs import current
 from rlhf.system.watchdog import Watchdog
@@ -151,14 +152,14 @@ def test_one_process_keeps_no_logs_and_no_watch() -> None:
 
 
 def test_the_error_of_an_earlier_attempt_does_not_end_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher, "GRACE", 0.1)
+    monkeypatch.setattr(supervisor, "GRACE", 0.1)
     error = tmp_path / "error.txt"
     error.write_text("of before")
     os.utime(error, (1, 1))
     remove = f"import os, time; os.remove({str(error)!r}); time.sleep(3)"
 
     def run(program: str) -> int:
-        return launcher._supervise([sys.executable, "-c", program], dict(os.environ), True, tmp_path)
+        return supervise([sys.executable, "-c", program], dict(os.environ), True, ErrorFile(tmp_path))
 
     assert run(remove) == 0
     tell = f"import time; open({str(error)!r}, 'w').write('now'); time.sleep(60)"

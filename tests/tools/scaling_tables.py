@@ -39,13 +39,13 @@ SIZES = {  # layers, width, heads, settings
 
 
 def shape(size: str) -> GPT2Config:
-    """A GPT-3 size as GPT-2's architecture, which it is but for its sparse attention layers."""
+    """Return a GPT-3 size as GPT-2's architecture, which differs from it in the sparse attention layers alone."""
     layers, width, heads, _ = SIZES[size]
     return GPT2Config(vocab_size=50257, n_positions=2048, n_layer=layers, n_embd=width, n_head=heads)
 
 
 def recipe_of(size: str, gpus: int) -> Recipe:
-    """The recipe instructgpt-1.3b in bfloat16 with micro-batches of 1; batches no smaller than the number of GPUs."""
+    """Return the recipe instructgpt-1.3b in bfloat16, micro-batches of 1, batches at least as large as `gpus`."""
     quiet_libraries()
     recipe = load_recipe("instructgpt-1.3b", ["model.dtype=bfloat16", "model.attention=sdpa"])
     settings = {f"{stage}.micro_batch_size": 1 for stage in ("sft", "ppo")}
@@ -57,7 +57,7 @@ def recipe_of(size: str, gpus: int) -> Recipe:
 
 
 def rows(size: str) -> list[str]:
-    """Lines of the table of one size."""
+    """Return the lines of the table of one size."""
     shapes, card, lines = Shapes(shape(size), shape("6B")), find_card(CARD), []
     for gpus in GPUS:
         recipe = recipe_of(size, gpus)
@@ -76,7 +76,7 @@ def rows(size: str) -> list[str]:
 
 
 def tables() -> str:
-    """All tables as Markdown."""
+    """Return all tables as Markdown."""
     parts = []
     for size, (layers, width, heads, settings) in SIZES.items():
         words = " ".join(f"{field}={value}" for field, value in settings.items())
@@ -89,7 +89,7 @@ def tables() -> str:
 
 
 def in_docs() -> str:
-    """What the file holds between its markers."""
+    """Return the text of the file between its markers."""
     return DOCS.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
 
 

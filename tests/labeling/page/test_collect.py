@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from launch.commands.label import export, prepare, revoke, settings
+from launch.commands.label import export_rankings, prepare, revoke_links, settings
 from rlhf.config import LabelSection
 from rlhf.data.records import write_jsonl
 from rlhf.errors import UserError
@@ -55,10 +55,10 @@ def test_labelers_who_join_and_links_that_end_leave_what_the_run_waits_for(run: 
         joined(run, "carl")
         assert waiting.counts() == Counts(4, 8) and waiting.set_aside() == 0
         assert waiting.next_task("carl") is not None
-        export(run, settings(run), tmp_path / "out.jsonl")
+        export_rankings(run, settings(run), tmp_path / "out.jsonl")
         assert waiting.counts() == Counts(4, 8) and len((tmp_path / "out.jsonl").read_text().splitlines()) == 4
         capsys.readouterr()
-        revoke(run, settings(run), "anna, carl")
+        revoke_links(run, settings(run), "anna, carl")
         assert "http" not in capsys.readouterr().out
         assert waiting.counts() == Counts(4, 8) and waiting.known() == ["anna", "ben", "carl"]
         assert [waiting.labeler(link[name]) for name in ("anna", "ben")] == [None, "ben"]
@@ -68,8 +68,8 @@ def test_labelers_who_join_and_links_that_end_leave_what_the_run_waits_for(run: 
 
 def test_without_labels_nothing_is_exported_or_revoked_and_no_file_made(run: Path, tmp_path: Path) -> None:
     for act in (
-        lambda: export(run, settings(run), tmp_path / "out.jsonl"),
-        lambda: revoke(run, settings(run), "anna"),
+        lambda: export_rankings(run, settings(run), tmp_path / "out.jsonl"),
+        lambda: revoke_links(run, settings(run), "anna"),
     ):
         with pytest.raises(UserError, match="nobody has ranked"):
             act()
@@ -79,17 +79,17 @@ def test_without_labels_nothing_is_exported_or_revoked_and_no_file_made(run: Pat
 def test_links_of_nobody_are_not_revoked(run: Path) -> None:
     opened(run, 4, ("anna", "ben")).close()
     with pytest.raises(UserError, match="'bne'") as caught:
-        revoke(run, settings(run), "anna,bne")
+        revoke_links(run, settings(run), "anna,bne")
     assert "anna, ben" in str(caught.value)
     with pytest.raises(UserError):
-        revoke(run, settings(run), ",")
+        revoke_links(run, settings(run), ",")
 
 
 def test_an_export_that_cannot_be_written_is_told(run: Path, tmp_path: Path) -> None:
     opened(run).close()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        export(run, settings(run), tmp_path / "file" / "out.jsonl")
+        export_rankings(run, settings(run), tmp_path / "file" / "out.jsonl")
 
 
 def test_outputs_that_are_left_out_are_told(run: Path, capsys) -> None:
