@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.errors import UserError
-from rlhf.models.build_cache import build_once, cache_root
+from rlhf.models.build_cache import build_once, cache_root, write_model
 from rlhf.system.quiet import note, quiet_transformers
 
 if TYPE_CHECKING:
@@ -88,15 +88,11 @@ def _convert(folder: Path) -> None:
     with quiet_transformers(), redirect_stderr(io.StringIO()):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are plain float32 now: what says otherwise goes, or save_pretrained refuses.
-    del model.config.quantization_config
-    model.hf_quantizer = None
+    del model.config.quantization_config  # the weights are plain float32 now
 
     tokenizer.eos_token, tokenizer.pad_token, tokenizer.chat_template = EOS, PAD, CHATML
     for config in (model.config, model.generation_config):
         config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    with quiet_transformers():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    write_model(model, tokenizer, folder)
     fingerprint = {"gguf": GGUF, "sha256": hashlib.sha256(gguf.read_bytes()).hexdigest(), "conversion": CONVERSION}
     (folder / "fingerprint.json").write_text(json.dumps(fingerprint) + "\n")

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf.models.build_cache import build_once
+from rlhf.models.build_cache import build_once, write_model
 from rlhf.models.smollm2 import CHATML
 from rlhf.system.quiet import quiet_transformers
 
@@ -140,5 +140,4 @@ def _save(folder: Path, make: Callable[[dict[str, int | None]], PreTrainedModel]
     # The caller's random streams stay as they were.
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(SEED)
-        make(ids).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        write_model(make(ids), tokenizer, folder)
