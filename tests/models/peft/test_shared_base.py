@@ -101,14 +101,16 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES)
-def given(request: pytest.FixtureRequest, tmp_path: Path) -> Given:
+@pytest.fixture(scope="module", params=CASES)
+def given(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Given:
+    """Two adapters for all tests of a case; read only."""
     base, method, keep_layers = CASES[request.param]
-    return make(request.getfixturevalue(base), tmp_path, method, keep_layers)
+    return make(request.getfixturevalue(base), tmp_path_factory.mktemp("given"), method, keep_layers)
 
 
 @pytest.fixture
 def llama_given(tiny_dir: str, tmp_path: Path) -> Given:
+    """Two LoRA adapters that the test may change."""
     return make(tiny_dir, tmp_path)
 
 
