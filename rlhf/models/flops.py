@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf.config import VIRTUAL_TOKEN_METHODS
@@ -93,51 +93,55 @@ def model_cost(model: PreTrainedModel) -> ModelCost:
     tokens are counted as free: making them, once a pass, and the layers and attention that they go through.
     """
     config = model.config
-    head_module = model.score if hasattr(model, "score") else model.get_output_embeddings()
-    heads = {id(p) for p in head_module.parameters()}
-    sizes = dict.fromkeys(("layers", "through", "trained", "bytes", "parameters", "gradients"), 0)
-    head = head_trained = head_bytes = 0
+    head_weight = (model.score if hasattr(model, "score") else model.get_output_embeddings()).weight
+    head = full_shape(head_weight).numel()
     peft = peft_of(model)
-    # The gradient then reaches back to before the first layer.
     virtual = peft is not None and peft.method in VIRTUAL_TOKEN_METHODS
-    first, reached, counted = config.num_hidden_layers, virtual, set()
-    for name, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False):
-            size = full_shape(parameter).numel()
-            new = id(parameter) not in counted
-            counted.add(id(parameter))
-            if parameter.requires_grad and new:
-                sizes["parameters"] += size
-                sizes["gradients"] += size * parameter.element_size()
-            if ".virtual_tokens." in name:
-                continue
-            if id(parameter) in heads and not isinstance(module, nn.Embedding):
-                if own == "weight":
-                    head, head_trained = size, size if parameter.requires_grad else 0
-                    head_bytes = size * parameter.element_size()
-            elif len(full_shape(parameter)) > 1 and not isinstance(module, nn.Embedding):
-                sizes["layers"] += size
-                sizes["bytes"] += size * parameter.element_size()
-                sizes["through"] += size if reached else 0
-                sizes["trained"] += size if parameter.requires_grad else 0
-                if reached or parameter.requires_grad:
-                    first = min(first, _layer(name))
-            reached = reached or parameter.requires_grad
+    matrices = _layer_matrices(model, head_weight, virtual)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    first = min((m.layer for m in matrices if m.through or m.trained), default=config.num_hidden_layers)
     queries, keys = _widths(config)
     return ModelCost(
-        layers=sizes["layers"],
+        layers=sum(m.weights for m in matrices),
         head=head,
         attention=queries * config.num_hidden_layers,
-        through=sizes["through"],
-        trained=sizes["trained"],
-        head_through=head if sizes["trained"] or virtual else 0,
-        head_trained=head_trained,
+        through=sum(m.weights for m in matrices if m.through),
+        trained=sum(m.weights for m in matrices if m.trained),
+        head_through=head if virtual or any(m.trained for m in matrices) else 0,
+        head_trained=head if head_weight.requires_grad else 0,
         attention_through=queries * (config.num_hidden_layers - first),
-        weight_bytes=sizes["bytes"] + head_bytes,
+        weight_bytes=sum(m.bytes for m in matrices) + head * head_weight.element_size(),
         kv_bytes=2 * keys * config.num_hidden_layers * next(model.parameters()).element_size(),
-        parameters=sizes["parameters"],
-        gradient_bytes=sizes["gradients"],
+        parameters=sum(full_shape(p).numel() for p in trained),
+        gradient_bytes=sum(full_shape(p).numel() * p.element_size() for p in trained),
     )
+
+
+class _Matrix(NamedTuple):
+    weights: int
+    bytes: int
+    through: bool  # whether the gradient passes through it to something trained before it
+    trained: bool
+    layer: int
+
+
+def _layer_matrices(model: PreTrainedModel, head_weight: Tensor, virtual: bool) -> list[_Matrix]:
+    """Return all matrices that every token is multiplied by, in the order of the forward pass; the head is not one.
+
+    Args:
+        virtual: whether trained virtual tokens precede the first layer, so that the gradient passes through them all.
+    """
+    found, reached = [], virtual
+    for name, module in model.named_modules():
+        if ".virtual_tokens." in name:
+            continue
+        for parameter in module.parameters(recurse=False):
+            shape = full_shape(parameter)
+            if len(shape) > 1 and parameter is not head_weight and not isinstance(module, nn.Embedding):
+                size, trained = shape.numel(), parameter.requires_grad
+                found.append(_Matrix(size, size * parameter.element_size(), reached, trained, _layer(name)))
+            reached = reached or parameter.requires_grad
+    return found
 
 
 def _layer(name: str) -> int:

@@ -129,7 +129,7 @@ def _inject(model: PreTrainedModel, layers: Sequence[nn.Module], peft: PeftSecti
 
 
 def _lora_config(linear: list[str], transposed: bool, peft: PeftSection) -> Any:
-    """Low-rank updates of every linear map: LoRA (Hu et al. 2021), or with DoRA's magnitudes (Liu et al. 2024)."""
+    """Return the config of LoRA (Hu et al. 2021) or DoRA (Liu et al. 2024) on every linear map."""
     from peft import LoraConfig
 
     return LoraConfig(
