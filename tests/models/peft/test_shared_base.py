@@ -320,11 +320,11 @@ def test_another_method_than_the_recipes_is_told(llama_given: Given) -> None:
         llama_given.build()
 
 
-@pytest.mark.parametrize("method", ["lora", "prompt"])
 def test_a_stopped_run_resumes_exactly(
-    method: str, tiny_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    tiny_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = make(tiny_dir, tmp_path / "whole", method, keep_layers=3)
+    """Stopped twice; tests/stages/test_peft_stages.py resumes every method from a kill."""
+    given = make(tiny_dir, tmp_path / "whole", keep_layers=3)
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     fields = [*FIELDS, *given.fields, f"model.name={tiny_dir}", f"run.dir={tmp_path}", "ppo.save_every=0"]
     arguments = ["tiny", *fields, "--variant", "ppo-ptx"]
