@@ -1,9 +1,10 @@
-"""Supervised fine-tuning on demonstrations (Ouyang et al. 2022, section 3.5 and C.1): `python stages/sft.py RECIPE`.
+"""Fine-tune a model on demonstrations (Ouyang et al. 2022, section 3.5 and C.1): `python stages/sft.py RECIPE`.
 
 data       demonstrations, split by prompt; too long ones dropped and counted; optionally rows of pretraining text
 rows       prompt and response as one row; loss on the response and its EOS only, on every token of a text
-train      TRL's SFTTrainer: packed rows whose documents do not see each other, cosine to a tenth of the rate
+start      the base model with residual dropout, an adapter on it if the recipe asks for one
 validate   mean loss per response token on held-out demonstrations, before and after
+train      TRL's SFTTrainer: packed rows whose documents do not see each other, cosine to a tenth of the learning rate
 save       a plain Hugging Face folder, or the adapter alone (rlhf/models/peft/folder.py)
 """
 
@@ -32,7 +33,7 @@ from rlhf.rollout.scoring import token_logprobs
 from rlhf.run.stage import StageContext, run_stage
 from rlhf.system.console import console, show_drops
 from rlhf.system.phases import phase
-from rlhf.training.sft_trainer import Trainer, train_sft
+from rlhf.training.sft_trainer import Reporter, Trainer, layout_of, train_sft
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports to the Hub's maker otherwise
 
@@ -40,7 +41,11 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports to the Hub
 def load_demonstrations(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, drops: Drops
 ) -> tuple[list[Encoded[Demonstration]], list[Encoded[Demonstration]]]:
-    """Training and held-out demonstrations within the limits; no prompt is in both."""
+    """Return training and held-out demonstrations within the limits; no prompt is in both.
+
+    Raises:
+        UserError: if none is left to train on.
+    """
     data = recipe.data
     whole = read_demonstrations(data.demonstrations, drops)
     limits = (data.max_prompt_tokens, data.max_response_tokens, recipe.sft.max_tokens)
@@ -60,7 +65,7 @@ def load_demonstrations(
 def mix_rows(
     rows: Sequence[TokenRow], recipe: Recipe, tokenizer: PreTrainedTokenizerBase, drops: Drops
 ) -> list[TokenRow]:
-    """The demonstrations' rows and as many rows of text as make `sft.pretraining_mix` of the whole."""
+    """Return the rows, and after them as many rows of text as make `sft.pretraining_mix` of the whole."""
     mix, data = recipe.sft.pretraining_mix, recipe.data
     count = round(len(rows) * mix / (1 - mix))
     if not count:
@@ -70,8 +75,35 @@ def mix_rows(
     return [*rows, *text_rows(read_texts(data.pretraining, drops), tokenizer, length, count, recipe.run.seed)]
 
 
+def start_policy(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
+    """Return the policy to train, which starts from `model.name`; on the device unless ZeRO-3 has partitioned it.
+
+    Raises:
+        UserError: if rows may be longer than the model's context.
+    """
+    torch.manual_seed(recipe.run.seed)
+    model = recipe.model
+    if model.peft.method in TRAINS_BASE_WEIGHTS:
+        # An update of 1e-5 is lost in a bfloat16 weight of 0.01. (Adapters are float32 already.)
+        model = model.model_copy(update={"dtype": "float32"})
+
+    def load() -> PreTrainedModel:
+        policy = load_policy(model.name, model, recipe.sft.dropout, tokenizer)
+        # Some methods start from weights of the base, which ZeRO-3 gathers only while the model is being loaded.
+        return add_adapter(policy, model.peft) if model.peft.on else policy
+
+    policy = trained(recipe, load)
+    longest = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
+    check_context(policy, longest, "data.max_prompt_tokens + data.max_response_tokens")
+    if recipe.sft.packing:
+        check_context(policy, recipe.sft.max_tokens, "sft.max_tokens")
+    if not any(is_partitioned(p) for p in policy.parameters()):
+        policy.to(device)
+    return policy
+
+
 def validation_loss(policy: torch.nn.Module, heldout: Sequence[Encoded[Demonstration]]) -> float:
-    """Mean negative log-likelihood per response token, EOS included, in nats."""
+    """Return the mean negative log-likelihood per response token, EOS included, in nats."""
     logprobs = torch.cat(token_logprobs(policy, [(row.prompt, row.responses[0]) for row in heldout]))
     return -float(logprobs.mean())
 
@@ -86,7 +118,11 @@ def write_policy(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: P
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
-    """The stage, from demonstrations to the SFT policy."""
+    """Run the stage, from demonstrations to the SFT policy; returns its headline metrics.
+
+    Raises:
+        UserError: if `model.name` is an adapter.
+    """
     recipe, drops = ctx.recipe, Drops()
     if has_adapter(recipe.model.name):
         raise UserError(
@@ -103,40 +139,20 @@ def run(ctx: StageContext) -> dict[str, Any]:
     show_drops(drops.table())
     console.print(f"{len(train)} demonstrations and {len(rows) - len(train)} rows of text to train on")
 
-    torch.manual_seed(recipe.run.seed)
-    section = recipe.model
-    if section.peft.method in TRAINS_BASE_WEIGHTS:
-        # The optimiser needs float32 weights: an update of 1e-5 is lost in a bfloat16 weight of 0.01. Adapters are.
-        section = section.model_copy(update={"dtype": "float32"})
-
-    def start() -> PreTrainedModel:
-        policy = load_policy(recipe.model.name, section, recipe.sft.dropout, tokenizer)
-        # Here: some methods start from weights of the base, which ZeRO-3 gathers while the model is being loaded.
-        return add_adapter(policy, section.peft) if section.peft.on else policy
-
-    policy = trained(recipe, start)
-    rows_of = recipe.data.max_prompt_tokens + recipe.data.max_response_tokens
-    check_context(policy, rows_of, "data.max_prompt_tokens + data.max_response_tokens")
-    if recipe.sft.packing:
-        check_context(policy, recipe.sft.max_tokens, "sft.max_tokens")
-    if not any(is_partitioned(p) for p in policy.parameters()):
-        policy.to(ctx.device)
+    policy = start_policy(recipe, tokenizer, ctx.device)
     metrics = {"sft/demonstrations": float(len(train)), "sft/heldout_demonstrations": float(len(heldout))}
     if heldout:
         metrics["sft/validation_loss_before"] = validation_loss(policy, heldout)
-
-    trainer = train_sft(
-        policy, tokenizer, rows, recipe, ctx.dir, ctx.tracker, ctx.checkpoints, lambda: ctx.stop_requested
-    )
-    if trainer.state.global_step < trainer.state.max_steps:
+    reporter = Reporter(ctx.checkpoints, ctx.tracker, lambda: ctx.stop_requested, layout_of(recipe))
+    trainer = train_sft(policy, tokenizer, rows, recipe, ctx.dir, reporter)
+    if not trainer.finished:
         return {}
-    tokens = trainer.tokens
-    last_loss = next(row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row)
-    metrics |= {"sft/loss": last_loss, "sft/steps": float(trainer.state.global_step), "sft/tokens": float(tokens)}
+
+    metrics |= trainer.metrics()
     phase("score")
     if heldout:
         metrics["sft/validation_loss"] = validation_loss(trainer.model, heldout)
-        ctx.tracker.log({"sft/validation_loss": metrics["sft/validation_loss"]}, tokens)
+        ctx.tracker.log({"sft/validation_loss": metrics["sft/validation_loss"]}, trainer.tokens)
     phase("save")
     write_policy(trainer, tokenizer, ctx.dir / "model")
     return metrics

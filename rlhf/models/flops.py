@@ -1,8 +1,9 @@
-"""What the passes of a model cost, counted from its parameters: model FLOPs, padding and recomputation left out.
+"""Count the FLOPs and bytes of a model's passes from its parameters, without padding and recomputation.
 
-A weight of a matrix costs 2 FLOPs a token forward; 2 more in the backward pass where the gradient goes on to something
-trained before it, and 2 where it is trained itself. Embeddings are looked up and cost none. Attention's two products
-cost 2 FLOPs each per channel of the query heads, layer, and pair of a token with one that it sees; backward twice that.
+A weight of a matrix costs 2 FLOPs per token in the forward pass. In the backward pass it costs 2 if the gradient passes
+through it to something trained before it, and 2 if it is trained itself. Embeddings are looked up and cost nothing.
+Attention's two products cost 2 FLOPs each per channel of the query heads, per layer, and per pair of a token with one
+that it attends to; the backward pass costs twice that.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf.config import VIRTUAL_TOKEN_METHODS
@@ -20,12 +21,12 @@ from rlhf.models.placement import full_shape
 
 
 class PassSize(NamedTuple):
-    """What a pass goes over, without padding.
+    """The size of a pass, without padding.
 
     Attributes:
-        tokens: that go through the layers.
+        tokens: tokens that go through the layers.
         heads: positions that go through the head.
-        seen: pairs of a token with itself or one before it, over all rows.
+        attended_pairs: pairs of a token with itself or one before it, over all rows.
     """
 
     tokens: float
@@ -34,27 +35,27 @@ class PassSize(NamedTuple):
 
 
 def pass_size(lengths: Sequence[tuple[int, int]]) -> PassSize:
-    """Whole rows of (prompt tokens, response tokens) whose responses go through the head."""
+    """Return the size of a pass over rows of (prompt tokens, response tokens) whose responses go through the head."""
     rows = [prompt + response for prompt, response in lengths]
     return PassSize(sum(rows), sum(response for _, response in lengths), sum(n * (n + 1) / 2 for n in rows))
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Sizes of a model that its passes depend on, in numbers of weights unless said otherwise.
+    """The sizes that the cost of a model's passes depends on, in weights unless said otherwise.
 
     Attributes:
-        layers: of all matrices that every token is multiplied by.
-        head: of the LM head or scalar head.
+        layers: weights of all matrices that every token is multiplied by.
+        head: weights of the LM head or scalar head.
         attention: channels of the query heads, summed over the layers.
-        through: of `layers`, where the gradient goes on to something before.
-        trained: of `layers`, where there is a gradient for the matrix itself.
-        head_through, head_trained: the same of `head`.
-        attention_through: of `attention`, in layers that the gradient passes.
+        through: the part of `layers` that the gradient passes through to something trained before it.
+        trained: the part of `layers` that is trained.
+        head_through, head_trained: the same parts of `head`.
+        attention_through: the part of `attention` in layers that the gradient passes through.
         weight_bytes: bytes of matrices and head, which a pass reads.
-        kv_bytes: bytes of keys and values of one token.
-        parameters: trained ones of any kind, which the optimiser steps.
-        gradient_bytes: what their gradients take.
+        kv_bytes: bytes of one token's keys and values.
+        parameters: trained parameters of any kind, which the optimiser steps.
+        gradient_bytes: bytes of their gradients.
     """
 
     layers: int
@@ -71,82 +72,85 @@ class ModelCost:
     gradient_bytes: int
 
     def forward(self, work: PassSize) -> float:
-        """FLOPs of a forward pass."""
+        """Return the FLOPs of a forward pass."""
         return 2.0 * (self.layers * work.tokens + self.head * work.heads) + 4.0 * self.attention * work.attended_pairs
 
     def backward(self, work: PassSize) -> float:
-        """FLOPs of the backward pass after it."""
+        """Return the FLOPs of the backward pass after it."""
         matrices = (self.through + self.trained) * work.tokens + (self.head_through + self.head_trained) * work.heads
         return 2.0 * matrices + 8.0 * self.attention_through * work.attended_pairs
 
     def training(self, work: PassSize) -> float:
-        """FLOPs of both."""
+        """Return the FLOPs of both."""
         return self.forward(work) + self.backward(work)
 
 
 def model_cost(model: PreTrainedModel) -> ModelCost:
-    """Count a causal language model, reward or value model, with an adapter or without; on any device, meta too.
+    """Count a causal language model, reward or value model, with an adapter or without, on any device or on meta.
 
-    Parameters are taken in the order of the model, which is that of the forward pass. Under an adapter in the first
-    layer that has any, keys' and values' own matrices are counted as passed by the gradient, which they need not be.
-    Virtual tokens cost none: neither making them, once a pass, nor the layers and attention that see them.
+    Parameters are taken in the order of the model, which is the order of the forward pass. In the first layer with an
+    adapter, the gradient is counted through the matrices of keys and values too, which is not always needed. Virtual
+    tokens are counted as free: making them, once a pass, and the layers and attention that they go through.
     """
     config = model.config
-    head_module = model.score if hasattr(model, "score") else model.get_output_embeddings()
-    heads = {id(p) for p in head_module.parameters()}
-    sizes = dict.fromkeys(("layers", "through", "trained", "bytes", "parameters", "gradients"), 0)
-    head = head_trained = head_bytes = 0
+    head_weight = (model.score if hasattr(model, "score") else model.get_output_embeddings()).weight
+    head = full_shape(head_weight).numel()
     peft = peft_of(model)
-    virtual = (
-        peft is not None and peft.method in VIRTUAL_TOKEN_METHODS
-    )  # the gradient goes back to before the first layer
-    first, reached, counted = config.num_hidden_layers, virtual, set()
-    for name, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False):
-            size = full_shape(parameter).numel()
-            new = id(parameter) not in counted
-            counted.add(id(parameter))
-            if parameter.requires_grad and new:
-                sizes["parameters"] += size
-                sizes["gradients"] += size * parameter.element_size()
-            if ".virtual_tokens." in name:
-                continue
-            if id(parameter) in heads and not isinstance(module, nn.Embedding):
-                if own == "weight":
-                    head, head_trained = size, size if parameter.requires_grad else 0
-                    head_bytes = size * parameter.element_size()
-            elif len(full_shape(parameter)) > 1 and not isinstance(module, nn.Embedding):
-                sizes["layers"] += size
-                sizes["bytes"] += size * parameter.element_size()
-                sizes["through"] += size if reached else 0
-                sizes["trained"] += size if parameter.requires_grad else 0
-                if reached or parameter.requires_grad:
-                    first = min(first, _layer(name))
-            reached = reached or parameter.requires_grad
+    virtual = peft is not None and peft.method in VIRTUAL_TOKEN_METHODS
+    matrices = _layer_matrices(model, head_weight, virtual)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    first = min((m.layer for m in matrices if m.through or m.trained), default=config.num_hidden_layers)
     queries, keys = _widths(config)
     return ModelCost(
-        layers=sizes["layers"],
+        layers=sum(m.weights for m in matrices),
         head=head,
         attention=queries * config.num_hidden_layers,
-        through=sizes["through"],
-        trained=sizes["trained"],
-        head_through=head if sizes["trained"] or virtual else 0,
-        head_trained=head_trained,
+        through=sum(m.weights for m in matrices if m.through),
+        trained=sum(m.weights for m in matrices if m.trained),
+        head_through=head if virtual or any(m.trained for m in matrices) else 0,
+        head_trained=head if head_weight.requires_grad else 0,
         attention_through=queries * (config.num_hidden_layers - first),
-        weight_bytes=sizes["bytes"] + head_bytes,
+        weight_bytes=sum(m.bytes for m in matrices) + head * head_weight.element_size(),
         kv_bytes=2 * keys * config.num_hidden_layers * next(model.parameters()).element_size(),
-        parameters=sizes["parameters"],
-        gradient_bytes=sizes["gradients"],
+        parameters=sum(full_shape(p).numel() for p in trained),
+        gradient_bytes=sum(full_shape(p).numel() * p.element_size() for p in trained),
     )
 
 
+class _Matrix(NamedTuple):
+    weights: int
+    bytes: int
+    through: bool  # whether the gradient passes through it to something trained before it
+    trained: bool
+    layer: int
+
+
+def _layer_matrices(model: PreTrainedModel, head_weight: Tensor, virtual: bool) -> list[_Matrix]:
+    """Return all matrices that every token is multiplied by, in the order of the forward pass; the head is not one.
+
+    Args:
+        virtual: whether trained virtual tokens precede the first layer, so that the gradient passes through them all.
+    """
+    found, reached = [], virtual
+    for name, module in model.named_modules():
+        if ".virtual_tokens." in name:
+            continue
+        for parameter in module.parameters(recurse=False):
+            shape = full_shape(parameter)
+            if len(shape) > 1 and parameter is not head_weight and not isinstance(module, nn.Embedding):
+                size, trained = shape.numel(), parameter.requires_grad
+                found.append(_Matrix(size, size * parameter.element_size(), reached, trained, _layer(name)))
+            reached = reached or parameter.requires_grad
+    return found
+
+
 def _layer(name: str) -> int:
-    """Number of the layer that a module is in, 0 outside."""
+    """Return the number of the layer that a module is in, 0 if it is in none."""
     return next((int(part) for part in name.split(".") if part.isdigit()), 0)
 
 
 def _widths(config: PretrainedConfig) -> tuple[int, int]:
-    """Channels of all query heads, and of all heads of keys, in a layer."""
+    """Return the channels of all query heads, and of all key heads, in a layer."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return config.num_attention_heads * size, keys * size

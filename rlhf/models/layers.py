@@ -1,4 +1,4 @@
-"""The transformer layers of a model, whatever its architecture calls their list."""
+"""Find and cut the transformer layers of a model, whatever its architecture calls their list."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from rlhf.errors import UserError
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's list of transformer layers.
+    """Return the model's list of transformer layers.
 
     Raises:
-        UserError: when there is no list as long as the config's number of layers.
+        UserError: if the model has no list as long as the config's number of layers.
     """
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
@@ -28,7 +28,7 @@ def cut_layers(model: PreTrainedModel, keep: int) -> None:
     """Keep the first `keep` transformer layers, in place.
 
     Raises:
-        UserError: when the model has fewer.
+        UserError: if the model has fewer.
     """
     layers = decoder_layers(model)
     if keep > len(layers):

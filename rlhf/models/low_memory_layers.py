@@ -1,9 +1,9 @@
-"""Training passes that keep less for the backward: norms and gated MLPs of Llama-like layers as functions of their own.
+"""Norms and gated MLPs of Llama-like layers that keep fewer activations for the backward pass.
 
-Autograd keeps every operand of every product: of a root-mean-square norm its input and the normalised input, of a gated
-MLP the gate, its SiLU, the up projection and their product. Here the norm keeps its input, the MLP the gate and the up
-projection, and the backward pass makes the rest again. No matrix product is repeated, unlike in gradient
-checkpointing. Of the activations of SmolLM2-135M a third is gone.
+Autograd keeps every operand of every product: a root-mean-square norm keeps its input and the normalised input, a gated
+MLP keeps the gate, its SiLU, the up projection and their product. Here the norm keeps only its input, the MLP only the
+gate and the up projection, and the backward pass computes the rest again. Unlike gradient checkpointing, this repeats
+no matrix product. It saves a third of SmolLM2-135M's activations.
 
 Shapes: any leading dimensions, H hidden size, F size of the MLP.
 """
@@ -29,7 +29,7 @@ MLPS = (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP)
 
 
 class RmsNorm(torch.autograd.Function):
-    """y = w * x r with r = 1 / sqrt(mean(x^2) + eps), in float32 as transformers takes it."""
+    """y = w * x r with r = 1 / sqrt(mean(x^2) + eps), computed in float32 as in transformers."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -48,7 +48,7 @@ class RmsNorm(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             g = (grad * weight).float()
             along = torch.linalg.vecdot(g, normal)[..., None].div_(x.shape[-1])
-            d_x = g.sub_(normal.mul_(along)).mul_(r).to(x.dtype)  # the part of g along x changes r alone
+            d_x = g.sub_(normal.mul_(along)).mul_(r).to(x.dtype)  # a change of x along itself leaves y as it is
         return d_x, d_weight, None
 
 
@@ -93,7 +93,7 @@ class GatedDownLora(torch.autograd.Function):
         h = (act * up).flatten(0, -2).to(a.dtype)
         rows = grad.flatten(0, -2).to(b.dtype) * ctx.scale
         d_b = rows.t() @ (h @ a.t())
-        low = rows @ b  # what reaches the r numbers between A and B
+        low = rows @ b  # gradient of the r numbers between A and B
         d_a = low.t() @ h
         through = grad @ weight + (low @ a).to(grad.dtype).view_as(up)
         d_up = act.mul_(through)
@@ -117,10 +117,10 @@ def _lora_mlp_forward(mlp: Any, x: Tensor) -> Tensor:
 
 
 def use_low_memory_layers(model: nn.Module) -> nn.Module:
-    """Give the norms and MLPs that are known here a forward that keeps less; the same numbers to rounding; in place.
+    """Give the norms and MLPs of known classes a forward that keeps less, in place; numbers change by rounding only.
 
-    Left as they are: other classes; frozen norms, of which autograd keeps no normalised input either; and what ZeRO-3
-    partitions, whose weights come together around calls of modules.
+    Frozen norms are left as they are, since autograd keeps no normalised input for them. So are modules that ZeRO-3
+    partitions, since their weights are gathered around calls of modules.
     """
     for module in model.modules():
         if type(module) in NORMS and module.weight.requires_grad and not is_partitioned(module.weight):
@@ -138,7 +138,7 @@ def _plain(module: nn.Module) -> bool:
 
 
 def _plain_lora(module: nn.Module) -> bool:
-    """Whether it is a linear map with one low-rank update that is trained, and nothing more."""
+    """Return whether the module is a linear map with one trained low-rank update and nothing else."""
     if list(getattr(module, "lora_A", ())) != [ADAPTER]:
         return False
     inner = module.base_layer

@@ -1,8 +1,8 @@
-"""Weights that are read from a mapped file, as safetensors loads them: their memory can be given back between passes.
+"""Drop the memory of weights that are mapped from a file, as safetensors loads them, between passes.
 
 The kernel fills such pages from the file when they are touched, and keeps the file in its cache as long as nothing else
-needs the memory. A frozen model of a CPU run thus costs memory while it is used, and a copy of cached pages when it is
-used next: 0.1 s for 540 MB.
+needs the memory. A frozen model of a CPU run thus costs memory only while it is used. Its next use copies the cached
+pages again, which takes 0.1 s for 540 MB.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SMAPS = Path("/proc/self/smaps")
 
 
 class Mapping(NamedTuple):
-    """A region of addresses that shows a file; `written`: some of its pages are copies of this process's own."""
+    """A region of addresses that shows a file; `written` if this process has copies of some of its pages."""
 
     start: int
     end: int
@@ -29,8 +29,8 @@ class Mapping(NamedTuple):
 def drop_resident_pages(model: nn.Module) -> int:
     """Drop the resident pages of a frozen model's mapped weights; returns the bytes of the mappings dropped.
 
-    A mapping with a page that was ever written to stays: the file does not have what that page holds. So do weights
-    that are no view of a file, pages that are locked, and everything where /proc cannot be read.
+    A mapping with a page that was ever written to stays, since the file does not have that page's content. So do
+    weights that are not mapped from a file, and locked pages. Nothing is dropped if /proc cannot be read.
     """
     if any(p.requires_grad or p.device.type != "cpu" for p in model.parameters()):
         return 0
@@ -38,10 +38,10 @@ def drop_resident_pages(model: nn.Module) -> int:
         regions = list(_mappings(SMAPS.read_text()))
     except OSError:
         return 0
-    places = [p.data_ptr() for p in model.parameters()]
+    addresses = [p.data_ptr() for p in model.parameters()]
     dropped = 0
     for region in regions:
-        if not region.written and any(region.start <= place < region.end for place in places):
+        if not region.written and any(region.start <= address < region.end for address in addresses):
             size = region.end - region.start
             refused = ctypes.CDLL(None).madvise(
                 ctypes.c_void_p(region.start), ctypes.c_size_t(size), mmap.MADV_DONTNEED
@@ -51,7 +51,7 @@ def drop_resident_pages(model: nn.Module) -> int:
 
 
 def _mappings(smaps: str) -> Iterator[Mapping]:
-    """Regions of files in the text of /proc/PID/smaps (proc_pid_smaps(5))."""
+    """Yield the regions of files in the text of /proc/PID/smaps (proc_pid_smaps(5))."""
     start = end = inode = written = 0
     for line in smaps.splitlines():
         name, *rest = line.split(maxsplit=5)
@@ -59,6 +59,6 @@ def _mappings(smaps: str) -> Iterator[Mapping]:
             start, end = (int(address, 16) for address in name.split("-"))
             inode = int(rest[3])
         elif name == "Anonymous:":
-            written = int(rest[0])  # copies of our own that are in memory; those that are not follow
+            written = int(rest[0])  # kB of this process's own copies in memory; the swapped-out ones follow
         elif name == "Swap:" and inode:
             yield Mapping(start, end, written=bool(written + int(rest[0])))

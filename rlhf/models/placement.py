@@ -1,12 +1,12 @@
-"""Where a model's weights lie, and how they come together for passes without gradients.
+"""Make a model's weights ready for passes without gradients, wherever they are kept in between.
 
-    whole        every process holds them all
-    partitioned  every process holds a part of each (ZeRO-3), from the moment of loading
-    on the CPU   in the host's memory, on the device only while they are needed
+    whole        every process holds all weights
+    partitioned  every process holds a part of each weight (ZeRO-3), from the moment of loading
+    on the CPU   in the host's memory, and on the device only while they are needed
     in a file    mapped, on a CPU, and in memory only while they are needed
 
-Sampling and scoring go through `materialized`, which makes any of them ready. Training passes do not: there DeepSpeed's
-own hooks gather partitioned weights.
+Sampling and scoring enter `materialized`, which handles all four. Training passes do not: DeepSpeed's own hooks gather
+partitioned weights there.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ from rlhf.system.distributed import any_rank, is_main_process
 
 @dataclass(frozen=True)
 class Placement:
-    """How a model is made ready.
+    """What `materialized` does with a model; the default is for a whole model that stays where it is.
 
     Attributes:
-        by_layer: gather a partitioned model's transformer layers one at a time and not all at once: for models that no
-            process can hold.
-        visits: the device that a model on the CPU is moved to while it is needed.
-        leaves: a frozen model's mapped weights leave the CPU's memory when they are not needed.
+        by_layer: gather a partitioned model's transformer layers one at a time, for models that no process can hold.
+        onload_to: the device that a model on the CPU is moved to while it is needed.
+        drop_after_use: drop a frozen model's mapped weights from the CPU's memory after use.
     """
 
     by_layer: bool = False
@@ -41,73 +40,72 @@ class Placement:
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Whether each process holds a part of it; then its own size is 0."""
+    """Return whether each process holds a part of the parameter, whose own size is 0 then."""
     return hasattr(parameter, "ds_id")
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
-    """The shape of the whole, partitioned or not."""
+    """Return the shape of the whole parameter, partitioned or not."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 @contextmanager
 def writable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside, parameters are whole and may be written to; of partitioned ones, what the first process wrote counts."""
-    parted = [p for p in parameters if is_partitioned(p)]
+    """Make parameters whole for writing; of partitioned ones, the first process's values are kept."""
+    partitioned = [p for p in parameters if is_partitioned(p)]
     with ExitStack() as stack:
-        if parted:
+        if partitioned:
             import deepspeed
 
-            stack.enter_context(deepspeed.zero.GatheredParameters(parted, modifier_rank=0))
+            stack.enter_context(deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0))
         yield
 
 
 @contextmanager
 def materialized(model: nn.Module) -> Iterator[None]:
-    """Inside, a process runs as many forward passes without gradients as it has rows, without waiting for others.
+    """Make a model's weights ready for any number of forward passes without gradients.
 
-    All processes must enter; leaving waits for the others where layers are gathered one by one, for every process has a
-    part of each layer. Collectives of other kinds inside would hang there.
+    All processes must enter, and each may make another number of passes. With `by_layer` every pass is made in step
+    with the other processes, and leaving waits for them; other collectives inside would hang.
     """
-    place: Placement = getattr(model, "placement", Placement())
-    parted = [p for p in model.parameters() if is_partitioned(p)]
-    if parted:
-        with _gathered(model, parted, place.by_layer):
+    placement: Placement = getattr(model, "placement", Placement())
+    partitioned = [p for p in model.parameters() if is_partitioned(p)]
+    if partitioned:
+        with _gathered(model, partitioned, placement.by_layer):
             yield
-    elif place.onload_to is not None:
-        model.to(place.onload_to)
-        try:
-            yield
-        finally:
+        return
+    if placement.onload_to is not None:
+        model.to(placement.onload_to)
+    try:
+        yield
+    finally:
+        if placement.onload_to is not None:
             model.to("cpu")
-    else:
-        try:
-            yield
-        finally:
-            if place.drop_after_use:
-                drop_resident_pages(model)
+        if placement.drop_after_use:
+            drop_resident_pages(model)
 
 
 @contextmanager
-def _gathered(model: nn.Module, parted: list[nn.Parameter], by_layer: bool) -> Iterator[None]:
+def _gathered(model: nn.Module, partitioned: list[nn.Parameter], by_layer: bool) -> Iterator[None]:
+    """Gather the partitioned parameters: all of them now, or each layer's only during its forward."""
     import deepspeed
 
     layers = list(decoder_layers(model)) if by_layer else []
     later = {id(p) for layer in layers for p in layer.parameters()}
     with (
-        deepspeed.zero.GatheredParameters([p for p in parted if id(p) not in later]),
-        _no_engine_hooks(parted),
-        _one_by_one(model, layers),
+        deepspeed.zero.GatheredParameters([p for p in partitioned if id(p) not in later]),
+        _without_engine_hooks(partitioned),
+        _gathered_by_layer(model, layers),
     ):
         yield
 
 
 @contextmanager
-def _one_by_one(model: nn.Module, layers: list[nn.Module]) -> Iterator[None]:
-    """Each layer whole during its own forward only; nothing for an empty list.
+def _gathered_by_layer(model: nn.Module, layers: list[nn.Module]) -> Iterator[None]:
+    """Gather each layer during its own forward only; does nothing for an empty list.
 
-    A layer is gathered by all processes together, so that they make their passes in step: before each, they ask whether
-    anyone has one to make, and those who have none left go along until nobody has.
+    All processes gather a layer together, so they make their passes in step. Before each pass they ask whether any of
+    them has one to make; a process without further passes joins the gathers until none has any left.
     """
     if not layers:
         yield
@@ -141,9 +139,9 @@ def _one_by_one(model: nn.Module, layers: list[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _no_engine_hooks(parted: list[nn.Parameter]) -> Iterator[None]:
-    """Without the training engine's hooks, which partition a module again after its forward."""
-    owners = {id(o): o for p in parted if (o := getattr(p, "_z3_optimizer", None)) is not None}
+def _without_engine_hooks(partitioned: list[nn.Parameter]) -> Iterator[None]:
+    """Take the training engine's hooks away, which would partition a module again after its forward."""
+    owners = {id(o): o for p in partitioned if (o := getattr(p, "_z3_optimizer", None)) is not None}
     if not owners:
         yield
         return
@@ -160,7 +158,7 @@ def _no_engine_hooks(parted: list[nn.Parameter]) -> Iterator[None]:
 
 
 def with_tied_names(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under all names that the model has for them: a tied head is listed as embeddings alone."""
+    """Return the weights under all names that the model has for them; `weights` may name a tied head once only."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -169,9 +167,10 @@ def with_tied_names(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, T
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights by name, whole; partitioned ones one after the other into the first process's host memory.
+    """Return the model's whole weights by name; all processes must call.
 
-    All processes must call; the first gets the weights, the others nothing that is partitioned.
+    Partitioned weights are gathered one at a time into the first process's host memory. The others get empty tensors in
+    their place.
     """
     state: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
     known: dict[int, Tensor] = {}  # tied weights stay tied

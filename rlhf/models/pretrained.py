@@ -1,4 +1,4 @@
-"""Plain models from a folder or the Hub: every weight accounted for, dropout set, fit to their tokenizer."""
+"""Load plain models from a folder or the Hub, set their dropout, and fit them to their tokenizer."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ RESIDUAL_DROPOUT = ("resid_pdrop", "resid_dropout", "residual_dropout", "hidden_
 
 
 def load_config(where: str, model: ModelSection) -> PretrainedConfig:
-    """The config of a causal model.
+    """Return the config of a causal model.
 
     Raises:
-        UserError: when it cannot be read, or the model is not causal.
+        UserError: if it cannot be read, or the model is not causal.
     """
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=model.trust_remote_code)
@@ -50,7 +50,11 @@ def load_plain(
     model: ModelSection,
     config: PretrainedConfig,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The model in eval mode and the names of weights that the folder did not bring (tied ones are not missing)."""
+    """Return the model in eval mode, and the names of weights that `where` lacks (tied ones do not count).
+
+    Raises:
+        UserError: if the model cannot be loaded.
+    """
     try:
         with quiet_transformers():
             loaded, info = kind.from_pretrained(
@@ -67,15 +71,15 @@ def load_plain(
 
 
 def is_classifier(config: PretrainedConfig) -> bool:
-    """Whether it is the config of a reward model or another classifier."""
+    """Return whether the config is a reward model's or another classifier's."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
 
 
 def scalar_head(reward: PreTrainedModel, where: str) -> nn.Linear:
-    """The head [1, H] of a reward model.
+    """Return the head [1, H] of a reward model.
 
     Raises:
-        UserError: when it has another kind.
+        UserError: if its head is not one linear map to one score.
     """
     head = getattr(reward, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1 or head.bias is not None:
@@ -88,7 +92,7 @@ def scalar_head(reward: PreTrainedModel, where: str) -> nn.Linear:
 
 
 def set_dropout(config: PretrainedConfig, rate: float, where: str) -> None:
-    """Residual dropout at `rate`, every other dropout of the config at 0."""
+    """Set residual dropout to the probability `rate`, and every other dropout of the config to 0."""
     found = False
     for name, value in config.to_dict().items():
         # Every architecture has its own names: attn_pdrop, embd_pdrop, attention_dropout, layerdrop, ...
@@ -101,7 +105,12 @@ def set_dropout(config: PretrainedConfig, rate: float, where: str) -> None:
 
 
 def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Embedding rows for every token, special ids that agree, and a generation config that says nothing else."""
+    """Give a model embedding rows for every token and the tokenizer's special ids; return it.
+
+    Its generation config keeps special ids only.
+
+    A new row is the mean of the others: a token that was never trained is as unlikely as the average one.
+    """
     rows = full_shape(model.get_input_embeddings().weight)[0]
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -109,7 +118,6 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         heads = [head for head in both if head is not None]
         with torch.no_grad(), writable([p for head in heads for p in head.parameters()]):
             for head in heads:
-                # At the mean, a token that was never trained is as unlikely as the average one.
                 head.weight[rows:] = head.weight[:rows].mean(0)
                 if getattr(head, "bias", None) is not None:
                     head.bias[rows:] = head.bias[:rows].mean()

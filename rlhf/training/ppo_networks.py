@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from rlhf.config import VIRTUAL_TOKEN_METHODS, ModelSection, PeftSection, Recipe
 from rlhf.errors import UserError
-from rlhf.models.loading import attach_adapter, base_settings, check_method, load_policy, load_reward_model
+from rlhf.models.loading import load_policy, load_reward_model
+from rlhf.models.peft.attaching import attach_adapter, base_settings, check_method
 from rlhf.models.peft.folder import base_hash, find_adapter
 from rlhf.models.peft.merging import why_not_mergeable
 from rlhf.models.peft.methods import add_adapter, peft_of

@@ -1,8 +1,8 @@
-"""The rows of supervised fine-tuning in the order they are trained, the same for any number of processes.
+"""Train with TRL's SFTTrainer on rows in an order of our own, which is the same for any number of processes.
 
-TRL's loader repeats rows until all processes have as many: the last batch of a pass would depend on their number. Here
-every optimiser step takes the next rows of one shuffled order, each once, and what is missing at the end of a pass is
-filled with rows that train nothing.
+TRL's loader repeats rows until all processes have equally many, so the last batch of an epoch would depend on their
+number. Here every optimiser step takes the next rows of one shuffled order, each once. The last step of an epoch is
+filled up with rows that train nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.utils import SAFE_WEIGHTS_NAME
 from trl import SFTConfig, SFTTrainer
 
-from rlhf.config import Recipe
+from rlhf.config import Recipe, SftSection
 from rlhf.data.text_blocks import TokenRow
 from rlhf.errors import UserError
 from rlhf.models.peft.methods import peft_of, trainable
@@ -42,10 +42,14 @@ from rlhf.system.quiet import quiet_transformers
 
 
 class MicroBatches(Sampler[list[int]]):
-    """This process's micro-batches, step after step over all passes; index len(lengths) is a row that fills up.
+    """This process's micro-batches of row indices, step after step over all epochs.
+
+    Index len(lengths) stands for the filling row, which trains nothing.
 
     Args:
         lengths: tokens of every row.
+        batch_size: rows of an optimiser step, over all processes.
+        micro_batch_size: rows of a forward pass on one process.
     """
 
     def __init__(
@@ -53,8 +57,8 @@ class MicroBatches(Sampler[list[int]]):
     ) -> None:
         self.rows, self.seed = len(lengths), seed
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
-        self.steps_a_pass = -(-len(lengths) // batch_size)
-        self.steps = math.ceil(epochs * self.steps_a_pass)
+        self.steps_per_epoch = -(-len(lengths) // batch_size)
+        self.steps = math.ceil(epochs * self.steps_per_epoch)
         self._tokens = [0, *accumulate(sum(lengths[i] for i in batch) for batch in self._batches())]
 
     def __len__(self) -> int:
@@ -67,24 +71,25 @@ class MicroBatches(Sampler[list[int]]):
                 yield mine[start : start + self.micro_batch_size]
 
     def tokens_after(self, steps: int) -> int:
-        """Tokens of the rows of the first optimiser steps, over all processes."""
+        """Return the tokens of the rows of the first `steps` optimiser steps, over all processes."""
         return self._tokens[steps]
 
     def _batches(self) -> Iterator[list[int]]:
-        """The rows of every optimiser step, on all processes together."""
+        """Yield the rows of every optimiser step, for all processes together."""
         order: list[int] = []
         for step in range(self.steps):
-            done, at = divmod(step, self.steps_a_pass)
-            if at == 0:
-                order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.seed + done)).tolist()
-            yield order[at * self.batch_size : (at + 1) * self.batch_size]
+            epoch, i = divmod(step, self.steps_per_epoch)
+            if i == 0:
+                order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
+            yield order[i * self.batch_size : (i + 1) * self.batch_size]
 
 
 class Trainer(SFTTrainer):
-    """TRL's trainer on `MicroBatches`: its `num_train_epochs` is 1, for one pass of the loader is all of them.
+    """TRL's trainer on `MicroBatches`; its `num_train_epochs` is 1, since one pass of the loader makes all epochs.
 
     Args:
-        epochs, batch_size: of the recipe; the others are SFTTrainer's.
+        epochs, batch_size: as in the recipe.
+        options: SFTTrainer's own.
     """
 
     def __init__(self, *, epochs: float, batch_size: int, **options: object) -> None:
@@ -94,9 +99,10 @@ class Trainer(SFTTrainer):
         self.order = MicroBatches(lengths, epochs, batch_size, micro_batch_size, seed)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write the weights of a checkpoint: with an adapter those that are trained, for the base is an input.
+        """Write the weights of a checkpoint; with an adapter only the trained ones, since the base is an input.
 
-        The trainer reads them with `strict=False`. Under ZeRO-3 it may give none: then DeepSpeed's own files hold them.
+        The trainer reads them with `strict=False`. Under ZeRO-3 `state_dict` may lack them: DeepSpeed's own files hold
+        them then.
         """
         if peft_of(self.model) is None:
             super()._save(output_dir, state_dict)
@@ -104,19 +110,29 @@ class Trainer(SFTTrainer):
             weights = self.model.state_dict() if state_dict is None else state_dict
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            there = [name for name in trainable(self.model) if name in weights]
-            trained = {name: weights[name].detach().cpu().contiguous() for name in there}
+            names = [name for name in trainable(self.model) if name in weights]
+            trained = {name: weights[name].detach().cpu().contiguous() for name in names}
             save_file(trained, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on so far, prompts included."""
+        """Return the tokens trained on so far, prompts included."""
         return self.order.tokens_after(self.state.global_step)
 
+    @property
+    def finished(self) -> bool:
+        """Return whether all optimiser steps are done; they are not after a stop."""
+        return self.state.global_step >= self.state.max_steps
+
+    def metrics(self) -> dict[str, float]:
+        """Return the loss of the last step, and the steps and tokens so far."""
+        loss = next(row["loss"] for row in reversed(self.state.log_history) if "loss" in row)
+        return {"sft/loss": loss, "sft/steps": float(self.state.global_step), "sft/tokens": float(self.tokens)}
+
     def get_train_dataloader(self) -> DataLoader:
-        """The rows, the filling row behind them, in the order of `MicroBatches`."""
+        """Return a loader of the rows and the filling row after them, in the order of `MicroBatches`."""
         rows = self.train_dataset
-        # One token, which is not trained; `seq_lengths` is what TRL's packing adds.
+        # The filling row is one token, which is not trained on; TRL's packing adds `seq_lengths`.
         known = {"labels": [-100], "seq_lengths": [1]}
         filling = {name: known.get(name, value[:1]) for name, value in rows[0].items()}
         whole = datasets.concatenate_datasets([rows, datasets.Dataset.from_list([filling], features=rows.features)])
@@ -124,13 +140,12 @@ class Trainer(SFTTrainer):
 
 
 def trainer_config(recipe: Recipe, folder: Path) -> SFTConfig:
-    """The recipe in TRL's words; what the recipe does not name is set here so that no default of TRL's decides."""
+    """Return TRL's settings for the recipe.
+
+    Whatever the recipe does not name is set here, so that none of TRL's defaults decides anything.
+    """
     sft = recipe.sft
-    schedule, options = {
-        "cosine": ("cosine_with_min_lr", {"min_lr_rate": sft.final_lr_fraction}),
-        "linear": ("polynomial", {"lr_end": sft.lr * sft.final_lr_fraction, "power": 1.0}),
-        "constant": ("constant_with_warmup", {}),
-    }["constant" if sft.final_lr_fraction == 1 else sft.schedule]  # which polynomial decay refuses
+    schedule, options = _schedule(sft)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # names that change in transformers 6
         return SFTConfig(
@@ -142,7 +157,7 @@ def trainer_config(recipe: Recipe, folder: Path) -> SFTConfig:
             completion_only_loss=True,
             seed=recipe.run.seed,
             # sizes
-            num_train_epochs=1,  # of the loader, which makes all passes: see rlhf/training/sft_trainer.py
+            num_train_epochs=1,  # one pass of the loader makes all epochs: see `Trainer`
             per_device_train_batch_size=sft.micro_batch_size,
             gradient_accumulation_steps=plan_sft(recipe).accumulation,
             gradient_checkpointing=recipe.launch.gradient_checkpointing,
@@ -162,7 +177,7 @@ def trainer_config(recipe: Recipe, folder: Path) -> SFTConfig:
             dataloader_pin_memory=torch.cuda.is_available(),
             ddp_find_unused_parameters=False,
             deepspeed=deepspeed_file(recipe),
-            # logs and checkpoints are ours
+            # logs and checkpoints, which `Reporter` writes
             logging_steps=1,
             logging_nan_inf_filter=False,
             report_to="none",
@@ -174,17 +189,32 @@ def trainer_config(recipe: Recipe, folder: Path) -> SFTConfig:
         )
 
 
+def _schedule(sft: SftSection) -> tuple[str, dict[str, float]]:
+    """Return the name and the options of transformers' learning rate schedule."""
+    if sft.schedule == "constant" or sft.final_lr_fraction == 1:  # polynomial decay refuses to end where it begins
+        return "constant_with_warmup", {}
+    if sft.schedule == "linear":
+        return "polynomial", {"lr_end": sft.lr * sft.final_lr_fraction, "power": 1.0}
+    return "cosine_with_min_lr", {"min_lr_rate": sft.final_lr_fraction}
+
+
 def deepspeed_file(recipe: Recipe) -> str | None:
-    """DeepSpeed's settings for a run that its launcher started, with the processes connected; none without ZeRO."""
+    """Return the path of DeepSpeed's settings after connecting the processes; None without ZeRO or a launcher."""
     launch = recipe.launch
     if "WORLD_SIZE" not in os.environ or not (launch.zero_stage or launch.deepspeed_config):
         return None
-    connect()  # before the trainer's settings, or ZeRO on CPUs is not switched on
+    connect()  # without this before the trainer's settings are made, ZeRO stays off on CPUs
     return str(config_path(recipe))
 
 
 class Reporter(TrainerCallback):
-    """What a run shows and keeps of the trainer's work: metrics, a progress bar, sealed checkpoints, a clean stop."""
+    """Logs metrics, shows a progress bar, seals checkpoints and stops the trainer cleanly.
+
+    Args:
+        tracker: gets every step's metrics, by tokens seen.
+        stop_requested: asked after every step; when true a checkpoint is sealed and training ends.
+        layout: what `layout_of` returns, written into every checkpoint.
+    """
 
     def __init__(
         self, checkpoints: Checkpoints, tracker: Tracker, stop_requested: Callable[[], bool], layout: dict[str, int]
@@ -194,7 +224,7 @@ class Reporter(TrainerCallback):
 
     def on_train_begin(self, args: SFTConfig, state: Any, control: Any, train_dataloader: DataLoader, **_: Any) -> None:
         seen = train_dataloader.batch_sampler.tokens_after(state.global_step)
-        self.tracker.truncate_after(seen, again=("sft/validation_loss",))  # what came after the checkpoint comes again
+        self.tracker.truncate_after(seen, again=("sft/validation_loss",))  # steps after the checkpoint are made again
         self.progress = Progress("sft", total=state.max_steps, unit="steps")
         self.progress.__enter__()
         self.progress.advance(state.global_step)
@@ -204,7 +234,7 @@ class Reporter(TrainerCallback):
         self.progress.advance(1)
         phase("train", state.global_step)
         control.should_training_stop |= self._any_process_stops(args)
-        # The last step is sealed too, so that a run killed while it validates does not train again.
+        # The last step is sealed too, so that a run that is killed during validation does not train again.
         control.should_save |= control.should_training_stop or state.global_step == state.max_steps
 
     def on_log(
@@ -230,7 +260,7 @@ class Reporter(TrainerCallback):
         self.tracker.log(metrics, train_dataloader.batch_sampler.tokens_after(state.global_step))
 
     def on_save(self, args: SFTConfig, state: Any, control: Any, **_: Any) -> None:
-        # The trainer writes in place, which a kill leaves half done: what it wrote is moved under a seal.
+        # The trainer writes in place, and a kill would leave half a checkpoint: its files are moved under a seal.
         phase("save", state.global_step)
         group = PartialState()
         group.wait_for_everyone()
@@ -258,15 +288,16 @@ class Reporter(TrainerCallback):
 
 
 def layout_of(recipe: Recipe) -> dict[str, int]:
-    """How the trainer cuts its checkpoints into files."""
+    """Return what decides into which files the trainer cuts its checkpoints."""
     return {"processes": processes(), "zero_stage": zero_stage(recipe)}
 
 
 def check_layout(recipe: Recipe, folder: Path) -> None:
-    """Refuse a checkpoint that cannot be read here: DeepSpeed's, as the trainer writes them, bind to their layout.
+    """Refuse a checkpoint that cannot be read here: DeepSpeed's own files can be read in the same layout only.
 
     Raises:
-        UserError: when it was written by another number of processes or ZeRO stage, and one of the two has ZeRO.
+        UserError: if it was written by another number of processes or another ZeRO stage, and one of the two runs has
+            ZeRO.
     """
     theirs, ours = json.loads((folder / "layout.json").read_text()), layout_of(recipe)
     if theirs == ours or theirs["zero_stage"] == ours["zero_stage"] == 0:
@@ -275,7 +306,7 @@ def check_layout(recipe: Recipe, folder: Path) -> None:
     raise UserError(
         f"the SFT checkpoint is of {words[0]}, and this run has {words[1]}; the trainer cannot read it",
         str(folder),
-        f"go on with launch.processes={theirs['processes']} launch.zero_stage={theirs['zero_stage']}, "
+        f"resume with launch.processes={theirs['processes']} launch.zero_stage={theirs['zero_stage']}, "
         "or redo the stage with --fresh (rank, reward and PPO may change both)",
     )
 
@@ -288,7 +319,7 @@ def build_trainer(
     folder: Path,
     reporter: Reporter,
 ) -> Trainer:
-    """TRL's trainer on rows that are tokenised already, without its own bars and tables."""
+    """Return TRL's trainer on rows that are tokenised already, without its own bars and tables."""
     datasets.disable_progress_bars()
     with quiet_transformers():
         trainer = Trainer(
@@ -310,9 +341,7 @@ def train_sft(
     rows: Sequence[TokenRow],
     recipe: Recipe,
     folder: Path,
-    tracker: Tracker,
-    checkpoints: Checkpoints,
-    stop_requested: Callable[[], bool] = lambda: False,
+    reporter: Reporter,
 ) -> Trainer:
     """Train `policy` in place on `rows`, from the newest sealed checkpoint if there is one.
 
@@ -320,15 +349,12 @@ def train_sft(
         policy: a causal language model, with an adapter or without.
         rows: what `demonstration_row` and `text_rows` return.
         folder: the trainer's own files go to `trainer/` in it, which is removed at the end.
-        tracker: gets every step's metrics, by tokens seen.
-        stop_requested: asked after every step; when true a checkpoint is sealed and training ends.
 
     Returns:
         the trainer, whose state holds the steps done and their losses.
     """
-    reporter = Reporter(checkpoints, tracker, stop_requested, layout_of(recipe))
     trainer = build_trainer(policy, tokenizer, rows, recipe, folder / "trainer", reporter)
-    sealed = broadcast_from_main(checkpoints.newest)
+    sealed = broadcast_from_main(reporter.checkpoints.newest)
     if sealed:
         check_layout(recipe, sealed)
     with quiet_transformers():

@@ -1,10 +1,10 @@
-"""Training state in files that any number of processes can read: tensors laid flat and cut into named fragments.
+"""Save training state so that any number of processes can read it: flattened tensors, cut into named fragments.
 
     part-<process>-<n>.safetensors    keys KIND/PARAMETER@START: elements from START on of a flat tensor, float32
 
-KIND is weight, exp_avg or exp_avg_sq (Adam's moments). Every process writes the fragments it holds and reads those that
-cover what it is to hold, so that one process, ZeRO 0 and every partition of ZeRO 1 to 3 share a format: a run may go on
-with another number of processes. Nothing in the files is code (DeepSpeed's own checkpoints are pickles).
+KIND is weight, exp_avg or exp_avg_sq (Adam's moments). Every process writes the fragments that it holds, and reads
+those that cover the elements it needs. One process, ZeRO 0 and every partition of ZeRO 1 to 3 thus share a format, and
+a run may resume with another number of processes. The files hold no code (DeepSpeed's own checkpoints are pickles).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from rlhf.errors import UserError
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-FILE_BYTES = 1 << 30  # of a file, about: what is copied from a GPU at once
+FILE_BYTES = 1 << 30  # about the size of a file, and of what is copied from a GPU at once
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, start + n) of a parameter, laid flat, and of its moments where it has any.
+    """Elements [start, start + n) of a flattened parameter, and of its moments if it has any.
 
     Attributes:
-        name: of the parameter.
-        start: its first element that this process holds.
-        tensors: by KIND, 1-D views of n float32 elements into what training works on.
+        name: the parameter's name.
+        start: the first of its elements that this process holds.
+        tensors: by KIND, 1-D views of n float32 elements into the tensors that training works on.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Fragment:
 
 
 def write_fragments(folder: Path, fragments: Iterable[Fragment], process: int) -> None:
-    """Write what a process holds; the names of its files are its own."""
+    """Write the fragments that a process holds into files of its own."""
     batch: dict[str, Tensor] = {}
     number = size = 0
 
@@ -65,11 +65,11 @@ def write_fragments(folder: Path, fragments: Iterable[Fragment], process: int) -
 
 @dataclass
 class FragmentReader:
-    """Reads any range of any tensor out of the files of a folder."""
+    """Reads any range of any flat tensor from the files of a folder."""
 
     folder: Path
     _files: dict[Path, Any] = field(init=False, default_factory=dict)
-    _places: dict[str, list[tuple[int, int, Path]]] = field(init=False, default_factory=lambda: defaultdict(list))
+    _ranges: dict[str, list[tuple[int, int, Path]]] = field(init=False, default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
         for path in sorted(self.folder.glob("part-*.safetensors")):
@@ -77,25 +77,25 @@ class FragmentReader:
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 tensor, start = key.rsplit("@", 1)
                 stop = int(start) + file.get_slice(key).get_shape()[0]
-                self._places[tensor].append((int(start), stop, path))
+                self._ranges[tensor].append((int(start), stop, path))
 
     def has(self, kind: str, name: str) -> bool:
-        """Whether the files hold anything of that tensor."""
-        return f"{kind}/{name}" in self._places
+        """Return whether the files hold any part of the tensor."""
+        return f"{kind}/{name}" in self._ranges
 
     def read_into(self, target: Tensor, kind: str, name: str, start: int) -> None:
-        """Fill a 1-D tensor with elements [start, start + n) of a flat tensor.
+        """Fill a 1-D tensor of n elements with elements [start, start + n) of a flat tensor.
 
         Raises:
-            UserError: when the files do not hold all of them.
+            UserError: if the files do not hold all of them.
         """
         stop, found = start + target.numel(), 0
-        for first, last, path in self._places.get(f"{kind}/{name}", ()):
+        for first, last, path in self._ranges.get(f"{kind}/{name}", ()):
             low, high = max(start, first), min(stop, last)
             if low < high:
-                piece = self._files[path].get_slice(f"{kind}/{name}@{first}")[low - first : high - first]
+                values = self._files[path].get_slice(f"{kind}/{name}@{first}")[low - first : high - first]
                 with torch.no_grad():
-                    target[low - start : high - start].copy_(piece)
+                    target[low - start : high - start].copy_(values)
                 found += high - low
         if found != target.numel():
             raise UserError(

@@ -17,8 +17,8 @@ from rlhf.config import Recipe
 from rlhf.models.loading import new_reward_model
 from rlhf.system.machine import peak_memory_gb
 from rlhf.training.engine import LocalEngine, ParamGroup
-from rlhf.training.ranking_passes import Group
-from stages.reward import ScoringModule, step
+from rlhf.training.ranking_passes import Group, ScoringModule
+from stages.reward import step
 
 OUTPUTS = (2, 4, 9, 16)
 PROMPTS, STEPS = 8, 2

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -96,6 +97,16 @@ def test_a_build_that_was_killed_leaves_nothing_that_looks_finished(tmp_path: Pa
     assert not (tmp_path / "thing").exists()
     done = build_once("thing", lambda folder: (folder / "whole").write_text("x") and None)
     assert [p.name for p in done.iterdir()] == ["whole"]
+
+
+def test_any_rank_may_build_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' save_pretrained writes weights on the first rank of a group alone."""
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
+    torch.distributed.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    try:
+        load_policy("tiny", ModelSection(name="tiny"))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", ["runs/x/sft/model", "./nothing", "/nothing/here"])

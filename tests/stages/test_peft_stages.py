@@ -1,8 +1,8 @@
-"""Every parameter-efficient method in every stage, on a Llama-like and a GPT-2-like model that have read a little.
+"""Every parameter-efficient method in every stage, on a Llama-like and a GPT-2-like model that were trained a little.
 
-A cell is a base and a method (tests/support/peft_stages.py). Its stages run once, as a user runs them, and the tests
-look at what they have left: what was trained and that it learned, the base, the folder, the checkpoint on the way, and
-where PPO began.
+A cell is a base and a method (tests/support/peft_stages.py). Its stages run once, as a user runs them. The tests look
+at the results: what was trained and that it learned, the base, the folder, the checkpoint in the middle, and where PPO
+began.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from support.peft_stages import (
     LLAMA,
     QUESTIONS,
     RANKED,
+    SETTINGS,
     SMALL,
     STAGES,
     TOKENS,
@@ -209,9 +210,20 @@ def test_it_reloads_to_the_same_outputs(cell: Cell, name: str, pairs: list[Pair]
         assert gap(token_logprobs(stage.models["policy"], pairs), token_logprobs(policy, pairs)) < 1e-5
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_it_resumes_exactly(cell: Cell, name: str, tmp_path: Path) -> None:
-    """Killed behind the checkpoint on the way: nothing of what came later is there."""
+# What a checkpoint holds depends on the method and not on the base: every method once, on alternating bases, and PPO
+# with the pretraining loss, which has PPO's whole state; without it once.
+RESUMED = [
+    (f"{(GPT2, LLAMA)[i % 2]}-{method}", name)
+    for i, method in enumerate(SETTINGS)
+    for name in ("sft", "reward", "ppo-ptx")
+]
+RESUMED.append(("gpt2-lora", "ppo"))
+
+
+@pytest.mark.parametrize(("which", "name"), RESUMED)
+def test_it_resumes_exactly(cells: dict[str, Cell], which: str, name: str, tmp_path: Path) -> None:
+    """As if killed after the checkpoint in the middle: nothing that came later exists."""
+    cell = cells[which]
     whole = cell.stage(name).folder
     shutil.copytree(whole.parent, tmp_path / "run", ignore=shutil.ignore_patterns(*set(VARIANTS) - {name}))
     folder = tmp_path / "run" / name

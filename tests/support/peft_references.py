@@ -1,8 +1,8 @@
-"""Small models with every parameter-efficient method on them, and what each computes, worked out apart from rlhf/.
+"""Make small models with every parameter-efficient method, and compute what each should compute, without rlhf/.
 
-The references know nothing of the functions under test: peft's own wrapper merges lora, dora and ia3 into a plain
-model; virtual tokens are put before a plain model by hand, as embeddings or in a cache; a bottleneck is a hook.
-Every weight is given a value of its own: biases and norms too, which a new model has at zero and one.
+The references do not use the functions under test: peft's own wrapper merges lora, dora and ia3 into a plain model;
+virtual tokens are put before a plain model by hand, as embeddings or in a cache; a bottleneck is a hook. Every weight
+gets a value of its own, also biases and norms, which a new model has at zero and one.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ LINEAR = {
     kind: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] for kind in ("llama", "qwen2")
 }
 LINEAR["gpt2"] = ["c_attn", "c_proj", "c_fc"]
-# Maps whose outputs IA3 scales, and those whose inputs it does.
+# Maps whose outputs IA3 scales, and maps whose inputs it scales.
 IA3 = {"llama": (r"[kv]_proj", "down_proj"), "qwen2": (r"[kv]_proj", "down_proj"), "gpt2": ("c_attn", r"mlp\.c_proj")}
 SCALAR = {"llama": LlamaForSequenceClassification, "gpt2": GPT2ForSequenceClassification}
 SCALAR |= {"qwen2": Qwen2ForSequenceClassification, "opt": OPTForSequenceClassification}
@@ -78,7 +78,7 @@ def opt() -> PreTrainedModel:
 
 
 def plain(kind: str, scalar: bool = False, attention: str = "sdpa") -> PreTrainedModel:
-    """A model without a method, a new one of the same weights at every call."""
+    """Return a new model without a method, with the same weights at every call."""
     model = {"llama": llama, "gpt2": gpt2, "qwen2": qwen2, "opt": opt}[kind]()
     model.config.pad_token_id = 0
     model.set_attn_implementation(attention)
@@ -95,7 +95,7 @@ def plain(kind: str, scalar: bool = False, attention: str = "sdpa") -> PreTraine
 def adapted(
     kind: str, method: str, *, scalar: bool = False, attention: str = "sdpa", **settings: int
 ) -> PreTrainedModel:
-    """A plain model with the method on it, trained weights moved away from where they start."""
+    """Return a plain model with the method on it, its trained weights moved away from where they start."""
     peft = PeftSection(**(METHODS[method].model_dump() | settings))
     model = add_adapter(plain(kind, scalar, attention), peft)
     stir(model)
@@ -103,7 +103,7 @@ def adapted(
 
 
 def stir(model: nn.Module) -> None:
-    """Move what is trained away from where it starts, so that no part of a method is without effect."""
+    """Move the trained weights away from where they start, so that every part of a method has an effect."""
     move(trainable(model), 0.2)
 
 
@@ -115,7 +115,7 @@ def move(weights: dict[str, Tensor], size: float) -> None:
 
 
 def in_double(model: PreTrainedModel) -> PreTrainedModel:
-    """In float64 throughout; Llama's norms go through float32 otherwise."""
+    """Return the model in float64 throughout; Llama's own norms go through float32."""
     for module in model.double().modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(_norm, module)
@@ -127,7 +127,7 @@ def _norm(module: Any, x: Tensor) -> Tensor:
 
 
 def hidden_by_hand(kind: str, model: PreTrainedModel) -> ByHand:
-    """What gives the last hidden states [L, H] of one row without padding that `model` should have, in float64."""
+    """Return the function that computes the last hidden states [L, H] that `model` should give one row, in float64."""
     peft = model.peft_method
     base = in_double(plain(kind, hasattr(model, "score")))
     values = {name: tensor.detach().double() for name, tensor in trainable(model).items()}
@@ -144,7 +144,7 @@ def _alone(base: PreTrainedModel, ids: list[int]) -> Tensor:
 
 
 class Case(NamedTuple):
-    """A model with a method on it, to be read only, and what is expected of it."""
+    """A model with a method on it, which tests must not change, and what is expected of it."""
 
     kind: str
     model: PreTrainedModel
@@ -152,18 +152,18 @@ class Case(NamedTuple):
 
     @torch.no_grad()
     def logits(self, ids: list[int]) -> Tensor:
-        """Of one row without padding [L, V], in float64; no model here has another head than `plain`."""
+        """Return the logits [L, V] of one row without padding, in float64; all models here have the head of `plain`."""
         return self.hidden(ids) @ plain(self.kind).get_output_embeddings().weight.double().t()
 
     def logprobs(self, prompt: list[int], response: list[int]) -> list[float]:
-        """Of the response's tokens, in nats."""
+        """Return the log-probabilities of the response's tokens, in nats."""
         logp = self.logits(prompt + response).log_softmax(-1)
         return [float(logp[len(prompt) - 1 + t, token]) for t, token in enumerate(response)]
 
 
 @cache
 def case(kind: str, method: str, attention: str = "sdpa") -> Case:
-    """The same models for every test that does not change them."""
+    """Return the case of a model and a method, the same one for all tests."""
     model = adapted(kind, method, attention=attention)
     return Case(kind, model, hidden_by_hand(kind, model))
 
@@ -202,7 +202,7 @@ def _body(model: PreTrainedModel) -> Any:
 
 
 def virtual_tokens(method: str, values: dict[str, Tensor]) -> Tensor:
-    """Embeddings [V, H], or keys and values of all layers [V, 2 layers N D]; the networks' maps written out."""
+    """Return embeddings [V, H], or keys and values of all layers [V, 2 layers N D]; the networks are written out."""
     w = {name.split(".encoder.")[1]: tensor for name, tensor in values.items() if ".encoder." in name}
     x = w["embedding.weight"]
     if method == "p_tuning":
@@ -219,7 +219,7 @@ def virtual_tokens(method: str, values: dict[str, Tensor]) -> Tensor:
 
 
 def by_peft(kind: str, base: PreTrainedModel, peft: PeftSection, values: dict[str, Tensor]) -> PreTrainedModel:
-    """lora, dora or ia3 put on by peft's wrapper and merged by it."""
+    """Return the base with lora, dora or ia3 put on and merged by peft's own wrapper."""
     from peft import IA3Config, LoraConfig, get_peft_model
 
     if peft.method == "ia3":
@@ -253,7 +253,7 @@ def with_biases(kind: str, base: PreTrainedModel, peft: PeftSection, values: dic
 
 
 def with_bottlenecks(kind: str, base: PreTrainedModel, peft: PeftSection, values: dict[str, Tensor]) -> PreTrainedModel:
-    """x + W_up gelu(W_down x + b_down) + b_up behind every feed-forward layer, by a hook."""
+    """Add W_up gelu(W_down x + b_down) + b_up to the output x of every feed-forward layer, by a hook."""
     for name, module in base.named_modules():
         w = {part: values.get(f"{name}.{part}") for part in ("down.weight", "down.bias", "up.weight", "up.bias")}
         if not name.endswith("mlp") or w["up.bias"] is None:

@@ -1,4 +1,4 @@
-"""A base model, a parameter-efficient method and the stages that ran on them; for tests/stages/test_peft_stages.py."""
+"""Run the stages on a base model with a parameter-efficient method, for tests/stages/test_peft_stages.py."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from rlhf.training.ppo_state import Ppo
 from stages import ppo, reward, sft
 from support.stage_runs import rows
 
-SETTINGS = {  # of each method: its rate in SFT, the other stages take a part of it; and how small it is here
+SETTINGS = {  # of each method: the learning rate of SFT, of which the other stages take a part, and its sizes
     "lora": (1e-2, {"rank": 4, "alpha": 8}),
     "dora": (1e-2, {"rank": 4, "alpha": 8}),
     "prefix": (1e-2, {"virtual_tokens": 5, "hidden": 32}),
@@ -42,7 +42,7 @@ LLAMA, GPT2 = "llama", "gpt2"
 CELLS = [(base, method) for base in (LLAMA, GPT2) for method in SETTINGS if (base, method) != (LLAMA, "bitfit")]
 STAGES = ("sft", "reward", "ppo", "ppo-ptx")
 VARIANTS = ("ppo", "ppo-ptx")
-TOKENS = 5  # virtual ones
+TOKENS = 5  # virtual tokens
 
 SMALL = ["tiny", "tracking.wandb=disabled", "run.device=cpu", "run.name=run", "data.validation_fraction=0.25"]
 SMALL += ["data.max_prompt_tokens=48", "data.max_response_tokens=16", "sft.packing=false", "reward.max_tokens=96"]
@@ -62,11 +62,11 @@ RANKED = ["Thank you, that was helpful!", "Thank you. The wind carries sand.", "
 
 @dataclass
 class Stage:
-    """What one stage of a cell began with and has left; the models are those that it trained."""
+    """What one stage of a cell began with, and its results; `models` are those that it trained."""
 
     folder: Path
     models: dict[str, PreTrainedModel] = field(default_factory=dict)
-    start: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # of each model, what is trained of it
+    start: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # trained weights by model, before training
     ppo: Ppo | None = None
     first: Experience | None = None  # before any step of PPO
 
@@ -75,7 +75,7 @@ class Stage:
         return load_file(self.folder / "model" / "adapter.safetensors")
 
     def column(self, name: str) -> list[float]:
-        """A metric over the steps of the stage."""
+        """Return a metric over the steps of the stage."""
         return [row[name] for row in rows(self.folder / "metrics.jsonl") if name in row]
 
     def headline(self, name: str) -> float:
@@ -83,14 +83,14 @@ class Stage:
 
 
 class Cell:
-    """A base and a method, and its stages, each of which runs when it is asked for first."""
+    """A base and a method, with its stages; each stage runs when a test first asks for it."""
 
     def __init__(self, kind: str, method: str, base: Path, data: list[str], runs: Path) -> None:
-        rate, settings = SETTINGS[method]
+        lr, settings = SETTINGS[method]
         self.kind, self.method, self.base, self.runs = kind, method, base, runs
-        self.arguments = [*SMALL, *data, f"model.name={base}", f"model.peft.method={method}", f"sft.lr={rate}"]
+        self.arguments = [*SMALL, *data, f"model.name={base}", f"model.peft.method={method}", f"sft.lr={lr}"]
         self.arguments += [f"model.peft.{name}={value}" for name, value in settings.items()]
-        self.arguments += [f"reward.lr={rate / 2}", f"ppo.lr={rate / 8}", f"ppo.value_lr={rate / 8}"]
+        self.arguments += [f"reward.lr={lr / 2}", f"ppo.lr={lr / 8}", f"ppo.value_lr={lr / 8}"]
         if kind == LLAMA:
             self.arguments.append("reward.keep_layers=2")
         self.section = load_recipe(self.arguments[0], self.arguments[1:]).model
@@ -114,7 +114,7 @@ class Cell:
         return program_of(name).main([*self.arguments, f"run.dir={runs}", *variant])
 
     def is_own(self, name: str) -> bool:
-        """Whether a weight is the method's by its name: the base has none of it, or it is what bitfit trains."""
+        """Return whether a weight belongs to the method: the base lacks it, or bitfit trains it."""
         return plain(name) not in self.plain or (self.method == "bitfit" and name.endswith(".bias"))
 
 
@@ -123,7 +123,7 @@ def program_of(stage: str) -> ModuleType:
 
 
 def watch(patch: pytest.MonkeyPatch, stage: Stage, program: ModuleType) -> None:
-    """Note what the program is about to train, and what PPO scores first; it does what it does."""
+    """Note what the program is about to train, and PPO's first experience, without changing what it does."""
     loop = "train_sft" if program is sft else "train"
     train, advantages = getattr(program, loop), getattr(program, "advantages", None)
 
@@ -150,12 +150,12 @@ def watch(patch: pytest.MonkeyPatch, stage: Stage, program: ModuleType) -> None:
 
 
 def plain(name: str) -> str:
-    """What a weight is called in the base: both peft and the bottleneck put a module around another."""
+    """Return the name of a weight in the base; both peft and the bottleneck wrap modules of the base."""
     return name.replace("base_layer.", "")
 
 
 def write_data(folder: Path) -> list[str]:
-    """Data files of a few lines, as arguments. Prompts are of all lengths."""
+    """Write data files of a few lines with prompts of all lengths, and return them as arguments."""
 
     def write(name: str, lines: list[dict[str, Any]]) -> str:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -175,7 +175,7 @@ def documents() -> list[str]:
 
 
 def make_bases(folder: Path) -> dict[str, Path]:
-    """Folders of the two base models: grouped queries and rotary positions; biases and learned positions."""
+    """Return the folders of two base models: grouped queries and rotary positions; biases and learned positions."""
     tokenizer = tiny.train_tokenizer()
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     size = {"vocab_size": tiny.VOCABULARY, "initializer_range": 0.08, **ids}
@@ -190,15 +190,15 @@ def make_bases(folder: Path) -> dict[str, Path]:
             (LLAMA, LlamaForCausalLM(LlamaConfig(**size, **llama))),
             (GPT2, GPT2LMHeadModel(GPT2Config(**size, **gpt2))),
         ):
-            read(model, tokenizer)
+            pretrain(model, tokenizer)
             folders[kind] = folder / kind
             model.save_pretrained(folders[kind])
             tokenizer.save_pretrained(folders[kind])
     return folders
 
 
-def read(model: PreTrainedModel, tokenizer: Any) -> None:
-    """Some steps on the sentences that the tokenizer knows: attention counts then, and some rows end before others."""
+def pretrain(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Train a little on the tokenizer's own text: attention then matters, and some rows end before others."""
     sentences = [f"{part.strip()}." for text in documents() for part in text.split(".") if part.strip()]
     pairs = [([tokenizer.eos_token_id], [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]) for text in sentences]
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
@@ -211,7 +211,7 @@ def read(model: PreTrainedModel, tokenizer: Any) -> None:
 
 
 def tokens_by_hand(cell: Cell, weights: dict[str, Tensor]) -> Tensor:
-    """What the stored weights make: embeddings [V, H], or keys and values of every layer in turn [V, 2 layers, C]."""
+    """Return what the stored weights make: embeddings [V, H], or keys and values layer after layer [V, 2 layers, C]."""
     w = {key.partition("encoder.")[2]: weight for key, weight in weights.items()}
     made = w["embedding.weight"]
     if cell.method == "prefix":
@@ -225,7 +225,7 @@ def tokens_by_hand(cell: Cell, weights: dict[str, Tensor]) -> Tensor:
 
 
 def logprobs_by_hand(cell: Cell, base: PreTrainedModel, made: Tensor, pair: Pair) -> Tensor:
-    """Of one row, without padding, by the plain model: words stand behind the virtual tokens, from position V on."""
+    """Return the log-probabilities of one row without padding by the plain model; its words begin at position V."""
     ids = torch.tensor([[*pair[0], *pair[1]]])
     if cell.method in KV_PREFIX_METHODS:
         cache, heads = DynamicCache(config=base.config), 2 if cell.kind == LLAMA else 4

@@ -26,8 +26,8 @@ import torch.distributed as dist
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import stages.ppo
-import stages.sft
 from rlhf.training.clipped_adamw import ClippedAdamW
+from rlhf.training.sft_trainer import Reporter
 from rlhf.training.zero_engine import ZeroEngine
 
 torch.set_num_threads(1)
@@ -79,7 +79,7 @@ def count_steps() -> None:
         step(self, closure)
 
     ClippedAdamW.step = counted
-    end = stages.sft.Reporter.on_step_end  # the trainer has an optimiser of its own
+    end = Reporter.on_step_end  # the trainer has an optimiser of its own
 
     def counted_end(self: Any, *args: Any, **options: Any) -> None:
         global steps_left
@@ -88,7 +88,7 @@ def count_steps() -> None:
             signal.raise_signal(signal.SIGTERM)
         end(self, *args, **options)
 
-    stages.sft.Reporter.on_step_end = counted_end
+    Reporter.on_step_end = counted_end
 
 
 def spoil_losses() -> None:

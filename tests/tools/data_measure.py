@@ -35,7 +35,8 @@ from rlhf.evaluation.alignment_tax import cloze_accuracy
 from rlhf.functional.ranking import PairCounts, accuracy_interval, count_pairs, ordered_pairs
 from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from rlhf.system.console import Progress, table
-from stages.reward import Group, pair_counts
+from rlhf.training.ranking_metrics import pair_counts
+from rlhf.training.ranking_passes import Group
 from support.paths import ROOT
 
 FOLDS, SEEDS, SHUFFLES = 5, (1, 2, 3), 3

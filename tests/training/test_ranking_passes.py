@@ -13,8 +13,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from rlhf.config import Recipe
 from rlhf.training.engine import LocalEngine, ParamGroup
-from rlhf.training.ranking_passes import Group, by_length, whole_passes
-from stages.reward import ScoringModule, random_outputs
+from rlhf.training.ranking_passes import Group, ScoringModule, by_length, random_outputs, whole_passes
 from stages.reward import step as reward_step
 
 CONFIG = LlamaConfig(

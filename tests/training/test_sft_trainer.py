@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from rlhf.models.loading import load_policy, save_model
 from rlhf.models.peft.methods import add_adapter, peft_of, trainable
 from rlhf.run.checkpoints import Checkpoints
 from rlhf.run.tracking import Tracker
-from rlhf.training.sft_trainer import check_layout, train_sft, trainer_config
+from rlhf.training.sft_trainer import Reporter, Trainer, check_layout, layout_of, train_sft, trainer_config
 from stages.sft import main, mix_rows, validation_loss, write_policy
 
 ANSWERS = [
@@ -58,11 +59,17 @@ def logged(folder: Path) -> list[dict[str, float]]:
 
 
 def run(
-    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list, recipe: Recipe, folder: Path, **how: Any
-):
+    policy: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list,
+    recipe: Recipe,
+    folder: Path,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Trainer:
     tracker = make_tracker(folder)
     checkpoints = Checkpoints(folder / "checkpoints", before=tracker.flush)
-    result = train_sft(policy, tokenizer, rows, recipe, folder, tracker, checkpoints, **how)
+    reporter = Reporter(checkpoints, tracker, stop_requested, layout_of(recipe))
+    result = train_sft(policy, tokenizer, rows, recipe, folder, reporter)
     checkpoints.wait()
     tracker.close()
     return result

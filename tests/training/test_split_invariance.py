@@ -26,9 +26,9 @@ from rlhf.run.checkpoints import Checkpoints
 from rlhf.run.tracking import Tracker
 from rlhf.training.engine import LocalEngine, ParamGroup
 from rlhf.training.ppo_state import Ppo
+from rlhf.training.ranking_passes import Group, ScoringModule
 from rlhf.training.sft_trainer import Reporter, build_trainer
 from stages.ppo import advantages, ppo_step, ptx_step, rollout, score
-from stages.reward import Group, ScoringModule
 from stages.reward import step as reward_step
 from support.ppo_runs import (
     ALL,

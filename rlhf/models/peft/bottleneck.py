@@ -1,6 +1,6 @@
-"""Bottleneck adapters of Houlsby et al. 2019 (arXiv 1902.00751), placed as in Pfeiffer et al. 2021 (arXiv 2005.00247).
+"""Add bottleneck adapters: Houlsby et al. 2019 (arXiv 1902.00751), placed as in Pfeiffer et al. 2021 (2005.00247).
 
-Behind the feed-forward layer of a transformer layer and before the residual is added, x becomes x + up(gelu(down(x))).
+After the feed-forward layer of a transformer layer, and before the residual is added, x becomes x + up(gelu(down(x))).
 `up` starts at zero, so a new adapter changes nothing.
 """
 
@@ -16,15 +16,16 @@ from torch.nn.functional import gelu
 
 from rlhf.errors import UserError
 
-FEED_FORWARD = ("mlp", "feed_forward", "ffn")  # what architectures call it
+FEED_FORWARD = ("mlp", "feed_forward", "ffn")  # names of the layer in various architectures
 
 
 class Bottleneck(nn.Module):
-    """A feed-forward layer with an adapter behind it; the layer is `base_layer`, as in peft's modules.
+    """A feed-forward layer with an adapter after it; the layer is called `base_layer`, as in peft's modules.
 
     Args:
         base_layer: takes and returns [..., hidden].
         hidden, width: sizes of the two maps, hidden to width and back.
+        like: a tensor on the device that the adapter is made on.
     """
 
     def __init__(self, base_layer: nn.Module, hidden: int, width: int, like: Tensor) -> None:
@@ -37,16 +38,16 @@ class Bottleneck(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = self.base_layer(*args, **kwargs)
-        x, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)  # experts give their router's scores too
+        x, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)  # experts return router scores too
         x = x + self.up(gelu(self.down(x.to(self.down.weight.dtype)))).to(x.dtype)
         return x if rest is None else (x, *rest)
 
 
 def add_bottlenecks(layers: Sequence[nn.Module], hidden: int, width: int) -> None:
-    """An adapter of `width` in each of the transformer layers, in place.
+    """Put an adapter of `width` into each of the transformer layers, in place.
 
     Raises:
-        UserError: when a layer has no feed-forward layer of its own to put it behind.
+        UserError: if a layer has no feed-forward layer of its own, or one that adds the residual itself.
     """
     for layer in layers:
         name = next((name for name in FEED_FORWARD if isinstance(getattr(layer, name, None), nn.Module)), None)

@@ -1,11 +1,11 @@
-"""What a stage writes under a parameter-efficient method: the trained weights alone, and what they belong to.
+"""Write and read the folder of a stage with a parameter-efficient method: the trained weights, and their base's name.
 
-    adapter.safetensors    what was trained, by the names it has in the model; of a reward model its head too
-    adapter.json           the method and its settings; name and hash of the base; of a reward model the layers that
-                           were kept and the normalisation of the scores
+    adapter.safetensors    the trained weights by their names in the model, with the head of a reward model
+    adapter.json           the method and its settings, and the base's name and hash; for a reward model also the number
+                           of layers kept and the normalisation of the scores
 
-The tokenizer lies beside them. There is no config.json: a program that knows nothing of this must not take the folder
-for a model. `rlhf export` writes one that it may.
+The tokenizer is saved beside them. There is no config.json, so that a program that does not know this format cannot
+take the folder for a model. `rlhf export` writes a folder that any program can load.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from rlhf.system.files import hash_path
 WEIGHTS = "adapter.safetensors"
 FORMAT = 1
 HEAD = "score."
-KEYS_IGNORED_IN_HASH = ("transformers_version", "_name_or_path")  # keys of config.json that say nothing of the model
+KEYS_IGNORED_IN_HASH = ("transformers_version", "_name_or_path")  # keys of config.json that do not describe the model
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Origin:
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """An adapter as it was read from its folder."""
+    """An adapter read from its folder."""
 
     folder: Path
     peft: PeftSection
     base: Origin
-    scalar: bool  # of a reward model
-    keep_layers: int  # of the base; 0: all
+    scalar: bool  # whether it is a reward model's
+    keep_layers: int  # layers kept of the base; 0: all
     reward_mean: float
     reward_std: float
 
@@ -64,10 +64,10 @@ class AdapterFolder:
         return self.folder / WEIGHTS
 
     def tensors(self) -> dict[str, Tensor]:
-        """What was trained, by name.
+        """Return the trained weights by name.
 
         Raises:
-            UserError: when the file cannot be read.
+            UserError: if the file cannot be read.
         """
         try:
             return load_file(self.path)
@@ -86,15 +86,15 @@ class AdapterFolder:
 
 
 def has_adapter(folder: str | Path) -> bool:
-    """Whether the folder is one that `save_adapter` wrote."""
+    """Return whether `save_adapter` wrote the folder."""
     return str(folder) not in BUILT_IN and (Path(folder).expanduser() / ADAPTER_RECORD).is_file()
 
 
 def find_adapter(folder: str | Path) -> AdapterFolder | None:
-    """The adapter in a folder, None where there is none.
+    """Return the adapter in a folder, or None if it holds none.
 
     Raises:
-        UserError: for a record that is not what `save_adapter` writes, or whose base is an adapter itself.
+        UserError: if the record is not one that `save_adapter` writes, or its base is an adapter itself.
     """
     if not has_adapter(folder):
         return None
@@ -121,7 +121,7 @@ def find_adapter(folder: str | Path) -> AdapterFolder | None:
         raise _broken(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
     if has_adapter(found.base.name):
         raise UserError(
-            f"the base {found.base.name} is an adapter itself, and one lies on plain weights",
+            f"the base {found.base.name} is an adapter itself, and an adapter needs plain weights",
             str(path),
             "merge that one (rlhf export), and train on what it writes",
         )
@@ -129,11 +129,11 @@ def find_adapter(folder: str | Path) -> AdapterFolder | None:
 
 
 def save_adapter(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the adapter on a model into a folder that is there. Call it on one process.
+    """Write the adapter on a model into an existing folder; call it on one process.
 
     Args:
-        model: loaded by rlhf/models/loading.py, which knows its base.
-        weights: the model's, by name, whole; the frozen ones are not looked at.
+        model: loaded by rlhf/models/loading.py, which notes its base on it.
+        weights: the model's whole weights by name; frozen ones may be missing.
     """
     peft, config = peft_of(model), model.config
     assert peft is not None
@@ -153,13 +153,13 @@ def save_adapter(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: 
 
 @torch.no_grad()
 def load_adapter_weights(model: PreTrainedModel, adapter: AdapterFolder, partly: bool = False) -> None:
-    """Give the method on a model the weights of a folder.
+    """Copy the weights of a folder into the adapter on a model.
 
     Args:
-        partly: a reward model that starts from a policy: it has a head of its own, and maybe fewer layers.
+        partly: for a reward model that starts from a policy: it has a head of its own, and may have fewer layers.
 
     Raises:
-        UserError: when the folder and the model do not hold the same weights.
+        UserError: if the folder and the model do not hold the same weights.
     """
     stored, ours = adapter.tensors(), trainable(model)
     if not partly and (other := sorted(stored.keys() ^ ours.keys())):
@@ -167,7 +167,7 @@ def load_adapter_weights(model: PreTrainedModel, adapter: AdapterFolder, partly:
     for name in sorted(stored.keys() & ours.keys()):
         shape, tensor = full_shape(ours[name]), stored[name]
         if partly and tensor.dim() == len(shape) and tensor.shape != shape:
-            # Keys and values of all layers in turn: those of the layers that are kept come first.
+            # Keys and values are stored layer after layer: those of the layers that are kept come first.
             tensor = tensor[tuple(slice(size) for size in shape)]
         if tensor.shape != shape:
             raise _broken(adapter.path, f"{name} is {tuple(tensor.shape)} in the file and {tuple(shape)} in the model")
@@ -176,10 +176,10 @@ def load_adapter_weights(model: PreTrainedModel, adapter: AdapterFolder, partly:
 
 
 def base_hash(name: str) -> str:
-    """SHA-256 (hex) of the config and the weights of a model that is here.
+    """Return the SHA-256 (hex) of the config and the weights of a model on this machine.
 
     Raises:
-        UserError: no such model.
+        UserError: if the model is not on this machine.
     """
     where = resolve_model(name)
     folder = Path(where)
@@ -193,7 +193,7 @@ def base_hash(name: str) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files of a model folder that transformers reads weights from, whatever else lies there."""
+    """Return the files of a model folder that transformers reads weights from."""
     for stem, kind in (("model", "safetensors"), ("pytorch_model", "bin")):
         if found := sorted([*folder.glob(f"{stem}.{kind}"), *folder.glob(f"{stem}-*-of-*.{kind}")]):
             return found
@@ -202,7 +202,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=8)
 def _hash_of(files: tuple[tuple[str, int, int], ...]) -> str:
-    """Of names and contents; sizes and times tell when a file must be read again."""
+    """Return the hash of (path, size, mtime) entries: config and weights; an unchanged entry is not read again."""
     (config, _, _), *weights = files
     settings: dict[str, Any] = json.loads(Path(config).read_text(encoding="utf-8"))
     for key in KEYS_IGNORED_IN_HASH:

@@ -1,11 +1,11 @@
-"""Merging: a method's change written into the weights, where it is a change of weights.
+"""Merge a method into the weights, if it is a change of weights.
 
     lora       W + s B A                                  s = alpha / rank
-    dora       m (W + s B A) / |W + s B A|                rows' norms replaced by the learned m (Liu et al. 2024)
-    ia3        l W and l b; W l in the MLP's last map     scales of outputs; there of inputs
-    bitfit     b                                          the trained bias in place of the other
+    dora       m (W + s B A) / |W + s B A|                row norms are replaced by the learned m (Liu et al. 2024)
+    ia3        l W and l b; W l in the MLP's last map     l scales outputs; in the MLP's last map it scales inputs
+    bitfit     b                                          the trained bias replaces the base's
 
-Virtual tokens and bottleneck adapters are no change of a weight that is there, and cannot be merged.
+Virtual tokens and bottleneck adapters change no weight of the base, and cannot be merged.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ PARTS = (LORA_A, LORA_B, MAGNITUDE, SCALE)
 
 
 class LinearWeights(NamedTuple):
-    """Weight [out, in] and bias [out] of a linear map; the bias is None where it has none."""
+    """Weight [out, in] and bias [out] of a linear map; the bias may be None."""
 
     weight: Tensor
     bias: Tensor | None
 
 
 def why_not_mergeable(peft: PeftSection) -> str:
-    """Why the method cannot be merged into weights; empty where it can."""
+    """Return why the method cannot be merged into weights; empty if it can."""
     if peft.method not in UNMERGEABLE:
         return ""
     if peft.method in VIRTUAL_TOKEN_METHODS:
@@ -45,10 +45,10 @@ def why_not_mergeable(peft: PeftSection) -> str:
 
 
 def merged_linear(base: LinearWeights, parts: Mapping[str, Tensor], peft: PeftSection) -> LinearWeights:
-    """A linear map with an adapter's parts written into it, in float32 on the CPU, then in the type it had.
+    """Return a linear map with an adapter merged into it, computed in float32 on the CPU, in the map's own dtype.
 
     Args:
-        parts: by their names in PARTS.
+        parts: the adapter's tensors by their names in PARTS.
     """
     weight = base.weight.detach().cpu().float()
     bias = base.bias
@@ -59,7 +59,7 @@ def merged_linear(base: LinearWeights, parts: Mapping[str, Tensor], peft: PeftSe
         magnitude = parts[MAGNITUDE].detach().cpu().float()
         weight = (magnitude / weight.norm(dim=1))[:, None] * weight
     if SCALE in parts:
-        scale = parts[SCALE].detach().cpu().float()  # [out, 1] of outputs or [1, in] of inputs
+        scale = parts[SCALE].detach().cpu().float()  # [out, 1] scales outputs, [1, in] inputs
         weight = weight * scale
         if bias is not None and scale.shape[1] == 1:
             bias = (bias.detach().cpu().float() * scale[:, 0]).to(base.bias.dtype)
@@ -67,10 +67,13 @@ def merged_linear(base: LinearWeights, parts: Mapping[str, Tensor], peft: PeftSe
 
 
 def merged_state_dict(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the plain model that computes what `model` does with its method; it is not changed.
+    """Return the weights of the plain model that computes what `model` does with its method; `model` is not changed.
 
     Args:
-        state: the model's weights under its own names, whole.
+        state: the model's whole weights under its own names.
+
+    Raises:
+        ValueError: if the method cannot be merged.
     """
     peft = peft_of(model)
     if peft is None:
@@ -81,8 +84,8 @@ def merged_state_dict(model: PreTrainedModel, state: Mapping[str, Tensor]) -> di
     for owner, parts in _by_owner(state):
         module = model.get_submodule(owner)
         bias = state.get(f"{owner}{BASE}bias")
-        linear = _turned(LinearWeights(state[f"{owner}{BASE}weight"], bias), module.base_layer)
-        linear = _turned(merged_linear(linear, parts, peft), module.base_layer)
+        linear = _transposed(LinearWeights(state[f"{owner}{BASE}weight"], bias), module.base_layer)
+        linear = _transposed(merged_linear(linear, parts, peft), module.base_layer)
         merged[f"{owner}.weight"] = linear.weight
         if linear.bias is not None:
             merged[f"{owner}.bias"] = linear.bias
@@ -91,10 +94,10 @@ def merged_state_dict(model: PreTrainedModel, state: Mapping[str, Tensor]) -> di
 
 @torch.no_grad()
 def merge_into(model: PreTrainedModel, tensors: Mapping[str, Tensor], peft: PeftSection) -> None:
-    """Write an adapter's tensors into the weights of a plain model, in place; parts of layers it lacks are left out.
+    """Merge an adapter's tensors into the weights of a plain model, in place; layers that it lacks are skipped.
 
     Raises:
-        ValueError: when the method cannot be merged.
+        ValueError: if the method cannot be merged.
     """
     if reason := why_not_mergeable(peft):
         raise ValueError(reason)
@@ -104,8 +107,8 @@ def merge_into(model: PreTrainedModel, tensors: Mapping[str, Tensor], peft: Peft
             continue
         module = modules[owner]
         with writable(list(module.parameters())):
-            merged = merged_linear(_turned(LinearWeights(module.weight, module.bias), module), parts, peft)
-            merged = _turned(merged, module)
+            merged = merged_linear(_transposed(LinearWeights(module.weight, module.bias), module), parts, peft)
+            merged = _transposed(merged, module)
             module.weight.copy_(merged.weight)
             if merged.bias is not None:
                 module.bias.copy_(merged.bias)
@@ -117,7 +120,7 @@ def merge_into(model: PreTrainedModel, tensors: Mapping[str, Tensor], peft: Peft
 
 
 def plain_name(name: str) -> str:
-    """What a weight is called in the model without a method."""
+    """Return the name of a weight in the model without a method."""
     return name.replace(BASE, ".")
 
 
@@ -126,7 +129,7 @@ def _is_part(name: str) -> bool:
 
 
 def _by_owner(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Modules by name, with the adapter's parts in each."""
+    """Yield the name of each module with adapter tensors, and those tensors by their names in PARTS."""
     owners: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         for part in PARTS:
@@ -135,6 +138,6 @@ def _by_owner(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Te
     yield from owners.items()
 
 
-def _turned(linear: LinearWeights, module: nn.Module) -> LinearWeights:
-    """From how the module keeps its weight to [out, in], or back: GPT-2 keeps [in, out]."""
+def _transposed(linear: LinearWeights, module: nn.Module) -> LinearWeights:
+    """Transpose between the module's own layout and [out, in]; GPT-2's Conv1D keeps [in, out]."""
     return LinearWeights(linear.weight.t().contiguous(), linear.bias) if isinstance(module, Conv1D) else linear

@@ -1,11 +1,11 @@
-"""Parameter-efficient methods: what each adds to a transformers model, in place, and what is trained then.
+"""Add a parameter-efficient method to a transformers model, in place, and freeze everything else.
 
     lora, dora, ia3                          by peft, in the linear maps of the transformer layers
     adapter                                  rlhf/models/peft/bottleneck.py
     prefix, p_tuning, p_tuning_v2, prompt    rlhf/models/peft/virtual_tokens.py
     bitfit                                   the bias vectors themselves (Ben Zaken et al. 2022, arXiv 2106.10199)
 
-The model stays what it was, a transformers model without a wrapper: all stages call it as they call any other.
+The model gets no wrapper: all stages call it like any other transformers model.
 """
 
 from __future__ import annotations
@@ -26,28 +26,27 @@ from rlhf.models.peft.virtual_tokens import add_virtual_tokens
 from rlhf.models.placement import is_partitioned
 
 ADAPTER = "default"  # peft's name for the one adapter of a module
-# Linear maps by what architectures call them, for ia3.
+# Names of linear maps in various architectures, for ia3.
 KEYS_AND_VALUES = ("k_proj", "v_proj")
-WITH_QUERIES = ("c_attn", "query_key_value", "qkv_proj", "Wqkv")  # all in one map; scaled queries are scaled keys
+WITH_QUERIES = ("c_attn", "query_key_value", "qkv_proj", "Wqkv")  # one map; scaling queries is scaling keys
 FEED_FORWARD_OUTPUT = ("down_proj", "fc2", "fc_out", "dense_4h_to_h", "mlp.c_proj")
 WITH_BIASES = "GPT-2, GPT-NeoX, OPT, BLOOM, Phi; Qwen2 in its attention"
 
 
 def peft_of(model: nn.Module) -> PeftSection | None:
-    """The method that is on a model, None for a plain one."""
+    """Return the method on a model, None for a plain model."""
     return getattr(model, "peft_method", None)
 
 
 def add_adapter(model: PreTrainedModel, peft: PeftSection, round_to_model_dtype: bool = False) -> PreTrainedModel:
-    """Put a method on a plain model, in place: what it adds is trained, and the scalar head of a reward model.
+    """Put a method on a plain model, in place, and return the model.
 
-    All else is frozen. New weights are drawn from torch's global generator. They are float32, but for
-    `round_to_model_dtype` and under ZeRO-3, which joins trained parameters of one type only: its optimiser steps
-    float32 copies.
+    What the method adds is trained, and the scalar head of a reward model; everything else is frozen. New weights are
+    drawn from torch's global generator. They are float32, or the model's dtype with `round_to_model_dtype` and under
+    ZeRO-3, which joins trained parameters of one dtype only (its optimiser steps float32 copies).
 
     Raises:
-        UserError: when the architecture has nothing for the method to work on, or fewer layers than
-            `peft.last_layers`.
+        UserError: if the architecture has nothing for the method to work on, or fewer layers than `peft.last_layers`.
     """
     if peft_of(model) is not None:
         raise ValueError("the model has a method already")
@@ -65,7 +64,7 @@ def add_adapter(model: PreTrainedModel, peft: PeftSection, round_to_model_dtype:
         _inject(model, layers, peft)
     for parameter in model.parameters():
         if id(parameter) not in weights:
-            if peft.method != "bitfit":  # whose vectors stand where the model's own stood
+            if peft.method != "bitfit":  # whose vectors replace the model's own
                 parameter.data = parameter.data.to(model.dtype if round_to_model_dtype else torch.float32)
             parameter.requires_grad_(True)
     if isinstance(head := getattr(model, "score", None), nn.Module):
@@ -75,7 +74,7 @@ def add_adapter(model: PreTrainedModel, peft: PeftSection, round_to_model_dtype:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained of a model, by name: of one with a method on it, all that is its own."""
+    """Return the trained parameters of a model by name: those of its method and its head, if a method is on it."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -91,14 +90,14 @@ def _chosen_layers(model: PreTrainedModel, peft: PeftSection) -> Sequence[nn.Mod
 
 
 def _train_biases(model: PreTrainedModel, parts: Sequence[nn.Module]) -> None:
-    """Give every module of these parts of the model a bias of its own, of the same value, and train it."""
+    """Replace every bias in these parts of the model by a trained copy."""
     found = False
     for module in (module for each in parts for module in each.modules()):
         bias = module._parameters.get("bias")
         if bias is None:
             continue
         found = True
-        if is_partitioned(bias):  # under ZeRO-3 no two models share a base
+        if is_partitioned(bias):  # no two models share a base under ZeRO-3, so no copy is needed
             bias.requires_grad_(True)
         else:
             module.bias = nn.Parameter(bias.detach().clone())
@@ -126,11 +125,11 @@ def _inject(model: PreTrainedModel, layers: Sequence[nn.Module], peft: PeftSecti
     else:
         config = _lora_config(list(linear), transposed, peft)
     inject_adapter_in_model(config, model, ADAPTER)
-    del model.peft_config  # the model is no PeftModel, which some libraries take for one by this name
+    del model.peft_config  # some libraries take a model with this attribute for a PeftModel
 
 
 def _lora_config(linear: list[str], transposed: bool, peft: PeftSection) -> Any:
-    """Low-rank updates of every linear map: LoRA (Hu et al. 2021), or with DoRA's magnitudes (Liu et al. 2024)."""
+    """Return the config of LoRA (Hu et al. 2021) or DoRA (Liu et al. 2024) on every linear map."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -144,9 +143,12 @@ def _lora_config(linear: list[str], transposed: bool, peft: PeftSection) -> Any:
 
 
 def _ia3_config(model: PreTrainedModel, linear: list[str], transposed: bool) -> Any:
-    """Scales of keys, values and inner activations of the feed-forward layer (Liu et al. 2022, arXiv 2205.05638).
+    """Return the config that scales keys, values and the MLP's inner activations (Liu et al. 2022, arXiv 2205.05638).
 
-    The maps are found by name: peft's table has queries in place of keys for half of its architectures.
+    The maps are found by name: peft's own table names queries instead of keys for half of its architectures.
+
+    Raises:
+        UserError: if no map of the architecture is known to make them.
     """
     from peft import IA3Config
 
@@ -166,7 +168,7 @@ def _ia3_config(model: PreTrainedModel, linear: list[str], transposed: bool) -> 
 
 
 def is_plain_lora(module: nn.Module) -> bool:
-    """Return whether it is peft's linear map with low-rank updates, without dropout or magnitudes."""
+    """Return whether it is peft's linear map with low-rank updates, without dropout, magnitudes or biases."""
     from peft.tuners.lora import Linear as LoraLinear
 
     plain = type(module) is LoraLinear and not module.merged and not module.lora_variant

@@ -1,8 +1,8 @@
-"""One set of base weights for the policy, the reference, the value and the reward model of PPO.
+"""Share one set of base weights among the policy, reference, value and reward model of PPO.
 
-Under a parameter-efficient method all four are adapters on one base, which is needed once. Each of them gets modules of
-its own around the same Parameters (`share_base`, `share_base_with_scalar_head`), so that each has its adapter in
-place and none is ever switched.
+Under a parameter-efficient method all four are adapters on one base, which memory needs to hold only once. Each network
+gets modules of its own around the same Parameters (`share_base`, `share_base_with_scalar_head`), so each keeps its
+adapter in place and no adapter is ever switched.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from rlhf.system.quiet import quiet_transformers
 
 
 def all_share_base(recipe: Recipe, zero_stage: int) -> bool:
-    """Whether PPO holds the base once for all four networks.
+    """Return whether PPO holds the base once for all four networks.
 
-    Not under ZeRO-3: there DeepSpeed's hooks gather and partition a Parameter for the module it sits in, and one that
-    sits in several would be taken from under the others. Where frozen models lie (launch.frozen) does not matter: the
-    policy has the base on the device anyway, and what the others have of their own is small.
+    It does not under ZeRO-3: DeepSpeed's hooks gather and partition a Parameter for the module that owns it, and would
+    partition a shared one while another module still needs it. launch.frozen does not matter: the policy has the base
+    on the device anyway, and the weights that the other networks add are few.
     """
     return policies_share_base(recipe, zero_stage) and recipe.reward_peft.on and recipe.reward.model == "sft"
 
 
 def policies_share_base(recipe: Recipe, zero_stage: int) -> bool:
-    """Whether policy and reference, at least, are adapters on one base in memory."""
+    """Return whether at least policy and reference are adapters on one base in memory."""
     return recipe.model.peft.on and zero_stage < 3
 
 
 def share_base(policy: PreTrainedModel) -> PreTrainedModel:
-    """A policy with modules of its own around the very weights of another, which has no method on it yet."""
+    """Return a policy with new modules around the same weights as `policy`, which must have no method on it yet."""
     _check_plain(policy)
     return _share_modules(policy, {}).eval()
 
@@ -44,14 +44,14 @@ def share_base(policy: PreTrainedModel) -> PreTrainedModel:
 def share_base_with_scalar_head(
     policy: PreTrainedModel, keep_layers: int, trust_remote_code: bool = False
 ) -> PreTrainedModel | None:
-    """A model with a scalar head (zeros) whose body has modules of its own around the policy's very weights.
+    """Return a model with a scalar head (zeros) and new modules around the same body weights as `policy`.
 
-    None for an architecture whose scalar model has another body than its language model, or weights besides.
+    Returns None for an architecture whose scalar model has another body than its language model, or further weights.
     """
     _check_plain(policy)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
-    # What it is built with is thrown away: on the meta device it takes no memory and no time.
+    # Its own weights are thrown away: on the meta device they take no memory and no time.
     with torch.random.fork_rng(devices=[]), torch.device("meta"), quiet_transformers():
         twin = AutoModelForSequenceClassification.from_config(
             config,
@@ -79,7 +79,7 @@ def _check_plain(policy: PreTrainedModel) -> None:
 
 
 def _share_modules(model: nn.Module, memo: dict[int, Any]) -> Any:
-    """A copy of the modules around the same weights; `memo`: further objects by id, and what stands for them."""
-    # What the memo names is taken for copied already.
+    """Return a copy of the modules around the same weights; `memo` maps the id of further objects to replacements."""
+    # deepcopy takes whatever the memo names for copied already.
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared | memo)

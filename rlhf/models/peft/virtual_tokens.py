@@ -1,15 +1,15 @@
-"""Virtual tokens: prompt tuning, P-tuning, prefix tuning and P-tuning v2, inside a plain transformers model.
+"""Put virtual tokens into a plain transformers model: prompt tuning, P-tuning, prefix tuning and P-tuning v2.
 
-Before every row stand V trained tokens that are no words. Two kinds:
+V trained tokens that are not words precede every row. There are two kinds:
 
     embeddings          prompt (Lester et al. 2021), p_tuning (Liu et al. 2021, made by a network): they go through all
                         layers as words do
-    keys and values     prefix (Li & Liang 2021, made by a network), p_tuning_v2 (Liu et al. 2022): they stand in every
-                        layer's cache, and nothing of theirs is computed
+    keys and values     prefix (Li & Liang 2021, made by a network), p_tuning_v2 (Liu et al. 2022): they are put into
+                        every layer's cache, and no layer computes them
 
-The model's body answers as it did without them: positions, masks and hidden states of the caller are those of the real
-tokens, which stand at V, V + 1, ... The encoders are peft's. Its wrapper is not used: it drops explicit positions, by
-which left-padded rows differ by up to 0.5 nats, and it hides the body, which scoring calls without the LM head.
+Callers do not see them: the caller's positions, masks and hidden states are those of the real tokens, whose positions
+inside are V, V + 1, ... The encoders are peft's. Its wrapper is not used: it drops explicit positions, by which
+left-padded rows differ by up to 0.5 nats, and it hides the body, which scoring calls without the LM head.
 
 Shapes: B rows of L tokens, V virtual ones, H hidden size, N key-value heads of size D.
 """
@@ -30,10 +30,10 @@ from rlhf.models.placement import full_shape
 
 
 class VirtualTokens(nn.Module):
-    """The trained tokens and the network that makes them, where there is one; a child of the model's body.
+    """The trained tokens, with the network that makes them if the method has one; a child of the model's body.
 
     Args:
-        embeddings: of words, from which prompt tuning draws what it starts from.
+        embeddings: the word embeddings, from which prompt tuning draws its initial tokens.
     """
 
     def __init__(self, config: PretrainedConfig, embeddings: nn.Module, peft: PeftSection) -> None:
@@ -45,20 +45,21 @@ class VirtualTokens(nn.Module):
         self.encoder.to(device=weight.device, dtype=torch.float32)
 
     def forward(self) -> Tensor:
-        """Embeddings [V, H], or keys and values of all layers in turn [2 layers, N, V, D]."""
+        """Return embeddings [V, H], or keys and values layer after layer [2 layers, N, V, D]."""
         weight = self.encoder.embedding.weight
         made = self.encoder(torch.arange(self.count, device=weight.device))
         return made.view(self.count, -1, self.heads, self.size).permute(1, 2, 0, 3) if self.cached else made
 
 
 def add_virtual_tokens(model: PreTrainedModel, peft: PeftSection) -> None:
-    """Put virtual tokens before every row that the model's body sees, in place; drawn from the global generator.
+    """Put virtual tokens before every row that the model's body sees, in place.
 
-    The body's `forward` takes what transformers' takes, and keeps a cache's positions of virtual tokens to itself.
+    They are drawn from the global generator. The body's `forward` keeps its arguments, and hides the cache positions of
+    virtual tokens.
 
     Raises:
-        UserError: for MPT, whose attention counts distances in columns: those to virtual tokens would hold a row's
-            padding too; and as of `VirtualTokens`.
+        UserError: for MPT, whose attention counts distances in columns, so that a row's padding would count as distance
+            to the virtual tokens; or if the number of key-value heads is unknown.
     """
     if model.config.model_type == "mpt":
         raise UserError(
@@ -66,19 +67,19 @@ def add_virtual_tokens(model: PreTrainedModel, peft: PeftSection) -> None:
             f"model.peft.method={peft.method}",
             "take a method without virtual tokens, as lora, or another architecture",
         )
-    # OPT's language model calls the decoder inside its body, and so does the body: the tokens go before both.
+    # OPT's language model and its body both call the decoder, so the tokens go in there.
     body: Any = model.get_decoder()
     body.virtual_tokens = VirtualTokens(model.config, model.get_input_embeddings(), peft)
     body.forward = partial(_forward, body, body.forward)
 
 
 def positions_taken(peft: PeftSection | None) -> int:
-    """Of the model's context, by virtual tokens."""
+    """Return the positions of the model's context that virtual tokens take."""
     return peft.virtual_tokens if peft is not None and peft.method in VIRTUAL_TOKEN_METHODS else 0
 
 
 def attention_window(config: PretrainedConfig) -> int:
-    """How many tokens the narrowest layers attend to; 0 where all layers attend to all."""
+    """Return how many tokens the narrowest layers attend to; 0 if all layers attend to all tokens."""
     if "local" in (getattr(config, "attention_layers", None) or []):  # GPT-Neo's name for them
         return config.window_size
     sliding = "sliding_attention" if getattr(config, "use_sliding_window", True) else "full_attention"
@@ -98,26 +99,26 @@ def _forward(
     inputs_embeds: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The body's forward with virtual tokens before the rows.
+    """Run the body's forward with virtual tokens before the rows.
 
     Args:
         attention_mask: [B, tokens] or [B, 1, queries, tokens], of real tokens, cached ones included.
         position_ids: [B, L], counted from the first real token of a row.
-        past_key_values: filled by an earlier call, or empty: then the virtual tokens go in first.
+        past_key_values: filled by an earlier call, or empty; virtual tokens go into an empty cache first.
     """
     tokens: VirtualTokens = body.virtual_tokens
     if attention_mask is not None:
-        # Of a mask that is added to scores, 0 is what lets through.
-        lets_through = 0 if attention_mask.is_floating_point() else 1
-        attention_mask = pad(attention_mask, (tokens.count, 0), value=lets_through)
+        # A floating-point mask is added to scores: 0 attends.
+        attends = 0 if attention_mask.is_floating_point() else 1
+        attention_mask = pad(attention_mask, (tokens.count, 0), value=attends)
     if position_ids is not None:
         position_ids = position_ids + tokens.count
-    begins = past_key_values is None or past_key_values.get_seq_length() == 0
+    is_first = past_key_values is None or past_key_values.get_seq_length() == 0
     given: Any = input_ids if inputs_embeds is None else inputs_embeds
     before = 0
-    if begins and tokens.cached:
+    if is_first and tokens.cached:
         past_key_values = _filled(past_key_values, body.config, tokens(), len(given), body.dtype)
-    elif begins:
+    elif is_first:
         before = tokens.count
         words = body.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         virtual = tokens().to(words.dtype).expand(len(words), -1, -1)
@@ -140,7 +141,7 @@ def _forward(
 
 
 def _filled(cache: Cache | None, config: PretrainedConfig, made: Tensor, rows: int, dtype: torch.dtype) -> Cache:
-    """The cache with keys and values [2 layers, N, V, D] for every row."""
+    """Return the cache with keys and values [2 layers, N, V, D] put in for every row."""
     cache = DynamicCache(config=config) if cache is None else cache
     for layer, (keys, values) in enumerate(made.to(dtype).unflatten(0, (-1, 2))):
         cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
@@ -148,14 +149,14 @@ def _filled(cache: Cache | None, config: PretrainedConfig, made: Tensor, rows: i
 
 
 def _heads(config: PretrainedConfig) -> tuple[int, int]:
-    """Key-value heads, and their size.
+    """Return the number of key-value heads, and their size.
 
     Raises:
-        UserError: when the config does not name their number (Falcon).
+        UserError: if the config does not name their number (Falcon).
     """
     if getattr(config, "multi_query", False) and not hasattr(config, "num_key_value_heads"):
         raise UserError(
-            f"how many heads hold keys and values is not known of {config.model_type}",
+            f"the number of key-value heads of {config.model_type} is not known",
             "model.peft.method",
             "take p_tuning or prompt, whose tokens are embeddings",
         )
@@ -164,7 +165,7 @@ def _heads(config: PretrainedConfig) -> tuple[int, int]:
 
 
 def _encoder(config: PretrainedConfig, embeddings: nn.Module, peft: PeftSection, channels: int) -> Any:
-    """peft's module that makes the tokens; `channels` of keys, or values, in a layer."""
+    """Return peft's module that makes the tokens; `channels` is the width of a layer's keys, or values."""
     from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
     from peft.tuners.p_tuning import PromptEncoder
     from peft.tuners.prefix_tuning import PrefixEncoder
@@ -174,7 +175,7 @@ def _encoder(config: PretrainedConfig, embeddings: nn.Module, peft: PeftSection,
     sizes |= {"num_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads}
     width = full_shape(embeddings.weight)[1]
     if peft.method == "prompt":
-        # Words drawn from the vocabulary: random vectors lie far from all that the layers know (Lester et al. 3.1).
+        # Words drawn from the vocabulary: random vectors are far from everything the layers know (Lester et al. 3.1).
         return PromptEmbedding(
             PromptTuningConfig(**sizes, token_dim=width, prompt_tuning_init="SAMPLE_VOCAB"), embeddings
         )
@@ -187,6 +188,6 @@ def _encoder(config: PretrainedConfig, embeddings: nn.Module, peft: PeftSection,
         )
     )
     if not made_by_network:
-        # peft draws N(0, 1): as loud as a trained model's own values, before anything is learned.
+        # peft draws from N(0, 1), as large as a trained model's own values, before anything is learned.
         nn.init.normal_(encoder.embedding.weight, std=getattr(config, "initializer_range", 0.02))
     return encoder

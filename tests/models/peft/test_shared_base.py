@@ -100,14 +100,16 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES)
-def given(request: pytest.FixtureRequest, tmp_path: Path) -> Given:
+@pytest.fixture(scope="module", params=CASES)
+def given(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Given:
+    """Two adapters for all tests of a case; read only."""
     base, method, keep_layers = CASES[request.param]
-    return make(request.getfixturevalue(base), tmp_path, method, keep_layers)
+    return make(request.getfixturevalue(base), tmp_path_factory.mktemp("given"), method, keep_layers)
 
 
 @pytest.fixture
 def llama_given(tiny_dir: str, tmp_path: Path) -> Given:
+    """Two LoRA adapters that the test may change."""
     return make(tiny_dir, tmp_path)
 
 
@@ -316,11 +318,11 @@ def test_another_method_than_the_recipes_is_told(llama_given: Given) -> None:
         llama_given.build()
 
 
-@pytest.mark.parametrize("method", ["lora", "prompt"])
 def test_a_stopped_run_resumes_exactly(
-    method: str, tiny_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+    tiny_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = make(tiny_dir, tmp_path / "whole", method, keep_layers=3)
+    """Stopped twice; tests/stages/test_peft_stages.py resumes every method from a kill."""
+    given = make(tiny_dir, tmp_path / "whole", keep_layers=3)
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     fields = [*FIELDS, *given.fields, f"model.name={tiny_dir}", f"run.dir={tmp_path}", "ppo.save_every=0"]
     arguments = ["tiny", *fields, "--variant", "ppo-ptx"]
