@@ -157,7 +157,7 @@ def compare(
     name: Annotated[str, typer.Argument(metavar="COMPARISON", help="Name from `rlhf recipes`, or a YAML file.")],
     overrides: Overrides = None,
     arm: Annotated[
-        list[str] | None, typer.Option("--way", metavar="WAY", help="Run this way alone; repeatable. Default: all.")
+        list[str] | None, typer.Option("--arm", metavar="ARM", help="Run this arm alone; repeatable. Default: all.")
     ] = None,
     fresh: Fresh = False,
 ) -> None:

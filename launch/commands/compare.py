@@ -1,7 +1,7 @@
-"""`rlhf compare`: the ways of a comparison file one after the other, then one table and one page of all of them.
+"""`rlhf compare`: the arms of a comparison file one after the other, then one table and one page of all of them.
 
 Every stage is a program of its own, started as `rlhf run` starts it. The reference comes first: its rankings and its
-reward model are put in place in the other ways' run folders, as links. What is finished and unchanged is skipped; a way
+reward model are put in place in the other arms' run folders, as links. What is finished and unchanged is skipped; an arm
 that fails is told in the table with its reason, and the others go on.
 """
 
@@ -29,16 +29,16 @@ from rlhf.system.signals import STOPPED
 
 
 def compare(name_or_path: str, overrides: Sequence[str], chosen: Sequence[str] = (), fresh: bool = False) -> int:
-    """Run the ways of a comparison and show what came out; returns 0, 1 when a way failed, or a stopped stage's code.
+    """Run the arms of a comparison and show what came out; returns 0, 1 when an arm failed, or a stopped stage's code.
 
     Args:
         name_or_path: a shipped comparison, or the path of a comparison file.
-        overrides: recipe fields for every way.
-        chosen: the ways to run, all by default; of the reference always all but PPO.
-        fresh: redo all stages of these ways.
+        overrides: recipe fields for every arm.
+        chosen: the arms to run, all by default; of the reference always all but PPO.
+        fresh: redo all stages of these arms.
 
     Raises:
-        UserError: for a file or a way that cannot be run, before anything is started; a reference without a reward
+        UserError: for a file or an arm that cannot be run, before anything is started; a reference without a reward
             model.
     """
     comparison = read_comparison(name_or_path, overrides)
@@ -54,7 +54,7 @@ def compare(name_or_path: str, overrides: Sequence[str], chosen: Sequence[str] =
     if leads := is_first_machine(comparison.base):  # the first of several machines
         write_comparison(comparison)
     _show(comparison, plan)
-    again = shlex.join(["rlhf", "compare", name_or_path, *overrides, *(f"--way={arm}" for arm in chosen)])
+    again = shlex.join(["rlhf", "compare", name_or_path, *overrides, *(f"--arm={arm}" for arm in chosen)])
     reasons: dict[str, str] = {}
     for arm, stages in plan.items():
         anew = fresh and (not chosen or arm in chosen)
@@ -67,7 +67,7 @@ def compare(name_or_path: str, overrides: Sequence[str], chosen: Sequence[str] =
             console.print(f"{arm}: {reason}", markup=False, soft_wrap=True)
         if arm == comparison.reference and not RunFolder(comparison.folder / arm).is_done("reward"):
             raise UserError(
-                f"the reference {arm} has no reward model, which all ways need",
+                f"the reference {arm} has no reward model, which all arms need",
                 str(comparison.folder / arm),
                 f"the cause is named above; to go on: {again}",
             )
@@ -92,10 +92,10 @@ def write_results(comparison: Comparison, reasons: dict[str, str] | None = None)
 
 
 def _plan(comparison: Comparison, chosen: Sequence[str]) -> dict[str, list[str]]:
-    """Stages by way in the order in which they run, the reference first."""
+    """Stages by arm in the order in which they run, the reference first."""
     for arm in chosen:
         if arm not in comparison.arms:
-            raise UserError(f"there is no way {arm!r}", "--way", f"take one of {', '.join(comparison.arms)}")
+            raise UserError(f"there is no arm {arm!r}", "--arm", f"take one of {', '.join(comparison.arms)}")
     plan = {}
     for arm in [comparison.reference, *(arm for arm in comparison.arms if arm != comparison.reference)]:
         stages = comparison.load(arm).run.stages
@@ -108,19 +108,19 @@ def _plan(comparison: Comparison, chosen: Sequence[str]) -> dict[str, list[str]]
 
 
 def _show(comparison: Comparison, plan: dict[str, list[str]]) -> None:
-    """The ways that are run, and what each sets."""
+    """The arms that are run, and what each sets."""
     lines = []
     for arm, stages in plan.items():
         fields = ", ".join(f"{key}={value}" for key, value in comparison.arms[arm].items())
         lines.append([arm, ", ".join(stages), fields])
-    table(f"Comparison {comparison.folder}", ["way", "stages", "fields of its own"], lines)
+    table(f"Comparison {comparison.folder}", ["arm", "stages", "fields of its own"], lines)
 
 
 def _run(
     comparison: Comparison, arm: str, stages: Sequence[str], recipe: Recipe, fresh: bool, order: list[str]
 ) -> tuple[int, str]:
-    """Run a way's stages; returns the exit code of the one that did not end well and why, or 0."""
-    run, place = RunFolder(comparison.folder / arm), f"way {order.index(arm) + 1} of {len(order)}, {arm}"
+    """Run an arm's stages; returns the exit code of the one that did not end well and why, or 0."""
+    run, place = RunFolder(comparison.folder / arm), f"arm {order.index(arm) + 1} of {len(order)}, {arm}"
     if arm != comparison.reference and not console.quiet:
         link_shared_stages(comparison, arm)
     if not fresh and all(is_up_to_date(recipe, run, stage) for stage in stages):
@@ -137,7 +137,7 @@ def _run(
 
 
 def link_shared_stages(comparison: Comparison, arm: str) -> None:
-    """Link the reference's rankings and reward model into the run folder of a way."""
+    """Link the reference's rankings and reward model into the run folder of an arm."""
     (comparison.folder / arm).mkdir(parents=True, exist_ok=True)
     for stage in SHARED_STAGES:
         target, link = _shared_link(comparison, arm, stage)
@@ -146,7 +146,7 @@ def link_shared_stages(comparison: Comparison, arm: str) -> None:
 
 
 def check_shared_links(comparison: Comparison, arm: str) -> None:
-    """Raise UserError when a way's run has rankings or a reward model that are not the reference's."""
+    """Raise UserError when an arm's run has rankings or a reward model that are not the reference's."""
     for stage in SHARED_STAGES:
         target, link = _shared_link(comparison, arm, stage)
         ours = arm == comparison.reference or (link.is_symlink() and os.readlink(link) == target)
@@ -156,12 +156,12 @@ def check_shared_links(comparison: Comparison, arm: str) -> None:
 
 
 def _shared_link(comparison: Comparison, arm: str, stage: str) -> tuple[str, Path]:
-    """Where the link of a shared stage leads, seen from the way's run folder, and the link."""
+    """Where the link of a shared stage leads, seen from the arm's run folder, and the link."""
     return os.path.join("..", comparison.reference, stage), comparison.folder / arm / stage
 
 
 def _time_left(comparison: Comparison, order: Sequence[str], arm: str) -> str:
-    """`; about 12:30 left`, from the seconds that finished ways took; empty before the first is done."""
+    """`; about 12:30 left`, from the seconds that finished arms took; empty before the first is done."""
     seconds = [s for each in order if each != arm and (s := _seconds(comparison, each)) is not None]
     if not seconds:
         return ""
@@ -169,7 +169,7 @@ def _time_left(comparison: Comparison, order: Sequence[str], arm: str) -> str:
 
 
 def _seconds(comparison: Comparison, arm: str) -> float | None:
-    """What the stages of a finished way took, but for those that the reference does for all."""
+    """What the stages of a finished arm took, but for those that the reference does for all."""
     run = RunFolder(comparison.folder / arm)
     stages = [stage for stage in comparison.load(arm).run.stages if stage not in SHARED_STAGES]
     if not all(run.is_done(stage) for stage in stages):

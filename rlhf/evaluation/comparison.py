@@ -1,8 +1,8 @@
-"""The numbers of a comparison: one row for each way, from the files that its stages wrote.
+"""The numbers of a comparison: one row for each arm, from the files that its stages wrote.
 
-Nothing is computed with a model here. Held-out scores of two policies are compared prompt by prompt (all ways answer
+Nothing is computed with a model here. Held-out scores of two policies are compared prompt by prompt (all arms answer
 the same held-out prompts and are scored by one reward model), and the rubric judges the texts in samples.jsonl where a
-way is set against the reference's SFT policy, as evaluate judges policies of one run.
+arm is set against the reference's SFT policy, as evaluate judges policies of one run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ADAPTER = "adapter.safetensors"  # in model/: the trained weights alone
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One way; None for what its stages have not written (yet)."""
+    """One arm; None for what its stages have not written (yet)."""
 
     arm: str
     method: str  # model.peft.method
@@ -44,7 +44,7 @@ class ArmResult:
     sft_loss: float | None = None
     train_score: float | None = None  # the last PPO iteration's mean
     score: float | None = None  # held-out mean after PPO
-    score_sft: float | None = None  # and before: of the way's own SFT policy
+    score_sft: float | None = None  # and before: of the arm's own SFT policy
     gain: Interval | None = None  # the difference of the two
     gain_reference: Interval | None = None  # to the reference's SFT policy
     versus_reference: Interval | None = None  # to the reference's policy after PPO; None for the reference itself
@@ -63,7 +63,7 @@ class ArmResult:
 
     @property
     def preference(self) -> str:
-        """The same of the win rate over the way's own SFT policy."""
+        """The same of the win rate over the arm's own SFT policy."""
         return finding(self.win_rate, 0.5, self.prompts, ("preferred", "no clear difference", "SFT preferred"))
 
     @property
@@ -82,10 +82,10 @@ def finding(interval: Interval | None, start: float, prompts: int, words: tuple[
 
 
 def arm_results(comparison: Comparison, reasons: Mapping[str, str] | None = None) -> list[ArmResult]:
-    """One row for each way, in the file's order.
+    """One row for each arm, in the file's order.
 
     Args:
-        reasons: why ways have failed, where no stage could write that down.
+        reasons: why arms have failed, where no stage could write that down.
 
     Raises:
         UserError: for a file of a run that cannot be read.
@@ -130,7 +130,7 @@ def as_dicts(found: Sequence[ArmResult]) -> list[dict[str, Any]]:
 
 
 def _state(run: RunFolder, recipe: Recipe) -> tuple[str, str]:
-    """Where a way stands, and for one that has failed the stage's reason."""
+    """Where an arm stands, and for one that has failed the stage's reason."""
     states = {}
     for stage in recipe.run.stages:
         record = run.read_stage(stage)
@@ -151,7 +151,7 @@ def _training(run: RunFolder, variant: str, method: str, whole: int) -> dict[str
     """What SFT and PPO say of themselves.
 
     Args:
-        whole: weights of the base, 0 where no way trains all of them.
+        whole: weights of the base, 0 where no arm trains all of them.
     """
     records = {stage: run.read_stage(stage) or {} for stage in ("sft", variant)}
     sft, ppo = (record.get("metrics") or {} for record in records.values())

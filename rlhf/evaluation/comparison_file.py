@@ -1,16 +1,16 @@
-"""Comparison files: one recipe, run in several ways that differ in a few fields.
+"""Comparison files: one recipe, run in several arms that differ in a few fields.
 
-    recipe: peft                    name of the recipe that all ways share, or its file (seen from this one)
-    reference: full                 the way that ranks outputs and trains the reward model, for all of them
-    common: {run.seed: 2}           fields of every way; may be left out
-    ways:
+    recipe: peft                    name of the recipe that all arms share, or its file (seen from this one)
+    reference: full                 the arm that ranks outputs and trains the reward model, for all of them
+    common: {run.seed: 2}           fields of every arm; may be left out
+    arms:
       full: {sft.lr: 1.0e-5}
       lora: {model.peft.method: lora, sft.lr: 5.0e-4}
 
 Fields are written as on the command line. The reference is an ordinary run of all stages of the recipe. The others run
 what a policy is made and judged by, SFT, PPO and evaluate, with the reference's rankings and its reward model: their
 scores are of one model and can be compared. So the reward model is a whole one (reward.peft.method=none), and every
-way's value model, which starts from it, is trained whole too: the ways differ in the policy alone.
+arm's value model, which starts from it, is trained whole too: the arms differ in the policy alone.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from rlhf.system.files import write_atomic
 
 COMPARISONS = RECIPES.parent / "comparisons"
 FILE = "comparison.yaml"  # in the comparison's folder: the file as it was resolved
-NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # of a way, hence of a run folder
-SECTIONS = ("recipe", "reference", "common", "ways")
-SHARED_STAGES = ("rank", "reward")  # done by the reference for all ways
-# What is placed by the comparison, or has to be the same for the ways' numbers to be comparable.
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # of an arm, hence of a run folder
+SECTIONS = ("recipe", "reference", "common", "arms")
+SHARED_STAGES = ("rank", "reward")  # done by the reference for all arms
+# What is placed by the comparison, or has to be the same for the arms' numbers to be comparable.
 FIXED_FIELDS = ("run.dir", "run.name", "run.stages", "rank.", "reward.", "evaluate.", "data.prompts_heldout")
 
 
@@ -50,12 +50,12 @@ class Comparison:
 
     @property
     def base(self) -> Recipe:
-        """The recipe with what is common to all ways."""
+        """The recipe with what is common to all arms."""
         return load_recipe(self.recipe, _as_overrides(self.common))
 
     @property
     def folder(self) -> Path:
-        """runs/<name>, which holds the run folders of the ways."""
+        """runs/<name>, which holds the run folders of the arms."""
         run = self.base.run
         return Path(run.dir) / run.name
 
@@ -65,7 +65,7 @@ class Comparison:
         return next((variant for variant in PPO_VARIANTS if variant in self.base.run.stages), "ppo")
 
     def overrides(self, arm: str) -> list[str]:
-        """What the command line of a way's stages says after the name of the recipe."""
+        """What the command line of an arm's stages says after the name of the recipe."""
         base, folder = self.base, self.folder
         placed: dict[str, Any] = {"run.dir": str(folder), "run.name": arm}
         if arm != self.reference:
@@ -75,7 +75,7 @@ class Comparison:
         return _as_overrides(self.common | self.arms[arm] | placed)
 
     def load(self, arm: str) -> Recipe:
-        """The whole recipe of a way."""
+        """The whole recipe of an arm."""
         return load_recipe(self.recipe, self.overrides(arm))
 
 
@@ -85,11 +85,11 @@ def comparison_names() -> dict[str, str]:
 
 
 def read_comparison(name_or_path: str, overrides: Sequence[str] = ()) -> Comparison:
-    """Read a comparison file and check every way.
+    """Read a comparison file and check every arm.
 
     Args:
         name_or_path: a name listed by `comparison_names`, or the path of a YAML file.
-        overrides: `section.field=value` strings for every way.
+        overrides: `section.field=value` strings for every arm.
 
     Raises:
         UserError: with file, line and field, for anything that cannot be run.
@@ -104,12 +104,12 @@ def read_comparison(name_or_path: str, overrides: Sequence[str] = ()) -> Compari
             raise UserError(f"{key} is {values.get(key)!r}", lines.where(key), f"give the name of a {key}")
     common = _mapping(values.get("common", {}), lines, "common")
     arms = {
-        arm: _mapping(given, lines, "ways", arm) for arm, given in _mapping(values.get("ways"), lines, "ways").items()
+        arm: _mapping(given, lines, "arms", arm) for arm, given in _mapping(values.get("arms"), lines, "arms").items()
     }
     if values["reference"] not in arms:
         fix = f"take one of {', '.join(arms)}"
         raise UserError(
-            f"the reference {values['reference']} is no way of this comparison", lines.where("reference"), fix
+            f"the reference {values['reference']} is no arm of this comparison", lines.where("reference"), fix
         )
     recipe = values["recipe"]
     if (path.parent / recipe).is_file():
@@ -137,7 +137,7 @@ def write_comparison(comparison: Comparison) -> Path:
         "recipe": comparison.recipe,
         "reference": comparison.reference,
         "common": comparison.common,
-        "ways": comparison.arms,
+        "arms": comparison.arms,
     }
     path = comparison.folder / FILE
     write_atomic(path, yaml.safe_dump(held, sort_keys=False, width=120))
@@ -169,10 +169,10 @@ class _Lines:
 
 
 def _mapping(value: Any, lines: _Lines, *at: str) -> dict[str, Any]:
-    """The value of a section; a way without any field of its own may be left empty."""
+    """The value of a section; an arm without any field of its own may be left empty."""
     if value is None and len(at) == 2:
         return {}
-    if not isinstance(value, Mapping) or (not value and at == ("ways",)):
+    if not isinstance(value, Mapping) or (not value and at == ("arms",)):
         held = "is missing or empty" if value in (None, {}) else f"is {value!r}"
         raise UserError(
             f"{at[-1]} {held}", lines.where(*at), "write `name: {section.field: value}` on the lines below it"
@@ -181,33 +181,33 @@ def _mapping(value: Any, lines: _Lines, *at: str) -> dict[str, Any]:
 
 
 def _check_overrides(overrides: Sequence[str], arms: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Refuse to set, for all ways, what they differ in."""
+    """Refuse to set, for all arms, what they differ in."""
     for text in overrides:
         key = text.partition("=")[0].strip()
         setting = [arm for arm, given in arms.items() if key in given]
         if setting:
             raise UserError(
-                f"{key} is what the ways differ in: {', '.join(setting)}",
+                f"{key} is what the arms differ in: {', '.join(setting)}",
                 "the command line",
                 f"change it in a copy of {path}",
             )
 
 
 def _check_arm(comparison: Comparison, arm: str, lines: _Lines) -> None:
-    """Raise UserError for a way that cannot be a run of this comparison."""
+    """Raise UserError for an arm that cannot be a run of this comparison."""
     given = comparison.arms[arm]
     if not NAME.fullmatch(arm):
         fix = "name it in letters, digits, dots, dashes and underscores"
-        raise UserError(f"the way {arm!r} cannot be the name of a folder", lines.where("ways", arm), fix)
+        raise UserError(f"the arm {arm!r} cannot be the name of a folder", lines.where("arms", arm), fix)
     for key in given:
         if key.startswith(FIXED_FIELDS):
             fix = "set it under common, or in the recipe" if not key.startswith("run.") else "leave it out"
-            raise UserError(f"{key} is the same for all ways, or follows from them", lines.where("ways", arm, key), fix)
-    recipe = _load(comparison.recipe, comparison.overrides(arm), lines, "ways", arm, given)
+            raise UserError(f"{key} is the same for all arms, or follows from them", lines.where("arms", arm, key), fix)
+    recipe = _load(comparison.recipe, comparison.overrides(arm), lines, "arms", arm, given)
     if recipe.reward.peft.method != "none":
         raise UserError(
-            f"reward.peft.method is {recipe.reward.peft.method}: all ways share one reward model, trained whole",
-            lines.where("ways", arm),
+            f"reward.peft.method is {recipe.reward.peft.method}: all arms share one reward model, trained whole",
+            lines.where("arms", arm),
             "set reward.peft.method=none in the recipe or under common",
         )
 

@@ -1,4 +1,4 @@
-"""The page of a comparison: one HTML file with a table and a plot of all ways, the same as JSON, and a terminal table.
+"""The page of a comparison: one HTML file with a table and a plot of all arms, the same as JSON, and a terminal table.
 
 Everything comes from `rlhf.evaluation.comparison.rows`. A run that belongs to a comparison shows its table in its own
 report (`membership`, for rlhf/evaluation/report.py).
@@ -42,7 +42,7 @@ def write_page(comparison: Comparison, rows: Sequence[ArmResult]) -> Path:
     """Write comparison.html and comparison.json into the comparison's folder; returns the path of the former."""
     folder, reference = comparison.folder, comparison.reference
     base = comparison.load(reference)
-    data = {"name": folder.name, "reference": reference, "variant": comparison.variant, "ways": as_dicts(rows)}
+    data = {"name": folder.name, "reference": reference, "variant": comparison.variant, "arms": as_dicts(rows)}
     write_atomic(folder / DATA, json.dumps(data, indent=1) + "\n")
     html = render(
         "comparison.html.j2",
@@ -63,7 +63,7 @@ def write_page(comparison: Comparison, rows: Sequence[ArmResult]) -> Path:
 
 NOTES = (
     "Small print: the share of the policy’s weights and the files that SFT and PPO leave; validation loss in nats per "
-    "token; the score of the way’s own SFT policy and of the last PPO iteration’s own samples; 95 % bootstrap "
+    "token; the score of the arm’s own SFT policy and of the last PPO iteration’s own samples; 95 % bootstrap "
     "intervals over the prompts, of differences prompt by prompt. “Learned nothing”: the gain’s interval covers 0. "
     "KL in nats per response. Time is SFT and PPO, memory the highest in PPO. One seed: another one would move every "
     "row, and each method’s learning rate is a choice of its own."
@@ -74,7 +74,7 @@ def verdict(rows: Sequence[ArmResult], reference: str) -> str:
     """What the comparison found, no more than the intervals allow to say."""
     judged = [row for row in rows if row.gain is not None and row.score is not None]
     if not judged:
-        return "No way has been evaluated yet."
+        return "No arm has been evaluated yet."
     best = max(judged, key=lambda row: row.score)
     text = f"Highest held-out score: {best.arm}, {number(best.score)}"
     text += f" with {share(best.share)} of the weights trained" if best.share else ""
@@ -95,20 +95,20 @@ def verdict(rows: Sequence[ArmResult], reference: str) -> str:
 
 
 def basis(comparison: Comparison, rows: Sequence[ArmResult]) -> str:
-    """How the ways are made comparable."""
+    """How the arms are made comparable."""
     recipe = comparison.load(comparison.reference)
     prompts = max((row.prompts for row in rows), default=0)
     text = (
-        f"The same data, steps and samples in every way, {recipe.ppo.episodes} episodes of PPO. {comparison.reference} "
-        "ranked the outputs of its own SFT policy and trained one reward model on them, which scores every way (and "
-        "has seen nothing of the other ways’ outputs); every way’s value model is trained whole. "
+        f"The same data, steps and samples in every arm, {recipe.ppo.episodes} episodes of PPO. {comparison.reference} "
+        "ranked the outputs of its own SFT policy and trained one reward model on them, which scores every arm (and "
+        "has seen nothing of the other arms’ outputs); every arm’s value model is trained whole. "
     )
     labeler = recipe.evaluate.labeler.replace("_", " ")
     return text + (f"Judged by the {labeler} labeler on {prompts} held-out prompts." if prompts else "")
 
 
 def charts(rows: Sequence[ArmResult], reference: str) -> list[dict[str, Any]]:
-    """Trained weights against reward and against win rate, of the ways that have both."""
+    """Trained weights against reward and against win rate, of the arms that have both."""
     found = []
     for title, unit, key, start in (
         ("Reward", f"held-out score, difference to SFT of {reference}", "gain_reference", 0.0),
@@ -126,11 +126,11 @@ def membership(run_dir: Path) -> dict[str, Any] | None:
     """What a run's report shows of the comparison that it belongs to: name, reference and rows; None without one."""
     run_dir = run_dir.resolve()
     data = read_json(run_dir.parent / DATA)
-    return data if data and any(row["arm"] == run_dir.name for row in data["ways"]) else None
+    return data if data and any(row["arm"] == run_dir.name for row in data["arms"]) else None
 
 
 def print_rows(comparison: Comparison, rows: Sequence[ArmResult]) -> None:
-    """The table for the terminal, and the reason of each way that is not done."""
+    """The table for the terminal, and the reason of each arm that is not done."""
     cells = []
     for row in rows:
         cells.append(
@@ -148,7 +148,7 @@ def print_rows(comparison: Comparison, rows: Sequence[ArmResult]) -> None:
                 "–" if (seconds := _seconds(row)) is None else clock(seconds),
             ]
         )
-    columns = ["way", "trained", "SFT loss", "score", "gain over own SFT", "wins over it"]
+    columns = ["arm", "trained", "SFT loss", "score", "gain over own SFT", "wins over it"]
     columns += [f"over {comparison.reference}'s SFT", "KL", "time"]
     table(f"Comparison {comparison.folder.name}", columns, cells)
     for row in rows:

@@ -19,7 +19,7 @@ from support.comparison_runs import BAD, by_arm, hand_made
 
 @pytest.fixture
 def comparison(tmp_path: Path) -> Comparison:
-    """Three finished ways in hand-made run folders."""
+    """Three finished arms in hand-made run folders."""
     return hand_made(tmp_path)
 
 
@@ -54,7 +54,7 @@ def test_gains_are_differences_prompt_by_prompt(comparison: Comparison) -> None:
     assert full.gain_reference == full.gain and full.versus_reference is None
 
 
-def test_the_rubric_judges_a_way_against_the_references_sft_policy(comparison: Comparison) -> None:
+def test_the_rubric_judges_an_arm_against_the_references_sft_policy(comparison: Comparison) -> None:
     full, lora, prompt = arm_results(comparison)
     # 20 of 20 prompts: the Wilson interval is 1 / (1 + 1.96^2 / 20) to 1.
     assert lora.win_rate_reference == Interval(1.0, pytest.approx(0.83887, abs=1e-5), 1.0)
@@ -104,7 +104,7 @@ def test_mean_interval_against_all_resamples() -> None:
 # --- runs that are not done, or broken -------------------------------------------------------------------------------
 
 
-def test_a_way_that_failed_is_told_with_its_reason(comparison: Comparison) -> None:
+def test_an_arm_that_failed_is_told_with_its_reason(comparison: Comparison) -> None:
     record = {"state": "failed", "error": "UserError: KL reached 120 nats\n  where: ppo.max_kl", "metrics": {}}
     (comparison.folder / "lora" / "ppo-ptx" / "stage.json").write_text(json.dumps(record))
     (comparison.folder / "prompt" / "evaluate" / "stage.json").unlink()
@@ -115,7 +115,7 @@ def test_a_way_that_failed_is_told_with_its_reason(comparison: Comparison) -> No
     assert found["prompt"].reason == "evaluate was killed (signal 9)"
 
 
-def test_states_of_a_way_that_is_not_done(comparison: Comparison) -> None:
+def test_states_of_an_arm_that_is_not_done(comparison: Comparison) -> None:
     stage = comparison.folder / "lora" / "ppo-ptx" / "stage.json"
     stage.write_text(json.dumps({"state": "running"}))
     assert by_arm(arm_results(comparison))["lora"].state == "interrupted"

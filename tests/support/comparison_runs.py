@@ -1,4 +1,4 @@
-"""Hand-made runs of a comparison of three ways, with numbers that can be worked out by hand."""
+"""Hand-made runs of a comparison of three arms, with numbers that can be worked out by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ common:
   reward.peft.method: none
   sft.packing: false
   tracking.wandb: disabled
-ways:
+arms:
   full: {}
   lora: {model.peft.method: lora, sft.lr: 5.0e-3}
   prompt: {model.peft.method: prompt, ppo.lr: 0.01}
@@ -102,10 +102,10 @@ def samples(arm: str) -> list[dict[str, Any]]:
 
 
 def hand_made(folder: Path) -> Comparison:
-    """Three finished ways, in run folders below `folder`/three."""
+    """Three finished arms, in run folders below `folder`/three."""
     (folder / "three.yaml").write_text(FILE)
     found = read_comparison(str(folder / "three.yaml"), [f"run.dir={folder}"])
-    for arm in found.ways:
+    for arm in found.arms:
         recipe = found.load(arm)
         for stage in recipe.run.stages:
             where = found.folder / arm / stage
