@@ -1,8 +1,8 @@
-"""`rlhf compare`: the arms of a comparison file one after the other, then one table and one page of all of them.
+"""`rlhf compare`: run the arms of a comparison file one after the other, then show all of them in a table and a page.
 
 Every stage is a program of its own, started as `rlhf run` starts it. The reference comes first: its rankings and its
-reward model are put in place in the other arms' run folders, as links. What is finished and unchanged is skipped; an arm
-that fails is told in the table with its reason, and the others go on.
+reward model are linked into the run folders of the other arms. Finished and unchanged stages are skipped. If an arm
+fails, the table gives the reason and the other arms still run.
 """
 
 from __future__ import annotations

@@ -287,7 +287,6 @@ def _judge(recipe: Recipe, reference: RunFolder, arm: str, mine: Answers, base: 
     prompts = [Prompt((Message("user", text),)) for text in mine]  # of which the rubric sees the text alone
     sides = [[[Output(a["text"], a["finished"]) for a in side[text]] for text in mine] for side in (mine, base)]
     seed = row_seed(recipe.run.seed, "compare", "reference", arm)
-    wins = pairwise_wins(
-        make_evaluation_labeler(recipe, reference), prompts, *sides, seed, judgements=recipe.evaluate.judgements
-    )
+    labeler = make_evaluation_labeler(recipe, reference)
+    wins = list(pairwise_wins(labeler, prompts, *sides, seed, recipe.evaluate.judgements))
     return win_rate(prompt_means(wins), recipe.evaluate.bootstrap, seed)

@@ -15,9 +15,9 @@ from rlhf.data.encoding import encode_prompt, encode_response, stop_ids
 from rlhf.data.prompt_template import Template, load_template, parse_template
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
-from rlhf.evaluation.prompted_baseline import answer_prompted, prompted_messages, response_ids
+from rlhf.evaluation.heldout import HeldOut
+from rlhf.evaluation.prompted_baseline import PromptedResponses, answer_prompted, prompted_messages, response_ids
 from rlhf.evaluation.report import label, print_summary, write_report
-from rlhf.evaluation.results import Answers
 from rlhf.functional.seeding import row_seed
 from rlhf.models.loading import load_policy, load_tokenizer, new_reward_model, save_model
 from rlhf.recipe import load_recipe
@@ -89,37 +89,40 @@ def draw(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list
     )
 
 
-def ask(template: Template, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Answers, list[str]]:
-    plain = [encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
-    done: list[int] = []
-    found = answer_prompted(recipe(), policy, tokenizer, template, PROMPTS, plain, [7, 8, 9], done.append)
+def heldout(tokenizer: PreTrainedTokenizerBase) -> HeldOut:
+    return HeldOut(PROMPTS, [encode_prompt(tokenizer, prompt) for prompt in PROMPTS], [7, 8, 9])
+
+
+def ask(template: Template, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PromptedResponses:
+    asked, done = heldout(tokenizer), list[int]()
+    found = answer_prompted(recipe(), policy, tokenizer, template, asked, done.append)
     assert sum(done) == len(PROMPTS) * (1 + template.reasons)
-    assert [found.rollout.prompt(i) for i in range(3)] == plain
+    assert [found.rollout.prompt(i) for i in range(3)] == asked.ids
     assert found.texts == found.rollout.texts(tokenizer)
-    return Answers(found.rollout, found.texts, {}, prompted=template.name), found.reasoning
+    return found
 
 
 def test_a_few_shot_answer_is_a_draw_under_the_longer_prompt(
     policy: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     template = parse_template(FEW, "f", "few")
-    answers, reasoning = ask(template, policy, tiny_tokenizer)
+    answers = ask(template, policy, tiny_tokenizer)
     rows = [encode_prompt(tiny_tokenizer, prompted_messages(template, prompt)) for prompt in PROMPTS]
     expected = draw(policy, tiny_tokenizer, rows, 6, [7, 8, 9])
     assert [answers.rollout.response(i) for i in range(3)] == [expected.response(i) for i in range(3)]
     assert answers.rollout.finished.tolist() == expected.finished.tolist()
-    assert reasoning == ["", "", ""]
+    assert answers.reasoning == ["", "", ""]
 
 
 def test_of_a_reasoned_answer_only_what_follows_the_cue_is_left(
     policy: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     template = parse_template(THINK, "t", "think")
-    answers, reasoning = ask(template, policy, tiny_tokenizer)
+    answers = ask(template, policy, tiny_tokenizer)
     rows = [encode_prompt(tiny_tokenizer, prompted_messages(template, prompt)) for prompt in PROMPTS]
     thoughts = draw(policy, tiny_tokenizer, rows, 5, [row_seed(seed, "reasoning") for seed in (7, 8, 9)])
     words = [text.strip() for text in thoughts.texts(tiny_tokenizer)]
-    assert reasoning == words and all(words)
+    assert answers.reasoning == words and all(words)
     rows = [
         row + tiny_tokenizer(f"{said}\nSo:", add_special_tokens=False)["input_ids"]
         for row, said in zip(rows, words, strict=True)
@@ -169,9 +172,8 @@ def test_plain_turn_words_stop_nothing_where_tokens_mark_the_turns(
 
 def test_a_template_without_room_is_refused(policy: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     long = parse_template(FEW.replace("Q: {{", "word " * 700 + "{{"), "f", "few")
-    plain = [encode_prompt(tiny_tokenizer, prompt) for prompt in PROMPTS]
     with pytest.raises(UserError, match="evaluate.prompted"):
-        answer_prompted(recipe(), policy, tiny_tokenizer, long, PROMPTS, plain, [1, 2, 3])
+        answer_prompted(recipe(), policy, tiny_tokenizer, long, heldout(tiny_tokenizer))
 
 
 def test_the_recipe_names_templates_for_answers(tmp_path: Path) -> None:
@@ -277,5 +279,5 @@ def test_without_templates_the_base_is_not_loaded(evaluated: Path, tmp_path: Pat
 
 def test_shipped_templates_answer(policy: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     for name in ("few-shot", "chain-of-thought"):
-        answers, _ = ask(load_template(name, "answer"), policy, tiny_tokenizer)
+        answers = ask(load_template(name, "answer"), policy, tiny_tokenizer)
         assert len(answers.texts) == 3
