@@ -62,7 +62,7 @@ def answer_prompted(
     Raises:
         UserError: if template, prompt and response do not fit into the model's context.
     """
-    cfg, limit, seeds = recipe.evaluate, recipe.data.max_response_tokens, asked.seeds
+    cfg, limit = recipe.evaluate, recipe.data.max_response_tokens
     rows = [encode_prompt(tokenizer, prompted_messages(template, prompt)) for prompt in asked.row_prompts]
     reasoning_limit = cfg.reasoning_tokens + len(_reasoning_ids(tokenizer, template, "x")) if template.reasons else 0
     check_context(policy, max(map(len, rows)) + reasoning_limit + limit, "evaluate.prompted")
@@ -85,19 +85,13 @@ def answer_prompted(
 
     thoughts = [""] * len(rows)
     if template.reasons:
-        drawn = draw(rows, cfg.reasoning_tokens, [row_seed(seed, "reasoning") for seed in seeds])
+        drawn = draw(rows, cfg.reasoning_tokens, [row_seed(seed, "reasoning") for seed in asked.seeds])
         thoughts = [_reasoning_text(tokenizer, template, text) for text in drawn.texts(tokenizer)]
         rows = [
             [*row, *_reasoning_ids(tokenizer, template, thought)] for row, thought in zip(rows, thoughts, strict=True)
         ]
-    drawn = draw(rows, limit, seeds)
-    responses = [
-        response_ids(tokenizer, template, drawn.response(i), text, bool(drawn.finished[i]))
-        for i, text in enumerate(drawn.texts(tokenizer))
-    ]
-    rollout = pad_rollout(
-        asked.ids, [(ids, [0.0] * len(ids)) for ids in responses], int(tokenizer.pad_token_id), set(stops)
-    )
+    responses = _responses(tokenizer, template, draw(rows, limit, asked.seeds))
+    rollout = pad_rollout(asked.ids, responses, int(tokenizer.pad_token_id), set(stops))
     return PromptedResponses(rollout, rollout.texts(tokenizer), thoughts)
 
 
@@ -111,6 +105,17 @@ def _reasoning_text(tokenizer: PreTrainedTokenizerBase, template: Template, text
 def _reasoning_ids(tokenizer: PreTrainedTokenizerBase, template: Template, thought: str) -> list[int]:
     """Return the token ids of a reasoning and the cue, after which the answer begins."""
     return encode_response(tokenizer, assistant_answer(thought, template.cue), finished=False)
+
+
+def _responses(
+    tokenizer: PreTrainedTokenizerBase, template: Template, drawn: Rollout
+) -> list[tuple[list[int], list[float]]]:
+    """Return the ids and log-probabilities (all 0) of the responses in sampled texts."""
+    found = []
+    for i, text in enumerate(drawn.texts(tokenizer)):
+        ids = response_ids(tokenizer, template, drawn.response(i), text, bool(drawn.finished[i]))
+        found.append((ids, [0.0] * len(ids)))
+    return found
 
 
 def response_ids(

@@ -1,4 +1,4 @@
-"""The rows of a comparison of hand-made runs, worked out by hand, and runs that are not done or broken."""
+"""Rows of a comparison of hand-made runs against values worked out by hand; runs that are unfinished or broken."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from rlhf.errors import UserError
 from rlhf.evaluation.comparison import ArmResult, arm_results, finding
 from rlhf.evaluation.comparison_file import Comparison
-from rlhf.functional.statistics import Interval, mean_interval
+from rlhf.functional.statistics import Interval
 from rlhf.run.folder import _started
 from support.comparison_runs import BAD, by_arm, hand_made
 
@@ -45,7 +45,7 @@ def test_gains_are_differences_prompt_by_prompt(comparison: Comparison) -> None:
     full, lora, prompt = arm_results(comparison)
     assert lora.gain == Interval(0.5, 0.5, 0.5) and prompt.gain == Interval(-0.25, -0.25, -0.25)
     assert full.gain is not None and full.gain.mean == 0
-    # The mean of 20 values of +1 and -1 has a deviation of 1/sqrt(20) = 0.22, so about +-0.44 is an interval of 95 %.
+    # The mean of 20 values of +1 and -1 has a std of 1/sqrt(20) = 0.22, so its 95 % interval is about +-0.44.
     assert full.gain.low == pytest.approx(-0.44, abs=0.1) and full.gain.high == pytest.approx(0.44, abs=0.1)
     # Against the reference's SFT policy, 0.5 everywhere: 0.75 - 0.5 and 0.75 - 0.5.
     assert lora.gain_reference == Interval(0.25, 0.25, 0.25) and prompt.gain_reference == Interval(0.25, 0.25, 0.25)
@@ -91,20 +91,10 @@ def test_prompts_that_differ_are_not_compared(comparison: Comparison) -> None:
     assert lora.gain_reference is lora.versus_reference is lora.win_rate_reference is None
 
 
-def test_mean_interval_against_all_resamples() -> None:
-    # Two values: the mean of a resample is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4; both ends are beyond 2.5 %.
-    assert mean_interval([0.0, 1.0], seed=1) == Interval(0.5, 0.0, 1.0)
-    # Four values of which one is 4: a resample holds it k times with probability C(4,k) 3^(4-k) / 4^4; k = 0 has 0.316
-    # and k >= 3 has 0.051, k = 4 0.004: the ends are 0 and 3.
-    assert mean_interval([0.0, 0.0, 0.0, 4.0], resamples=20000) == Interval(1.0, 0.0, 3.0)
-    with pytest.raises(ValueError, match="at least one"):
-        mean_interval([])
-
-
 # --- runs that are not done, or broken -------------------------------------------------------------------------------
 
 
-def test_an_arm_that_failed_is_told_with_its_reason(comparison: Comparison) -> None:
+def test_a_failed_arm_has_its_reason(comparison: Comparison) -> None:
     record = {"state": "failed", "error": "UserError: KL reached 120 nats\n  where: ppo.max_kl", "metrics": {}}
     (comparison.folder / "lora" / "ppo-ptx" / "stage.json").write_text(json.dumps(record))
     (comparison.folder / "prompt" / "evaluate" / "stage.json").unlink()
@@ -115,7 +105,7 @@ def test_an_arm_that_failed_is_told_with_its_reason(comparison: Comparison) -> N
     assert found["prompt"].reason == "evaluate was killed (signal 9)"
 
 
-def test_states_of_an_arm_that_is_not_done(comparison: Comparison) -> None:
+def test_states_of_an_unfinished_arm(comparison: Comparison) -> None:
     stage = comparison.folder / "lora" / "ppo-ptx" / "stage.json"
     stage.write_text(json.dumps({"state": "running"}))
     assert by_arm(arm_results(comparison))["lora"].state == "interrupted"

@@ -1,4 +1,4 @@
-"""Comparison files: what they become, and what is refused with file, line and field."""
+"""Comparison files: the recipes that they give, and refusals that name file, line and field."""
 
 from __future__ import annotations
 
@@ -76,9 +76,10 @@ def test_a_recipe_file_is_looked_for_beside_the_comparison(
         (
             "reference: full",
             "reference: whole",
-            ["reference whole is no arm", "line 3, reference", "full, lora, prompt"],
+            ["reference whole is not an arm", "line 3, reference", "full, lora, prompt"],
         ),
         ("reference: full\n", "", ["reference is None", "my.yaml, reference"]),
+        ("arms:", "ways:", ["unknown section ways", "line 8, ways", "rename it to arms"]),
         ("common:", "comon:", ["unknown section comon", "line 4, comon", "recipe, reference, common, arms"]),
         (
             "sft.packing: false",

@@ -1,4 +1,4 @@
-"""The page of a comparison: what it shows, its plot, and its place in the report of a run."""
+"""The page of a comparison: its content, its plots, and its table in the report of a run."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_run_of_a_comparison_shows_it_in_its_report(comparison: Comparison) ->
     assert "<h2>Comparison</h2>" in html and 'href="../comparison.html"' in html
     assert re.search(r'<tr class="this">\s*<td>lora</td>', html) and "one of 3 arms" in html
     (comparison.folder / "another").mkdir()
-    assert membership(comparison.folder / "another") is None  # beside it, but none of its arms
+    assert membership(comparison.folder / "another") is None  # beside the arms, but not one of them
 
 
 def test_the_terminal_table(comparison: Comparison, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,7 +152,7 @@ window.onload = () => {{
 def test_names_are_apart_and_nothing_sticks_out_in_a_browser(
     comparison: Comparison, tmp_path: Path, width: int
 ) -> None:
-    """With the browser's own fonts, whose widths are not matplotlib's."""
+    """The browser's own fonts have other widths than matplotlib's."""
     names = ["full", "lora", "dora", "adapter", "p_tuning_v2", "p_tuning", "prefix", "prompt", "ia3"]
     sizes = [1.3e8, 4.9e6, 5.0e6, 2.2e6, 2.3e5, 1.8e5, 1.5e6, 1.2e4, 5.8e4]
     base = arm_results(comparison)[1]

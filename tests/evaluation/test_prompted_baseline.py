@@ -1,4 +1,4 @@
-"""Policies under a template: what they see, that their answer alone is judged, and the evaluate stage with them."""
+"""Policies under a template: the prompt they see, the answer that is judged, and the evaluate stage with them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def recipe(**evaluate: object) -> Recipe:
 
 @pytest.fixture
 def policy(tiny_policy: PreTrainedModel) -> PreTrainedModel:
-    """With logits far from uniform, and a head of its own."""
+    """Return the tiny policy with another head, whose logits are far from uniform."""
     torch.manual_seed(0)
     tiny_policy.lm_head.weight = torch.nn.Parameter(torch.randn_like(tiny_policy.lm_head.weight) * 0.3)
     return tiny_policy
@@ -135,10 +135,10 @@ def test_of_a_reasoned_answer_only_what_follows_the_cue_is_left(
 @pytest.mark.parametrize(
     ("form", "text", "finished", "expected"),
     [
-        ("few", "It is 7.\n\nHuman: and", False, ("It is 7.", True)),  # stopped, and so finished
-        ("few", "The robot said: Human: you lie", False, None),  # within a line it is no turn
+        ("few", "It is 7.\n\nHuman: and", False, ("It is 7.", True)),  # stopped, so finished
+        ("few", "The robot said: Human: you lie", False, None),  # within a line it begins no turn
         ("few", "It is 7.", False, None),
-        ("few", " It is 7.", False, None),  # as every policy is judged: with its blank
+        ("few", " It is 7.", False, None),  # judged with its blank, as every policy is
         ("few", "Human: more", False, ("", True)),
         ("think", " It is 7.", False, ("It is 7.", False)),
         ("think", " It is 7.", True, ("It is 7.", True)),
@@ -152,13 +152,11 @@ def test_response_ids_by_hand(
     finished: bool,
     expected: tuple[str, bool] | None,
 ) -> None:
-    template, tiny_tokenizer = (
-        parse_template(FEW if form == "few" else THINK, "x", "x"),
-        load_tokenizer(tiny_dir, "plain"),
-    )
-    ids = encode_response(tiny_tokenizer, text, finished)
-    found = response_ids(tiny_tokenizer, template, ids, text, finished)
-    assert found == (ids if expected is None else encode_response(tiny_tokenizer, *expected))
+    template = parse_template(FEW if form == "few" else THINK, "x", "x")
+    tokenizer = load_tokenizer(tiny_dir, "plain")
+    ids = encode_response(tokenizer, text, finished)
+    found = response_ids(tokenizer, template, ids, text, finished)
+    assert found == (ids if expected is None else encode_response(tokenizer, *expected))
     assert found
 
 
@@ -170,7 +168,9 @@ def test_plain_turn_words_stop_nothing_where_tokens_mark_the_turns(
     assert response_ids(tiny_tokenizer, parse_template(FEW, "x", "x"), ids, text, False) == ids
 
 
-def test_a_template_without_room_is_refused(policy: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_template_that_does_not_fit_is_refused(
+    policy: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
     long = parse_template(FEW.replace("Q: {{", "word " * 700 + "{{"), "f", "few")
     with pytest.raises(UserError, match="evaluate.prompted"):
         answer_prompted(recipe(), policy, tiny_tokenizer, long, heldout(tiny_tokenizer))
@@ -189,7 +189,7 @@ def test_the_recipe_names_templates_for_answers(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory, tiny_dir: str) -> Path:
-    """A run whose SFT policy is the tiny model with another head, evaluated with four prompted baselines."""
+    """Evaluate a run whose SFT policy is the tiny model with other embeddings, with four prompted baselines."""
     folder = tmp_path_factory.mktemp("prompted")
     run = folder / "runs" / "t"
     section, tokenizer = Recipe().model, load_tokenizer(tiny_dir)

@@ -21,7 +21,7 @@ from support.comparison_runs import FILE, leave
 
 @pytest.fixture
 def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """`rlhf compare` with stage programs that run here, with hand-made work; the list of those that did some."""
+    """Have `rlhf compare` run hand-made stages in this process; return the list of those that did any work."""
     monkeypatch.chdir(tmp_path)
     Path("three.yaml").write_text(FILE)
     worked: list[str] = []
@@ -111,7 +111,7 @@ def test_a_stop_or_a_reference_without_reward_model_ends_the_comparison(
     Path("broken/lora-sft-code").write_text("130")
     assert compare("three.yaml", ["run.seed=3"]) == 130
     assert started[3:] == ALL[2:5]
-    assert "To go on where it stopped: rlhf compare three.yaml run.seed=3" in capsys.readouterr().out
+    assert "To continue where it stopped: rlhf compare three.yaml run.seed=3" in capsys.readouterr().out
 
 
 def test_the_second_of_several_machines_leaves_the_writing_to_the_first(
