@@ -25,7 +25,7 @@ from rlhf.functional.seeding import row_seed
 
 @dataclass
 class HeldOut:
-    """What every policy is asked. Each encoded prompt has `samples_per_prompt` consecutive rows."""
+    """The inputs of every policy. Each encoded prompt has `samples_per_prompt` consecutive rows."""
 
     prompts: list[Prompt]
     ids: list[list[int]]  # token ids of the prompt of each row

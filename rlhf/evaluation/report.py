@@ -217,6 +217,7 @@ def curves(data: RunData) -> list[dict[str, Any]]:
 
 
 def _against(points: list[dict[str, Any]], x: str, y: str) -> Series:
+    """Return two metrics of the points that have both."""
     both = [(point[x], point[y]) for point in points if point.get(x) is not None and point.get(y) is not None]
     return [a for a, _ in both], [b for _, b in both]
 

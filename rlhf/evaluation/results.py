@@ -1,4 +1,4 @@
-"""What evaluation keeps and reports: the answers of each policy, their statistics, the headline and the sample rows."""
+"""The results of an evaluation: each policy's answers, their statistics, the headline metrics and the sample rows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Answers:
 
 
 class PairWins(NamedTuple):
-    """What the labeler said of policies a and b."""
+    """The labeler's judgements of policies a and b."""
 
     a: str
     b: str
