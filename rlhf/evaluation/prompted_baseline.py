@@ -4,8 +4,7 @@ A template of kind `answer` (rlhf/data/prompt_template.py) puts worked examples 
 own and its text around the last request. With chain-of-thought the policy first writes its reasoning and then, after
 the cue, its answer; only the answer is its response. Both are sampled at the evaluation's temperature, so the answer is
 a draw given a draw of the reasoning. The template's `stop` ends a response at the line where a model that knows no end
-of turn, prompted in the plain format, begins the next turn. Policies that were trained to end their turns get no such
-help: their prompt formats do not mark turns by words.
+of turn, prompted in the plain format, begins the next turn. Responses without a template are never cut in this way.
 
 The response is judged as one to the plain request. Its length is its own. Its KL to SFT is not defined, since it was
 sampled under another prompt, with chain-of-thought even under one that the policy wrote.

@@ -116,7 +116,7 @@ def test_refusals_name_file_line_and_field(file: Path, before: str, after: str, 
 
 
 def test_a_file_without_arms_and_an_unknown_comparison(file: Path, tmp_path: Path) -> None:
-    file.write_text("recipe: tiny\nreference: full\nways:\n")
+    file.write_text("recipe: tiny\nreference: full\narms:\n")
     with pytest.raises(UserError, match="arms is missing or empty"):
         read_comparison(str(file))
     with pytest.raises(UserError, match="there is no comparison 'peff'[\\s\\S]*did you mean peft"):
