@@ -101,14 +101,14 @@ def compare(
     name: Annotated[str, typer.Argument(metavar="COMPARISON", help="Name from `rlhf recipes`, or a YAML file.")],
     overrides: Overrides = None,
     arm: Annotated[
-        list[str] | None, typer.Option("--way", metavar="WAY", help="Run this way alone; repeatable. Default: all.")
+        list[str] | None, typer.Option("--arm", metavar="ARM", help="Run this arm alone; repeatable. Default: all.")
     ] = None,
     fresh: Fresh = False,
 ) -> None:
-    """Run one recipe in several ways, such as full fine-tuning and LoRA, and set them side by side.
+    """Run one recipe in several arms, such as full fine-tuning and LoRA, and compare their policies.
 
-    All ways are scored by one reward model and judged alike. Run it again to continue: finished ways are skipped.
-    Writes runs/NAME/comparison.html, and a run folder for each way beside it.
+    All arms are scored by one reward model and judged alike. Run it again to continue: finished arms are skipped.
+    Writes runs/NAME/comparison.html, and a run folder for each arm beside it.
     """
     from launch.commands.compare import run_comparison
 

@@ -1,8 +1,8 @@
-"""`rlhf compare`: the ways of a comparison file one after the other, then one table and one page of all of them.
+"""`rlhf compare`: run the arms of a comparison file one after the other, then show all of them in a table and a page.
 
 Every stage is a program of its own, started as `rlhf run` starts it. The reference comes first: its rankings and its
-reward model are put in place in the other ways' run folders, as links. What is finished and unchanged is skipped; a way
-that fails is told in the table with its reason, and the others go on.
+reward model are linked into the run folders of the other arms. Finished and unchanged stages are skipped. If an arm
+fails, the table gives the reason and the other arms still run.
 """
 
 from __future__ import annotations
@@ -29,48 +29,42 @@ from rlhf.system.signals import STOPPED
 
 
 def run_comparison(name_or_path: str, overrides: Sequence[str], chosen: Sequence[str] = (), fresh: bool = False) -> int:
-    """Run the ways of a comparison and show what came out; returns 0, 1 when a way failed, or a stopped stage's code.
+    """Run the arms of a comparison and show the results; return 0, 1 if an arm failed, or a stopped stage's exit code.
 
     Args:
-        name_or_path: a shipped comparison, or the path of a comparison file.
-        overrides: recipe fields for every way.
-        chosen: the ways to run, all by default; of the reference always all but PPO.
-        fresh: redo all stages of these ways.
+        name_or_path: name of a shipped comparison, or the path of a comparison file.
+        overrides: recipe fields for every arm.
+        chosen: the arms to run, all by default; the reference's stages except PPO always run.
+        fresh: redo all stages of these arms.
 
     Raises:
-        UserError: for a file or a way that cannot be run, before anything is started; a reference without a reward
-            model.
+        UserError: before anything is started, if the file or an arm cannot be run; later, if the reference has no
+            reward model.
     """
     comparison = read_comparison(name_or_path, overrides)
     plan = _plan(comparison, chosen)
     recipes = {arm: comparison.load(arm) for arm in plan}
-    for arm, stages in plan.items():
-        check(recipes[arm], stages)
-        check_data_files(recipes[arm], stages)
-    require_writable(comparison.folder)
-    require_disk(comparison.folder, sum(disk_need(recipe) for recipe in recipes.values()), "the comparison")
-    for arm in plan:
-        check_shared_links(comparison, arm)
+    _check_plan(comparison, plan, recipes)
     silence_other_machines(comparison.base)
     if is_first_machine(comparison.base):
         write_comparison(comparison)
     _show(comparison, plan)
-    again = shlex.join(["rlhf", "compare", name_or_path, *overrides, *(f"--way={arm}" for arm in chosen)])
+    again = shlex.join(["rlhf", "compare", name_or_path, *overrides, *(f"--arm={arm}" for arm in chosen)])
     reasons: dict[str, str] = {}
     for arm, stages in plan.items():
         anew = fresh and (not chosen or arm in chosen)
         code, reason = _run(comparison, arm, stages, recipes[arm], anew, list(plan))
         if code in STOPPED:
-            console.print(f"{arm} stopped. To go on where it stopped: {again}", markup=False, soft_wrap=True)
+            console.print(f"{arm} stopped. To continue where it stopped: {again}", markup=False, soft_wrap=True)
             return code
         if code:
             reasons[arm] = reason
             console.print(f"{arm}: {reason}", markup=False, soft_wrap=True)
         if arm == comparison.reference and not RunFolder(comparison.folder / arm).is_done("reward"):
             raise UserError(
-                f"the reference {arm} has no reward model, which all ways need",
+                f"the reference {arm} has no reward model, which all arms need",
                 str(comparison.folder / arm),
-                f"the cause is named above; to go on: {again}",
+                f"the cause is named above; to continue: {again}",
             )
     if is_first_machine(comparison.base):
         write_results(comparison, reasons)
@@ -78,14 +72,14 @@ def run_comparison(name_or_path: str, overrides: Sequence[str], chosen: Sequence
 
 
 def write_results(comparison: Comparison, reasons: dict[str, str] | None = None) -> Path:
-    """Write the page and the reports of its runs, print the table, return the page's path."""
+    """Write the page and the reports of its runs and print the table; return the page's path."""
     from rlhf.evaluation.comparison_page import print_rows, write_page  # draws plots: seconds to import
     from rlhf.evaluation.report import write_report
 
     found = arm_results(comparison, reasons)
     page = write_page(comparison, found)
     for row in found:
-        if row.score is not None:  # those that the page has links to
+        if row.score is not None:  # the page has links to these
             write_report(comparison.folder / row.arm)
     print_rows(comparison, found)
     console.print(f"\ncomparison: {page}", markup=False, soft_wrap=True)
@@ -93,52 +87,63 @@ def write_results(comparison: Comparison, reasons: dict[str, str] | None = None)
 
 
 def _plan(comparison: Comparison, chosen: Sequence[str]) -> dict[str, list[str]]:
-    """Stages by way in the order in which they run, the reference first."""
+    """Return the stages of each arm in the order in which they run, the reference first."""
     for arm in chosen:
         if arm not in comparison.arms:
-            raise UserError(f"there is no way {arm!r}", "--way", f"take one of {', '.join(comparison.arms)}")
+            raise UserError(f"there is no arm {arm!r}", "--arm", f"take one of {', '.join(comparison.arms)}")
     plan = {}
     for arm in [comparison.reference, *(arm for arm in comparison.arms if arm != comparison.reference)]:
         stages = comparison.load(arm).run.stages
         if arm == comparison.reference and chosen and arm not in chosen:
-            # What the others need of it: rankings, the reward model, and held-out answers of its SFT policy.
+            # The other arms need its rankings, its reward model and the held-out answers of its SFT policy.
             plan[arm] = [stage for stage in stages if stage in ("sft", *SHARED_STAGES, "evaluate")]
         elif not chosen or arm in chosen:
             plan[arm] = list(stages)
     return plan
 
 
+def _check_plan(comparison: Comparison, plan: dict[str, list[str]], recipes: dict[str, Recipe]) -> None:
+    """Raise UserError if a stage, a data file, the disk or a run folder would make an arm fail."""
+    for arm, stages in plan.items():
+        check(recipes[arm], stages)
+        check_data_files(recipes[arm], stages)
+    require_writable(comparison.folder)
+    require_disk(comparison.folder, sum(disk_need(recipe) for recipe in recipes.values()), "the comparison")
+    for arm in plan:
+        check_shared_links(comparison, arm)
+
+
 def _show(comparison: Comparison, plan: dict[str, list[str]]) -> None:
-    """The ways that are run, and what each sets."""
+    """Print the arms that are run, with the fields that each sets."""
     lines = []
     for arm, stages in plan.items():
         fields = ", ".join(f"{key}={value}" for key, value in comparison.arms[arm].items())
         lines.append([arm, ", ".join(stages), fields])
-    table(f"Comparison {comparison.folder}", ["way", "stages", "fields of its own"], lines)
+    table(f"Comparison {comparison.folder}", ["arm", "stages", "fields of its own"], lines)
 
 
 def _run(
     comparison: Comparison, arm: str, stages: Sequence[str], recipe: Recipe, fresh: bool, order: list[str]
 ) -> tuple[int, str]:
-    """Run a way's stages; returns the exit code of the one that did not end well and why, or 0."""
-    run, place = RunFolder(comparison.folder / arm), f"way {order.index(arm) + 1} of {len(order)}, {arm}"
+    """Run an arm's stages; return (exit code, reason) of the first that failed or was stopped, else (0, "")."""
+    run, title = RunFolder(comparison.folder / arm), f"arm {order.index(arm) + 1} of {len(order)}, {arm}"
     if arm != comparison.reference and not console.quiet:
         link_shared_stages(comparison, arm)
     if not fresh and all(is_up_to_date(recipe, run, stage) for stage in stages):
-        console.print(f"{place}: finished, recipe and inputs unchanged; skipped", markup=False, soft_wrap=True)
+        console.print(f"{title}: finished, recipe and inputs unchanged; skipped", markup=False, soft_wrap=True)
         return 0, ""
     left = _time_left(comparison, order, arm)
     for number, stage in enumerate(stages, 1):
-        console.rule(f"{place}: stage {number} of {len(stages)}, {stage}{left}", align="left")
+        console.rule(f"{title}: stage {number} of {len(stages)}, {stage}{left}", align="left")
         code = start(stage, recipe, comparison.recipe, comparison.overrides(arm), Redo(fresh=fresh))
         if code:
-            told = why_failed(stage, run.read_stage(stage))
-            return code, told or f"{stage} {how_ended(code, recipe_processes(recipe) > 1)}"
+            recorded = why_failed(stage, run.read_stage(stage))
+            return code, recorded or f"{stage} {how_ended(code, recipe_processes(recipe) > 1)}"
     return 0, ""
 
 
 def link_shared_stages(comparison: Comparison, arm: str) -> None:
-    """Link the reference's rankings and reward model into the run folder of a way."""
+    """Link the reference's rankings and reward model into the run folder of an arm."""
     (comparison.folder / arm).mkdir(parents=True, exist_ok=True)
     for stage in SHARED_STAGES:
         target, link = _shared_link(comparison, arm, stage)
@@ -147,7 +152,7 @@ def link_shared_stages(comparison: Comparison, arm: str) -> None:
 
 
 def check_shared_links(comparison: Comparison, arm: str) -> None:
-    """Raise UserError when a way's run has rankings or a reward model that are not the reference's."""
+    """Raise UserError if an arm's run has rankings or a reward model other than the reference's."""
     for stage in SHARED_STAGES:
         target, link = _shared_link(comparison, arm, stage)
         ours = arm == comparison.reference or (link.is_symlink() and os.readlink(link) == target)
@@ -157,12 +162,12 @@ def check_shared_links(comparison: Comparison, arm: str) -> None:
 
 
 def _shared_link(comparison: Comparison, arm: str, stage: str) -> tuple[str, Path]:
-    """Where the link of a shared stage leads, seen from the way's run folder, and the link."""
+    """Return the relative target of the link to a shared stage, and the link's path in the arm's run folder."""
     return os.path.join("..", comparison.reference, stage), comparison.folder / arm / stage
 
 
 def _time_left(comparison: Comparison, order: Sequence[str], arm: str) -> str:
-    """`; about 12:30 left`, from the seconds that finished ways took; empty before the first is done."""
+    """Return `; about 12:30 left`, estimated from the seconds of finished arms; empty before the first is done."""
     seconds = [s for each in order if each != arm and (s := _seconds(comparison, each)) is not None]
     if not seconds:
         return ""
@@ -170,7 +175,7 @@ def _time_left(comparison: Comparison, order: Sequence[str], arm: str) -> str:
 
 
 def _seconds(comparison: Comparison, arm: str) -> float | None:
-    """What the stages of a finished way took, but for those that the reference does for all."""
+    """Return the seconds of a finished arm's own stages, without shared ones; None if it is not finished."""
     run = RunFolder(comparison.folder / arm)
     stages = [stage for stage in comparison.load(arm).run.stages if stage not in SHARED_STAGES]
     if not all(run.is_done(stage) for stage in stages):

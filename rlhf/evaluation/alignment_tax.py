@@ -1,7 +1,7 @@
-"""The alignment tax: what a policy lost on text and questions that it was not aligned on.
+"""The alignment tax: the loss of a policy on text and questions that it was not aligned on (paper section 4.2).
 
-Two measures: the mean loss on held-out pretraining text, and the accuracy on held-out multiple-choice questions
-answered by log-likelihood. Both go through `rlhf.rollout.scoring`, in batches by token budget.
+There are two measures: the mean loss on held-out pretraining text, and the accuracy on held-out multiple-choice
+questions answered by log-likelihood. Both go through `rlhf.rollout.scoring`, in batches of bounded token counts.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def pretraining_loss(
     tokens_per_batch: int = 2048,
     advance: Callable[[int], None] | None = None,
 ) -> tuple[float, int]:
-    """Mean negative log-likelihood per predicted token, in nats, and the number of predicted tokens.
+    """Return the mean negative log-likelihood per predicted token, in nats, and the number of predicted tokens.
 
     Args:
         rows: token ids; the first token of a row is context only, so a row of L tokens has L - 1 predictions.
         advance: called with the number of rows done, for progress.
 
     Raises:
-        UserError: when no row has two tokens.
+        UserError: if no row has two tokens.
     """
     pairs = [(row[:1], row[1:]) for row in rows if len(row) > 1]
     if not pairs:
@@ -55,12 +55,22 @@ class ClozeResult:
     accuracy_sum: Interval  # highest summed log-likelihood (lm-eval's acc): favours short choices
     n: int
 
+    def row(self) -> dict[str, float]:
+        """Return the fields of a policy's row in results.json."""
+        return {
+            "cloze_accuracy": self.accuracy.mean,
+            "cloze_low": self.accuracy.low,
+            "cloze_high": self.accuracy.high,
+            "cloze_accuracy_sum": self.accuracy_sum.mean,
+            "cloze_n": self.n,
+        }
+
 
 def encode_question(tokenizer: PreTrainedTokenizerBase, question: Cloze) -> list[tuple[list[int], list[int]]]:
-    """(context ids, choice ids) for each choice of `context + " " + choice`.
+    """Return (context ids, choice ids) for each choice of `context + " " + choice`.
 
     The cut is where the encodings of the context and of all its continuations first differ, so that every choice is
-    scored from the same place even if a tokenizer merges across the border.
+    scored from the same token on even if a tokenizer merges across the border.
     """
     alone = token_ids(tokenizer, question.context)
     full = [token_ids(tokenizer, f"{question.context.rstrip()} {choice}") for choice in question.choices]
@@ -76,7 +86,7 @@ def cloze_accuracy(
     tokens_per_batch: int = 2048,
     advance: Callable[[int], None] | None = None,
 ) -> ClozeResult:
-    """Share of questions whose right choice is the most likely continuation.
+    """Return the share of questions whose right choice is the most likely continuation.
 
     The headline divides each choice's summed log-probability by its length in UTF-8 bytes; the undivided one is
     reported too. Ties go to the earlier choice.
@@ -85,7 +95,7 @@ def cloze_accuracy(
         advance: called with the number of choices done, for progress.
 
     Raises:
-        UserError: without questions.
+        UserError: if there are no questions.
     """
     if not questions:
         raise UserError("there are no cloze questions", where="data.cloze", fix="name a file with cloze questions")
@@ -93,10 +103,10 @@ def cloze_accuracy(
     sums = [float(row.double().sum()) for row in token_logprobs(model, pairs, 1.0, tokens_per_batch, advance)]
     right = right_sum = first = 0
     for question in questions:
-        mine = sums[first : first + len(question.choices)]
+        choice_sums = sums[first : first + len(question.choices)]
         first += len(question.choices)
-        per_byte = [s / len(choice.encode()) for s, choice in zip(mine, question.choices, strict=True)]
+        per_byte = [s / len(choice.encode()) for s, choice in zip(choice_sums, question.choices, strict=True)]
         right += per_byte.index(max(per_byte)) == question.answer
-        right_sum += mine.index(max(mine)) == question.answer
+        right_sum += choice_sums.index(max(choice_sums)) == question.answer
     n = len(questions)
     return ClozeResult(wilson_interval(right, n), wilson_interval(right_sum, n), n)

@@ -1,4 +1,4 @@
-"""Where the names of points go on a chart so that none covers another name, a point or a line."""
+"""Placement of the names of points on a chart, so that no name covers another name, a point or a line."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Iterator, Sequence
 Box = tuple[float, float, float, float]  # left, bottom, right, top
 Point = tuple[float, float]
 
-GAP = 4.0  # between a point and the nearest edge of its label, at least
-RINGS = 14  # how many distances are tried
+GAP = 4.0  # least distance from a point to the nearest edge of its label
+RINGS = 14  # number of distances that are tried
 STEP = 5.0  # from one distance to the next
 
 
 def place(anchors: Sequence[Point], sizes: Sequence[Point], obstacles: Sequence[Box], bounds: Box) -> list[Box]:
-    """One box for each anchor: the nearest free place, right of the point if that is free.
+    """Return one box for each label: the nearest free position, right of its point if that is free.
 
-    Labels are placed in the order given; where nothing is free within reach, the place that covers least is taken.
+    Labels are placed in the given order. If no position within reach is free, the one that covers least is taken.
 
     Args:
-        anchors: points that the labels belong to.
+        anchors: the points that the labels belong to.
         sizes: width and height of each label, in the anchors' unit.
-        obstacles: what may not be covered.
-        bounds: where labels may be.
+        obstacles: boxes that labels must not cover.
+        bounds: the box that labels must not leave.
     """
     placed: list[Box] = []
     for anchor, size in zip(anchors, sizes, strict=True):
@@ -40,18 +40,18 @@ def place(anchors: Sequence[Point], sizes: Sequence[Point], obstacles: Sequence[
 
 
 def overlap(a: Box, b: Box) -> float:
-    """Area that two boxes share."""
+    """Return the area that two boxes share."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     return max(0.0, width) * max(0.0, height)
 
 
 def nearest(box: Box, point: Point) -> Point:
-    """The point of a box that is nearest to a point: where a line to it ends."""
+    """Return the point of a box that is nearest to a given point; a line from that point ends there."""
     return min(max(point[0], box[0]), box[2]), min(max(point[1], box[1]), box[3])
 
 
 def _candidates(anchor: Point, size: Point) -> Iterator[Box]:
-    """Boxes around a point, near ones first; of one distance right, left, above, below, then between."""
+    """Yield boxes around a point, near ones first; at each distance right, left, above, below, then between."""
     (x, y), (width, height) = anchor, size
     for ring in range(RINGS):
         distance = GAP + ring * STEP

@@ -1,6 +1,6 @@
-"""Charts of the report as inline SVG that follows the page: its font, and its colours in light and dark mode.
+"""Charts of the pages as inline SVG that takes its font and its colours, in light and dark mode, from the page.
 
-matplotlib draws with placeholder colours, which become CSS variables of the page afterwards.
+matplotlib draws with placeholder colours, which are then replaced by CSS variables of the page.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rlhf.evaluation.chart_labels import Box, nearest, place
 
 Series = tuple[Sequence[float], Sequence[float]]  # x and y
 
-# Placeholder -> what the page calls it. matplotlib writes hex colours in lower case.
+# Placeholder -> CSS variable of the page. matplotlib writes hex colours in lower case.
 COLOURS = {
     "#010101": "var(--muted)",
     "#020202": "var(--rule)",
@@ -54,12 +54,12 @@ STYLE = {
 
 
 def series_colour(name: str) -> str:
-    """The placeholder of a stage's or policy's colour: the same everywhere on the page."""
+    """Return the placeholder of a stage's or policy's colour, which is the same everywhere on the page."""
     return {"sft": SFT, "ppo": PPO, "ppo-ptx": PTX}.get(name, OTHER)
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Centred moving average over up to `window` values on each side, fewer at the ends, so that it does not lag."""
+    """Return the centred moving average over up to `window` values on each side, fewer at the ends: without lag."""
     out = []
     for i in range(len(values)):
         reach = min(window, i, len(values) - 1 - i)
@@ -69,9 +69,9 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def line_chart(series: Mapping[str, Series], x_label: str) -> str:
-    """One metric over training, one line per series; long series get a smooth line over a faint raw one.
+    """Draw one metric over training, a line per series; a long series gets a smoothed line over a faint raw one.
 
-    The page shows which colour is which: charts have no legend.
+    The chart has no legend: the page shows the meaning of the colours.
     """
     with rc_context(STYLE):
         figure, axes = _figure()
@@ -91,7 +91,7 @@ def line_chart(series: Mapping[str, Series], x_label: str) -> str:
 
 
 def frontier_chart(series: Mapping[str, Series], x_label: str, y_label: str) -> str:
-    """y against x as a path in training order; the last point is marked."""
+    """Draw y against x as a path in training order, with the last point marked."""
     with rc_context(STYLE):
         figure, axes = _figure()
         for name, (x, y) in series.items():
@@ -105,7 +105,7 @@ def frontier_chart(series: Mapping[str, Series], x_label: str, y_label: str) -> 
 
 
 def calibration_chart(rows: Sequence[Mapping[str, float]]) -> str:
-    """Share of pairs the reward model ordered right, against the confidence it had; the diagonal is perfect.
+    """Draw the share of pairs that the reward model ordered right over its confidence; the diagonal is perfect.
 
     Args:
         rows: bins with `confidence`, `accuracy` and `n`, the number of pairs, which sets the size of the dot.
@@ -126,7 +126,7 @@ def calibration_chart(rows: Sequence[Mapping[str, float]]) -> str:
 
 
 class LabelledPoint(NamedTuple):
-    """A point with a name and an interval of its y."""
+    """A point with a name and the interval of its y."""
 
     name: str
     x: float
@@ -136,12 +136,12 @@ class LabelledPoint(NamedTuple):
 
 
 def named_points_chart(points: Sequence[LabelledPoint], start: float, x_label: str, share: bool = False) -> str:
-    """Named points over a logarithmic x, each with the interval of its y.
+    """Draw named points over a logarithmic x, each with the interval of its y.
 
-    Where the interval covers `start`, which a dashed line marks, the point is hollow.
+    A dashed line marks `start`; a point whose interval covers it is hollow.
 
     Args:
-        share: y is a share, shown in percent.
+        share: whether y is a share, shown in percent.
     """
     with rc_context(STYLE):
         figure, axes = _figure(3.9, 2.7)
@@ -166,13 +166,13 @@ def named_points_chart(points: Sequence[LabelledPoint], start: float, x_label: s
 
 
 def _name_points(figure: Figure, axes: Axes, points: Sequence[LabelledPoint], line: float) -> None:
-    """Write each name where it covers nothing, with a line to its point when it is not beside it.
+    """Write each name where it covers nothing, with a line to its point if it is not beside it.
 
     Args:
-        line: y of a line from left to right.
+        line: y of the dashed line, which no name may cover.
     """
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # the names are placed for the axes as they are now
+    figure.set_layout_engine("none")  # the names fit the axes only as they are now
     texts = [axes.annotate(p.name, (p.x, p.y), (0, 0), textcoords="offset points", va="bottom") for p in points]
     boxes = [text.get_window_extent() for text in texts]
     pixels = [axes.transData.transform([(p.x, p.low), (p.x, p.y), (p.x, p.high)]).tolist() for p in points]
@@ -182,7 +182,7 @@ def _name_points(figure: Figure, axes: Axes, points: Sequence[LabelledPoint], li
     left, bottom, right, top = axes.get_window_extent().extents.tolist()
     level = axes.transData.transform((points[0].x, line))[1]
     obstacles.append((left, level - 1.5, right, level + 1.5))
-    # A browser's line is a little higher than matplotlib's, and its font another one.
+    # A browser's text line is a little higher than matplotlib's, and it uses another font.
     sizes = [(box.width, box.height + 3) for box in boxes]
     placed = place(anchors, sizes, obstacles, (left, bottom, right, top))
     for text, anchor, box in zip(texts, anchors, placed, strict=True):
@@ -201,7 +201,7 @@ def _figure(width: float = 4.3, height: float = 2.35) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as an <svg> element that takes its size, font and colours from the page."""
+    """Return the figure as an <svg> element that takes its size, font and colours from the page."""
     out = StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()
@@ -209,7 +209,7 @@ def _svg(figure: Figure) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'^<svg (.*?) width="[^"]*" height="[^"]*"', r'<svg \1 role="img"', svg)
     svg = re.sub(r"font-family: [^;]*; ", "", svg)
-    # Ids are unique in a figure, not on a page; those that clip paths and markers are used by name their content.
+    # Ids are unique only within a figure. Those kept are used: they name clip paths and markers by their content.
     used = set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', svg))
     names = {name for pair in used for name in pair}
     svg = re.sub(r' id="([^"]*)"', lambda match: match.group(0) if match.group(1) in names else "", svg)

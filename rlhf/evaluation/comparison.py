@@ -1,12 +1,13 @@
-"""The numbers of a comparison: one row for each way, from the files that its stages wrote.
+"""The numbers of a comparison: one row for each arm, from the files that its stages wrote.
 
-Nothing is computed with a model here. Held-out scores of two policies are compared prompt by prompt (all ways answer
-the same held-out prompts and are scored by one reward model), and the rubric judges the texts in samples.jsonl where a
-way is set against the reference's SFT policy, as evaluate judges policies of one run.
+No model is run here. Held-out scores of two policies are compared prompt by prompt, since all arms answer the same
+held-out prompts and are scored by one reward model. For the win rate over the reference's SFT policy the rubric judges
+the texts in samples.jsonl, as evaluate judges the policies of one run.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,56 +25,56 @@ from rlhf.functional.statistics import ENOUGH_PROMPTS, Interval, mean_interval, 
 from rlhf.run.folder import RunFolder, live_owner
 from rlhf.system.files import read_json, read_rows
 
-ADAPTER = "adapter.safetensors"  # in model/: the trained weights alone
+ADAPTER = "adapter.safetensors"  # in model/: only the trained weights
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One way; None for what its stages have not written (yet)."""
+    """The numbers of one arm; None for those that its stages have not written (yet)."""
 
     arm: str
     method: str  # model.peft.method
     lr: tuple[float, float]  # of SFT and of PPO
-    state: str  # done, failed, stopped, running, interrupted, unfinished (so far no stage of it failed) or not run
-    reason: str = ""  # why it is not done
-    trained: int | None = None  # weights that are trained
-    share: float | None = None  # of all weights, with what the method adds
-    sft_bytes: int | None = None  # of the weights that the stage has left, in files
+    state: str  # done, failed, stopped, running, interrupted, unfinished (some stages have not run) or not run
+    reason: str = ""  # why the arm is not done
+    trained: int | None = None  # number of trained weights
+    share: float | None = None  # of all weights, including those that the method adds
+    sft_bytes: int | None = None  # size of the weight files that the stage wrote
     ppo_bytes: int | None = None
     sft_loss_before: float | None = None  # on held-out demonstrations, nats per token
     sft_loss: float | None = None
     train_score: float | None = None  # the last PPO iteration's mean
     score: float | None = None  # held-out mean after PPO
-    score_sft: float | None = None  # and before: of the way's own SFT policy
-    gain: Interval | None = None  # the difference of the two
-    gain_reference: Interval | None = None  # to the reference's SFT policy
-    versus_reference: Interval | None = None  # to the reference's policy after PPO; None for the reference itself
+    score_sft: float | None = None  # held-out mean of the arm's own SFT policy
+    gain: Interval | None = None  # score minus score_sft
+    gain_reference: Interval | None = None  # score minus that of the reference's SFT policy
+    versus_reference: Interval | None = None  # score minus the reference's; None for the reference
     kl: float | None = None  # to its own SFT policy on held-out prompts, nats per response
     win_rate: Interval | None = None  # over its own SFT policy
-    win_rate_reference: Interval | None = None  # over the reference's
-    prompts: int = 0  # held out
+    win_rate_reference: Interval | None = None  # over the reference's SFT policy
+    prompts: int = 0  # held-out prompts
     sft_seconds: float | None = None
     ppo_seconds: float | None = None
     peak_gb: float | None = None  # in PPO
 
     @property
     def finding(self) -> str:
-        """What PPO did to the held-out score, no more than the interval allows to say."""
+        """Return what PPO did to the held-out score, claiming no more than the interval allows."""
         return finding(self.gain, 0.0, self.prompts, ("learned", "learned nothing", "got worse"))
 
     @property
     def preference(self) -> str:
-        """The same of the win rate over the way's own SFT policy."""
+        """Return which policy the labeler prefers: the arm's after PPO or its own SFT policy."""
         return finding(self.win_rate, 0.5, self.prompts, ("preferred", "no clear difference", "SFT preferred"))
 
     @property
     def standing(self) -> str:
-        """And of its score beside that of the reference after PPO."""
+        """Return how the score compares with that of the reference after PPO."""
         return finding(self.versus_reference, 0.0, self.prompts, ("above", "no clear difference", "below"))
 
 
 def finding(interval: Interval | None, start: float, prompts: int, words: tuple[str, str, str]) -> str:
-    """Words for an interval above `start`, over it, and below it; empty without one."""
+    """Return the word for an interval above `start`, including it, or below it; an empty one without an interval."""
     if interval is None:
         return ""
     if prompts < ENOUGH_PROMPTS:
@@ -82,31 +83,32 @@ def finding(interval: Interval | None, start: float, prompts: int, words: tuple[
 
 
 def arm_results(comparison: Comparison, reasons: Mapping[str, str] | None = None) -> list[ArmResult]:
-    """One row for each way, in the file's order.
+    """Return one row for each arm, in the file's order.
 
     Args:
-        reasons: why ways have failed, where no stage could write that down.
+        reasons: by arm, why it failed if no stage could record that itself.
 
     Raises:
-        UserError: for a file of a run that cannot be read.
+        UserError: if a file of a run cannot be read.
     """
     folder, variant, found = comparison.folder, comparison.variant, []
     reference = RunFolder(folder / comparison.reference)
-    base = {policy: _answers(reference, policy) for policy in ("sft", variant)}
-    whole = max(_weights(folder / arm / "sft" / "model", plain=True)[0] for arm in comparison.arms)
+    reference_answers = {policy: _answers(reference, policy) for policy in ("sft", variant)}
+    base_weights = max(_weights(folder / arm / "sft" / "model", plain=True)[0] for arm in comparison.arms)
     for arm in comparison.arms:
         run, recipe = RunFolder(folder / arm), comparison.load(arm)
         state, reason = _state(run, recipe)
         if reasons and arm in reasons:
             state, reason = "failed", reasons[arm]
         method, lr = recipe.model.peft.method, (recipe.sft.lr, recipe.ppo.lr)
-        numbers = _training(run, variant, method, whole) | _evaluation(run, recipe, variant, reference, base)
+        numbers = _training(run, variant, method, base_weights)
+        numbers |= _evaluation(run, recipe, variant, reference, reference_answers)
         found.append(ArmResult(arm, method, lr, state, reason, **numbers))
     return found
 
 
 def why_failed(stage: str, record: dict[str, Any] | None) -> str:
-    """A line from stage.json that says why the stage failed; empty when it does not."""
+    """Return one line that says why the stage failed, from its stage.json; empty if it did not fail."""
     if not record or record.get("state") != "failed":
         return ""
     line = str(record.get("error") or "no reason given").split("\n")[0]
@@ -114,7 +116,7 @@ def why_failed(stage: str, record: dict[str, Any] | None) -> str:
 
 
 def as_dicts(found: Sequence[ArmResult]) -> list[dict[str, Any]]:
-    """The rows for a program to read; intervals as {"mean", "low", "high"}."""
+    """Return the rows as JSON values; an interval becomes {"mean", "low", "high"}."""
 
     def plain(value: Any) -> Any:
         return value._asdict() if isinstance(value, Interval) else value
@@ -130,7 +132,7 @@ def as_dicts(found: Sequence[ArmResult]) -> list[dict[str, Any]]:
 
 
 def _state(run: RunFolder, recipe: Recipe) -> tuple[str, str]:
-    """Where a way stands, and for one that has failed the stage's reason."""
+    """Return the state of an arm, as in `ArmResult`, and why it is not done if a stage recorded that."""
     states = {}
     for stage in recipe.run.stages:
         record = run.read_stage(stage)
@@ -141,28 +143,28 @@ def _state(run: RunFolder, recipe: Recipe) -> tuple[str, str]:
         return "done", ""
     for stage, state in states.items():
         if state == "running":
-            return ("running", "") if live_owner(run.path) else ("interrupted", f"{stage} was broken off")
+            return ("running", "") if live_owner(run.path) else ("interrupted", f"{stage} was interrupted")
         if state == "stopped":
             return "stopped", f"{stage} was stopped"
     return ("not run", "") if set(states.values()) == {"not run"} else ("unfinished", "")
 
 
-def _training(run: RunFolder, variant: str, method: str, whole: int) -> dict[str, Any]:
-    """What SFT and PPO say of themselves.
+def _training(run: RunFolder, variant: str, method: str, base_weights: int) -> dict[str, Any]:
+    """Return the fields of `ArmResult` that SFT and PPO recorded.
 
     Args:
-        whole: weights of the base, 0 where no way trains all of them.
+        base_weights: number of weights of the base, 0 if no arm trains all of them.
     """
     records = {stage: run.read_stage(stage) or {} for stage in ("sft", variant)}
     sft, ppo = (record.get("metrics") or {} for record in records.values())
     sft_count, sft_bytes = _weights(run.model_dir("sft"))
     ppo_count, ppo_bytes = _weights(run.model_dir(variant))
     trained = ppo_count or sft_count
-    added = 0 if method in ("none", "bitfit") else trained  # which train weights of the base
+    added = 0 if method in ("none", "bitfit") else trained  # these two train weights of the base
     logged = (row.get("memory/peak_gb") for row in read_rows(run.stage_dir(variant) / "metrics.jsonl"))
     return {
         "trained": trained or None,
-        "share": trained / (whole + added) if trained and whole else None,
+        "share": trained / (base_weights + added) if trained and base_weights else None,
         "sft_bytes": sft_bytes or None,
         "ppo_bytes": ppo_bytes or None,
         "sft_loss_before": sft.get("sft/validation_loss_before"),
@@ -175,15 +177,18 @@ def _training(run: RunFolder, variant: str, method: str, whole: int) -> dict[str
 
 
 def _weights(folder: Path, plain: bool = False) -> tuple[int, int]:
-    """How many weights a stage has left in its model folder, and their bytes on disk; only headers are read.
+    """Return the number of weights in a stage's model folder and their bytes on disk; only file headers are read.
 
     Args:
-        plain: 0 for a folder that holds an adapter alone.
+        plain: return zeros for a folder that holds only an adapter.
+
+    Raises:
+        UserError: if a file cannot be read.
     """
     adapter = folder / ADAPTER
     if adapter.exists() and plain:
         return 0, 0
-    files = [adapter] if adapter.exists() else sorted(folder.glob("model*.safetensors"))  # it may be in several
+    files = [adapter] if adapter.exists() else sorted(folder.glob("model*.safetensors"))  # it may be split into several
     count = 0
     for file in files:
         try:
@@ -191,15 +196,11 @@ def _weights(folder: Path, plain: bool = False) -> tuple[int, int]:
                 shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 (no mapping)
         except SafetensorError as error:
             raise UserError(f"the weights cannot be read: {error}", str(file), "redo the stage with --fresh") from None
-        for shape in shapes:
-            size = 1
-            for length in shape:
-                size *= length
-            count += size
+        count += sum(math.prod(shape) for shape in shapes)
     return count, sum(file.stat().st_size for file in files)
 
 
-# --- what evaluate found ---------------------------------------------------------------------------------------------
+# --- what evaluate wrote ---------------------------------------------------------------------------------------------
 
 Answer = dict[str, Any]  # text, finished and score of one policy's response
 Answers = dict[str, list[Answer]]  # by prompt, in the order of the samples
@@ -208,10 +209,13 @@ Answers = dict[str, list[Answer]]  # by prompt, in the order of the samples
 def _evaluation(
     run: RunFolder, recipe: Recipe, variant: str, reference: RunFolder, base: dict[str, Answers]
 ) -> dict[str, Any]:
-    """Numbers of evaluate/results.json, and comparisons between the rows of samples.jsonl.
+    """Return the fields of `ArmResult` from evaluate/results.json and from comparing rows of samples.jsonl.
 
     Args:
-        base: answers of the reference's policies, empty where it has none.
+        base: the reference's answers by policy, empty for a policy that it has not evaluated.
+
+    Raises:
+        UserError: if a file lacks what evaluate writes.
     """
     path, results = run.stage_dir("evaluate") / "results.json", _results(run)
     if variant not in results.get("policies", {}):
@@ -244,12 +248,12 @@ def _evaluation(
 
 
 def _results(run: RunFolder) -> dict[str, Any]:
-    """evaluate/results.json; {} where evaluate is not done."""
+    """Return evaluate/results.json, {} if evaluate is not done."""
     return (read_json(run.stage_dir("evaluate") / "results.json") or {}) if run.is_done("evaluate") else {}
 
 
 def _answers(run: RunFolder, policy: str) -> Answers:
-    """One policy's rows of samples.jsonl; {} where evaluate has not seen it."""
+    """Return one policy's rows of samples.jsonl, {} if evaluate did not sample it."""
     if policy not in _results(run).get("policies", {}):
         return {}
     path, found = run.stage_dir("evaluate") / "samples.jsonl", defaultdict(list)
@@ -264,7 +268,10 @@ def _answers(run: RunFolder, policy: str) -> Answers:
 
 
 def _difference(mine: Answers, theirs: Answers, recipe: Recipe) -> Interval | None:
-    """Mean difference of two policies' scores, prompt by prompt, with its interval over prompts."""
+    """Return the mean difference of two policies' scores, prompt by prompt, with its interval over prompts.
+
+    None if the prompts differ or a score is missing.
+    """
     if mine.keys() != theirs.keys():
         return None
     scores = [[[answer["score"] for answer in side[prompt]] for side in (mine, theirs)] for prompt in mine]
@@ -275,7 +282,10 @@ def _difference(mine: Answers, theirs: Answers, recipe: Recipe) -> Interval | No
 
 
 def _judge(recipe: Recipe, reference: RunFolder, arm: str, mine: Answers, base: Answers) -> Interval | None:
-    """Win rate over the reference's SFT policy under the rubric, as noisy as it was for evaluate; else None."""
+    """Return the win rate over the reference's SFT policy under the rubric, with the label noise that evaluate had.
+
+    None if the recipe names another labeler or the prompts differ.
+    """
     same = mine.keys() == base.keys() and all(len(mine[prompt]) == len(base[prompt]) for prompt in mine)
     if recipe.evaluate.labeler != "rubric" or not same:
         return None
@@ -284,10 +294,9 @@ def _judge(recipe: Recipe, reference: RunFolder, arm: str, mine: Answers, base: 
     from rlhf.labeling.base import Output  # imports torch
     from rlhf.labeling.labelers import make_evaluation_labeler
 
-    prompts = [Prompt((Message("user", text),)) for text in mine]  # of which the rubric sees the text alone
+    prompts = [Prompt((Message("user", text),)) for text in mine]  # the rubric sees only the text
     sides = [[[Output(a["text"], a["finished"]) for a in side[text]] for text in mine] for side in (mine, base)]
     seed = row_seed(recipe.run.seed, "compare", "reference", arm)
-    wins = pairwise_wins(
-        make_evaluation_labeler(recipe, reference), prompts, *sides, seed, judgements=recipe.evaluate.judgements
-    )
+    labeler = make_evaluation_labeler(recipe, reference)
+    wins = list(pairwise_wins(labeler, prompts, *sides, seed, recipe.evaluate.judgements))
     return win_rate(prompt_means(wins), recipe.evaluate.bootstrap, seed)

@@ -1,16 +1,16 @@
-"""Comparison files: one recipe, run in several ways that differ in a few fields.
+"""Comparison files: one recipe, run in several arms that differ in a few fields.
 
-    recipe: peft                    name of the recipe that all ways share, or its file (seen from this one)
-    reference: full                 the way that ranks outputs and trains the reward model, for all of them
-    common: {run.seed: 2}           fields of every way; may be left out
-    ways:
+    recipe: peft                    name of the recipe that all arms share, or its path from this file
+    reference: full                 the arm that ranks outputs and trains the reward model for all arms
+    common: {run.seed: 2}           fields of every arm; may be left out
+    arms:
       full: {sft.lr: 1.0e-5}
       lora: {model.peft.method: lora, sft.lr: 5.0e-4}
 
-Fields are written as on the command line. The reference is an ordinary run of all stages of the recipe. The others run
-what a policy is made and judged by, SFT, PPO and evaluate, with the reference's rankings and its reward model: their
-scores are of one model and can be compared. So the reward model is a whole one (reward.peft.method=none), and every
-way's value model, which starts from it, is trained whole too: the ways differ in the policy alone.
+Fields are written as on the command line. The reference is an ordinary run of all stages of the recipe. The other arms
+run SFT, PPO and evaluate, with the reference's rankings and its reward model, so that the scores of all arms come from
+one model and can be compared. All weights of the reward model are trained (reward.peft.method=none), and so are all
+weights of every arm's value model, which starts from it: the arms differ in the policy alone.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from rlhf.recipe import COMPARISONS, RECIPES, described, field_value, fields, fi
 from rlhf.stage_table import PPO_VARIANTS
 from rlhf.system.files import write_atomic
 
-FILE = "comparison.yaml"  # in the comparison's folder: the file as it was resolved
-NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # of a way, hence of a run folder
-SECTIONS = ("recipe", "reference", "common", "ways")
-SHARED_STAGES = ("rank", "reward")  # done by the reference for all ways
-# What is placed by the comparison, or has to be the same for the ways' numbers to be comparable.
+FILE = "comparison.yaml"  # in the comparison's folder: the file with the command line's overrides
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")  # of an arm, which is also its run folder's name
+SECTIONS = ("recipe", "reference", "common", "arms")
+SHARED_STAGES = ("rank", "reward")  # run by the reference for all arms
+# Fields that the comparison sets itself, or that must be equal in all arms for their numbers to be comparable.
 FIXED_FIELDS = ("run.dir", "run.name", "run.stages", "rank.", "reward.", "evaluate.", "data.prompts_heldout")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison file with the command line's overrides, every field checked."""
+    """A comparison file with the command line's overrides; every field is checked."""
 
     recipe: str  # name or path
     reference: str
@@ -49,74 +49,67 @@ class Comparison:
 
     @property
     def base(self) -> Recipe:
-        """The recipe with what is common to all ways."""
+        """Return the recipe with the fields common to all arms."""
         return load_recipe(self.recipe, _as_overrides(self.common))
 
     @property
     def folder(self) -> Path:
-        """runs/<name>, which holds the run folders of the ways."""
+        """Return runs/<name>, which holds the run folders of the arms."""
         run = self.base.run
         return Path(run.dir) / run.name
 
     @property
     def variant(self) -> str:
-        """The PPO stage whose policies are compared."""
+        """Return the name of the PPO stage whose policies are compared."""
         return next((variant for variant in PPO_VARIANTS if variant in self.base.run.stages), "ppo")
 
     def overrides(self, arm: str) -> list[str]:
-        """What the command line of a way's stages says after the name of the recipe."""
+        """Return the overrides that follow the recipe's name on the command line of an arm's stages."""
         base, folder = self.base, self.folder
         placed: dict[str, Any] = {"run.dir": str(folder), "run.name": arm}
         if arm != self.reference:
             placed["run.stages"] = [stage for stage in base.run.stages if stage not in SHARED_STAGES]
-            if base.reward.model == "sft":  # the reference's SFT model, that is
+            if base.reward.model == "sft":  # which means the reference's SFT model
                 placed["reward.model"] = str(folder / self.reference / "sft" / "model")
         return _as_overrides(self.common | self.arms[arm] | placed)
 
     def load(self, arm: str) -> Recipe:
-        """The whole recipe of a way."""
+        """Return the whole recipe of an arm."""
         return load_recipe(self.recipe, self.overrides(arm))
 
 
 def comparison_names() -> dict[str, str]:
-    """Names of the shipped comparisons with the first comment line of each."""
+    """Return the names of the shipped comparisons, each with the first comment line of its file."""
     return described(COMPARISONS)
 
 
 def read_comparison(name_or_path: str, overrides: Sequence[str] = ()) -> Comparison:
-    """Read a comparison file and check every way.
+    """Read a comparison file and check every arm.
 
     Args:
         name_or_path: a name listed by `comparison_names`, or the path of a YAML file.
-        overrides: `section.field=value` strings for every way.
+        overrides: `section.field=value` strings for every arm.
 
     Raises:
-        UserError: with file, line and field, for anything that cannot be run.
+        UserError: with file, line and field, if any arm cannot be run.
     """
     path = find_file(name_or_path, COMPARISONS, "comparison")
     values, lines = read_yaml(path, "comparison", SECTIONS), _Lines(path)
     for key in values:
         if key not in SECTIONS:
-            raise UserError(f"unknown section {key}", lines.where(key), f"known here: {', '.join(SECTIONS)}")
+            fix = "rename it to arms" if key == "ways" else f"known here: {', '.join(SECTIONS)}"  # its former name
+            raise UserError(f"unknown section {key}", lines.where(key), fix)
     for key in ("recipe", "reference"):
         if not isinstance(values.get(key), str):
             raise UserError(f"{key} is {values.get(key)!r}", lines.where(key), f"give the name of a {key}")
     common = _mapping(values.get("common", {}), lines, "common")
     arms = {
-        arm: _mapping(given, lines, "ways", arm) for arm, given in _mapping(values.get("ways"), lines, "ways").items()
+        arm: _mapping(given, lines, "arms", arm) for arm, given in _mapping(values.get("arms"), lines, "arms").items()
     }
     if values["reference"] not in arms:
-        fix = f"take one of {', '.join(arms)}"
-        raise UserError(
-            f"the reference {values['reference']} is no way of this comparison", lines.where("reference"), fix
-        )
-    recipe = values["recipe"]
-    if (path.parent / recipe).is_file():
-        recipe = str((path.parent / recipe).resolve())
-    try:
-        find_file(recipe, RECIPES, "recipe")
-    except UserError as error:
-        raise UserError(error.what, lines.where("recipe"), error.fix) from None
+        what = f"the reference {values['reference']} is not an arm of this comparison"
+        raise UserError(what, lines.where("reference"), f"take one of {', '.join(arms)}")
+    recipe = _find_recipe(values["recipe"], lines)
     _load(recipe, _as_overrides(common), lines, "common", common)
     _check_overrides(overrides, arms, path)
     base = load_recipe(recipe, [*_as_overrides(common), *overrides])
@@ -131,15 +124,15 @@ def read_comparison(name_or_path: str, overrides: Sequence[str] = ()) -> Compari
 
 
 def write_comparison(comparison: Comparison) -> Path:
-    """Write the comparison as it is run into its folder, so that it can be read again from there."""
-    held = {
+    """Write the comparison with its overrides into its folder, to be read again from there; return the file's path."""
+    content = {
         "recipe": comparison.recipe,
         "reference": comparison.reference,
         "common": comparison.common,
-        "ways": comparison.arms,
+        "arms": comparison.arms,
     }
     path = comparison.folder / FILE
-    write_atomic(path, yaml.safe_dump(held, sort_keys=False, width=120))
+    write_atomic(path, yaml.safe_dump(content, sort_keys=False, width=120))
     return path
 
 
@@ -147,7 +140,7 @@ def write_comparison(comparison: Comparison) -> Path:
 
 
 class _Lines:
-    """Where the keys of a YAML file stand."""
+    """The line numbers of the keys of a YAML file, for error messages."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -162,71 +155,86 @@ class _Lines:
                 yield from self._walk(value, inner)
 
     def where(self, *keys: str) -> str:
-        """`FILE, line N, a.b`; without the line for what is not there."""
+        """Return `FILE, line N, a: b` for the key b in the section a; without the line if the file lacks the key."""
         line = f", line {self._lines[keys]}" if keys in self._lines else ""
         return f"{self.path}{line}, {': '.join(keys)}"
 
 
 def _mapping(value: Any, lines: _Lines, *at: str) -> dict[str, Any]:
-    """The value of a section; a way without any field of its own may be left empty."""
+    """Return the value of a section as a dict; only an arm without fields of its own may be empty.
+
+    Raises:
+        UserError: if the value is not a mapping.
+    """
     if value is None and len(at) == 2:
         return {}
-    if not isinstance(value, Mapping) or (not value and at == ("ways",)):
-        held = "is missing or empty" if value in (None, {}) else f"is {value!r}"
+    if not isinstance(value, Mapping) or (not value and at == ("arms",)):
+        state = "is missing or empty" if value in (None, {}) else f"is {value!r}"
         raise UserError(
-            f"{at[-1]} {held}", lines.where(*at), "write `name: {section.field: value}` on the lines below it"
+            f"{at[-1]} {state}", lines.where(*at), "write `name: {section.field: value}` on the lines below it"
         )
     return {str(key): inner for key, inner in value.items()}
 
 
+def _find_recipe(recipe: str, lines: _Lines) -> str:
+    """Return the recipe's name, or its path if there is such a file beside the comparison file or elsewhere."""
+    if (lines.path.parent / recipe).is_file():
+        recipe = str((lines.path.parent / recipe).resolve())
+    try:
+        find_file(recipe, RECIPES, "recipe")
+    except UserError as error:
+        raise UserError(error.what, lines.where("recipe"), error.fix) from None
+    return recipe
+
+
 def _check_overrides(overrides: Sequence[str], arms: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Refuse to set, for all ways, what they differ in."""
+    """Raise UserError if an override sets a field for all arms that some arm sets itself."""
     for text in overrides:
         key = text.partition("=")[0].strip()
         setting = [arm for arm, given in arms.items() if key in given]
         if setting:
             raise UserError(
-                f"{key} is what the ways differ in: {', '.join(setting)}",
+                f"{key} is what the arms differ in: {', '.join(setting)}",
                 "the command line",
                 f"change it in a copy of {path}",
             )
 
 
 def _check_arm(comparison: Comparison, arm: str, lines: _Lines) -> None:
-    """Raise UserError for a way that cannot be a run of this comparison."""
+    """Raise UserError if an arm cannot be a run of this comparison."""
     given = comparison.arms[arm]
     if not NAME.fullmatch(arm):
         fix = "name it in letters, digits, dots, dashes and underscores"
-        raise UserError(f"the way {arm!r} cannot be the name of a folder", lines.where("ways", arm), fix)
+        raise UserError(f"the arm {arm!r} cannot be the name of a folder", lines.where("arms", arm), fix)
     for key in given:
         if key.startswith(FIXED_FIELDS):
             fix = "set it under common, or in the recipe" if not key.startswith("run.") else "leave it out"
-            raise UserError(f"{key} is the same for all ways, or follows from them", lines.where("ways", arm, key), fix)
-    recipe = _load(comparison.recipe, comparison.overrides(arm), lines, "ways", arm, given)
+            raise UserError(f"{key} is the same for all arms, or follows from them", lines.where("arms", arm, key), fix)
+    recipe = _load(comparison.recipe, comparison.overrides(arm), lines, "arms", arm, given)
     if recipe.reward.peft.method != "none":
         raise UserError(
-            f"reward.peft.method is {recipe.reward.peft.method}: all ways share one reward model, trained whole",
-            lines.where("ways", arm),
+            f"reward.peft.method is {recipe.reward.peft.method}: all arms share one reward model, trained whole",
+            lines.where("arms", arm),
             "set reward.peft.method=none in the recipe or under common",
         )
 
 
 def _load(recipe: str, overrides: Sequence[str], lines: _Lines, *at: Any) -> Recipe:
-    """`load_recipe`, its complaint about a field that this file sets told with file and line.
+    """Load a recipe; an error about a field that this file sets names the file and the line.
 
     Args:
-        at: the keys of the mapping the fields are in, and that mapping.
+        at: the keys of the mapping that holds the fields, then the mapping itself.
     """
     *keys, given = at
     try:
         return load_recipe(recipe, overrides)
     except UserError as error:
-        told = [key for key in given if key in error.what.replace(",", " ").split() or error.what.startswith(key)]
-        where = lines.where(*keys, told[0]) if told else f"{lines.where(*keys)}: {error.where}"
+        named = [key for key in given if key in error.what.replace(",", " ").split() or error.what.startswith(key)]
+        where = lines.where(*keys, named[0]) if named else f"{lines.where(*keys)}: {error.where}"
         raise UserError(error.what, where, error.fix) from None
 
 
 def _as_overrides(values: Mapping[str, Any]) -> list[str]:
-    """`section.field=value` strings, which `load_recipe` reads back to these values."""
+    """Return `section.field=value` strings, which `load_recipe` reads back to these values."""
     texts = {key for key, info in fields() if info.annotation is str}
     return [f"{key}={value if key in texts else json.dumps(value)}" for key, value in values.items()]

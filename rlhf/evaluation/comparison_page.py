@@ -1,7 +1,7 @@
-"""The page of a comparison: one HTML file with a table and a plot of all ways, the same as JSON, and a terminal table.
+"""The page of a comparison: an HTML file with a table and plots of all arms, the same as JSON, and a terminal table.
 
-Everything comes from `rlhf.evaluation.comparison.rows`. A run that belongs to a comparison shows its table in its own
-report (`membership`, for rlhf/evaluation/report.py).
+All numbers come from `rlhf.evaluation.comparison.arm_results`. A run that belongs to a comparison shows the table in
+its own report too (rlhf/evaluation/report.py asks `membership`).
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ METHODS = {
 
 
 def write_page(comparison: Comparison, rows: Sequence[ArmResult]) -> Path:
-    """Write comparison.html and comparison.json into the comparison's folder; returns the path of the former."""
+    """Write comparison.html and comparison.json into the comparison's folder; return the path of comparison.html."""
     folder, reference = comparison.folder, comparison.reference
     base = comparison.load(reference)
-    data = {"name": folder.name, "reference": reference, "variant": comparison.variant, "ways": as_dicts(rows)}
+    data = {"name": folder.name, "reference": reference, "variant": comparison.variant, "arms": as_dicts(rows)}
     write_atomic(folder / DATA, json.dumps(data, indent=1) + "\n")
     html = render(
         "comparison.html.j2",
@@ -61,20 +61,21 @@ def write_page(comparison: Comparison, rows: Sequence[ArmResult]) -> Path:
 
 
 NOTES = (
-    "Small print: the share of the policy’s weights and the files that SFT and PPO leave; validation loss in nats per "
-    "token; the score of the way’s own SFT policy and of the last PPO iteration’s own samples; 95 % bootstrap "
-    "intervals over the prompts, of differences prompt by prompt. “Learned nothing”: the gain’s interval covers 0. "
-    "KL in nats per response. Time is SFT and PPO, memory the highest in PPO. One seed: another one would move every "
-    "row, and each method’s learning rate is a choice of its own."
+    "The small print gives the trained share of the policy’s weights and the size of the files that SFT and PPO write; "
+    "the validation loss in nats per token; the score of the arm’s own SFT policy and of the last PPO "
+    "iteration’s samples; and 95 % bootstrap intervals over the prompts, of differences prompt by prompt. “Learned "
+    "nothing” means that the gain’s interval covers 0. KL is in nats per response. Time is that of SFT and PPO, memory "
+    "the peak in PPO. All numbers are of one seed: another seed would move every row, and each method’s learning rate "
+    "was chosen separately."
 )
 
 
 def verdict(rows: Sequence[ArmResult], reference: str) -> str:
-    """What the comparison found, no more than the intervals allow to say."""
-    judged = [row for row in rows if row.gain is not None and row.score is not None]
-    if not judged:
-        return "No way has been evaluated yet."
-    best = max(judged, key=lambda row: row.score)
+    """Return sentences that say what the comparison found, claiming no more than the intervals allow."""
+    evaluated = [row for row in rows if row.gain is not None and row.score is not None]
+    if not evaluated:
+        return "No arm has been evaluated yet."
+    best = max(evaluated, key=lambda row: row.score)
     text = f"Highest held-out score: {best.arm}, {number(best.score)}"
     text += f" with {share(best.share)} of the weights trained" if best.share else ""
     if best.versus_reference is not None:
@@ -83,7 +84,7 @@ def verdict(rows: Sequence[ArmResult], reference: str) -> str:
         interval = best.versus_reference
         text += f": {words.get(best.standing, best.standing)} ({signed(interval.mean, 2)}, {_range(interval)})"
     groups = [
-        [row.arm for row in judged if row.finding == word] for word in ("learned", "got worse", "learned nothing")
+        [row.arm for row in evaluated if row.finding == word] for word in ("learned", "got worse", "learned nothing")
     ]
     groups.append([row.arm for row in rows if row.state == "failed"])
     for names, said in zip(
@@ -94,27 +95,30 @@ def verdict(rows: Sequence[ArmResult], reference: str) -> str:
 
 
 def basis(comparison: Comparison, rows: Sequence[ArmResult]) -> str:
-    """How the ways are made comparable."""
+    """Return sentences that say what all arms share, and who judged them."""
     recipe = comparison.load(comparison.reference)
     prompts = max((row.prompts for row in rows), default=0)
     text = (
-        f"The same data, steps and samples in every way, {recipe.ppo.episodes} episodes of PPO. {comparison.reference} "
-        "ranked the outputs of its own SFT policy and trained one reward model on them, which scores every way (and "
-        "has seen nothing of the other ways’ outputs); every way’s value model is trained whole. "
+        f"The same data, steps and samples in every arm, {recipe.ppo.episodes} episodes of PPO. {comparison.reference} "
+        "ranked the outputs of its own SFT policy and trained one reward model on them. It scores every arm and has "
+        "not seen the other arms’ outputs. All weights of every arm’s value model are trained. "
     )
     labeler = recipe.evaluate.labeler.replace("_", " ")
     return text + (f"Judged by the {labeler} labeler on {prompts} held-out prompts." if prompts else "")
 
 
 def charts(rows: Sequence[ArmResult], reference: str) -> list[dict[str, Any]]:
-    """Trained weights against reward and against win rate, of the ways that have both."""
+    """Return the charts of reward and of win rate over the number of trained weights, for the arms that have both."""
     found = []
     for title, unit, key, start in (
         ("Reward", f"held-out score, difference to SFT of {reference}", "gain_reference", 0.0),
         ("Win rate", f"over SFT of {reference}", "win_rate_reference", 0.5),
     ):
-        there = [(row, interval) for row in rows if row.trained and (interval := getattr(row, key)) is not None]
-        points = [LabelledPoint(row.arm, row.trained, *interval) for row, interval in there]
+        points = [
+            LabelledPoint(row.arm, row.trained, *interval)
+            for row in rows
+            if row.trained and (interval := getattr(row, key)) is not None
+        ]
         if points:
             svg = named_points_chart(points, start, "trained weights", share=start == 0.5)
             found.append({"title": title, "unit": unit, "svg": Markup(svg)})
@@ -122,14 +126,14 @@ def charts(rows: Sequence[ArmResult], reference: str) -> list[dict[str, Any]]:
 
 
 def membership(run_dir: Path) -> dict[str, Any] | None:
-    """What a run's report shows of the comparison that it belongs to: name, reference and rows; None without one."""
+    """Return the content of comparison.json (name, reference, arms) if the run is an arm of a comparison, else None."""
     run_dir = run_dir.resolve()
     data = read_json(run_dir.parent / DATA)
-    return data if data and any(row["arm"] == run_dir.name for row in data["ways"]) else None
+    return data if data and any(row["arm"] == run_dir.name for row in data.get("arms", ())) else None
 
 
 def print_rows(comparison: Comparison, rows: Sequence[ArmResult]) -> None:
-    """The table for the terminal, and the reason of each way that is not done."""
+    """Print the table, and for each arm that is not done the reason."""
     cells = []
     for row in rows:
         cells.append(
@@ -147,7 +151,7 @@ def print_rows(comparison: Comparison, rows: Sequence[ArmResult]) -> None:
                 duration(_seconds(row)),
             ]
         )
-    columns = ["way", "trained", "SFT loss", "score", "gain over own SFT", "wins over it"]
+    columns = ["arm", "trained", "SFT loss", "score", "gain over own SFT", "wins over it"]
     columns += [f"over {comparison.reference}'s SFT", "KL", "time"]
     table(f"Comparison {comparison.folder.name}", columns, cells)
     for row in rows:
@@ -163,7 +167,7 @@ def print_rows(comparison: Comparison, rows: Sequence[ArmResult]) -> None:
 
 
 def _shown(comparison: Comparison, row: ArmResult) -> dict[str, Any]:
-    """A row with what only the page shows."""
+    """Return a row's fields with those that only the page shows."""
     sizes = dict.fromkeys(_bytes(size) for size in (row.sft_bytes, row.ppo_bytes) if size)
     return asdict(row) | {
         "gain": row.gain,

@@ -1,8 +1,8 @@
-"""What evaluate asks every policy: held-out prompts, text and questions, less what a training stage has seen."""
+"""The held-out prompts, text and questions that evaluate puts to every policy; what training has seen is dropped."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,21 +25,31 @@ from rlhf.functional.seeding import row_seed
 
 @dataclass
 class HeldOut:
-    """What every policy is asked."""
+    """The inputs of every policy. Each encoded prompt has `samples_per_prompt` consecutive rows."""
 
     prompts: list[Prompt]
-    ids: list[list[int]]  # encoded prompts, each repeated samples_per_prompt times in a row
-    seeds: list[int]  # one for each row of ids, the same for every policy
-    text_rows: list[list[int]]  # held-out pretraining text
-    cloze: list[Cloze]
+    ids: list[list[int]]  # token ids of the prompt of each row
+    seeds: list[int]  # one for each row, the same for every policy
+    text_rows: list[list[int]] = field(default_factory=list)  # token ids of held-out pretraining text
+    cloze: list[Cloze] = field(default_factory=list)
+
+    @property
+    def samples_per_prompt(self) -> int:
+        """Return how many consecutive rows a prompt has."""
+        return len(self.ids) // len(self.prompts)
+
+    @property
+    def row_prompts(self) -> list[Prompt]:
+        """Return the prompt of each row."""
+        return [prompt for prompt in self.prompts for _ in range(self.samples_per_prompt)]
 
 
 def unseen_prompts(recipe: Recipe, drops: Drops) -> list[Prompt]:
-    """The held-out prompts less those that a training stage has seen, counted."""
-    data, apart = recipe.data, Drops()  # drops of the training files are the other stages' to count
-    seen = {row.key for row in read_prompts(data.prompts, apart)} if data.prompts else set()
-    seen |= {row.prompt.key for row in read_demonstrations(data.demonstrations, apart)}
-    seen |= {row.prompt.key for row in read_rankings(data.rankings, apart)} if data.rankings else set()
+    """Return the held-out prompts that no training stage has seen; the others are counted in `drops`."""
+    data, uncounted = recipe.data, Drops()  # the other stages count the drops of the training files
+    seen = {row.key for row in read_prompts(data.prompts, uncounted)} if data.prompts else set()
+    seen |= {row.prompt.key for row in read_demonstrations(data.demonstrations, uncounted)}
+    seen |= {row.prompt.key for row in read_rankings(data.rankings, uncounted)} if data.rankings else set()
     prompts = read_prompts(data.prompts_heldout, drops)
     kept = [prompt for prompt in prompts if prompt.key not in seen]
     if len(kept) < len(prompts):
@@ -48,7 +58,7 @@ def unseen_prompts(recipe: Recipe, drops: Drops) -> list[Prompt]:
 
 
 def unseen_texts(recipe: Recipe, drops: Drops) -> list[str]:
-    """The held-out texts less those that are trained on, counted."""
+    """Return the held-out texts that are not trained on; the others are counted in `drops`."""
     data = recipe.data
     seen = set(read_texts(data.pretraining, Drops())) if data.pretraining else set()
     texts = read_texts(data.pretraining_heldout, drops) if data.pretraining_heldout else []
@@ -59,7 +69,11 @@ def unseen_texts(recipe: Recipe, drops: Drops) -> list[str]:
 
 
 def read_heldout(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, drops: Drops) -> HeldOut:
-    """The held-out prompts, text and questions; what was trained on and too long prompts are dropped and counted."""
+    """Read and encode the held-out data; prompts too long or trained on and texts trained on are dropped and counted.
+
+    Raises:
+        UserError: if no prompt is left.
+    """
     cfg, data = recipe.evaluate, recipe.data
     fitting = fit_prompts(unseen_prompts(recipe, drops), tokenizer, data.max_prompt_tokens, drops)
     fitting = fitting[: cfg.prompts or None]

@@ -1,7 +1,7 @@
-"""What the HTML pages share: one style, the templates' environment, and how numbers are written.
+"""Rendering of the HTML pages: one style, the templates' environment and the formats of numbers.
 
-A page is one file without outside assets. Text of models and users is escaped by the template engine; only our own
-charts are inserted as they are.
+A page is one file without outside assets. The template engine escapes the text of models and users; only our own charts
+are inserted unescaped.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from rlhf.system.console import duration
 
 
 def render(template: str, filters: Mapping[str, Callable[..., Any]], /, **values: Any) -> str:
-    """A page from a template in rlhf/evaluation/html_templates.
+    """Return the page that a template in rlhf/evaluation/html_templates gives.
 
     Args:
-        filters: of this page, besides the functions below, which all pages have.
-        values: what the template names; one that is missing is an error.
+        filters: filters of this page, besides the number formats below, which all pages have.
+        values: the variables of the template; a missing one raises.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "html_templates"),
@@ -44,7 +44,7 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """A change, with its sign; empty when not known."""
+    """Return a change with its sign; empty for None."""
     if value is None:
         return ""
     text = number(value, digits)
@@ -52,12 +52,12 @@ def signed(value: float | None, digits: int = 3) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share in whole percent, with a no-break space; a dash for what is not known."""
+    """Return a share in whole percent, with a no-break space; a dash for None."""
     return "–" if value is None else f"{100 * value:.0f}\u00a0%"
 
 
 def count(value: float | None) -> str:
-    """A number of weights: 9.2 k, 4.88 M; a dash for what is not known."""
+    """Return a number of weights as 9.2 k or 4.88 M; a dash for None."""
     if value is None:
         return "–"
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -67,5 +67,5 @@ def count(value: float | None) -> str:
 
 
 def share(value: float | None) -> str:
-    """A share of weights in percent, two digits where it is small."""
+    """Return a share of weights in percent with two significant digits; a dash for None."""
     return "–" if value is None else f"{100 * value:.2g}\u00a0%" if value < 0.995 else "100\u00a0%"

@@ -1,8 +1,8 @@
 """The report of a run: one HTML file without outside assets, and a table for the terminal.
 
-Works after any stage: what a run does not have yet is left out. Everything is read from the run folder's own files:
-recipe.yaml, <stage>/stage.json, <stage>/metrics.jsonl, reward/calibration.json, evaluate/results.json and
-evaluate/samples.jsonl. Model text is escaped by the template engine; only our own charts are inserted as they are.
+The report can be drawn after any stage: parts that a run does not have yet are left out. Everything is read from the
+run folder's own files: recipe.yaml, <stage>/stage.json, <stage>/metrics.jsonl, reward/calibration.json,
+evaluate/results.json and evaluate/samples.jsonl.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from rlhf.recipe import load_recipe
 from rlhf.stage_table import PPO_VARIANTS, STAGES
 from rlhf.system.files import read_json, read_rows, write_atomic
 
-PROMPTED = {"base": "Base", "sft": "SFT"}  # policies that also answer under templates
-SAMPLES_SHOWN = 12  # the first held-out prompts: a fixed rule, so that nothing is picked
+PROMPTED = {"base": "Base", "sft": "SFT"}  # names of the policies that also answer under templates
+SAMPLES_SHOWN = 12  # always the first held-out prompts, so that none are hand-picked
 
-# (metric, title, unit) by the stages that log it.
+# (title, stages, their metrics as (metric, title, unit)).
 CURVES: list[tuple[str, tuple[str, ...], list[tuple[str, str, str]]]] = [
     (
         "PPO",
@@ -63,7 +63,7 @@ STAGE_METRICS = ("sft/loss", "reward/accuracy", "ppo/reward_score", "ppo/kl")
 
 @dataclass
 class RunData:
-    """What a run folder holds, as far as it is there."""
+    """The content of a run folder; parts that are missing are empty."""
 
     name: str
     path: Path
@@ -79,7 +79,7 @@ def read_run(run_dir: Path) -> RunData:
     """Read a run folder.
 
     Raises:
-        UserError: when it holds neither a recipe nor a stage.
+        UserError: if it holds neither a recipe nor a stage.
     """
     run_dir = Path(run_dir)
     recipe = run_dir / "recipe.yaml"
@@ -96,7 +96,7 @@ def read_run(run_dir: Path) -> RunData:
         calibration=read_json(run_dir / "reward" / "calibration.json") or [],
     )
     if not (data.recipe or data.stages or data.points):
-        raise UserError("this is no run folder", where=str(run_dir), fix="name a folder that `rlhf run` has written")
+        raise UserError("this is not a run folder", where=str(run_dir), fix="name a folder that `rlhf run` has written")
     return data
 
 
@@ -104,7 +104,7 @@ def write_report(run_dir: Path) -> Path:
     """Write run_dir/report.html and return its path.
 
     Raises:
-        UserError: when run_dir is no run folder.
+        UserError: if run_dir is not a run folder.
     """
     run_dir = Path(run_dir)
     data = read_run(run_dir)
@@ -127,7 +127,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def policy_rows(results: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """One row for each policy: its numbers, its comparison with SFT and its changes against SFT."""
+    """Return one row for each policy: its numbers, its comparison with SFT and its changes against SFT."""
     if not results:
         return []
     over_sft = {row["a"]: row for row in results["comparisons"] if row["b"] == "sft"}
@@ -146,7 +146,7 @@ def policy_rows(results: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def verdict(results: dict[str, Any] | None) -> str:
-    """One or two sentences that say what the evaluation found, and whether the interval allows saying it."""
+    """Return one or two sentences that say what the evaluation found, as far as the interval allows."""
     rows = {row["name"]: row for row in policy_rows(results)}
     name = next((n for n in PPO_VARIANTS if n in rows), None)
     if not results or name is None:
@@ -171,7 +171,7 @@ def verdict(results: dict[str, Any] | None) -> str:
 
 
 def judged(data: RunData) -> str:
-    """Who compared the policies, how often, and what that labeler has to do with the training."""
+    """Return sentences that say who compared the policies, how often, and how that labeler relates to the training."""
     if not data.results:
         return ""
     judgements = data.results["judgements"]
@@ -187,7 +187,7 @@ def judged(data: RunData) -> str:
 
 
 def reward_card(data: RunData) -> dict[str, Any] | None:
-    """Accuracy with its interval, margin and calibration of the reward model."""
+    """Return the reward model's accuracy with its interval, its margin and its calibration chart; None without any."""
     metrics = data.stages.get("reward", {}).get("metrics") or {}
     if "reward/accuracy" not in metrics and not data.calibration:
         return None
@@ -198,7 +198,7 @@ def reward_card(data: RunData) -> dict[str, Any] | None:
 
 
 def curves(data: RunData) -> list[dict[str, Any]]:
-    """Charts by stage group; metrics logged less than twice are left out."""
+    """Return the charts of each group of stages; metrics logged less than twice are left out."""
     groups = []
     for title, stages, metrics in CURVES:
         charts = []
@@ -217,6 +217,7 @@ def curves(data: RunData) -> list[dict[str, Any]]:
 
 
 def _against(points: list[dict[str, Any]], x: str, y: str) -> Series:
+    """Return two metrics of the points that have both."""
     both = [(point[x], point[y]) for point in points if point.get(x) is not None and point.get(y) is not None]
     return [a for a, _ in both], [b for _, b in both]
 
@@ -232,7 +233,7 @@ def _axis(data: RunData, stages: tuple[str, ...]) -> str:
 
 
 def stage_rows(data: RunData) -> list[dict[str, Any]]:
-    """State, time and a few numbers of every stage that has begun."""
+    """Return state, seconds and a few metrics of every stage that has begun."""
     rows = []
     for name, stage in data.stages.items():
         metrics = stage.get("metrics") or {}
@@ -242,7 +243,7 @@ def stage_rows(data: RunData) -> list[dict[str, Any]]:
 
 
 def label(name: str) -> str:
-    """How a policy or stage is called on the page."""
+    """Return the name of a policy or stage on the page."""
     policy, _, template = name.partition("-")
     if template and policy in PROMPTED:
         return f"{PROMPTED[policy]}, {template}"
@@ -251,10 +252,10 @@ def label(name: str) -> str:
 
 
 def print_summary(run_dir: Path, console: Console | None = None) -> None:
-    """Print one row for each policy and the path of the report, when there is one.
+    """Print one row for each policy, and the path of the report if it has been written.
 
     Raises:
-        UserError: when run_dir is no run folder.
+        UserError: if run_dir is not a run folder.
     """
     console = console or Console()
     rows = policy_rows(read_run(run_dir).results)
@@ -283,5 +284,5 @@ def print_summary(run_dir: Path, console: Console | None = None) -> None:
         console.print(table)
     report = Path(run_dir) / "report.html"
     if report.exists():
-        # Not wrapped, so that terminals keep it clickable.
+        # The path is not wrapped, so that terminals keep it clickable.
         console.print(f"\nreport: {report}", soft_wrap=True, markup=False, highlight=False)

@@ -1,19 +1,13 @@
-"""The statistics of an evaluation: win rates with intervals, diversity, lengths. No model is touched here.
-
-Outputs come as one list per prompt with S samples each; wins come back in the same shape. The prompt is the unit of
-every interval: samples of one prompt are averaged first, since they are not independent of each other.
-"""
+"""Pairwise comparison of two policies' outputs by a labeler; rlhf/functional/statistics.py makes win rates of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from rlhf.data.records import Prompt
-    from rlhf.labeling.base import Labeler, Output
+from rlhf.data.records import Prompt
+from rlhf.labeling.base import Labeler, Output
 
 
 def pairwise_wins(
@@ -22,37 +16,28 @@ def pairwise_wins(
     outputs_a: Sequence[Sequence[Output]],
     outputs_b: Sequence[Sequence[Output]],
     seed: int = 0,
-    advance: Callable[[int], None] | None = None,
     judgements: int = 1,
-    stop: Callable[[], bool] = lambda: False,
-) -> list[list[float]]:
-    """How often side a wins: for each prompt and sample the mean of `judgements` x 2 answers, each in {0, 0.5, 1}.
+) -> Iterator[list[float]]:
+    """Yield, prompt by prompt, the wins of side a: for each sample the mean of `judgements` x 2 answers.
 
-    Every pair is asked in both orders, (a, b) and (b, a), each time with a seed of its own: a labeler that favours the
-    output it sees first then favours neither side. A tie counts one half. Sample s of a meets sample s of b.
+    An answer is 1 (a is better), 0 (b is) or 0.5 (a tie). Every pair is asked in both orders, (a, b) and (b, a), each
+    time with a seed of its own, so that a labeler that favours the output it sees first favours neither side. Sample s
+    of a meets sample s of b.
 
     Args:
-        labeler: anything with `prefers(prompt, a, b, order_seed) -> 1 (a), 0 (b) or 0.5 (tie)`.
-        outputs_a, outputs_b: per prompt the same number of samples.
-        advance: called with 1 after every prompt, for progress.
-        judgements: how often each order is asked, as of so many labelers; leaves the expected win rate as it is.
-        stop: asked before every prompt; when true, what follows is left out.
+        labeler: only its `prefers` is called, and only for the prompts whose wins are taken.
+        outputs_a, outputs_b: [prompts][samples], the same number of samples on both sides.
+        judgements: how often each order is asked, like so many labelers; the expected win rate does not depend on it.
 
     Raises:
-        ValueError: when the two sides have different shapes.
+        ValueError: if the two sides have different shapes.
     """
-    wins = []
     order_seeds = np.random.default_rng(seed)
     for prompt, side_a, side_b in zip(prompts, outputs_a, outputs_b, strict=True):
-        if stop():
-            break
-        row = []
+        wins = []
         for a, b in zip(side_a, side_b, strict=True):
             answers = []
             for first, second in order_seeds.integers(0, 2**31, size=(judgements, 2)).tolist():
                 answers += [labeler.prefers(prompt, a, b, first), 1 - labeler.prefers(prompt, b, a, second)]
-            row.append(sum(answers) / len(answers))
-        wins.append(row)
-        if advance:
-            advance(1)
-    return wins
+            wins.append(sum(answers) / len(answers))
+        yield wins

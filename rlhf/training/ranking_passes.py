@@ -121,7 +121,7 @@ def own_passes(small: Sequence[Group], parts: Sequence[Pass], tokens: int) -> li
     n = processes()
     most = max(len(whole_passes(small[rank::n], tokens)) + len(parts[rank::n]) for rank in range(n))
     own = whole_passes(shard(small), tokens) + shard(parts)
-    any_output = [*small, *parts][0].pairs[:1]
+    any_output = (small[0] if small else parts[0]).pairs[:1]
     return own + [Pass(any_output, score_grads=torch.zeros(1))] * (most - len(own))
 
 

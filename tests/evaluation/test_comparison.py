@@ -1,4 +1,4 @@
-"""The rows of a comparison of hand-made runs, worked out by hand, and runs that are not done or broken."""
+"""Rows of a comparison of hand-made runs against values worked out by hand; runs that are unfinished or broken."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support.comparison_runs import BAD, by_arm, hand_made
 
 @pytest.fixture
 def comparison(tmp_path: Path) -> Comparison:
-    """Three finished ways in hand-made run folders."""
+    """Three finished arms in hand-made run folders."""
     return hand_made(tmp_path)
 
 
@@ -45,7 +45,7 @@ def test_gains_are_differences_prompt_by_prompt(comparison: Comparison) -> None:
     full, lora, prompt = arm_results(comparison)
     assert lora.gain == Interval(0.5, 0.5, 0.5) and prompt.gain == Interval(-0.25, -0.25, -0.25)
     assert full.gain is not None and full.gain.mean == 0
-    # The mean of 20 values of +1 and -1 has a deviation of 1/sqrt(20) = 0.22, so about +-0.44 is an interval of 95 %.
+    # The mean of 20 values of +1 and -1 has a std of 1/sqrt(20) = 0.22, so its 95 % interval is about +-0.44.
     assert full.gain.low == pytest.approx(-0.44, abs=0.1) and full.gain.high == pytest.approx(0.44, abs=0.1)
     # Against the reference's SFT policy, 0.5 everywhere: 0.75 - 0.5 and 0.75 - 0.5.
     assert lora.gain_reference == Interval(0.25, 0.25, 0.25) and prompt.gain_reference == Interval(0.25, 0.25, 0.25)
@@ -54,7 +54,7 @@ def test_gains_are_differences_prompt_by_prompt(comparison: Comparison) -> None:
     assert full.gain_reference == full.gain and full.versus_reference is None
 
 
-def test_the_rubric_judges_a_way_against_the_references_sft_policy(comparison: Comparison) -> None:
+def test_the_rubric_judges_an_arm_against_the_references_sft_policy(comparison: Comparison) -> None:
     full, lora, prompt = arm_results(comparison)
     # 20 of 20 prompts: the Wilson interval is 1 / (1 + 1.96^2 / 20) to 1.
     assert lora.win_rate_reference == Interval(1.0, pytest.approx(0.83887, abs=1e-5), 1.0)
@@ -94,7 +94,7 @@ def test_prompts_that_differ_are_not_compared(comparison: Comparison) -> None:
 # --- runs that are not done, or broken -------------------------------------------------------------------------------
 
 
-def test_a_way_that_failed_is_told_with_its_reason(comparison: Comparison) -> None:
+def test_a_failed_arm_has_its_reason(comparison: Comparison) -> None:
     record = {"state": "failed", "error": "UserError: KL reached 120 nats\n  where: ppo.max_kl", "metrics": {}}
     (comparison.folder / "lora" / "ppo-ptx" / "stage.json").write_text(json.dumps(record))
     (comparison.folder / "prompt" / "evaluate" / "stage.json").unlink()
@@ -105,7 +105,7 @@ def test_a_way_that_failed_is_told_with_its_reason(comparison: Comparison) -> No
     assert found["prompt"].reason == "evaluate was killed (signal 9)"
 
 
-def test_states_of_a_way_that_is_not_done(comparison: Comparison) -> None:
+def test_states_of_an_unfinished_arm(comparison: Comparison) -> None:
     stage = comparison.folder / "lora" / "ppo-ptx" / "stage.json"
     stage.write_text(json.dumps({"state": "running"}))
     assert by_arm(arm_results(comparison))["lora"].state == "interrupted"

@@ -1,4 +1,4 @@
-"""Comparison files: what they become, and what is refused with file, line and field."""
+"""Comparison files: the recipes that they give, and refusals that name file, line and field."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rlhf.recipe import load_recipe
 from rlhf.run.preflight import check
 
 FILE_TEXT = """\
-# Three ways.
+# Three arms.
 recipe: tiny
 reference: full
 common:
   reward.peft.method: none
   sft.packing: false
   run.name: three
-ways:
+arms:
   full: {}
   lora: {model.peft.method: lora, sft.lr: 5.0e-3}
   prompt:
@@ -76,23 +76,24 @@ def test_a_recipe_file_is_looked_for_beside_the_comparison(
         (
             "reference: full",
             "reference: whole",
-            ["reference whole is no way", "line 3, reference", "full, lora, prompt"],
+            ["reference whole is not an arm", "line 3, reference", "full, lora, prompt"],
         ),
         ("reference: full\n", "", ["reference is None", "my.yaml, reference"]),
-        ("common:", "comon:", ["unknown section comon", "line 4, comon", "recipe, reference, common, ways"]),
+        ("arms:", "ways:", ["unknown section ways", "line 8, ways", "rename it to arms"]),
+        ("common:", "comon:", ["unknown section comon", "line 4, comon", "recipe, reference, common, arms"]),
         (
             "sft.packing: false",
             "sft.pack: false",
             ["unknown field sft.pack", "line 6, common: sft.pack", "sft.packing"],
         ),
         ("sft.packing: false", "sft.packing: 7", ["sft.packing is 7", "line 6, common: sft.packing"]),
-        ("sft.lr: 5.0e-3", "sft.lrr: 5.0e-3", ["unknown field sft.lrr", "line 10, ways: lora: sft.lrr", "sft.lr?"]),
-        ("ppo.lr: 0.01", "ppo.lr: fast", ["ppo.lr is 'fast'", "line 13, ways: prompt: ppo.lr", "a number, above 0"]),
-        ("ppo.lr: 0.01", "ppo: {lr: 0.01}", ["ppo is a section", "line 13, ways: prompt: ppo"]),
-        ("ppo.lr: 0.01", "run.name: x", ["run.name is the same", "line 13, ways: prompt: run.name"]),
+        ("sft.lr: 5.0e-3", "sft.lrr: 5.0e-3", ["unknown field sft.lrr", "line 10, arms: lora: sft.lrr", "sft.lr?"]),
+        ("ppo.lr: 0.01", "ppo.lr: fast", ["ppo.lr is 'fast'", "line 13, arms: prompt: ppo.lr", "a number, above 0"]),
+        ("ppo.lr: 0.01", "ppo: {lr: 0.01}", ["ppo is a section", "line 13, arms: prompt: ppo"]),
+        ("ppo.lr: 0.01", "run.name: x", ["run.name is the same", "line 13, arms: prompt: run.name"]),
         ("ppo.lr: 0.01", "evaluate.prompts: 9", ["evaluate.prompts is the same", "under common"]),
         ("ppo.lr: 0.01", "reward.lr: 0.1", ["reward.lr is the same", "line 13"]),
-        ("sft.packing: false", "sft.packing: true", ["sft.packing is true", "line 11, ways: prompt"]),
+        ("sft.packing: false", "sft.packing: true", ["sft.packing is true", "line 11, arms: prompt"]),
         (
             "reward.peft.method: none",
             "reward.peft.method: model",
@@ -100,7 +101,7 @@ def test_a_recipe_file_is_looked_for_beside_the_comparison(
         ),
         ("  lora: {", "  lo/ra: {", ["'lo/ra' cannot be the name of a folder", "line 10"]),
         ("  lora: {model", "  lora: [model", ["not valid YAML", "line 10"]),
-        ("  lora: {model.peft.method: lora, sft.lr: 5.0e-3}", "  lora: 3", ["lora is 3", "line 10, ways: lora"]),
+        ("  lora: {model.peft.method: lora, sft.lr: 5.0e-3}", "  lora: 3", ["lora is 3", "line 10, arms: lora"]),
         ("run.name: three", "run.stages: [sft, reward, ppo]", ["run.stages lacks evaluate"]),
     ],
 )
@@ -114,21 +115,21 @@ def test_refusals_name_file_line_and_field(file: Path, before: str, after: str, 
     assert str(file) in str(caught.value)
 
 
-def test_a_file_without_ways_and_an_unknown_comparison(file: Path, tmp_path: Path) -> None:
-    file.write_text("recipe: tiny\nreference: full\nways:\n")
-    with pytest.raises(UserError, match="ways is missing or empty"):
+def test_a_file_without_arms_and_an_unknown_comparison(file: Path, tmp_path: Path) -> None:
+    file.write_text("recipe: tiny\nreference: full\narms:\n")
+    with pytest.raises(UserError, match="arms is missing or empty"):
         read_comparison(str(file))
     with pytest.raises(UserError, match="there is no comparison 'peff'[\\s\\S]*did you mean peft"):
         read_comparison("peff")
     file.write_text("- recipe\n")
     with pytest.raises(
-        UserError, match="a comparison is a mapping of sections[\\s\\S]*recipe, reference, common, ways"
+        UserError, match="a comparison is a mapping of sections[\\s\\S]*recipe, reference, common, arms"
     ):
         read_comparison(str(file))
 
 
-def test_the_command_line_does_not_set_what_the_ways_differ_in(file: Path) -> None:
-    with pytest.raises(UserError, match="sft.lr is what the ways differ in: lora"):
+def test_the_command_line_does_not_set_what_the_arms_differ_in(file: Path) -> None:
+    with pytest.raises(UserError, match="sft.lr is what the arms differ in: lora"):
         read_comparison(str(file), ["sft.lr=1"])
     with pytest.raises(UserError, match=r"unknown field sft\.lrr\n  where: the command line"):
         read_comparison(str(file), ["sft.lrr=1"])
@@ -155,10 +156,10 @@ def test_peft_has_every_method_that_its_model_can_take() -> None:
     assert len(budgets) == 1
 
 
-def test_bitfit_can_be_a_way_for_a_model_with_biases(tmp_path: Path, tiny_gpt2_dir: str) -> None:
+def test_bitfit_can_be_an_arm_for_a_model_with_biases(tmp_path: Path, tiny_gpt2_dir: str) -> None:
     file = tmp_path / "gpt2.yaml"
     file.write_text(
         f"recipe: peft\nreference: full\ncommon: {{model.name: '{tiny_gpt2_dir}'}}\n"
-        "ways: {full: , bitfit: {model.peft.method: bitfit, sft.lr: 1.0e-3}}\n"
+        "arms: {full: , bitfit: {model.peft.method: bitfit, sft.lr: 1.0e-3}}\n"
     )
     assert read_comparison(str(file)).load("bitfit").model.peft.method == "bitfit"

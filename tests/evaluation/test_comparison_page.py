@@ -1,4 +1,4 @@
-"""The page of a comparison: what it shows, its plot, and its place in the report of a run."""
+"""The page of a comparison: its content, its plots, and its table in the report of a run."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from support.comparison_runs import hand_made
 
 @pytest.fixture
 def comparison(tmp_path: Path) -> Comparison:
-    """Three finished ways in hand-made run folders."""
+    """Three finished arms in hand-made run folders."""
     return hand_made(tmp_path)
 
 
-def test_the_page_is_one_file_with_every_way(comparison: Comparison) -> None:
+def test_the_page_is_one_file_with_every_arm(comparison: Comparison) -> None:
     found = arm_results(comparison)
     html = write_page(comparison, found).read_text()
     assert (
@@ -44,9 +44,9 @@ def test_the_page_is_one_file_with_every_way(comparison: Comparison) -> None:
     assert "learned nothing" in html and "83 – 100\u00a0%" not in html and "84 – 100\u00a0%" in html
     assert "var(--ptx)" in html and "#0a0003" not in html and "#0a0005" not in html
     data = json.loads((comparison.folder / "comparison.json").read_text())
-    assert data["reference"] == "full" and [row["arm"] for row in data["ways"]] == ["full", "lora", "prompt"]
-    assert data["ways"][1]["gain"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
-    assert data["ways"][1]["trained"] == 14 and data["ways"][0]["finding"] == "learned nothing"
+    assert data["reference"] == "full" and [row["arm"] for row in data["arms"]] == ["full", "lora", "prompt"]
+    assert data["arms"][1]["gain"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert data["arms"][1]["trained"] == 14 and data["arms"][0]["finding"] == "learned nothing"
 
 
 def test_the_page_of_a_comparison_that_has_only_begun(comparison: Comparison) -> None:
@@ -54,7 +54,7 @@ def test_the_page_of_a_comparison_that_has_only_begun(comparison: Comparison) ->
         (comparison.folder / arm).rename(comparison.folder / f"{arm}.away")
     (comparison.folder / "full" / "evaluate" / "stage.json").write_text('{"state": "failed", "error": "<b>disk</b>"}')
     html = write_page(comparison, arm_results(comparison)).read_text()
-    assert "No way has been evaluated yet." in html and html.count("not run") >= 2 and "<svg" not in html
+    assert "No arm has been evaluated yet." in html and html.count("not run") >= 2 and "<svg" not in html
     assert "&lt;b&gt;disk&lt;/b&gt;" in html and "<b>disk" not in html
 
 
@@ -79,9 +79,9 @@ def test_a_run_of_a_comparison_shows_it_in_its_report(comparison: Comparison) ->
     write_page(comparison, arm_results(comparison))
     html = write_report(run).read_text()
     assert "<h2>Comparison</h2>" in html and 'href="../comparison.html"' in html
-    assert re.search(r'<tr class="this">\s*<td>lora</td>', html) and "one of 3 ways" in html
+    assert re.search(r'<tr class="this">\s*<td>lora</td>', html) and "one of 3 arms" in html
     (comparison.folder / "another").mkdir()
-    assert membership(comparison.folder / "another") is None  # beside it, but none of its ways
+    assert membership(comparison.folder / "another") is None  # beside the arms, but not one of them
 
 
 def test_the_terminal_table(comparison: Comparison, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,12 +152,12 @@ window.onload = () => {{
 def test_names_are_apart_and_nothing_sticks_out_in_a_browser(
     comparison: Comparison, tmp_path: Path, width: int
 ) -> None:
-    """With the browser's own fonts, whose widths are not matplotlib's."""
+    """The browser's own fonts have other widths than matplotlib's."""
     names = ["full", "lora", "dora", "adapter", "p_tuning_v2", "p_tuning", "prefix", "prompt", "ia3"]
     sizes = [1.3e8, 4.9e6, 5.0e6, 2.2e6, 2.3e5, 1.8e5, 1.5e6, 1.2e4, 5.8e4]
     base = arm_results(comparison)[1]
     found = [
-        ArmResult(**vars(base) | {"way": name, "trained": int(n), "gain_reference": Interval(0.5 + i / 40, 0.2, 0.9)})
+        ArmResult(**vars(base) | {"arm": name, "trained": int(n), "gain_reference": Interval(0.5 + i / 40, 0.2, 0.9)})
         for i, (name, n) in enumerate(zip(names, sizes, strict=True))
     ]
     many = dataclasses.replace(comparison, arms=dict.fromkeys(names, {}))

@@ -1,4 +1,4 @@
-"""What the evaluate stage asks is in none of the data that the stages before it have read."""
+"""The evaluate stage asks nothing that an earlier stage has read."""
 
 from __future__ import annotations
 

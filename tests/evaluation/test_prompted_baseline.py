@@ -1,4 +1,4 @@
-"""Policies under a template: what they see, that their answer alone is judged, and the evaluate stage with them."""
+"""Policies under a template: the prompt they see, the answer that is judged, and the evaluate stage with them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rlhf.data.encoding import encode_prompt, encode_response, stop_ids
 from rlhf.data.prompt_template import Template, load_template, parse_template
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
-from rlhf.evaluation.prompted_baseline import answer_prompted, prompted_messages, response_ids
+from rlhf.evaluation.heldout import HeldOut
+from rlhf.evaluation.prompted_baseline import PromptedResponses, answer_prompted, prompted_messages, response_ids
 from rlhf.evaluation.report import label, print_summary, write_report
-from rlhf.evaluation.results import Answers
 from rlhf.functional.seeding import row_seed
 from rlhf.models.loading import load_policy, load_tokenizer, new_reward_model, save_model
 from rlhf.recipe import load_recipe
@@ -54,7 +54,7 @@ def recipe(**evaluate: object) -> Recipe:
 
 @pytest.fixture
 def policy(tiny_policy: PreTrainedModel) -> PreTrainedModel:
-    """With logits far from uniform, and a head of its own."""
+    """Return the tiny policy with another head, whose logits are far from uniform."""
     torch.manual_seed(0)
     tiny_policy.lm_head.weight = torch.nn.Parameter(torch.randn_like(tiny_policy.lm_head.weight) * 0.3)
     return tiny_policy
@@ -82,37 +82,40 @@ def draw(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list
     return sample(policy, tokenizer, rows, SamplingParams(n, 1.0, stop_ids(tokenizer, policy)), seeds=seeds)
 
 
-def ask(template: Template, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Answers, list[str]]:
-    plain = [encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
-    done: list[int] = []
-    found = answer_prompted(recipe(), policy, tokenizer, template, PROMPTS, plain, [7, 8, 9], done.append)
+def heldout(tokenizer: PreTrainedTokenizerBase) -> HeldOut:
+    return HeldOut(PROMPTS, [encode_prompt(tokenizer, prompt) for prompt in PROMPTS], [7, 8, 9])
+
+
+def ask(template: Template, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PromptedResponses:
+    asked, done = heldout(tokenizer), list[int]()
+    found = answer_prompted(recipe(), policy, tokenizer, template, asked, done.append)
     assert sum(done) == len(PROMPTS) * (1 + template.reasons)
-    assert [found.rollout.prompt(i) for i in range(3)] == plain
+    assert [found.rollout.prompt(i) for i in range(3)] == asked.ids
     assert found.texts == found.rollout.texts(tokenizer)
-    return Answers(found.rollout, found.texts, {}, prompted=template.name), found.reasoning
+    return found
 
 
 def test_a_few_shot_answer_is_a_draw_under_the_longer_prompt(
     policy: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     template = parse_template(FEW, "f", "few")
-    answers, reasoning = ask(template, policy, tiny_tokenizer)
+    answers = ask(template, policy, tiny_tokenizer)
     rows = [encode_prompt(tiny_tokenizer, prompted_messages(template, prompt)) for prompt in PROMPTS]
     expected = draw(policy, tiny_tokenizer, rows, 6, [7, 8, 9])
     assert [answers.rollout.response(i) for i in range(3)] == [expected.response(i) for i in range(3)]
     assert answers.rollout.finished.tolist() == expected.finished.tolist()
-    assert reasoning == ["", "", ""]
+    assert answers.reasoning == ["", "", ""]
 
 
 def test_of_a_reasoned_answer_only_what_follows_the_cue_is_left(
     policy: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     template = parse_template(THINK, "t", "think")
-    answers, reasoning = ask(template, policy, tiny_tokenizer)
+    answers = ask(template, policy, tiny_tokenizer)
     rows = [encode_prompt(tiny_tokenizer, prompted_messages(template, prompt)) for prompt in PROMPTS]
     thoughts = draw(policy, tiny_tokenizer, rows, 5, [row_seed(seed, "reasoning") for seed in (7, 8, 9)])
     words = [text.strip() for text in thoughts.texts(tiny_tokenizer)]
-    assert reasoning == words and all(words)
+    assert answers.reasoning == words and all(words)
     rows = [
         row + tiny_tokenizer(f"{said}\nSo:", add_special_tokens=False)["input_ids"]
         for row, said in zip(rows, words, strict=True)
@@ -125,10 +128,10 @@ def test_of_a_reasoned_answer_only_what_follows_the_cue_is_left(
 @pytest.mark.parametrize(
     ("form", "text", "finished", "expected"),
     [
-        ("few", "It is 7.\n\nHuman: and", False, ("It is 7.", True)),  # stopped, and so finished
-        ("few", "The robot said: Human: you lie", False, None),  # within a line it is no turn
+        ("few", "It is 7.\n\nHuman: and", False, ("It is 7.", True)),  # stopped, so finished
+        ("few", "The robot said: Human: you lie", False, None),  # within a line it begins no turn
         ("few", "It is 7.", False, None),
-        ("few", " It is 7.", False, None),  # as every policy is judged: with its blank
+        ("few", " It is 7.", False, None),  # judged with its blank, as every policy is
         ("few", "Human: more", False, ("", True)),
         ("think", " It is 7.", False, ("It is 7.", False)),
         ("think", " It is 7.", True, ("It is 7.", True)),
@@ -142,13 +145,11 @@ def test_response_ids_by_hand(
     finished: bool,
     expected: tuple[str, bool] | None,
 ) -> None:
-    template, tiny_tokenizer = (
-        parse_template(FEW if form == "few" else THINK, "x", "x"),
-        load_tokenizer(tiny_dir, ModelSection(prompt_format="plain")),
-    )
-    ids = encode_response(tiny_tokenizer, text, finished)
-    found = response_ids(tiny_tokenizer, template, ids, text, finished)
-    assert found == (ids if expected is None else encode_response(tiny_tokenizer, *expected))
+    template = parse_template(FEW if form == "few" else THINK, "x", "x")
+    tokenizer = load_tokenizer(tiny_dir, ModelSection(prompt_format="plain"))
+    ids = encode_response(tokenizer, text, finished)
+    found = response_ids(tokenizer, template, ids, text, finished)
+    assert found == (ids if expected is None else encode_response(tokenizer, *expected))
     assert found
 
 
@@ -160,11 +161,12 @@ def test_plain_turn_words_stop_nothing_where_tokens_mark_the_turns(
     assert response_ids(tiny_tokenizer, parse_template(FEW, "x", "x"), ids, text, False) == ids
 
 
-def test_a_template_without_room_is_refused(policy: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_template_that_does_not_fit_is_refused(
+    policy: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
     long = parse_template(FEW.replace("Q: {{", "word " * 700 + "{{"), "f", "few")
-    plain = [encode_prompt(tiny_tokenizer, prompt) for prompt in PROMPTS]
     with pytest.raises(UserError, match="evaluate.prompted"):
-        answer_prompted(recipe(), policy, tiny_tokenizer, long, PROMPTS, plain, [1, 2, 3])
+        answer_prompted(recipe(), policy, tiny_tokenizer, long, heldout(tiny_tokenizer))
 
 
 def test_the_recipe_names_templates_for_answers(tmp_path: Path) -> None:
@@ -180,7 +182,7 @@ def test_the_recipe_names_templates_for_answers(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory, tiny_dir: str) -> Path:
-    """A run whose SFT policy is the tiny model with another head, evaluated with four prompted baselines."""
+    """Evaluate a run whose SFT policy is the tiny model with other embeddings, with four prompted baselines."""
     folder = tmp_path_factory.mktemp("prompted")
     run = folder / "runs" / "t"
     section, tokenizer = Recipe().model, load_tokenizer(tiny_dir)
@@ -270,5 +272,5 @@ def test_without_templates_the_base_is_not_loaded(evaluated: Path, tmp_path: Pat
 
 def test_shipped_templates_answer(policy: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     for name in ("few-shot", "chain-of-thought"):
-        answers, _ = ask(load_template(name, "answer"), policy, tiny_tokenizer)
+        answers = ask(load_template(name, "answer"), policy, tiny_tokenizer)
         assert len(answers.texts) == 3

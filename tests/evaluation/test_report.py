@@ -45,7 +45,7 @@ def sample(i: int, s: int) -> dict[str, Any]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run with every piece."""
+    """A run folder with all files that the report reads."""
     folder = tmp_path / "my-run"
     put(folder / "recipe.yaml", "run:\n  name: my-run\n")
     put(folder / "sft" / "stage.json", {"state": "finished", "seconds": 65, "metrics": {"sft/loss": 1.5}})
@@ -149,7 +149,7 @@ def test_report_works_after_any_stage(run: Path) -> None:
         (run / piece).unlink()
     assert headings(write_report(run).read_text()) == ["Recipe"]
     (run / "recipe.yaml").unlink()
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="not a run folder"):
         write_report(run)
 
 

@@ -1,4 +1,4 @@
-"""`rlhf compare`: order, skipping, ways that fail, stops and refusals; and one real comparison of the tiny model."""
+"""`rlhf compare`: order, skipping, arms that fail, stops and refusals; and one real comparison of the tiny model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.comparison_runs import FILE, leave
 
 @pytest.fixture
 def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """`rlhf compare` with stage programs that run here, with hand-made work; the list of those that did some."""
+    """Have `rlhf compare` run hand-made stages in this process; return the list of those that did any work."""
     monkeypatch.chdir(tmp_path)
     Path("three.yaml").write_text(FILE)
     worked: list[str] = []
@@ -51,7 +51,7 @@ ALL = [
 ]
 
 
-def test_all_ways_share_the_references_reward_model(started: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_arms_share_the_references_reward_model(started: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run_comparison("three.yaml", []) == 0
     assert started == ALL
     for arm in ("lora", "prompt"):
@@ -60,8 +60,8 @@ def test_all_ways_share_the_references_reward_model(started: list[str], capsys: 
         full = json.loads(Path("runs/three/full/ppo-ptx/stage.json").read_text())
         assert record["inputs"]["reward/model"] == full["inputs"]["reward/model"] != "absent"
     shown = capsys.readouterr().out
-    assert "way 2 of 3, lora: stage 1 of 3, sft; about 0:0" in shown and "left" in shown
-    assert "way 1 of 3, full: stage 1 of 5, sft" in shown and "comparison: runs/three/comparison.html" in shown
+    assert "arm 2 of 3, lora: stage 1 of 3, sft; about 0:0" in shown and "left" in shown
+    assert "arm 1 of 3, full: stage 1 of 5, sft" in shown and "comparison: runs/three/comparison.html" in shown
     html = Path("runs/three/comparison.html").read_text()
     assert 'href="lora/report.html"' in html and Path("runs/three/lora/report.html").is_file()
 
@@ -71,7 +71,7 @@ def test_a_second_start_skips_what_is_finished(started: list[str], capsys: pytes
     assert started == [f"full {stage}" for stage in ("sft", "rank", "reward", "evaluate")] + ALL[5:8]
     html = Path("runs/three/comparison.html").read_text()
     assert html.count(">unfinished</td>") == html.count(">not run</td>") == 2  # in both tables
-    lora = json.loads(Path("runs/three/comparison.json").read_text())["ways"][1]
+    lora = json.loads(Path("runs/three/comparison.json").read_text())["arms"][1]
     assert lora["win_rate_reference"]["mean"] == 1.0 and lora["versus_reference"] is None
     assert run_comparison("three.yaml", []) == 0
     assert started[7:] == ["full ppo-ptx", "full evaluate", *ALL[8:]]
@@ -84,7 +84,7 @@ def test_a_second_start_skips_what_is_finished(started: list[str], capsys: pytes
     assert started[13:] == ALL[8:]
 
 
-def test_a_way_that_fails_does_not_stop_the_others(started: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_arm_that_fails_does_not_stop_the_others(started: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     Path("broken/lora-ppo-ptx").write_text("KL reached 120 nats")
     Path("broken/prompt-ppo-ptx-code").write_text("137")
     assert run_comparison("three.yaml", []) == 1
@@ -93,7 +93,7 @@ def test_a_way_that_fails_does_not_stop_the_others(started: list[str], capsys: p
     assert "lora: failed: ppo-ptx: KL reached 120 nats" in shown
     assert "prompt: failed: ppo-ptx was killed (signal 9, as the system does when memory runs out)" in shown
     data = json.loads(Path("runs/three/comparison.json").read_text())
-    assert [row["state"] for row in data["ways"]] == ["done", "failed", "failed"]
+    assert [row["state"] for row in data["arms"]] == ["done", "failed", "failed"]
     for trouble in Path("broken").iterdir():
         trouble.unlink()
     assert run_comparison("three.yaml", []) == 0
@@ -111,7 +111,7 @@ def test_a_stop_or_a_reference_without_reward_model_ends_the_comparison(
     Path("broken/lora-sft-code").write_text("130")
     assert run_comparison("three.yaml", ["run.seed=3"]) == 130
     assert started[3:] == ALL[2:5]
-    assert "To go on where it stopped: rlhf compare three.yaml run.seed=3" in capsys.readouterr().out
+    assert "To continue where it stopped: rlhf compare three.yaml run.seed=3" in capsys.readouterr().out
 
 
 def test_the_second_of_several_machines_leaves_the_writing_to_the_first(
@@ -130,7 +130,7 @@ def test_the_second_of_several_machines_leaves_the_writing_to_the_first(
 
 
 def test_what_cannot_run_is_refused_before_anything_starts(started: list[str]) -> None:
-    with pytest.raises(UserError, match="there is no way 'lorra'[\\s\\S]*full, lora, prompt"):
+    with pytest.raises(UserError, match="there is no arm 'lorra'[\\s\\S]*full, lora, prompt"):
         run_comparison("three.yaml", [], ["lorra"])
     with pytest.raises(UserError, match="does not divide"):
         run_comparison("three.yaml", ["ppo.episodes=33"])
@@ -156,14 +156,14 @@ def test_a_comparison_that_was_moved_is_drawn_where_it_is(started: list[str], tm
 def test_a_real_comparison_of_the_tiny_model(tmp_path: Path) -> None:
     """All weights, prompt tuning, and BitFit, which a Llama has no biases for."""
     (tmp_path / "real.yaml").write_text(
-        FILE.partition("ways:")[0].replace("reward.peft", "evaluate.prompts: 20\n  reward.peft")
-        + "ways:\n  full: {}\n  bitfit: {model.peft.method: bitfit}\n"
+        FILE.partition("arms:")[0].replace("reward.peft", "evaluate.prompts: 20\n  reward.peft")
+        + "arms:\n  full: {}\n  bitfit: {model.peft.method: bitfit}\n"
         + "  prompt: {model.peft.method: prompt, sft.lr: 3.0e-2, ppo.lr: 1.0e-2}\n"
     )
     done = rlhf("compare", "real.yaml", cwd=tmp_path, timeout=550)
     assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
     data = json.loads((tmp_path / "runs" / "three" / "comparison.json").read_text())
-    full, bitfit, prompt = data["ways"]
+    full, bitfit, prompt = data["arms"]
     assert full["state"] == prompt["state"] == "done"
     assert (bitfit["state"], bitfit["reason"].partition(",")[0]) == ("failed", "sft: bitfit trains bias vectors")
     assert prompt["trained"] == 20 * 64  # virtual tokens x hidden size

@@ -1,4 +1,4 @@
-"""Hand-made runs of a comparison of three ways, with numbers that can be worked out by hand."""
+"""Hand-made runs of a comparison of three arms, with numbers that can be worked out by hand."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ common:
   reward.peft.method: none
   sft.packing: false
   tracking.wandb: disabled
-ways:
+arms:
   full: {}
   lora: {model.peft.method: lora, sft.lr: 5.0e-3}
   prompt: {model.peft.method: prompt, ppo.lr: 0.01}
 """
 PROMPTS = 20
-# Held-out scores by prompt (all samples alike unless they are two): of SFT and of PPO.
+# Held-out scores of SFT and of PPO by prompt; one number is the score of both samples.
 SCORES: dict[str, Callable[[int], tuple[Any, Any]]] = {
     "full": lambda i: (0.5, 1.5 if i % 2 else -0.5),  # differences +1 and -1: mean 0
     "lora": lambda i: (0.25, [0.5, 1.0]),  # two samples, mean 0.75: + 0.5 in each prompt
@@ -42,7 +42,7 @@ SHAPES = {"full": {"a": (10, 10), "b": (50,)}, "lora": {"a": (3, 4), "b": (2,)},
 
 
 def leave(folder: Path, stage: str, arm: str) -> dict[str, float]:
-    """Write into a stage's folder what the comparison reads, and return its metrics."""
+    """Write the files of a stage that the comparison reads into its folder, and return its metrics."""
     folder.mkdir(parents=True, exist_ok=True)
     if stage in ("sft", "ppo-ptx"):
         (folder / "model").mkdir(exist_ok=True)
@@ -102,10 +102,10 @@ def samples(arm: str) -> list[dict[str, Any]]:
 
 
 def hand_made(folder: Path) -> Comparison:
-    """Three finished ways, in run folders below `folder`/three."""
+    """Write three finished arms into run folders below `folder`/three and return their comparison."""
     (folder / "three.yaml").write_text(FILE)
     found = read_comparison(str(folder / "three.yaml"), [f"run.dir={folder}"])
-    for arm in found.ways:
+    for arm in found.arms:
         recipe = found.load(arm)
         for stage in recipe.run.stages:
             where = found.folder / arm / stage
