@@ -387,9 +387,9 @@ def judge_eval(
     unless one is named.
     """
     chosen = _judging_recipe(recipe, model, endpoint, settings)
-    from launch.commands.judge import compare_templates  # after what may be wrong: seconds to import
+    from launch.commands.judge import JudgeJob, compare_templates  # after what may be wrong: seconds to import
 
-    compare_templates(files, template or [], chosen, limit, out, answers)
+    compare_templates(JudgeJob(files, template or [], chosen, limit, answers), out)
 
 
 @app.command("judge-search")
@@ -414,9 +414,9 @@ def judge_search(
     draws the parts and the demonstrations. Writes the template, and beside it what was measured, as JSON.
     """
     chosen, numbers = _judging_recipe(recipe, model, endpoint, settings), (shots or [2, 4]) if trials else []
-    from launch.commands.judge import search_template  # seconds to import
+    from launch.commands.judge import JudgeJob, search_template  # seconds to import
 
-    search_template(files, template or [], chosen, numbers, trials, limit, out, answers)
+    search_template(JudgeJob(files, template or [], chosen, limit, answers), numbers, trials, out)
 
 
 RankingFiles = Annotated[

@@ -7,13 +7,11 @@ every interval: samples of one prompt are averaged first, since they are not ind
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from rlhf.data.records import Prompt
-    from rlhf.labeling.base import Labeler, Output
+from rlhf.data.records import Prompt
+from rlhf.labeling.base import Labeler, Output
 
 
 def pairwise_wins(
