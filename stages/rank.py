@@ -29,10 +29,10 @@ from rlhf.functional.seeding import row_seed
 from rlhf.labeling.judge.judge import judge_files, warn_if_over_context
 from rlhf.labeling.judge.labeler import JudgeLabeler
 from rlhf.labeling.labelers import make_labeler
-from rlhf.labeling.outputs import Outputs, SampledOutputs
+from rlhf.labeling.outputs import Outputs, RankResult, SampledOutputs
 from rlhf.labeling.page.collect import rankings_by_people
 from rlhf.labeling.rubric_labeler import calibrated_noise, rubric_scores, second_opinion
-from rlhf.labeling.summary import SAMPLE_COLUMNS, RankResult, sample_rows, show_example, summarise, write_rankings
+from rlhf.labeling.summary import SAMPLE_COLUMNS, sample_rows, show_example, summarise, write_rankings
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.models.zero import frozen
 from rlhf.rollout.sampling import sample

@@ -1,4 +1,4 @@
-"""The K outputs of a prompt before they are ranked, and the two files that hold them.
+"""The K outputs of a prompt, the two files that hold them before they are ranked, and the result of ranking them.
 
 rank/samples.jsonl   every output that the rank stage has sampled, with its length: `SampledOutputs`
 rank/outputs.jsonl   the distinct outputs for people to rank: {"prompt", "responses"} and perhaps "finished", as in
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf.data.layouts import contradiction
 from rlhf.data.records import Drops, Prompt, Ranking, ranking_row, rankings_of, write_jsonl
@@ -55,6 +55,15 @@ class Outputs:
                 first[text] = i
         columns = (self.responses, self.finished, self.lengths)
         return Outputs(self.prompt, *(tuple(column[i] for i in first.values()) for column in columns))
+
+
+class RankResult(NamedTuple):
+    """The rankings of a rank stage, and what is known about them."""
+
+    rankings: list[Ranking]
+    lengths: Sequence[Sequence[int]]  # tokens of each output of each ranking; empty for rankings from files
+    label_summary: dict[str, Any]
+    row_extras: Sequence[dict[str, Any]] = ()  # more fields of each row: what people said, and the order shown
 
 
 def read_outputs(paths: Sequence[str], drops: Drops) -> list[Outputs]:

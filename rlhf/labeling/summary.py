@@ -8,27 +8,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from rlhf.data.records import Ranking, ranking_row, write_jsonl
 from rlhf.functional.ranking import ordered_pairs, tied_pairs
+from rlhf.labeling.outputs import RankResult
 from rlhf.system.console import table
 from rlhf.system.distributed import is_main_process
 from rlhf.system.files import write_atomic
 
 NOT_METRICS = ("tie_margin", "target_agreement")  # settings among the numbers of the summary
 SAMPLE_COLUMNS = ["prompt", "rank", "rubric", "finished", "response"]
-
-
-class RankResult(NamedTuple):
-    """The rankings of a rank stage, and what is known about them."""
-
-    rankings: list[Ranking]
-    lengths: Sequence[Sequence[int]]  # tokens of each output of each ranking; empty for rankings from files
-    label_summary: dict[str, Any]
-    row_extras: Sequence[dict[str, Any]] = ()  # more fields of each row: what people said, and the order shown
 
 
 def summarise(result: RankResult) -> dict[str, Any]:

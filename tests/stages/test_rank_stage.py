@@ -10,9 +10,9 @@ import pytest
 
 from rlhf.data.records import Drops, Prompt, Ranking, read_rankings
 from rlhf.functional.seeding import row_seed
-from rlhf.labeling.outputs import Outputs, SampledOutputs
+from rlhf.labeling.outputs import Outputs, RankResult, SampledOutputs
 from rlhf.labeling.rubric import rubric_score
-from rlhf.labeling.summary import RankResult, centred_correlation, summarise
+from rlhf.labeling.summary import centred_correlation, summarise
 from stages import rank
 from support.rank_stage_runs import PROMPTS, outcome, start
 

@@ -151,7 +151,7 @@ def test_five_prompts_by_keyboard_alone_with_ties_and_a_reload(browser: Any, sit
         page.keyboard.press("Control+Enter")
         wait_stored(page, store, n + 1)
     assert list(ranks_by_text(store).values()) == expected
-    assert store.rankings()[2].about["quality"].count(6) == 1
+    assert store.rankings()[2].details["quality"].count(6) == 1
     page.wait_for_selector("#end:not([hidden])")
     assert page.inner_text("#end-title") == "All rankings are in"
     assert page.evaluate("document.activeElement.id") == "end-title" and page.errors == []
@@ -247,7 +247,7 @@ def test_two_labelers_at_once(browser: Any, site: Any) -> None:
     assert {name for _, name in each} == {"anna", "ben"}
     orders = {}
     for item in store.rankings():
-        orders.setdefault(item.outputs.prompt.text, []).append(item.about["shown"])
+        orders.setdefault(item.outputs.prompt.text, []).append(item.details["shown"])
     assert sorted(map(len, orders.values())) == [1, 1, 1, 2, 2]
 
 
@@ -363,7 +363,9 @@ def test_flags_and_quality_by_keyboard_are_stored(browser: Any, site: Any) -> No
     page.keyboard.press("Control+Enter")
     wait_stored(page, store, 1)
     (item,) = store.rankings()
-    said = dict(zip(item.outputs.responses, zip(item.about["quality"], item.about["flags"], strict=True), strict=True))
+    said = dict(
+        zip(item.outputs.responses, zip(item.details["quality"], item.details["flags"], strict=True), strict=True)
+    )
     assert said == {texts[0]: (7, ["fails_task", "hallucination"]), texts[1]: (1, [])}
 
 
@@ -395,9 +397,9 @@ def test_a_ranking_that_meets_a_dead_server_is_stored_once_it_is_back(browser: A
         # An acknowledgement that was lost: the same submission is sent again, and the page goes on.
         sent = store.rankings()[-1]
         claim = store._read(
-            "SELECT claims.id FROM claims JOIN submissions s USING (task) WHERE s.id = ?", sent.about["id"]
+            "SELECT claims.id FROM claims JOIN submissions s USING (task) WHERE s.id = ?", sent.details["id"]
         )
-        again = {"id": sent.about["id"], "task": claim[0]["id"], "kind": "ranking"}
+        again = {"id": sent.details["id"], "task": claim[0]["id"], "kind": "ranking"}
         again |= {"ranks": [1] * len(sent.ranks), "flags": [[]] * len(sent.ranks)}
         page.evaluate("kept => localStorage.setItem(`outbox anna ${kept.id}`, JSON.stringify(kept))", again)
         page.reload()

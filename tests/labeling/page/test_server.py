@@ -192,23 +192,23 @@ def test_a_prompt_of_other_labels_is_told_from_a_bad_ranking(store: LabelStore, 
 
 
 def test_who_is_at_the_page_and_does_not_know_that_all_is_in(store: LabelStore) -> None:
-    audience = Presence()
+    presence = Presence()
     store.set_tasks(outputs(2))
-    with serving(store, "demo", "127.0.0.1", audience=audience) as address:
-        assert audience.not_notified() == set()
+    with serving(store, "demo", "127.0.0.1", presence=presence) as address:
+        assert presence.not_notified() == set()
         with client(address, store.new_token("anna")) as anna, client(address, store.new_token("ben")) as ben:
             first, second = anna.get("api/next").json()["task"], ben.get("api/next").json()["task"]
             anna.post("api/submit", json=submission(first))
-            assert audience.not_notified() == {"anna", "ben"}
+            assert presence.not_notified() == {"anna", "ben"}
             given = submission(second)
             assert ben.post("api/submit", json=given).json()["complete"]
-            assert audience.not_notified() == {"anna"}
-            assert anna.get("api/progress").json()["complete"] and audience.not_notified() == {
+            assert presence.not_notified() == {"anna"}
+            assert anna.get("api/progress").json()["complete"] and presence.not_notified() == {
                 "anna"
             }  # at another prompt
-            assert anna.get("api/next").json()["progress"]["complete"] and audience.not_notified() == set()
+            assert anna.get("api/next").json()["progress"]["complete"] and presence.not_notified() == set()
             ben.post("api/take-back", json={"id": given["id"]})
-            assert audience.not_notified() == {"ben"}
+            assert presence.not_notified() == {"ben"}
 
 
 def test_a_disk_that_is_full_is_no_acknowledgement(store: LabelStore, address: str) -> None:
