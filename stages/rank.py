@@ -26,9 +26,9 @@ from rlhf.data.encoding import Encoded, fit_prompts, stop_ids
 from rlhf.data.records import Drops, Prompt, read_prompts, read_rankings
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed
-from rlhf.labeling.judge.judge import judge_files, warn_if_over_context
+from rlhf.labeling.judge.judge import warn_if_over_context
 from rlhf.labeling.judge.labeler import JudgeLabeler
-from rlhf.labeling.labelers import make_labeler
+from rlhf.labeling.labelers import labeler_files, make_labeler
 from rlhf.labeling.outputs import Outputs, RankResult, SampledOutputs
 from rlhf.labeling.page.collect import rankings_by_people
 from rlhf.labeling.rubric_labeler import calibrated_noise, rubric_scores, second_opinion
@@ -79,13 +79,13 @@ def sample_outputs(
     ctx.tracker.truncate_after(tokens, again=("rank/prompts", "samples"))
     stops = stop_ids(tokenizer, policy)
     with Progress("rank: sampling", total=len(prompts) * k, unit="outputs", initial=len(kept) * k) as progress:
-        for i, chunk in enumerate(chunks):
+        for index, chunk in enumerate(chunks):
             if ctx.stop_requested:
                 return
             if samples.has_all(items(chunk)):
                 continue
             begin = time.perf_counter()
-            phase("rollout", i)
+            phase("rollout", index)
             rollout = sample(
                 policy,
                 tokenizer,
@@ -101,16 +101,23 @@ def sample_outputs(
             seconds = time.perf_counter() - begin
             lengths, finished = rollout.lengths.tolist(), rollout.finished.tolist()
             tokens += sum(lengths)
-            # The metrics are on disk before the samples. After an interruption in between, the chunk is sampled again
-            # and its metrics are replaced; in the other order they would be missing for good.
-            metrics = {
-                "rank/finished_fraction": float(np.mean(finished)),
-                "rank/response_length": float(np.mean(lengths)),
-                "perf/rollout_tokens_per_s": sum(lengths) / seconds,
-            }
-            ctx.tracker.log(metrics, tokens)
-            ctx.tracker.flush()
+            log_chunk(ctx, lengths, finished, seconds, tokens)
             samples.add(items(chunk), rollout.texts(tokenizer), finished, lengths)
+
+
+def log_chunk(ctx: StageContext, lengths: list[int], finished: list[bool], seconds: float, step: int) -> None:
+    """Log the metrics of a chunk, and write them to disk before its samples.
+
+    After an interruption in between, the chunk is sampled again and its metrics are replaced. In the other order the
+    metrics would be missing for good.
+    """
+    metrics = {
+        "rank/finished_fraction": float(np.mean(finished)),
+        "rank/response_length": float(np.mean(lengths)),
+        "perf/rollout_tokens_per_s": sum(lengths) / seconds,
+    }
+    ctx.tracker.log(metrics, step)
+    ctx.tracker.flush()
 
 
 def items(prompts: Sequence[Encoded[Prompt]]) -> list[Prompt]:
@@ -193,16 +200,6 @@ def fingerprint(ctx: StageContext, sft_dir: Path) -> str:
     return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def use_labeler_files(ctx: StageContext) -> None:
-    """Record the files that the labels depend on as inputs of the stage."""
-    cfg = ctx.recipe.rank
-    if cfg.labeler == "reward_model" and Path(cfg.reward_model).exists():
-        ctx.use(Path(cfg.reward_model))
-    if cfg.labeler == "judge":
-        for path in judge_files(ctx.recipe.judge):
-            ctx.use(path)
-
-
 def run(ctx: StageContext) -> dict[str, Any]:
     """Run the stage from prompts to rankings; return its metrics, or {} when a stop is requested."""
     drops, labeler = Drops(), ctx.recipe.rank.labeler
@@ -224,7 +221,8 @@ def run(ctx: StageContext) -> dict[str, Any]:
             return {}
         del policy
         outputs = distinct_outputs(items(prompts), samples, drops)
-        use_labeler_files(ctx)
+        for path in labeler_files(labeler, ctx.recipe):
+            ctx.use(path)
         result = rankings_by_people(ctx, outputs) if labeler == "human" else label(ctx, outputs, drops)
         tokens = samples.tokens(items(prompts))
     if result is None:

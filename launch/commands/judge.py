@@ -33,7 +33,7 @@ MAX_FLIPS, MIN_MASS = 0.5, 0.1  # limits beyond which there is a warning
 
 
 class JudgeJob(NamedTuple):
-    """The arguments that both commands share."""
+    """Arguments that both commands share."""
 
     files: Sequence[str]  # of rankings
     names: Sequence[str]  # of templates; none means all that are shipped

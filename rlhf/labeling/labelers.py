@@ -17,7 +17,7 @@ from pathlib import Path
 from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.labeling.base import Labeler
-from rlhf.labeling.judge.judge import load_judge
+from rlhf.labeling.judge.judge import judge_files, load_judge
 from rlhf.labeling.judge.labeler import JudgeLabeler
 from rlhf.labeling.reward_model_labeler import load_reward_model_labeler
 from rlhf.labeling.rubric_labeler import RubricLabeler
@@ -53,6 +53,14 @@ def make_labeler(
         where="rank.labeler",
         fix="run the rank stage; or name files of rankings in data.rankings, with rank.labeler=file",
     )
+
+
+def labeler_files(name: str, recipe: Recipe) -> list[Path]:
+    """Return the files and folders that the labels of this labeler depend on."""
+    if name == "judge":
+        return judge_files(recipe.judge)
+    model = Path(recipe.rank.reward_model)
+    return [model] if name == "reward_model" and model.exists() else []
 
 
 def make_evaluation_labeler(recipe: Recipe, run: RunFolder) -> Labeler:

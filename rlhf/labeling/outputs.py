@@ -58,7 +58,7 @@ class Outputs:
 
 
 class RankResult(NamedTuple):
-    """The rankings of a rank stage, and what is known about them."""
+    """The rankings of a rank stage, with statistics about the labels."""
 
     rankings: list[Ranking]
     lengths: Sequence[Sequence[int]]  # tokens of each output of each ranking; empty for rankings from files

@@ -60,7 +60,7 @@ class Submission(BaseModel):
 
 
 def validation_error(given: Submission, k: int, label: LabelSection) -> str:
-    """Return in words what is wrong with a submission about `k` outputs; empty when it is valid."""
+    """Return the error of a submission about `k` outputs in words, or an empty string when it is valid."""
     if given.kind == "skip":
         return "" if given.reason in SKIPS and not (given.ranks or given.quality or given.flags) else "bad reason"
     if given.reason or given.note:

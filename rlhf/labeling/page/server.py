@@ -173,14 +173,14 @@ def _answer_with(status: int) -> Any:
 
 
 async def _invalid_request(request: Request, error: Any) -> JSONResponse:
-    """Return what is wrong with a request, without the value: NaN and half a surrogate pair cannot be sent as JSON."""
+    """Return the error of a request without the value: NaN and half a surrogate pair cannot be sent as JSON."""
     first = error.errors()[0]
     field = ".".join(map(str, first["loc"][1:])).encode("utf-8", "replace").decode()
     return JSONResponse({"detail": ": ".join(filter(None, ("the request makes no sense", field, first["msg"])))}, 422)
 
 
 async def _undecodable_request(request: Request, error: Any) -> JSONResponse:
-    return JSONResponse({"detail": "the request is no JSON in UTF-8"}, 422)
+    return JSONResponse({"detail": "the request is not JSON in UTF-8"}, 422)
 
 
 class Guard:
@@ -260,7 +260,7 @@ def _listen(host: str, port: int, last: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise UserError(f"{host} is no address of this machine: {error}", "label.host", "give one") from None
+        raise UserError(f"{host} is not an address of this machine: {error}", "label.host", "give one") from None
     for attempt in (port,) if port else (last, 0):
         sock = socket.socket(family, socket.SOCK_STREAM)
         # This allows the port of a server that was killed a moment ago; a live server still refuses its port.

@@ -350,7 +350,7 @@ class LabelStore:
         return {row["reason"]: row["n"] for row in rows}
 
     def set_aside(self) -> int:
-        """Return the number of rankings that were not taken back but are of outputs that are no longer current."""
+        """Return the number of rankings of outputs that used to be current, without those taken back."""
         query = "SELECT count(*) AS n FROM submissions JOIN tasks ON key = task WHERE kind = 'ranking'"
         return self._read(f"{query} AND withdrawn IS NULL AND NOT current")[0]["n"]
 

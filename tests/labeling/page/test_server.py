@@ -252,7 +252,7 @@ def test_the_port_is_kept_and_a_taken_one_is_told(store: LabelStore) -> None:
                 assert store.setting("port") == str(port)
     with serving(store, "demo", "127.0.0.1", free):
         assert store.setting("port") == str(free)  # the last one is nobody's
-    with pytest.raises(UserError, match="no address"), serving(store, "demo", "no.such.host.invalid"):
+    with pytest.raises(UserError, match="not an address"), serving(store, "demo", "no.such.host.invalid"):
         pass
 
 
