@@ -30,7 +30,7 @@ from rlhf.labeling.page.presence import Presence
 from rlhf.labeling.page.store import Conflict, InvalidSubmission, LabelStore, UnknownTask
 
 PAGE = Path(__file__).parent / "static"
-SCRIPTS = ("page", "link", "board", "card", "order")
+SCRIPTS = ("page", "outbox", "link", "board", "card", "order")
 FILES = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css")}
 FILES |= {f"/{name}.js": (f"{name}.js", "text/javascript") for name in SCRIPTS}
 MAX_BODY = 64 * 1024  # bytes of a request
