@@ -133,9 +133,7 @@ def test_summary_by_hand() -> None:
     assert summary["correlation_rank_length"] == pytest.approx(-1.0)
     assert summary["correlation_rank_position"] == pytest.approx(1 / (4 / 3) ** 0.5)
     assert summary["noise_sigma"] == 0.5
-
-
-def test_prompts_ranked_by_several_count_once() -> None:
+    # A prompt that several people ranked counts once.
     a, b = Prompt.from_text("a"), Prompt.from_text("b")
     rankings = [Ranking(prompt, ("x", "y"), (1, 2), (True, True)) for prompt in (a, b, a)]
     summary = summarise(RankResult(rankings, [], {}))

@@ -27,7 +27,7 @@ from support.label_stores import opened, outputs, rank_one, ranking
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run of four prompts that two labelers share, with its outputs."""
+    """Return the folder of a run of four prompts that two labelers share."""
     folder = tmp_path / "run"
     write_jsonl(folder / collect.OUTPUTS, [outputs_row(item) for item in outputs(4)])
     (folder / "recipe.yaml").write_text("label: {overlap: 1.0, labelers: [anna, ben]}\n")
@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def joined(run: Path, names: str) -> None:
-    """What `rlhf label RUN --labelers NAMES` does before it serves."""
+    """Prepare the labels as `rlhf label RUN --labelers NAMES` does before it serves."""
     recipe = settings(run, names)
     with collect.open_store(run, recipe.label, recipe.run.seed) as store:
         prepare(run, store)
@@ -120,14 +120,14 @@ class Stage:
         self.thread.start()
 
     def client(self, name: str) -> httpx.Client:
-        """The labeler's page."""
+        """Return a client with the link of a labeler."""
         link = wait_for(lambda: next((line for line in self.printed if line.startswith(f"  {name}  ")), None))
         address, token = link.split()[1].split("#")
         return httpx.Client(base_url=address, headers={"Authorization": f"Bearer {token}"}, trust_env=False)
 
 
 def wait_for(look: Callable[[], Any], seconds: float = 20) -> Any:
-    """What `look` gives, once that is something."""
+    """Return the first value of `look` that is true."""
     deadline = time.monotonic() + seconds
     while not (found := look()):
         assert time.monotonic() < deadline
@@ -136,7 +136,7 @@ def wait_for(look: Callable[[], Any], seconds: float = 20) -> Any:
 
 
 def sent(page: httpx.Client, task: dict[str, Any]) -> dict[str, Any]:
-    """Submit a ranking of the task; the answer."""
+    """Submit a ranking of the task; return the answer."""
     given = json.loads(ranking(task["id"], [1, 2, 3]).model_dump_json(exclude_defaults=True))
     answer = page.post("api/submit", json=given)
     assert answer.status_code == 200, answer.text

@@ -51,7 +51,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Callable[..., tuple[LabelStore, str]]]:
-    """Starts a server: site(labelers, **label) gives its store and address."""
+    """Return a function that starts a server: site(labelers, **label) returns its store and address."""
     stack = []
 
     def start(names: tuple[str, ...] = ("anna",), items: list[Outputs] = ITEMS, **label: Any) -> tuple[LabelStore, str]:
@@ -69,7 +69,7 @@ def site(tmp_path: Path) -> Iterator[Callable[..., tuple[LabelStore, str]]]:
 
 
 def opened(browser: Any, store: LabelStore, address: str, name: str = "anna", **context: Any) -> Any:
-    """A page of this labeler in a browser of their own, with the first prompt on it; it notes its errors."""
+    """Return a labeler's page with the first prompt, in a browser context of its own; it collects its errors."""
     page = browser.new_context(**{"viewport": {"width": 1440, "height": 900}} | context).new_page()
     page.set_default_timeout(15000)
     page.errors = []
@@ -81,12 +81,12 @@ def opened(browser: Any, store: LabelStore, address: str, name: str = "anna", **
 
 
 def shown(page: Any) -> list[str]:
-    """The outputs' texts in the order of the page."""
+    """Return the outputs' texts in the order of the page."""
     return [card.inner_text() for card in page.locator(".card > .text").all()]
 
 
 def ranks_by_text(store: LabelStore, labeler: str = "anna") -> dict[str, dict[str, int]]:
-    """{prompt: {response: rank}} of what is stored."""
+    """Return the stored rankings as {prompt: {response: rank}}."""
     return {
         item.outputs.prompt.text: dict(zip(item.outputs.responses, item.ranks, strict=True))
         for item in store.rankings()
@@ -95,14 +95,14 @@ def ranks_by_text(store: LabelStore, labeler: str = "anna") -> dict[str, dict[st
 
 
 def place_by_keys(page: Any, rows: list[int]) -> None:
-    """Rank the outputs in the order shown; the focus is on the prompt."""
+    """Rank the outputs in the order shown, starting with the focus on the prompt."""
     for row in rows:
         page.keyboard.press("j")
         page.keyboard.press(str(row))
 
 
 def wait_stored(page: Any, store: LabelStore, n: int) -> None:
-    """Until n rankings are in and the page has gone on."""
+    """Wait until n rankings are in and the page shows that."""
     page.wait_for_function("n => document.getElementById('progress').value === n", arg=n)
     assert len(store.rankings()) == n
 
@@ -125,7 +125,7 @@ def row(page: Any, n: int) -> Any:
 
 
 def summary(page: Any) -> str:
-    """The order as the page says it, without what is still to do."""
+    """Return the order that the page shows, without the hint of what is missing."""
     return page.evaluate("document.getElementById('summary').firstChild.textContent")
 
 
@@ -560,7 +560,7 @@ SIZES = [(width, scheme) for width in (390, 1440) for scheme in ("light", "dark"
 def test_nothing_serious_for_axe_and_nothing_beside_the_screen(
     browser: Any, site: Any, width: int, scheme: str
 ) -> None:
-    """With RLHF_SCREENSHOTS=FOLDER the pictures of docs/ are drawn there."""
+    """Draw the pictures of docs/ into FOLDER with RLHF_SCREENSHOTS=FOLDER."""
     earlier = [Outputs(Prompt.from_text(f"Say {n}."), ("One.", "Two."), (True, True)) for n in range(7)]
     store, address = site(items=earlier + ITEMS)
     for _ in earlier:
@@ -617,7 +617,7 @@ def test_nothing_serious_for_axe_and_nothing_beside_the_screen(
 
 
 def test_inserting_between_rows_keeps_the_others_order(browser: Any, site: Any) -> None:
-    """All boards of three outputs, and those of four without a tray."""
+    """Return all boards of three outputs, and those of four without a tray."""
     store, address = site()
     page = opened(browser, store, address)
     boards = [list(b) for b in itertools.product([None, 1, 2, 3], repeat=3)]

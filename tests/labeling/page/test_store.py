@@ -219,7 +219,7 @@ def test_rankings_of_other_outputs_stay_and_do_not_count(tmp_path: Path) -> None
 
 
 def test_a_prompt_in_other_labels_has_its_own_id_and_takes_no_answers(tmp_path: Path) -> None:
-    """Another order may be shown there: ranks by place would be stored against other outputs."""
+    """The other file may show another order, in which the ranks would belong to other outputs."""
     (tmp_path / "new").mkdir()
     old, new = opened(tmp_path, 1, seed=1), opened(tmp_path / "new", 1, seed=2)
     given, again = old.next_task("anna"), new.next_task("anna")
