@@ -436,9 +436,9 @@ def agreement(
     Also by labeler, and over time. Rankings say who ranked in `labeler` and when in `time`; those of a file that name
     nobody count as one labeler's.
     """
-    from launch.commands.agreement import show
+    from launch.commands.agreement import print_agreement
 
-    show(files, parts, seed, as_json)
+    print_agreement(files, parts, seed, as_json)
 
 
 @app.command()

@@ -33,7 +33,7 @@ NAMES = {  # of the tie conventions in the table
 }
 
 
-def show(files: Sequence[str], parts: int = 5, seed: int = 0, as_json: bool = False) -> None:
+def print_agreement(files: Sequence[str], parts: int = 5, seed: int = 0, as_json: bool = False) -> None:
     """Print the agreement of the labelers of some files, or write it as JSON to standard output.
 
     Raises:

@@ -84,13 +84,13 @@ def search_template(job: JudgeJob, shots: Sequence[int], trials: int, out: Path)
     )
     rows: list[dict[str, Any]] = []
 
-    def watch(judge: Judge, items: Sequence[GradedPrompt], part: str) -> dict[str, Any]:
+    def measure(judge: Judge, items: Sequence[GradedPrompt], part: str) -> dict[str, Any]:
         row = _measured(judge, items, job.recipe, part)
         rows.append({"part": part} | row)
         _write(path, job, drops, {"so_far": rows})
         return row
 
-    result = search(judges, parts, drops, job.limit, seed, watch)
+    result = search(judges, parts, drops, job.limit, seed, measure)
     _print_drops(drops)
     write_template(result.template, out, template_comments(result.report, job.files))
     _write(path, job, drops, result.report)

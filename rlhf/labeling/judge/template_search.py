@@ -92,7 +92,7 @@ def search(
     drops: Drops,
     limit: int = 0,
     seed: int = 0,
-    watch: Callable[[Judge, Sequence[GradedPrompt], str], dict[str, Any]] | None = None,
+    measure: Callable[[Judge, Sequence[GradedPrompt], str], dict[str, Any]] | None = None,
 ) -> SearchResult:
     """Score every judge (one for each candidate), choose the most accurate, and score it again on other prompts.
 
@@ -100,9 +100,9 @@ def search(
 
     Args:
         limit: number of prompts to score in each of the two parts; 0: all.
-        watch: called in place of `measure_judge`, to show progress: (judge, items, "score" or "confirm").
+        measure: called in place of `measure_judge`, to show progress: (judge, items, "score" or "confirm").
     """
-    measure = watch or (lambda judge, items, part: measure_judge(judge, items, seed))
+    measure = measure or (lambda judge, items, part: measure_judge(judge, items, seed))
     scored, confirming = (
         drop_too_long_for_any(graded_prompts(part, drops), judges, limit, drops) for part in parts[1:]
     )
