@@ -76,7 +76,7 @@ def test_report_of_a_file_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[
         ranking("q", "xy", (2, 1), "bob", 30),  # opposed
         ranking("r", "xy", (1, 2), "cem", 40),  # ranked once
     )
-    agreement.show([path], parts=2, as_json=True)
+    agreement.print_agreement([path], parts=2, as_json=True)
     result = json.loads(capsys.readouterr().out)
     assert (result["labelers"], result["outputs"], result["outputs_shared"], result["units"]) == (3, 3, 2, 5)
     assert [result["pairwise"][ties]["value"] for ties in CONVENTIONS] == pytest.approx([2 / 3, 2 / 4, 2.5 / 4])
@@ -93,7 +93,7 @@ def test_report_of_a_file_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("2026-05-01T12:10:00+00:00", 1.0),
         ("2026-05-01T12:30:00+00:00", 0.0),
     ]
-    agreement.show([path])
+    agreement.print_agreement([path])
     text = capsys.readouterr().out
     assert "2 of 3 sets of outputs" in text and "66.7%" in text and "72.6 +- 1.5 %" in text
     assert "Over time" in text and "cem" in text
@@ -115,7 +115,7 @@ def test_what_the_labelling_page_writes_is_read(tmp_path: Path) -> None:
 def test_files_without_labelers_are_a_labeler_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = write(tmp_path / "one.jsonl", ranking("p", "xyz", (1, 2, 3)))
     two = write(tmp_path / "two.jsonl", ranking("p", "xyz", (1, 3, 2)))
-    agreement.show([one, two], as_json=True)
+    agreement.print_agreement([one, two], as_json=True)
     result = json.loads(capsys.readouterr().out)
     assert [r["labeler"] for r in result["by_labeler"]] == [one, two]
     assert result["pairwise"]["untied"]["value"] == pytest.approx(2 / 3)
@@ -126,11 +126,11 @@ def test_files_without_labelers_are_a_labeler_each(tmp_path: Path, capsys: pytes
 def test_nothing_ranked_twice_is_an_error(tmp_path: Path) -> None:
     anonymous = write(tmp_path / "a.jsonl", ranking("p", "xy", (1, 2)), ranking("p", "xy", (2, 1)))
     with pytest.raises(UserError, match="all rankings are by one labeler") as caught:
-        agreement.show([anonymous])
+        agreement.print_agreement([anonymous])
     assert caught.value.where == anonymous and "`labeler`" in (caught.value.fix or "")
     apart = write(tmp_path / "b.jsonl", ranking("p", "xy", (1, 2), "a"), ranking("q", "xy", (2, 1), "b"))
     with pytest.raises(UserError, match="no outputs were ranked by two of the 2 labelers"):
-        agreement.show([apart])
+        agreement.print_agreement([apart])
 
 
 # The demo's labelers
@@ -150,7 +150,9 @@ def test_two_rubric_labelers_agree_as_the_papers_did(tmp_path: Path, capsys: pyt
         for r, group in zip(ranked, outputs, strict=True)
         for seed in range(6)
     ]
-    agreement.show([write(tmp_path / "two.jsonl", *(r for r in rows if r.labeler[-1] in "01"))], as_json=True)
+    agreement.print_agreement(
+        [write(tmp_path / "two.jsonl", *(r for r in rows if r.labeler[-1] in "01"))], as_json=True
+    )
     two = json.loads(capsys.readouterr().out)["pairwise"]["untied"]
     assert two["value"] == pytest.approx(0.73, abs=0.03) and two["counted"] > 1000
     assert two["low"] < 0.73 < two["high"]
