@@ -52,9 +52,9 @@ def judge_eval(
     is named.
     """
     chosen = _judging_recipe(recipe, model, endpoint, settings)
-    from launch.commands.judge import compare_templates  # takes seconds: mistakes in the recipe come first
+    from launch.commands.judge import JudgeJob, compare_templates  # takes seconds: mistakes in the recipe come first
 
-    compare_templates(files, template or [], chosen, limit, out, answers)
+    compare_templates(JudgeJob(files, template or [], chosen, limit, answers), out)
 
 
 def judge_search(
@@ -78,9 +78,9 @@ def judge_search(
     draws the parts and the demonstrations. Writes the template, and beside it what was measured, as JSON.
     """
     chosen, numbers = _judging_recipe(recipe, model, endpoint, settings), (shots or [2, 4]) if trials else []
-    from launch.commands.judge import search_template  # takes seconds: mistakes in the recipe come first
+    from launch.commands.judge import JudgeJob, search_template  # takes seconds: mistakes in the recipe come first
 
-    search_template(files, template or [], chosen, numbers, trials, limit, out, answers)
+    search_template(JudgeJob(files, template or [], chosen, limit, answers), numbers, trials, out)
 
 
 def _judging_recipe(recipe: str, model: str, endpoint: str, settings: list[str] | None) -> Recipe:

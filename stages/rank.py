@@ -1,11 +1,11 @@
 """Sample K outputs per prompt from the SFT policy and rank them (paper, section 3.4): `python stages/rank.py RECIPE`.
 
-prompts   those within the length limit, in the order of their hash; the first rank.prompts of them
-sample    K outputs each, in chunks that are kept as they come (rank/samples.jsonl): an interruption loses one chunk
-clean     empty outputs dropped, identical ones kept once; a prompt needs two outputs
-label     the simulated labeler's noise is set so that two labelers agree on rank.agreement of the pairs;
+prompts   choose those within the length limit, in the order of their hash; the first rank.prompts of them
+sample    sample K outputs each, in chunks that are kept as they come (rank/samples.jsonl): an interruption loses one
+clean     drop empty outputs and keep identical ones once; a prompt needs two outputs
+label     rank them. The simulated labeler gets the noise with which two labelers agree on rank.agreement of the pairs;
           with rank.labeler=human the stage serves the labelling page and waits until enough rankings are in
-write     rank/rankings.jsonl for the reward stage, rank/summary.json for people and for evaluate
+write     write rank/rankings.jsonl for the reward stage, rank/summary.json for people and for evaluate
 
 With rank.labeler=file nothing is sampled: the files of data.rankings are checked and copied into rank/rankings.jsonl.
 """
@@ -22,45 +22,38 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.config import Recipe
 from rlhf.data.encoding import Encoded, fit_prompts, stop_ids
-from rlhf.data.records import Drops, Prompt, Ranking, ranking_row, read_prompts, read_rankings, write_jsonl
+from rlhf.data.records import Drops, Prompt, read_prompts, read_rankings
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed
-from rlhf.labeling.base import Output
-from rlhf.labeling.judge.judge import check_context_fits, judge_files
-from rlhf.labeling.judge.labeler import JudgeLabeler, fitting
-from rlhf.labeling.labelers import make_labeler
-from rlhf.labeling.outputs import Candidate, Outputs, SampledOutputs
+from rlhf.labeling.judge.judge import warn_if_over_context
+from rlhf.labeling.judge.labeler import JudgeLabeler
+from rlhf.labeling.labelers import labeler_files, make_labeler
+from rlhf.labeling.outputs import Outputs, RankResult, SampledOutputs
 from rlhf.labeling.page.collect import rankings_by_people
-from rlhf.labeling.rubric_labeler import (
-    _none_for_nan,
-    expected_agreement,
-    noise_for_agreement,
-    rubric_scores,
-    second_opinion,
-)
-from rlhf.labeling.summary import RankResult, summarise
+from rlhf.labeling.rubric_labeler import calibrated_noise, rubric_scores, second_opinion
+from rlhf.labeling.summary import SAMPLE_COLUMNS, sample_rows, show_example, summarise, write_rankings
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.zero import load_frozen_policy
 from rlhf.rollout.sampling import sample
 from rlhf.rollout.sampling_params import SamplingParams
 from rlhf.run.stage import StageContext, run_stage
-from rlhf.system.console import Progress, console, show_drops, warn
-from rlhf.system.console import table as print_table
-from rlhf.system.distributed import is_main_process
-from rlhf.system.files import write_atomic
+from rlhf.system.console import Progress, console, show_drops
 from rlhf.system.phases import phase
 
 TABLE_ROWS = 64
 
 
 def choose_prompts(ctx: StageContext, tokenizer: PreTrainedTokenizerBase, drops: Drops) -> list[Encoded[Prompt]]:
-    """Prompts to rank, encoded, in an order that depends on their text alone."""
+    """Return the prompts to rank, encoded, in an order that depends on their text alone.
+
+    Raises:
+        UserError: when no prompt is within the length limit.
+    """
     recipe, count = ctx.recipe, ctx.recipe.rank.prompts
     prompts = read_prompts(recipe.data.prompts, drops)
-    fitting = fit_prompts(prompts, tokenizer, recipe.data.max_prompt_tokens, drops)
-    chosen = sorted(fitting, key=lambda encoded: encoded.item.key)[: count or None]
+    short = fit_prompts(prompts, tokenizer, recipe.data.max_prompt_tokens, drops)
+    chosen = sorted(short, key=lambda encoded: encoded.item.key)[: count or None]
     if not chosen:
         raise UserError("no prompt is left to rank", where="data.prompts", fix="give prompts or raise the token limit")
     if len(chosen) < count:
@@ -75,13 +68,15 @@ def sample_outputs(
     prompts: Sequence[Encoded[Prompt]],
     samples: SampledOutputs,
 ) -> None:
-    """Fill `samples` with K outputs for each prompt; returns early, between chunks, when a stop is requested."""
+    """Add K outputs for each prompt to `samples`; return early, between chunks, when a stop is requested.
+
+    A chunk is kept or sampled whole, so that an interrupted run decodes the same batches as an uninterrupted one.
+    """
     recipe, cfg = ctx.recipe, ctx.recipe.rank
     k, size = cfg.outputs_per_prompt, max(1, cfg.batch_size // cfg.outputs_per_prompt)
     chunks = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    # A chunk is kept or sampled whole, so that an interrupted run decodes the same batches as one that was not.
-    kept = [chunk for chunk in chunks if all(encoded.item.key in samples.rows for encoded in chunk)]
-    tokens = sum(samples.tokens(chunk) for chunk in kept)
+    kept = [encoded.item for chunk in chunks if samples.has_all(items(chunk)) for encoded in chunk]
+    tokens = samples.tokens(kept)
     ctx.tracker.truncate_after(tokens, again=("rank/prompts", "samples"))
     params = SamplingParams(
         max_new_tokens=recipe.data.max_response_tokens,
@@ -89,16 +84,14 @@ def sample_outputs(
         stop_ids=stop_ids(tokenizer, policy),
         batch_size=cfg.batch_size,
     )
-    with Progress(
-        "rank: sampling", total=len(prompts) * k, unit="outputs", initial=sum(map(len, kept)) * k
-    ) as progress:
-        for chunk in chunks:
+    with Progress("rank: sampling", total=len(prompts) * k, unit="outputs", initial=len(kept) * k) as progress:
+        for index, chunk in enumerate(chunks):
             if ctx.stop_requested:
                 return
-            if chunk in kept:
+            if samples.has_all(items(chunk)):
                 continue
             begin = time.perf_counter()
-            phase("rollout", chunks.index(chunk))
+            phase("rollout", index)
             rollout = sample(
                 policy,
                 tokenizer,
@@ -108,167 +101,97 @@ def sample_outputs(
                 advance=progress.advance,
             )
             seconds = time.perf_counter() - begin
-            texts, lengths, finished = rollout.texts(tokenizer), rollout.lengths.tolist(), rollout.finished.tolist()
+            lengths, finished = rollout.lengths.tolist(), rollout.finished.tolist()
             tokens += sum(lengths)
-            # Before the samples: a row of a chunk that is sampled again is dropped, one that is missing stays missing.
-            ctx.tracker.log(
-                {
-                    "rank/finished_fraction": float(np.mean(finished)),
-                    "rank/response_length": float(np.mean(lengths)),
-                    "perf/rollout_tokens_per_s": sum(lengths) / seconds,
-                },
-                tokens,
-            )
-            ctx.tracker.flush()
-            samples.add(
-                [
-                    {
-                        "key": encoded.item.key,
-                        "prompt": encoded.item.text,
-                        "responses": texts[i * k : (i + 1) * k],
-                        "finished": finished[i * k : (i + 1) * k],
-                        "lengths": lengths[i * k : (i + 1) * k],
-                    }
-                    for i, encoded in enumerate(chunk)
-                ]
-            )
+            log_chunk(ctx, lengths, finished, seconds, tokens)
+            samples.add(items(chunk), rollout.texts(tokenizer), finished, lengths)
 
 
-def distinct_candidates(prompts: Sequence[Encoded[Prompt]], samples: SampledOutputs, drops: Drops) -> list[Candidate]:
-    """Candidates with at least two outputs that differ; what is left out is counted."""
-    candidates = []
-    for encoded in prompts:
-        row = samples.rows[encoded.item.key]
-        kept: dict[str, tuple[Output, int]] = {}
-        for text, finished, length in zip(row["responses"], row["finished"], row["lengths"], strict=True):
-            if not text.strip():
-                drops.add("empty output")
-            elif text.strip() in kept:
-                drops.add("output identical to another of its prompt")
-            else:
-                kept[text.strip()] = (Output(text, finished), length)
-        if len(kept) < 2:
-            drops.add("prompt with fewer than two distinct outputs")
-            continue
-        candidates.append(
-            Candidate(encoded.item, [output for output, _ in kept.values()], [n for _, n in kept.values()])
-        )
-    return candidates
+def log_chunk(ctx: StageContext, lengths: list[int], finished: list[bool], seconds: float, step: int) -> None:
+    """Log the metrics of a chunk, and write them to disk before its samples.
 
-
-def label(ctx: StageContext, candidates: Sequence[Candidate], drops: Drops) -> RankResult | None:
-    """Rank every prompt's outputs; the rubric is given its noise first and asked a second time as another labeler.
-
-    None when the stage is to stop: a judge's answers are in its log, other labelers begin again.
+    After an interruption in between, the chunk is sampled again and its metrics are replaced. In the other order the
+    metrics would be missing for good.
     """
-    recipe, cfg = ctx.recipe, ctx.recipe.rank
-    about: dict[str, Any] = {"noise_sigma": 0.0}
-    if cfg.labeler == "rubric":
-        groups = [rubric_scores(c.prompt, c.outputs) for c in candidates]
-        sigma = noise_for_agreement(groups, cfg.agreement, cfg.tie_margin)
-        about = {
-            "noise_sigma": sigma,
-            "tie_margin": cfg.tie_margin,
-            "target_agreement": cfg.agreement,
-            "expected_agreement": _none_for_nan(expected_agreement(groups, sigma, cfg.tie_margin)),
-        }
-    labeler = make_labeler(cfg.labeler, recipe, ctx.run, about["noise_sigma"], ctx.dir / "judge.jsonl")
-    judged = isinstance(labeler, JudgeLabeler)
-    if judged:
-        candidates = fitting(labeler, candidates, drops)
-    kept, rankings = [], []
-    phase("score")
-    with Progress("rank: labelling", total=len(candidates), unit="prompts") as progress:
-        for c in candidates:
-            if ctx.stop_requested:
-                return None
-            if judged and not labeler.answers(c.prompt, c.outputs):
-                drops.add("question that the judge's endpoint refuses as too long")
-            else:
-                ranks = labeler.rank(c.prompt, c.outputs, recipe.run.seed)
-                texts, finished = zip(*c.outputs, strict=True)
-                rankings.append(Ranking(c.prompt, texts, ranks, finished))
-                kept.append(c)
-            progress.advance(1)
-    candidates = kept
-    if cfg.labeler == "rubric":
-        about |= second_opinion(labeler, candidates, rankings, recipe)
-    if judged:
-        about |= labeler.summary()
-        if about["judge_answers_without_label"]:
-            warn(
-                f"{about['judge_answers_without_label']} of the judge's {about['judge_answers']} answers had no label "
-                "among the likeliest tokens: there it decided nothing"
-            )
-    return RankResult(rankings, [c.lengths for c in candidates], about)
-
-
-def warn_if_over_context(recipe: Recipe) -> None:
-    """Say before anything is sampled when the judge has no room for the longest prompts and outputs."""
-    try:
-        check_context_fits(recipe)
-    except UserError as error:
-        warn(f"{error.what}; prompts with longer ones are left out, or {error.fix} ({error.where})")
-
-
-def label_by_people(ctx: StageContext, candidates: Sequence[Candidate]) -> RankResult | None:
-    """Rankings from the labelling page, one or more for a prompt; None when the stage is to stop."""
-    lengths = {Outputs(c.prompt, *map(tuple, zip(*c.outputs, strict=True))): c.lengths for c in candidates}
-    found = rankings_by_people(ctx, list(lengths))
-    if found is None:
-        return None
-    labelled, about = found
-    rankings = [item.outputs.ranked(item.ranks) for item in labelled]
-    row_extras = [{"labeler": item.labeler} | item.about for item in labelled]
-    return RankResult(rankings, [lengths[item.outputs] for item in labelled], {"noise_sigma": 0.0} | about, row_extras)
-
-
-def read_file_rankings(ctx: StageContext, drops: Drops) -> RankResult:
-    """Rankings of rank.labeler=file, checked by their reader."""
-    paths = ctx.recipe.data.rankings
-    return RankResult(read_rankings(paths, drops), [], {"noise_sigma": 0.0})
-
-
-def write(ctx: StageContext, ranked: RankResult, drops: Drops, step: int) -> dict[str, float]:
-    """The stage's files, its table of samples and an example on the console; returns the metrics."""
-    rankings = ranked.rankings
-    scores = [
-        rubric_scores(r.prompt, [Output(*o) for o in zip(r.responses, r.finished, strict=True)]) for r in rankings
-    ]
-    summary = {"labeler": ctx.recipe.rank.labeler} | summarise(ranked) | {"drops": dict(drops.table())}
-    rows = [
-        ranking_row(r) | {"use_case": r.prompt.use_case, "rubric": s} | row_extras
-        for r, s, row_extras in zip(rankings, scores, ranked.row_extras or [{}] * len(rankings), strict=True)
-    ]
-    if is_main_process():
-        write_jsonl(ctx.dir / "rankings.jsonl", rows)
-        write_atomic(ctx.dir / "summary.json", json.dumps(summary, indent=1) + "\n")
     metrics = {
-        f"rank/{name}": float(value)
-        for name, value in summary.items()
-        if isinstance(value, int | float) and name not in ("tie_margin", "target_agreement")
+        "rank/finished_fraction": float(np.mean(finished)),
+        "rank/response_length": float(np.mean(lengths)),
+        "perf/rollout_tokens_per_s": sum(lengths) / seconds,
     }
     ctx.tracker.log(metrics, step)
-    shown = [
-        [r.prompt.text, rank, score, finished, text]
-        for r, s in zip(rankings, scores, strict=True)
-        for rank, score, finished, text in sorted(zip(r.ranks, s, r.finished, r.responses, strict=True))
-    ]
-    ctx.tracker.table("samples", ["prompt", "rank", "rubric", "finished", "response"], shown[:TABLE_ROWS], step)
-    show_example(rankings, scores)
+    ctx.tracker.flush()
+
+
+def items(prompts: Sequence[Encoded[Prompt]]) -> list[Prompt]:
+    """Return the prompts without their token ids."""
+    return [encoded.item for encoded in prompts]
+
+
+def distinct_outputs(prompts: Sequence[Prompt], samples: SampledOutputs, drops: Drops) -> list[Outputs]:
+    """Return the distinct outputs of each prompt that has at least two; `drops` counts the others.
+
+    Raises:
+        UserError: when no prompt has two.
+    """
+    found = []
+    for prompt in prompts:
+        outputs = samples.of(prompt).distinct(drops)
+        if len(outputs.responses) > 1:
+            found.append(outputs)
+        else:
+            drops.add("prompt with fewer than two distinct outputs")
+    if not found:
+        raise UserError(
+            "no prompt has two different outputs to rank",
+            where="rank",
+            fix="raise rank.temperature or rank.outputs_per_prompt, or look at the policy in rank/samples.jsonl",
+        )
+    return found
+
+
+def label(ctx: StageContext, outputs: Sequence[Outputs], drops: Drops) -> RankResult | None:
+    """Rank every prompt's outputs by rubric, reward model or judge; return None when a stop is requested.
+
+    The rubric's noise is calibrated first, and a second labeler with other noise is compared at the end. After a stop,
+    the answers of a judge are found in its log, and other labelers begin again.
+    """
+    recipe, name = ctx.recipe, ctx.recipe.rank.labeler
+    summary: dict[str, Any] = calibrated_noise(outputs, recipe.rank) if name == "rubric" else {"noise_sigma": 0.0}
+    labeler = make_labeler(name, recipe, ctx.run, summary["noise_sigma"], ctx.dir / "judge.jsonl")
+    if isinstance(labeler, JudgeLabeler):
+        outputs = labeler.drop_too_long(outputs, drops)
+    kept, rankings = [], []
+    phase("score")
+    with Progress("rank: labelling", total=len(outputs), unit="prompts") as progress:
+        for each in outputs:
+            if ctx.stop_requested:
+                return None
+            if isinstance(labeler, JudgeLabeler) and not labeler.all_answered(each.prompt, each.outputs):
+                drops.add("question that the judge's endpoint refuses as too long")
+            else:
+                rankings.append(each.ranked(labeler.rank(each.prompt, each.outputs, recipe.run.seed)))
+                kept.append(each)
+            progress.advance(1)
+    if name == "rubric":
+        summary |= second_opinion(labeler, kept, rankings, recipe.run.seed)
+    elif isinstance(labeler, JudgeLabeler):
+        summary |= labeler.summary()
+    return RankResult(rankings, [each.lengths for each in kept], summary)
+
+
+def write(ctx: StageContext, result: RankResult, drops: Drops, step: int) -> dict[str, float]:
+    """Write the stage's files, log its metrics and samples, print an example; return the metrics."""
+    scores = [rubric_scores(ranking) for ranking in result.rankings]
+    summary = {"labeler": ctx.recipe.rank.labeler} | summarise(result) | {"drops": dict(drops.table())}
+    metrics = write_rankings(ctx.dir, result, scores, summary)
+    ctx.tracker.log(metrics, step)
+    ctx.tracker.table("samples", SAMPLE_COLUMNS, sample_rows(result.rankings, scores)[:TABLE_ROWS], step)
+    show_example(result.rankings, scores)
     return metrics
 
 
-def show_example(rankings: Sequence[Ranking], scores: Sequence[Sequence[float]]) -> None:
-    """Print the prompt whose outputs the labeler told apart best, so that a person sees what was ranked."""
-    i = max(range(len(rankings)), key=lambda i: len(set(rankings[i].ranks)))
-    r = rankings[i]
-    rows = sorted(zip(r.ranks, scores[i], r.finished, r.responses, strict=True))
-    print_table(f"one ranked prompt: {r.prompt.text}", ["rank", "rubric", "finished", "output"], rows)
-
-
 def fingerprint(ctx: StageContext, sft_dir: Path) -> str:
-    """Hash of what the samples depend on besides the prompt: the policy's files and the sampling settings."""
+    """Return a hash of what the samples depend on besides the prompt: the policy's files and the sampling settings."""
     ctx.use(sft_dir)
     recipe, cfg = ctx.recipe, ctx.recipe.rank
     parts = [
@@ -280,47 +203,35 @@ def fingerprint(ctx: StageContext, sft_dir: Path) -> str:
 
 
 def run(ctx: StageContext) -> dict[str, Any]:
-    """The stage, from prompts to rankings."""
-    drops = Drops()
-    if ctx.recipe.rank.labeler == "file":
-        ranked, tokens = read_file_rankings(ctx, drops), 0
+    """Run the stage from prompts to rankings; return its metrics, or {} when a stop is requested."""
+    drops, labeler = Drops(), ctx.recipe.rank.labeler
+    if labeler == "file":
+        rankings, tokens = read_rankings(ctx.recipe.data.rankings, drops), 0
+        result: RankResult | None = RankResult(rankings, [], {"noise_sigma": 0.0})
     else:
         sft_dir = ctx.run.require("sft", "model")
         samples = SampledOutputs(ctx.dir / "samples.jsonl", fingerprint(ctx, sft_dir))
         tokenizer = load_tokenizer(sft_dir, ctx.recipe.model)
         policy = load_frozen_policy(ctx.recipe, ctx.device, sft_dir, tokenizer)
-        if ctx.recipe.rank.labeler == "judge":
+        if labeler == "judge":
             warn_if_over_context(ctx.recipe)
         prompts = choose_prompts(ctx, tokenizer, drops)
         sample_outputs(ctx, policy, tokenizer, prompts, samples)
         if ctx.stop_requested:
             return {}
         del policy
-        if ctx.recipe.rank.labeler == "reward_model" and Path(ctx.recipe.rank.reward_model).exists():
-            ctx.use(Path(ctx.recipe.rank.reward_model))
-        candidates = distinct_candidates(prompts, samples, drops)
-        if not candidates:
-            raise UserError(
-                "no prompt has two different outputs to rank",
-                where="rank",
-                fix="raise rank.temperature or rank.outputs_per_prompt, or look at the policy in rank/samples.jsonl",
-            )
-        people = ctx.recipe.rank.labeler == "human"
-        if ctx.recipe.rank.labeler == "judge":
-            for path in judge_files(ctx.recipe.judge):
-                ctx.use(path)
-        found = label_by_people(ctx, candidates) if people else label(ctx, candidates, drops)
-        if found is None:
-            return {}
-        ranked = found
-        tokens = samples.tokens(prompts)
+        outputs = distinct_outputs(items(prompts), samples, drops)
+        for path in labeler_files(labeler, ctx.recipe):
+            ctx.use(path)
+        result = rankings_by_people(ctx, outputs) if labeler == "human" else label(ctx, outputs, drops)
+        tokens = samples.tokens(items(prompts))
+    if result is None:
+        return {}
     show_drops(drops.table())
-    if not ranked.rankings:
-        raise UserError(
-            "no ranking is left", where=f"rank.labeler={ctx.recipe.rank.labeler}", fix="see the drops above"
-        )
+    if not result.rankings:
+        raise UserError("no ranking is left", where=f"rank.labeler={labeler}", fix="see the drops above")
     phase("save")
-    return write(ctx, ranked, drops, tokens)
+    return write(ctx, result, drops, tokens)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""`rlhf agreement`: how far labelers agree; and `rlhf convert`. Both read whatever data.rankings can name."""
+"""`rlhf agreement`: measure how far labelers agree; and `rlhf convert`. Both read all that data.rankings can name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rlhf.functional.agreement import (
 from rlhf.labeling.matched_rankings import MatchedRankings, match
 from rlhf.system.console import console, show_drops, table
 
-WORDS = {
+NAMES = {  # of the tie conventions in the table
     "untied": "agreement, tied pairs left out",
     "strict": "agreement, a tie agrees with a tie alone",
     "half": "agreement, a tie against an order is half",
@@ -55,7 +55,7 @@ def print_agreement(files: Sequence[str], parts: int = 5, seed: int = 0, as_json
 
 
 def report(found: MatchedRankings, parts: int, seed: int) -> dict[str, Any]:
-    """Everything that is known of the labelers' agreement; see rlhf/functional/agreement.py for the measures."""
+    """Return all measures of the labelers' agreement, which rlhf/functional/agreement.py explains."""
     compared = labeler_pairs(found.shared)
     names = sorted(found.rankings)
     return {
@@ -93,7 +93,7 @@ def _labeler(
 
 
 def _pairs(compared: Sequence[LabelerPair]) -> list[dict[str, Any]]:
-    """Counts of every two labelers, summed over what both ranked."""
+    """Return the counts of every two labelers, summed over the outputs that both ranked."""
     sums: dict[tuple[str, str], dict[str, int]] = {}
     for c in compared:
         counts = sums.setdefault((c.first, c.second), {"rankings": 0} | dict.fromkeys(c.tally._fields, 0))
@@ -118,7 +118,7 @@ def convert_rankings(files: Sequence[str], out: Path) -> None:
     if out.suffix != ".jsonl":
         raise UserError("the file to write comes last and ends in .jsonl", str(out), "name it, such as rankings.jsonl")
     if out.exists():
-        raise UserError("the file is there already, and is not overwritten", str(out), "name another, or delete it")
+        raise UserError("the file exists already, and is not overwritten", str(out), "name another, or delete it")
     drops = Drops()
     rankings = read_rankings(files, drops)
     show_drops(drops.table())
@@ -134,7 +134,7 @@ def convert_rankings(files: Sequence[str], out: Path) -> None:
 
 
 def _named(files: Sequence[str], drops: Drops) -> list[tuple[str, Ranking]]:
-    """(labeler, ranking); a ranking that names nobody is by the labeler of its file."""
+    """Return (labeler, ranking) pairs; a ranking without a labeler is by the labeler of its file."""
     return [(ranking.labeler or file, ranking) for file in files for ranking in read_rankings([file], drops)]
 
 
@@ -152,7 +152,7 @@ def _nothing_shared(files: Sequence[str], found: MatchedRankings) -> UserError:
 def _tables(result: dict[str, Any]) -> None:
     shared = f"{result['outputs_shared']} of {result['outputs']} sets of outputs were ranked by more than one"
     title = f"Agreement of {result['labelers']} labelers: {shared}"
-    rows = [[WORDS[ties], *_cells(e), f"{e.counted:,.0f} pairs"] for ties, e in result["pairwise"].items()]
+    rows = [[NAMES[ties], *_cells(e), f"{e.counted:,.0f} pairs"] for ties, e in result["pairwise"].items()]
     tau = result["kendall_tau_b"]
     rows.append(["Kendall tau-b", *_cells(tau, "{:.3f}"), f"{tau.counted:,.0f} comparisons"])
     units = f"{result['units']:,} outputs"
@@ -183,7 +183,7 @@ def _labeler_row(r: dict[str, Any]) -> list[Any]:
 
 
 def _cells(estimate: AgreementEstimate, form: str = "{:.1%}") -> list[str]:
-    """Value, interval, standard error."""
+    """Return the value, the interval and the standard error as text."""
     low, high = _cell(estimate.low, form), _cell(estimate.high, form)
     return [_cell(estimate.value, form), low if low == "-" else f"{low} to {high}", _cell(estimate.error, form)]
 
@@ -197,7 +197,7 @@ def _time(time: datetime) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: fields by name, times in ISO 8601, null for nan."""
+    """Return the value as JSON has it: fields by name, times in ISO 8601, null for nan."""
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return _plain(value._asdict())
     if isinstance(value, dict):

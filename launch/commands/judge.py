@@ -1,4 +1,4 @@
-"""`rlhf judge-eval` and `rlhf judge-search`: judges measured on ranked files, as tables and as JSON."""
+"""`rlhf judge-eval` and `rlhf judge-search`: measure judges on files of rankings, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf.config import Recipe
 from rlhf.data.few_shot import why_not_calibrated
@@ -29,82 +29,72 @@ from rlhf.system.files import write_atomic
 from rlhf.system.malloc import keep_freed_memory
 from rlhf.system.quiet import quiet_libraries
 
-MOST_FLIPS, LEAST_MASS = 0.5, 0.1  # beyond these a judge is warned of
+MAX_FLIPS, MIN_MASS = 0.5, 0.1  # limits beyond which there is a warning
 
 
-def compare_templates(
-    files: Sequence[str], names: Sequence[str], recipe: Recipe, limit: int, out: Path | None, answers: Path | None
-) -> None:
+class JudgeJob(NamedTuple):
+    """Arguments that both commands share."""
+
+    files: Sequence[str]  # of rankings
+    names: Sequence[str]  # of templates; none means all that are shipped
+    recipe: Recipe
+    limit: int  # prompts; 0: all
+    answers: Path | None  # log of answers, with which a repeated command continues
+
+
+def compare_templates(job: JudgeJob, out: Path | None) -> None:
     """Measure every template on the same pairs, and print a table.
 
     Args:
-        files: rankings.
-        names: templates; none: all that are shipped.
-        limit: prompts, 0 for all.
         out: JSON, written again after every template.
-        answers: log of answers, so that the same command goes on where it stopped.
     """
-    drops, check = Drops(), recipe.judge.model_copy(update={"demonstrations": ""})
-    templates = templates_of(recipe.judge, names or template_names("judge"))
-    check_judge(check)
-    rankings = read_rankings(files, drops)
-    judges = _judges(recipe, templates, answers)
-    items = drop_too_long_for_any(graded_prompts(rankings, drops), judges, limit, drops)
+    drops, templates = Drops(), _templates(job)
+    rankings = read_rankings(job.files, drops)
+    judges = _judges(job, templates)
+    items = drop_too_long_for_any(graded_prompts(rankings, drops), judges, job.limit, drops)
     show_drops(drops.table())
     rows: list[dict[str, Any]] = []
     for judge in judges:
-        rows.append(_measured(judge, items, recipe))
+        rows.append(_measured(judge, items, job.recipe))
         if out:
-            write_atomic(out, json.dumps(_about(recipe, files, drops) | {"templates": rows}, indent=1) + "\n")
-    _show(f"{_model(recipe)} on {rows[0]['pairs']} pairs of {rows[0]['prompts']} prompts", rows)
+            _write(out, job, drops, {"templates": rows})
+    _show(f"{_model(job.recipe)} on {rows[0]['pairs']} pairs of {rows[0]['prompts']} prompts", rows)
     if len(rows) == 1:
         _show_reliability(rows[0])
 
 
-def search_template(
-    files: Sequence[str],
-    names: Sequence[str],
-    recipe: Recipe,
-    shots: Sequence[int],
-    trials: int,
-    limit: int,
-    out: Path,
-    answers: Path | None,
-) -> None:
+def search_template(job: JudgeJob, shots: Sequence[int], trials: int, out: Path) -> None:
     """Search for the best template, print the candidates, and write the chosen one and OUT.json beside it.
 
     Args:
-        shots: numbers of demonstrations to draw; none draws none.
+        shots: numbers of demonstrations to draw; an empty list draws none.
         trials: draws of each number.
         out: file of the chosen template.
     """
-    drops, seed = Drops(), recipe.run.seed
-    templates = templates_of(recipe.judge, names or template_names("judge"))
-    check_judge(recipe.judge.model_copy(update={"demonstrations": ""}))
-    parts = split_rankings(read_rankings(files, drops), seed)
+    drops, seed, path = Drops(), job.recipe.run.seed, out.with_suffix(".json")
+    templates = _templates(job)
+    parts = split_rankings(read_rankings(job.files, drops), seed)
     for name, part in zip(parts._fields, parts, strict=True):
         if not part and (name != "pool" or shots):
-            raise UserError(f"the part `{name}` of the rankings is empty", ", ".join(files), "give more rankings")
-    found = candidate_templates(templates, parts.pool, shots, trials, seed)
-    judges = _judges(recipe, found, answers)
+            raise UserError(f"the part `{name}` of the rankings is empty", ", ".join(job.files), "give more rankings")
+    judges = _judges(job, candidate_templates(templates, parts.pool, shots, trials, seed))
     console.print(
         f"{len(judges)} candidate{'s' * (len(judges) > 1)}; {len(parts.pool)} rankings to draw demonstrations from, "
         f"{len(parts.score)} to choose by, {len(parts.confirm)} to confirm on"
     )
     rows: list[dict[str, Any]] = []
-    path = out.with_suffix(".json")
 
-    def watch(judge: Judge, items: Sequence[GradedPrompt], part: str) -> dict[str, Any]:
-        row = _measured(judge, items, recipe, part)
+    def measure(judge: Judge, items: Sequence[GradedPrompt], part: str) -> dict[str, Any]:
+        row = _measured(judge, items, job.recipe, part)
         rows.append({"part": part} | row)
-        write_atomic(path, json.dumps(_about(recipe, files, drops) | {"so_far": rows}, indent=1) + "\n")
+        _write(path, job, drops, {"so_far": rows})
         return row
 
-    result = search(judges, parts, drops, limit, seed, watch)
+    result = search(judges, parts, drops, job.limit, seed, measure)
     show_drops(drops.table())
-    write_template(result.template, out, template_comments(result.report, files))
-    write_atomic(path, json.dumps(_about(recipe, files, drops) | result.report, indent=1) + "\n")
-    _show(f"{_model(recipe)}, by candidate", result.report["candidates"])
+    write_template(result.template, out, template_comments(result.report, job.files))
+    _write(path, job, drops, result.report)
+    _show(f"{_model(job.recipe)}, by candidate", result.report["candidates"])
     again, first = result.report["confirmation"], result.report["first_candidate_confirmation"]
     if first["template"] == again["template"]:
         _show("The chosen one on other prompts", [again])
@@ -115,19 +105,31 @@ def search_template(
     console.print(f"chosen: {result.report['chosen']}; use it with judge.template={out}", markup=False, soft_wrap=True)
 
 
-def _judges(recipe: Recipe, templates: Sequence[Template], answers: Path | None) -> list[Judge]:
-    """One for each template; all ask one model."""
+def _templates(job: JudgeJob) -> list[Template]:
+    """Return the templates of a job, after a check of the recipe's section `judge`."""
+    found = templates_of(job.recipe.judge, job.names or template_names("judge"))
+    check_judge(job.recipe.judge.model_copy(update={"demonstrations": ""}))
+    return found
+
+
+def _judges(job: JudgeJob, templates: Sequence[Template]) -> list[Judge]:
+    """Return one judge for each template; all ask one model.
+
+    Raises:
+        UserError: for a template that has no calibration, when judge.calibrate is set.
+    """
     quiet_libraries()
-    if pick_device(recipe).type == "cpu":
+    cfg, answers = job.recipe.judge, job.answers
+    if pick_device(job.recipe).type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
         keep_freed_memory()
     for template in templates:
-        if recipe.judge.calibrate and (why := why_not_calibrated(template)):
+        if cfg.calibrate and (why := why_not_calibrated(template)):
             raise UserError(why, "judge.calibrate", "leave the template out, or do not calibrate")
-    reader, identity = make_reader(recipe)
+    reader, identity = make_reader(job.recipe)
     if answers:
         answers.parent.mkdir(parents=True, exist_ok=True)
-    return [Judge(template, reader, answers, identity, recipe.judge.calibrate) for template in templates]
+    return [Judge(template, reader, answers, identity, cfg.calibrate) for template in templates]
 
 
 def _measured(judge: Judge, items: Sequence[GradedPrompt], recipe: Recipe, part: str = "") -> dict[str, Any]:
@@ -138,14 +140,16 @@ def _measured(judge: Judge, items: Sequence[GradedPrompt], recipe: Recipe, part:
         return measure_judge(judge, items, seed, progress.advance, tie_margin)
 
 
-def _about(recipe: Recipe, files: Sequence[str], drops: Drops) -> dict[str, Any]:
-    return {
-        "files": list(files),
-        "judge": recipe.judge.model_dump(),
-        "model": _model(recipe),
-        "seed": recipe.run.seed,
+def _write(path: Path, job: JudgeJob, drops: Drops, found: dict[str, Any]) -> None:
+    """Write measurements as JSON, after the settings that they were made with."""
+    settings = {
+        "files": list(job.files),
+        "judge": job.recipe.judge.model_dump(),
+        "model": _model(job.recipe),
+        "seed": job.recipe.run.seed,
         "drops": dict(drops.table()),
     }
+    write_atomic(path, json.dumps(settings | found, indent=1) + "\n")
 
 
 def _model(recipe: Recipe) -> str:
@@ -155,8 +159,8 @@ def _model(recipe: Recipe) -> str:
 def _show(title: str, rows: Sequence[dict[str, Any]]) -> None:
     def interval(row: dict[str, Any], name: str, scale: float = 100, digits: int = 1) -> str:
         mean, *ends = (None if (x := row[name + end]) is None else scale * x for end in ("", "_low", "_high"))
-        told = f"{mean:.{digits}f}"
-        return told if None in ends else f"{told} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+        text = f"{mean:.{digits}f}"
+        return text if None in ends else f"{text} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
 
     bias = [row["position"] for row in rows]
     table(
@@ -189,9 +193,14 @@ def _show(title: str, rows: Sequence[dict[str, Any]]) -> None:
         markup=False,
         soft_wrap=True,
     )
-    for row in (row for row in rows if row["position"] and row["position"]["flips"] > MOST_FLIPS):
+    _warn_of(rows)
+
+
+def _warn_of(rows: Sequence[dict[str, Any]]) -> None:
+    """Warn of judges that go by the order, hardly say a label, or have refused or unlabelled answers."""
+    for row in (row for row in rows if row["position"] and row["position"]["flips"] > MAX_FLIPS):
         warn(f"{row['template']}: {row['position']['flips']:.0%} of the pairs are decided by their order")
-    for row in (row for row in rows if row["label_mass"] < LEAST_MASS):
+    for row in (row for row in rows if row["label_mass"] < MIN_MASS):
         warn(
             f"{row['template']}: the model hardly says a label (probability {row['label_mass']:.2g}), so it does not "
             "answer the question"
@@ -201,7 +210,7 @@ def _show(title: str, rows: Sequence[dict[str, Any]]) -> None:
     for row in (row for row in rows if row["answers_with_bounds"]):
         warn(
             f"{row['template']}: in {row['answers_with_bounds']} of {row['answers']} answers a label was not among the "
-            f"likeliest tokens, and a bound stands for it; in {row['answers_without_label']} none was, which is a tie"
+            f"likeliest tokens, and a bound is used for it; in {row['answers_without_label']} none was, which is a tie"
         )
 
 

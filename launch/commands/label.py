@@ -1,7 +1,7 @@
-"""`rlhf label RUN`: the labelling page without the pipeline, the rankings so far as a file, and the end of links.
+"""`rlhf label RUN`: serve the labelling page without the pipeline, export the rankings so far, and revoke links.
 
-What is to be ranked and whom the run waits for is the rank stage's to say, and the stage may be waiting at this moment:
-nothing here takes a labeler from those that it waits for, or gives it other outputs.
+The rank stage decides which outputs are ranked and for whom it waits, and it may be waiting while this runs. So nothing
+here takes a labeler from those for whom it waits, or gives it other outputs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from rlhf.data.records import Drops, write_jsonl
 from rlhf.errors import UserError
 from rlhf.labeling.outputs import read_outputs
 from rlhf.labeling.page.collect import LABELS, OUTPUTS, open_store, report_set_aside, serve_page, wait_for_rankings
-from rlhf.labeling.page.store import LabelStore, labelled_row
+from rlhf.labeling.page.store import LabelStore
+from rlhf.labeling.page.stored_ranking import labelled_row
 from rlhf.recipe import load_recipe
 from rlhf.run.folder import RunFolder, live_owner
 from rlhf.system.console import console, show_drops
@@ -23,10 +24,10 @@ RANKINGS = "rank/rankings.jsonl"
 
 
 def settings(run: Path, labelers: str | None = None, host: str | None = None, port: int | None = None) -> Recipe:
-    """The run's recipe with what the command line says about the page.
+    """Return the run's recipe with the page's settings from the command line.
 
     Raises:
-        UserError: for a bad name of a labeler.
+        UserError: for an invalid name of a labeler.
     """
     given = {
         "label.labelers": f"[{labelers}]" if labelers is not None else None,
@@ -34,17 +35,17 @@ def settings(run: Path, labelers: str | None = None, host: str | None = None, po
         "label.port": port,
     }
     overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
-    own = run / "recipe.yaml"  # outputs put there by hand have none: every recipe's label section will do
+    own = run / "recipe.yaml"  # a folder made by hand has no recipe: the defaults of the label section serve
     return load_recipe(str(own) if own.is_file() else "demo", overrides)
 
 
 def serve(run: Path, recipe: Recipe) -> None:
-    """Serve the page until Ctrl-C, for `label.labelers` beside those who are invited already.
+    """Serve the page until Ctrl-C, for `label.labelers` and for those who are invited already.
 
     Raises:
-        UserError: for outputs that are not there or cannot be read, and when the page cannot be served.
+        UserError: when there are no outputs, they cannot be read, or the page cannot be served.
     """
-    outputs_of(run)  # before the labels are opened, which makes their file
+    outputs_of(run)  # raises before the labels are opened, which would create their file
     with open_store(run, recipe.label, recipe.run.seed) as store:
         prepare(run, store)
         try:
@@ -53,7 +54,7 @@ def serve(run: Path, recipe: Recipe) -> None:
                     console.print(what_next(run, recipe), markup=False, soft_wrap=True)
                 wait_for_rankings(store.counts, lambda: False)
                 console.print(
-                    "All rankings that are wanted are in: `rlhf run` goes on with them. Ctrl-C ends the page."
+                    "All rankings that are wanted are in: `rlhf run` continues with them. Ctrl-C ends the page."
                 )
                 while True:
                     time.sleep(3600)
@@ -62,10 +63,10 @@ def serve(run: Path, recipe: Recipe) -> None:
 
 
 def outputs_of(run: Path) -> Path:
-    """The file of what is to be ranked: what the rank stage gave out, else what another labeler has ranked there.
+    """Return the file with the outputs to rank: those for people, or else those that another labeler has ranked.
 
     Raises:
-        UserError: when the run has neither.
+        UserError: when the run has neither file.
     """
     for path in (run / OUTPUTS, run / RANKINGS):
         if path.is_file():
@@ -78,7 +79,7 @@ def outputs_of(run: Path) -> Path:
 
 
 def what_next(run: Path, recipe: Recipe) -> str:
-    """What becomes of rankings that come in after the rank stage has ended."""
+    """Return a sentence on how rankings are used that come in after the rank stage has ended."""
     if recipe.rank.labeler == "human":
         return "The rank stage has ended: it uses further rankings when it is done again (--from rank)"
     return (
@@ -88,12 +89,12 @@ def what_next(run: Path, recipe: Recipe) -> str:
 
 
 def prepare(run: Path, store: LabelStore) -> None:
-    """Invite the labelers of the store's settings besides the others, and see that there is something to rank.
+    """Invite the labelers of the store's settings beside the others, and set the tasks from the file of outputs.
 
     Raises:
         UserError: for outputs that cannot be read.
     """
-    # The rank stage has set the outputs that it waits for; where it does not run, the file may have been changed.
+    # While the rank stage runs, the tasks are the ones that it waits for. Otherwise the file may have changed.
     if live_owner(run) is None or not store.has_tasks():
         drops = Drops()
         outputs = read_outputs([str(outputs_of(run))], drops)
@@ -104,38 +105,38 @@ def prepare(run: Path, store: LabelStore) -> None:
 
 
 def revoke_links(run: Path, recipe: Recipe, names: str) -> None:
-    """End all links of some labelers, also on a page that is served at this moment; their rankings stay and count.
+    """Make all links of some labelers invalid, even on a page that is served at this moment; their rankings count.
 
     Args:
-        names: with commas between them.
+        names: separated by commas.
 
     Raises:
-        UserError: when the run has no labels, and for somebody whom they do not know.
+        UserError: when the run has no labels, and for an unknown labeler.
     """
-    gone = [name.strip() for name in names.split(",") if name.strip()]
+    revoked = [name.strip() for name in names.split(",") if name.strip()]
     with open_store(_labels(run), recipe.label, recipe.run.seed) as store:
         known = store.known()
-        if strange := [name for name in gone if name not in known] or ([] if gone else [names]):
+        if unknown := [name for name in revoked if name not in known] or ([] if revoked else [names]):
             fix = f"name some of {', '.join(known)}" if known else "nobody has a link yet"
-            raise UserError(f"no labeler is called {', '.join(map(repr, strange))}", str(run / LABELS), fix)
-        store.revoke(gone)
-    who = ", ".join(gone)
+            raise UserError(f"no labeler is called {', '.join(map(repr, unknown))}", str(run / LABELS), fix)
+        store.revoke(revoked)
+    who = ", ".join(revoked)
     console.print(
-        f"The links of {who} are good no more. What they ranked stays, and a run that waits for them still does:"
-        f" `rlhf label {run} --labelers {','.join(gone)}` prints new links.",
+        f"The links of {who} are no longer valid. Their rankings stay, and a run that waits for them still does:"
+        f" `rlhf label {run} --labelers {','.join(revoked)}` prints new links.",
         markup=False,
         soft_wrap=True,
     )
 
 
 def export_rankings(run: Path, recipe: Recipe, file: Path) -> None:
-    """Write the rankings so far, in the ranking contract: those of the outputs that were ranked on the page last.
+    """Write the rankings of the current outputs so far, as rows of a file of rankings.
 
     Raises:
-        UserError: when the run has no labels, and when the file is there already or cannot be written.
+        UserError: when the run has no labels, and when the file exists or cannot be written.
     """
     if file.exists():
-        raise UserError("the file is there already, and is not overwritten", str(file), "name another, or delete it")
+        raise UserError("the file exists already, and is not overwritten", str(file), "name another, or delete it")
     with open_store(_labels(run), recipe.label, recipe.run.seed) as store:
         report_set_aside(store)
         rows = [labelled_row(item) for item in store.rankings()]
@@ -147,7 +148,7 @@ def export_rankings(run: Path, recipe: Recipe, file: Path) -> None:
 
 
 def _labels(run: Path) -> Path:
-    """The run, which has labels: opening them must not make a file."""
+    """Return the run if it has labels; otherwise raise UserError, since opening them would create the file."""
     if not (run / LABELS).is_file():
         raise UserError("nobody has ranked anything in this run", str(run / LABELS), "serve the page: `rlhf label RUN`")
     return run

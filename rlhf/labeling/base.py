@@ -1,9 +1,9 @@
-"""What a labeler is: an output as it sees one, the protocol it follows, and ranks from utilities."""
+"""The protocol of a labeler: what it sees of an output, what it answers, and ranks from utilities."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from rlhf.data.records import Prompt
@@ -18,19 +18,22 @@ class Output(NamedTuple):
 
 
 class Labeler(Protocol):
-    """Anything that ranks the outputs of a prompt; the same seed gives the same answer."""
+    """Ranks the outputs of a prompt; the same seed gives the same answer."""
 
     def rank(self, prompt: Prompt, outputs: Sequence[Output], seed: int) -> tuple[int, ...]:
-        """One rank per output: 1 is best, equal ranks are a tie, no rank is left out."""
+        """Return one rank for each output: 1 is best, equal ranks are a tie, and no rank is left out."""
         ...
 
     def prefers(self, prompt: Prompt, a: Output, b: Output, order_seed: int) -> float:
-        """1 when a is better, 0 when b is, 0.5 for a tie."""
+        """Return 1 when a is better, 0 when b is better, and 0.5 for a tie."""
         ...
 
 
 def ranks_of(utilities: Sequence[float], tie_margin: float = 0.0) -> tuple[int, ...]:
-    """Ranks 1, 2, .. without gaps, best first; what lies within `tie_margin` of the best of a group joins the group."""
+    """Return ranks 1, 2, .. without gaps, the highest utility first.
+
+    An output within `tie_margin` of the best one of a group belongs to the group and ties with it.
+    """
     ranks, rank, top = [0] * len(utilities), 0, math.inf
     for i in sorted(range(len(utilities)), key=lambda i: -utilities[i]):
         if rank == 0 or top - utilities[i] > tie_margin:
@@ -40,11 +43,22 @@ def ranks_of(utilities: Sequence[float], tie_margin: float = 0.0) -> tuple[int, 
 
 
 def agreement(ranks_a: Sequence[int], ranks_b: Sequence[int]) -> tuple[int, int]:
-    """(pairs ordered alike, pairs untied in both rankings) of one prompt's outputs."""
+    """Return (pairs that both rankings order alike, pairs that neither ties) of one prompt's outputs."""
     counts = tally(ranks_a, ranks_b)
     return counts.concordant, counts.concordant + counts.discordant
 
 
+def pooled_agreement(rankings: Iterable[tuple[Sequence[int], Sequence[int]]]) -> dict[str, float | int | None]:
+    """Return `agreement`, a share of all untied pairs or None when no pair is untied, and `agreement_pairs`.
+
+    Args:
+        rankings: two labelers' ranks of the same outputs, for any number of prompts.
+    """
+    counts = [agreement(a, b) for a, b in rankings]
+    agreeing, pairs = sum(n for n, _ in counts), sum(n for _, n in counts)
+    return {"agreement": agreeing / pairs if pairs else None, "agreement_pairs": pairs}
+
+
 def preference(ranks: tuple[int, ...]) -> float:
-    """1 when the first of two outputs ranks better, 0 when the second does, 0.5 for a tie."""
+    """Return 1 when the first of two outputs ranks better, 0 when the second does, and 0.5 for a tie."""
     return 0.5 if ranks[0] == ranks[1] else float(ranks[0] < ranks[1])

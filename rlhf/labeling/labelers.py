@@ -1,49 +1,48 @@
-"""Labelers: who says which of several outputs to one prompt is better. Every labeler sees texts, never token ids.
+"""Make the labeler that a recipe names: who says which of several outputs to one prompt is better.
 
-`rubric` is the simulated labeler (rlhf/labeling/rubric.py) with noise like a person's; `reward_model` ranks by a
-trained reward model, `judge` by the answers of a language model (rlhf/labeling/judge/labeler.py). `make_labeler` is the
-one place that knows their names. A file of rankings needs no labeler: the rank stage copies it. Deliberately not done:
-one noise level for each labeler or prompt, and labelers that err together.
+    rubric         the simulated labeler (rlhf/labeling/rubric.py) with noise like a person's
+    reward_model   a trained reward model
+    judge          the answers of a language model (rlhf/labeling/judge/labeler.py)
+
+Every labeler sees texts, never token ids. This is the one module that knows their names and imports them all. Rankings
+of rank.labeler=file and of people (rlhf/labeling/page/collect.py) are not made here.
+Deliberately not done: a noise level for each labeler or prompt, and labelers whose errors are correlated.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.labeling.base import Labeler
-from rlhf.labeling.reward_model_labeler import _reward_model_labeler
+from rlhf.labeling.judge.judge import judge_files, load_judge
+from rlhf.labeling.judge.labeler import JudgeLabeler
+from rlhf.labeling.reward_model_labeler import load_reward_model_labeler
 from rlhf.labeling.rubric_labeler import RubricLabeler
-
-if TYPE_CHECKING:
-    from rlhf.run.folder import RunFolder
+from rlhf.run.folder import RunFolder
 
 
 def make_labeler(
     name: str, recipe: Recipe, run: RunFolder, noise_sigma: float | None = None, log: Path | None = None
 ) -> Labeler:
-    """The labeler that a recipe names.
+    """Return the labeler of this name with the recipe's settings.
 
     Args:
-        name: `rank.labeler` or `evaluate.labeler`.
-        run: where the rank stage left its noise, and the reward stage its model.
-        noise_sigma: the rubric's noise; None takes that of the rank stage (rank/summary.json), 0 when there is none.
-        log: where a judge's answers are kept, and looked for.
+        name: the value of `rank.labeler` or `evaluate.labeler`.
+        run: the run whose rank stage left its noise, and whose reward stage left its model.
+        noise_sigma: std of the rubric's noise; None takes that of the rank stage (rank/summary.json), or else 0.
+        log: file from which a judge's earlier answers are read and to which new ones are appended.
 
     Raises:
-        UserError: for a labeler that ranks nothing here (`file`, `human`), or a reward model that is not there.
+        UserError: for `file` and `human`, which rank nothing here, and when the reward model does not exist.
     """
     if name == "rubric":
         return RubricLabeler(stored_noise(run) if noise_sigma is None else noise_sigma, recipe.rank.tie_margin)
     if name == "reward_model":
-        return _reward_model_labeler(recipe, run)
+        return load_reward_model_labeler(recipe, run)
     if name == "judge":
-        from rlhf.labeling.judge.judge import load_judge
-        from rlhf.labeling.judge.labeler import JudgeLabeler
-
         return JudgeLabeler(load_judge(recipe, log), recipe.judge.tie_margin)
     if name == "file":
         raise UserError(
@@ -56,12 +55,20 @@ def make_labeler(
     )
 
 
+def labeler_files(name: str, recipe: Recipe) -> list[Path]:
+    """Return the files and folders that the labels of this labeler depend on."""
+    if name == "judge":
+        return judge_files(recipe.judge)
+    model = Path(recipe.rank.reward_model)
+    return [model] if name == "reward_model" and model.exists() else []
+
+
 def make_evaluation_labeler(recipe: Recipe, run: RunFolder) -> Labeler:
-    """The evaluate stage's labeler, as noisy as the one that ranked the training data."""
+    """Return the labeler of the evaluate stage, with the noise of the one that ranked the training data."""
     return make_labeler(recipe.evaluate.labeler, recipe, run, log=run.stage_dir("evaluate") / "judge.jsonl")
 
 
 def stored_noise(run: RunFolder) -> float:
-    """`noise_sigma` of rank/summary.json; 0 when the rank stage did not run or did not use the rubric."""
+    """Return `noise_sigma` of rank/summary.json; 0 when the rank stage did not run or did not use the rubric."""
     path = run.path / "rank" / "summary.json"
     return float(json.loads(path.read_text()).get("noise_sigma") or 0.0) if path.exists() else 0.0

@@ -1,5 +1,4 @@
-"""Rankings of the same outputs by different labelers, brought together: the same prompt and the same responses, in
-whatever order each labeler saw them."""
+"""Match the rankings of the same outputs by different labelers: the same prompt and the same responses in any order."""
 
 from __future__ import annotations
 
@@ -13,19 +12,19 @@ from rlhf.functional.agreement import SharedRankings
 
 @dataclass
 class MatchedRankings:
-    """`shared` has two labelers or more each; the counts are of all that was given."""
+    """The outputs that two or more labelers ranked, and counts over all rankings that were given."""
 
     shared: list[SharedRankings]
-    outputs: int  # sets of outputs that were ranked, by however many
-    rankings: Counter[str]  # by labeler, repeats left out
-    repeats: int  # rankings that a later one by the same labeler took the place of
+    outputs: int  # sets of outputs that at least one labeler ranked
+    rankings: Counter[str]  # number by labeler, without repeats
+    repeats: int  # rankings that a later one by the same labeler replaced
 
 
 def match(named: Iterable[tuple[str, Ranking]]) -> MatchedRankings:
     """Match (labeler, ranking) by prompt and responses.
 
-    When a labeler ranked the same outputs more than once the last ranking counts: by time where both have one, else in
-    the order given.
+    When a labeler ranked the same outputs more than once, the last ranking counts: the later one where both have a
+    time, else the later one in the order given.
     """
     found: dict[tuple[str, tuple[str, ...]], dict[str, Ranking]] = {}
     repeats = 0
@@ -49,5 +48,5 @@ def match(named: Iterable[tuple[str, Ranking]]) -> MatchedRankings:
 
 
 def _in_order(ranking: Ranking) -> list[int]:
-    """Ranks in the alphabetical order of the responses; the order of equal responses is no matter, they tie."""
+    """Return the ranks in the alphabetical order of the responses; equal responses tie, so any order will do."""
     return [rank for _, rank in sorted(zip(ranking.responses, ranking.ranks, strict=True))]

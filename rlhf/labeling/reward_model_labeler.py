@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,33 +15,35 @@ from rlhf.labeling.base import Output, preference, ranks_of
 from rlhf.models.loading import load_reward_model, load_tokenizer
 from rlhf.rollout.probes import check_probes
 from rlhf.rollout.scoring import scores
-
-if TYPE_CHECKING:
-    from rlhf.run.folder import RunFolder
+from rlhf.run.folder import RunFolder
 
 
 class RewardModelLabeler:
-    """Ranks by a reward model's normalised score, without noise; only equal scores tie and the seed changes nothing."""
+    """Ranks by a reward model's normalised score, without noise. Only equal scores tie; the seed has no effect."""
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
 
     def rank(self, prompt: Prompt, outputs: Sequence[Output], seed: int = 0) -> tuple[int, ...]:
-        """Ranks by score; see `Labeler.rank`."""
+        """Return ranks by score; see `Labeler.rank`."""
         ids = encode_prompt(self.tokenizer, prompt)
-        # Equal outputs are scored once: rows of one batch differ in their last bits, and equal outputs must tie.
+        # Equal outputs must tie, but rows of one batch differ in their last bits: each distinct output is scored once.
         distinct = list(dict.fromkeys(outputs))
         pairs = [(ids, encode_response(self.tokenizer, text, finished)) for text, finished in distinct]
         by_output = dict(zip(distinct, scores(self.model, pairs).tolist(), strict=True))
         return ranks_of([by_output[output] for output in outputs])
 
     def prefers(self, prompt: Prompt, a: Output, b: Output, order_seed: int = 0) -> float:
-        """See `Labeler.prefers`."""
+        """Return which output has the higher score; see `Labeler.prefers`."""
         return preference(self.rank(prompt, (a, b), order_seed))
 
 
-def _reward_model_labeler(recipe: Recipe, run: RunFolder) -> RewardModelLabeler:
-    """Of the folder or Hub name in rank.reward_model, else of this run's reward stage."""
+def load_reward_model_labeler(recipe: Recipe, run: RunFolder) -> RewardModelLabeler:
+    """Load the reward model named in rank.reward_model (a folder or Hub name), or else that of the run's reward stage.
+
+    Raises:
+        UserError: when there is no such model, or it does not score its probes as it did when it was saved.
+    """
     if recipe.rank.reward_model:
         where = recipe.rank.reward_model
         model = load_reward_model(where, recipe.model)

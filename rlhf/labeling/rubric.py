@@ -1,29 +1,31 @@
 """The simulated labeler's rubric: a deterministic score in [0, 1] of one response to one prompt.
 
-It stands in for a person who looks for what the paper's labelers were asked to look for: does the answer address the
-request, is it whole, does it say each thing once, is it as short as it can be. It knows nothing about facts.
+It replaces a person who checks what the paper's labelers were asked to check: whether the answer addresses the request,
+is complete, says each thing once, and is as short as it can be. It knows nothing about facts.
 
-| criterion      | weight | what is 1                                             | why                               |
+| criterion      | weight | scores 1 for                                          | because                           |
 |----------------|--------|-------------------------------------------------------|-----------------------------------|
-| complete       | 0.35   | ended with EOS, and reads as ended; one of two: 0.5   | small models ramble until cut off |
-| on_topic       | 0.25   | takes up a third of the request's content words       | an answer to something else is no |
-|                |        | (three at most), in language, not as a bag of words   | answer                            |
-| not_repetitive | 0.20   | no trigram or sentence twice, nothing copied from the | loops, and prompts echoed back    |
+| complete       | 0.35   | EOS at the end and a text that reads as ended (0.5    | small models ramble until cut off |
+|                |        | for one of the two)                                   |                                   |
+| on_topic       | 0.25   | a third of the request's content words (three at      | answers to something else occur   |
+|                |        | most), in language, not as a bag of words             |                                   |
+| not_repetitive | 0.20   | no trigram or sentence twice, nothing copied from the | models loop and echo the prompt   |
 |                |        | prompt: 1 - the largest of four shares                |                                   |
-| concise        | 0.15   | 4 to 45 words; 0 at no words and at 90                | neither a shrug nor an essay      |
-| clean          | 0.05   | no role names, control tokens or junk characters      | text that leaks the format        |
+| concise        | 0.15   | 4 to 45 words; 0 for no words and from 90 words on    | neither a shrug nor an essay      |
+|                |        |                                                       | helps                             |
+| clean          | 0.05   | no role names, control tokens or junk characters      | some text leaks the format        |
 
 Details, so that the score can be worked out by hand:
 - The text reads as ended when its last character is terminal punctuation, a closing quote or a bracket. A text that
   ended with EOS may instead stop at a list item, or at a last line of at most 8 words whose last word is not a
   function word (a name, a label, a line of verse).
-- Content words are those of the last user turn, without function words and words of instruction ("write", "list",
+- Content words are the words of the last user turn without function words and words of instruction ("write", "list",
   "short"). Two words are one when they are equal up to a plural s, or share a beginning of at least four letters that
   is at most two letters shorter than the shorter word. In a response of more than 6 words, at least one word in eight
   should be a function word; with fewer on_topic shrinks in proportion.
-- The four shares: repeated word trigrams, repeated sentences, runs of 6 words (fewer in a short prompt, never under 3)
-  that stand in the prompt, and, for 4 words and more, the share of content words that are the prompt's: 0.75 counts 0,
-  1 counts 1, linear in between.
+- The four shares: repeated word trigrams; repeated sentences; runs of 6 words (fewer in a short prompt, at least 3) of
+  the prompt; and, from 4 words on, content words of the prompt, where a share of 0.75 counts 0, a share of 1 counts 1,
+  and shares between them count linearly.
 
 A response without any word scores 0, on every criterion.
 """
@@ -60,19 +62,19 @@ _TYPOGRAPHY = "\u2018\u2019\u201c\u201d\u2013\u2014\u2026\u2022\u00b0\u00a3\u20a
 
 
 def rubric_score(prompt: str, response: str, finished: bool) -> float:
-    """The weighted sum of the criteria, in [0, 1].
+    """Return the weighted sum of the criteria, in [0, 1].
 
     Args:
         prompt: a request, or a transcript "Human: ..\\n\\nAssistant: ..\\n\\nHuman: ..\\n\\nAssistant:".
         response: the text without special tokens.
-        finished: whether the model ended the response itself, with EOS.
+        finished: whether the model ended the response with EOS.
     """
     values = criteria(prompt, response, finished)
     return sum(weight * values[name] for name, weight in WEIGHTS.items())
 
 
 def criteria(prompt: str, response: str, finished: bool) -> dict[str, float]:
-    """Each criterion of the table above by name, in [0, 1]."""
+    """Return the value of each criterion of the module's table, in [0, 1]."""
     said = words(response)
     if not said:
         return dict.fromkeys(WEIGHTS, 0.0)
@@ -87,28 +89,28 @@ def criteria(prompt: str, response: str, finished: bool) -> dict[str, float]:
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words and numbers; an apostrophe inside a word belongs to it."""
+    """Return lower-case words and numbers; an apostrophe inside a word belongs to the word."""
     return [word.replace("\u2019", "'") for word in _WORD.findall(text.lower())]
 
 
 def content_words(text: str) -> list[str]:
-    """Distinct words that carry the topic, singular, in order of appearance."""
+    """Return the distinct words that carry the topic, in the singular and in order of appearance."""
     kept = [_singular(word) for word in words(text) if word not in FUNCTION_WORDS]
     return list(dict.fromkeys(word for word in kept if word not in INSTRUCTION_WORDS))
 
 
 def last_user_turn(prompt: str) -> str:
-    """The last thing the user said in a transcript; a prompt without turns is all of it."""
+    """Return the user's last turn in a transcript, or the whole prompt where it has no turns."""
     parts = _TURN.split(prompt)
     turns = list(zip(parts[1::2], parts[2::2], strict=True))
     return next((text for role, text in reversed(turns) if role in ("Human", "User") and text.strip()), prompt)
 
 
 def reads_as_ended(text: str, finished: bool) -> bool:
-    """Whether the text looks whole; `finished` text may also end as a list or in a short line."""
+    """Return whether the text looks complete; `finished` text may also end with a list item or a short line."""
     text = text.rstrip()
     if text[-1:] and text[-1] in _ENDINGS:
-        # "3." alone on a line is an item that never came.
+        # "3." alone on a line begins a list item that is missing.
         return not re.fullmatch(r"\s*\d+[.)]", text.splitlines()[-1])
     last = text.splitlines()[-1] if text else ""
     said = words(last)
@@ -118,7 +120,7 @@ def reads_as_ended(text: str, finished: bool) -> bool:
 
 
 def same_word(a: str, b: str) -> bool:
-    """Whether two singular words count as one, by the beginning they share."""
+    """Return whether two singular words count as one word, by their common prefix."""
     if a == b:
         return True
     shared = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -136,14 +138,14 @@ def _on_topic(asked: list[str], said: list[str]) -> float:
         touched = sum(any(same_word(word, other) for other in spoken) for word in asked)
         share = min(1.0, touched / min(3, -(-len(asked) // 3)))
     else:
-        share = 1.0  # nothing to take up: "hi", "thanks, and then?"
+        share = 1.0  # a request without content words: "hi", "thanks, and then?"
     if len(said) <= 6:
         return share
     return share * min(1.0, 8 * sum(word in FUNCTION_WORDS for word in said) / len(said))
 
 
 def _copied(prompt: str, said: list[str]) -> float:
-    """The larger of the shares of runs and of content words that come from the prompt."""
+    """Return the larger of the shares of runs and of content words that come from the prompt."""
     given = words(prompt)
     n = max(3, min(6, len(given)))
     runs, known = _ngrams(said, n), set(_ngrams(given, n))
@@ -178,5 +180,5 @@ def _sentences(text: str) -> list[tuple[str, ...]]:
 
 
 def _repeated(items: Sequence[tuple[str, ...]]) -> float:
-    """Share of items that were there before."""
+    """Return the share of items that repeat an earlier one."""
     return 1 - len(set(items)) / len(items) if items else 0.0

@@ -109,7 +109,7 @@ def test_noise_is_zero_where_the_target_is_out_of_reach() -> None:
 
 @pytest.mark.parametrize("margin", [0.0, 0.05])
 def test_two_simulated_labelers_agree_as_calibrated(margin: float) -> None:
-    """Monte Carlo: 40000 pairs with gaps like the rubric's, labelled twice."""
+    """Label 40000 pairs with gaps like the rubric's twice, as a Monte Carlo estimate."""
     rng = np.random.default_rng(7)
     pairs = rng.choice([0.4, 0.525, 0.6375, 0.8, 0.875, 1.0], size=(40000, 2))
     sigma = noise_for_agreement(pairs.tolist(), 0.73, margin)

@@ -17,7 +17,7 @@ from rlhf.functional.agreement import CONVENTIONS, SharedRankings, labeler_pairs
 from rlhf.labeling.base import Output
 from rlhf.labeling.matched_rankings import match
 from rlhf.labeling.outputs import Outputs
-from rlhf.labeling.page.store import StoredRanking, labelled_row
+from rlhf.labeling.page.stored_ranking import StoredRanking, labelled_row
 from rlhf.labeling.rubric import rubric_score
 from rlhf.labeling.rubric_labeler import RubricLabeler, noise_for_agreement
 

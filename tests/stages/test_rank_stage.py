@@ -10,9 +10,9 @@ import pytest
 
 from rlhf.data.records import Drops, Prompt, Ranking, read_rankings
 from rlhf.functional.seeding import row_seed
-from rlhf.labeling.outputs import Candidate
+from rlhf.labeling.outputs import Outputs, RankResult, SampledOutputs
 from rlhf.labeling.rubric import rubric_score
-from rlhf.labeling.summary import RankResult, centred_correlation, summarise
+from rlhf.labeling.summary import centred_correlation, summarise
 from stages import rank
 from support.rank_stage_runs import PROMPTS, outcome, start
 
@@ -98,22 +98,22 @@ def test_rankings_from_a_file_are_copied(tmp_path: Path, tiny_dir: str) -> None:
 
 
 def test_outputs_that_cannot_be_ranked_are_dropped_and_counted(tmp_path: Path) -> None:
-    prompts = [rank.Encoded(Prompt.from_text(text), [1], []) for text in ("a", "b")]
-    samples = rank.Samples(tmp_path / "samples.jsonl", "f")
-    for prompt, responses in zip(prompts, (["x", " x", "", "y"], ["same", "same", " ", "same"]), strict=True):
-        row = {"key": prompt.item.key, "responses": responses, "finished": [True] * 4, "lengths": [1, 2, 3, 4]}
-        samples.add([row])
+    prompts = [Prompt.from_text(text) for text in ("a", "b")]
+    samples = SampledOutputs(tmp_path / "samples.jsonl", "f")
+    responses = ["x", " x", "", "y", "same", "same", " ", "same"]
+    samples.add(prompts, responses, [True] * 8, [1, 2, 3, 4] * 2)
     drops = Drops()
-    kept = rank.distinct_candidates(prompts, samples, drops)
-    assert kept == [Candidate(prompts[0].item, [rank.Output("x", True), rank.Output("y", True)], [1, 4])]
+    (kept,) = rank.distinct_outputs(prompts, samples, drops)
+    assert kept == Outputs(prompts[0], ("x", "y"), (True, True)) and kept.lengths == (1, 4)
     assert dict(drops.table()) == {
         "empty output": 2,
         "output identical to another of its prompt": 3,
         "prompt with fewer than two distinct outputs": 1,
     }
     # Rows of other settings are not taken over.
-    assert set(rank.Samples(tmp_path / "samples.jsonl", "f").rows) == {p.item.key for p in prompts}
-    assert rank.Samples(tmp_path / "samples.jsonl", "other").rows == {}
+    assert SampledOutputs(tmp_path / "samples.jsonl", "f").rows == samples.rows
+    assert samples.has_all(prompts) and samples.of(prompts[1]).responses == tuple(responses[4:])
+    assert SampledOutputs(tmp_path / "samples.jsonl", "other").rows == {}
 
 
 def test_centred_correlation_by_hand() -> None:
@@ -133,9 +133,7 @@ def test_summary_by_hand() -> None:
     assert summary["correlation_rank_length"] == pytest.approx(-1.0)
     assert summary["correlation_rank_position"] == pytest.approx(1 / (4 / 3) ** 0.5)
     assert summary["noise_sigma"] == 0.5
-
-
-def test_prompts_ranked_by_several_count_once() -> None:
+    # A prompt that several people ranked counts once.
     a, b = Prompt.from_text("a"), Prompt.from_text("b")
     rankings = [Ranking(prompt, ("x", "y"), (1, 2), (True, True)) for prompt in (a, b, a)]
     summary = summarise(RankResult(rankings, [], {}))

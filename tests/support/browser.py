@@ -1,4 +1,4 @@
-"""An installed Chromium for the tests of the labelling page, driven by Playwright, and axe-core in it."""
+"""Drive an installed Chromium by Playwright for the tests of the labelling page, and run axe-core in it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SERIOUS = ("serious", "critical")
 
 
 def chromium() -> str | None:
-    """The browser's program: CHROMIUM in the environment, or what is installed."""
+    """Return the browser's program: CHROMIUM in the environment, or an installed one, or None."""
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
 
 
 @contextmanager
 def started() -> Iterator[Any]:
-    """A browser; the test is skipped where there is none."""
+    """Yield a browser; the test is skipped where there is none."""
     program = chromium()
     if program is None:
         pytest.skip(f"no Chromium: none of {', '.join(NAMES)} is installed, and CHROMIUM names none")
@@ -36,7 +36,7 @@ def started() -> Iterator[Any]:
 
 
 def violations(page: Any) -> list[str]:
-    """What axe-core finds on the page as it is now that is serious or worse, in words."""
+    """Return, in words, the serious and critical problems that axe-core finds on the page as it is now."""
     from axe_playwright_python.sync_playwright import Axe
 
     found = Axe().run(page).response["violations"]

@@ -1,4 +1,4 @@
-"""A real HTTP server on a free port that answers JSON with JSON, for doubles of other people's servers."""
+"""Run a real HTTP server on a free port that answers JSON with JSON, for doubles of other people's servers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ Answer = Callable[[str, dict[str, Any], dict[str, str]], tuple[int, Any]]
 
 
 class Server(ThreadingHTTPServer):
-    """Waits for the requests that are under way when it closes."""
+    """A server that waits for the requests that are under way when it closes."""
 
     daemon_threads = False
-    request_queue_size = 64  # of 5, a busy machine resets some of many connections at once
+    request_queue_size = 64  # with the default of 5, a busy machine resets some of many simultaneous connections
 
 
 @contextmanager
 def listening(answer: Answer) -> Iterator[str]:
-    """The server's URL; `answer(path, body, headers)` gives status and JSON, on a thread for each request."""
+    """Serve `answer(path, body, headers)` -> (status, JSON) while the block lasts, and yield the server's URL.
+
+    Each request has a thread of its own.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def respond(self) -> None:
@@ -34,7 +37,7 @@ def listening(answer: Answer) -> Iterator[str]:
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            with suppress(BrokenPipeError):  # a client that has lost patience
+            with suppress(BrokenPipeError):  # the client has given up
                 self.wfile.write(data)
 
         do_GET = do_POST = respond

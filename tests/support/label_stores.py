@@ -13,9 +13,9 @@ from rlhf.labeling.page.form import Submission
 from rlhf.labeling.page.store import LabelStore
 
 
-def outputs(n: int, k: int = 3) -> list[Outputs]:
-    """Return n prompts with k outputs each."""
-    texts = [tuple(f"output {j} of {i}" for j in range(k)) for i in range(n)]
+def outputs(n: int, k: int = 3, text: str = "output") -> list[Outputs]:
+    """Return n prompts with k outputs each, which begin with `text`."""
+    texts = [tuple(f"{text} {j} of {i}" for j in range(k)) for i in range(n)]
     return [Outputs(Prompt.from_text(f"prompt {i}"), each, (True,) * k) for i, each in enumerate(texts)]
 
 

@@ -20,20 +20,20 @@ from support.http_double import listening
 
 @dataclass
 class Double:
-    """State of the server."""
+    """The server's state and its answers."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    more: Mapping[str, float] = field(default_factory=dict)  # added to the logits of these tokens
+    bias: Mapping[str, float] = field(default_factory=dict)  # added to the logits of these tokens
     fault: str = ""  # key, quotes, page, busy, model, slow, bare, empty or long
-    patience: int = 10**9  # requests after which no key is good any more
+    patience: int = 10**9  # number of requests after which every key is refused
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)  # Authorization headers
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def answer(self, path: str, body: dict[str, Any], headers: Mapping[str, str]) -> tuple[int, Any]:
-        """HTTP status and JSON for a request."""
+        """Return the HTTP status and JSON for a request."""
         with self.lock:
             self.bodies.append(body)
             self.keys.append(headers.get("authorization", ""))
@@ -54,27 +54,27 @@ class Double:
             return 200, self.complete(body)
 
     def distribution(self, messages: list[dict[str, str]], said: list[int]) -> torch.Tensor:
-        """Log-probabilities [V] of the next token."""
+        """Return log-probabilities [V] of the next token."""
         ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         with torch.no_grad():
             logits = self.model(torch.tensor([[*ids, *said]])).logits[0, -1].double()
-        for token, extra in self.more.items():
+        for token, extra in self.bias.items():
             logits[self.tokenizer.convert_tokens_to_ids(token)] += extra
         return torch.log_softmax(logits, -1)
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        """A chat completion in OpenAI's layout."""
+        """Return a chat completion in OpenAI's layout."""
         said: list[int] = []
         content: list[dict[str, Any]] = []
         while len(said) < body["max_tokens"] and self.tokenizer.eos_token_id not in said:
             logp = self.distribution(body["messages"], said)
             said.append(int(logp.argmax()))
             top = logp.topk(body.get("top_logprobs", 1))
-            told = [
+            likeliest = [
                 {"token": self.tokenizer.decode([int(i)]), "logprob": float(p), "bytes": None}
                 for p, i in zip(top.values, top.indices, strict=True)
             ]
-            content.append({**told[0], "top_logprobs": told})
+            content.append({**likeliest[0], "top_logprobs": likeliest})
         message = {"role": "assistant", "content": self.tokenizer.decode(said, skip_special_tokens=True)}
         choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": "length", "logprobs": None}
         if body.get("logprobs") and self.fault != "bare":
@@ -89,7 +89,7 @@ def _error(message: str) -> dict[str, Any]:
 
 @contextmanager
 def serving(double: Double) -> Iterator[Double]:
-    """The double on a free port; its `url` ends in /v1."""
+    """Serve the double on a free port while the block lasts; its `url` ends in /v1."""
     with listening(double.answer) as url:
         double.url = f"{url}/v1"
         yield double

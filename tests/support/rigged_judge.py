@@ -1,4 +1,4 @@
-"""Give a judge's answers by a rule, where a model would read its log-probabilities."""
+"""Answer a judge's questions by a rule in place of a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlhf.labeling.judge.local import Fields, LabelReading
 
 
 class Rigged:
-    """Answers with `rule(fields)`: the log-odds of the first label, or the log-probabilities of all labels."""
+    """A `Reader` that answers with `rule(fields)`: log-odds of the first label, or log-probabilities of all labels."""
 
     def __init__(self, rule: Callable[[Fields], float | Sequence[float]], longest: int = 10**6) -> None:
         self.rule, self.longest = rule, longest
@@ -27,7 +27,7 @@ class Rigged:
     ) -> list[LabelReading]:
         self.asked += [dict(q) for q in questions]
         found = [self.rule(q) for q in questions]
-        # A third of the probability goes to labels: what they share does not matter.
+        # The labels have little of the probability; only their difference matters.
         return [LabelReading(tuple(f) if isinstance(f, Sequence) else (f / 2 - 9, -f / 2 - 9)) for f in found]
 
 

@@ -1,11 +1,11 @@
-"""How often a judge agrees with people: templates measured on ranked data, all on the same pairs.
+"""Measure how often a judge agrees with people on ranked data; all templates are measured on the same pairs.
 
 The pairs are those that people ordered; ties are left out. A pair counts as right when the judge as labeler ranks the
-output that people preferred above the other one, by its probability to win or by its expected points, and half when
-they are equal; `ties` are the pairs that are closer than judge.tie_margin, which it would label as ties.
+output that people preferred above the other one, by its probability to win or by its expected points. It counts half
+when the two are equal. `ties` is the share of pairs within judge.tie_margin, which the labeler would call ties.
 
-Calibration is of probabilities: of a judge of points, that one output's points are above the other's. Confidence is
-compared with accuracy in bins of equal size.
+Calibration compares probabilities with outcomes, in bins of equal size. With a template of points the probability is
+that one output gets more points than the other.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from rlhf.labeling.judge.local import Fields
 
 @dataclass
 class GradedPrompt:
-    """A prompt, its outputs, and the pairs of them that people ordered, the better one first."""
+    """A prompt, its outputs, and the pairs of outputs that people ordered, the better one first."""
 
     prompt: str
     texts: list[str]
@@ -41,14 +41,14 @@ class GradedPrompt:
 
     @property
     def triples(self) -> list[Triple]:
-        """As a judge is asked about them."""
+        """Return the pairs as a judge is asked about them."""
         return [(self.prompt, better, worse) for better, worse in self.pairs]
 
 
 def graded_prompts(rankings: Sequence[Ranking], drops: Drops) -> list[GradedPrompt]:
-    """One for each prompt, in the order of the prompts' hashes, which says nothing about them or their file.
+    """Return one item for each prompt, in the order of the prompts' hashes.
 
-    Several rankings of one prompt become one: intervals are over prompts.
+    Several rankings of one prompt become one item, because intervals are over prompts.
     """
     found: dict[str, GradedPrompt] = {}
     for ranking in sorted(rankings, key=lambda r: r.prompt.key):
@@ -65,7 +65,7 @@ def graded_prompts(rankings: Sequence[Ranking], drops: Drops) -> list[GradedProm
 def drop_too_long_for_any(
     items: Sequence[GradedPrompt], judges: Sequence[Judge], limit: int, drops: Drops
 ) -> list[GradedPrompt]:
-    """The first `limit` items (0: all) whose questions are short enough for every judge; those left out are counted.
+    """Return the first `limit` items (0: all) whose questions are short enough for every judge; count the others.
 
     Raises:
         UserError: when there is none.
@@ -81,7 +81,7 @@ def drop_too_long_for_any(
             drops.add(f"prompt with a question over judge.max_tokens by template {too_long.template.name}")
     if not kept:
         raise UserError(
-            "there is no pair that people ordered and that every template has room for",
+            "no pair that people ordered is short enough for every template",
             "the files of rankings",
             "give others, or raise judge.max_tokens",
         )
@@ -95,12 +95,12 @@ def measure_judge(
     advance: Callable[[int], None] | None = None,
     tie_margin: float = 0.0,
 ) -> dict[str, Any]:
-    """A judge's accuracy, calibration, position bias and speed on these pairs.
+    """Return a judge's accuracy, calibration, position bias and speed on these pairs.
 
     Args:
         seed: of the bootstrap; 95 % intervals over prompts.
         advance: called with the number of questions answered.
-        tie_margin: the labeler's, for the share of pairs that it would call ties.
+        tie_margin: judge.tie_margin, for the share of pairs that the labeler would call ties.
 
     Raises:
         UserError: when an endpoint refuses a question of every prompt as too long.
@@ -108,53 +108,56 @@ def measure_judge(
     begin, before = time.perf_counter(), judge.asked
     judge.readings(questions(judge, items), advance)
     seconds, asked = time.perf_counter() - begin, judge.asked - before
-    whole = [item for item in items if judge.all_answered(judge.both_order_questions(item.triples))]
-    refused, items = len(items) - len(whole), whole
-    if not items:
+    answered = [item for item in items if judge.all_answered(judge.both_order_questions(item.triples))]
+    if not answered:
         raise UserError(
             "the endpoint refuses a question of every prompt as too long",
             f"template {judge.template.name}",
             "take a shorter template, or a model with a longer context",
         )
-    triples = [triple for item in items for triple in item.triples]
-    odds, utility_gaps = judge.preferences(triples), judge.utility_gaps(triples)
-    right = _grouped([0.5 * (1 + float(np.sign(gap))) for gap in utility_gaps], items)
-    accuracy, reliability = cluster_bootstrap(right, seed), calibration(odds)
-    found = {
+    return {
         "template": judge.template.name,
         "kind": judge.template.kind,
         "form": judge.template.form,
-        "prompts": len(items),
-        "prompts_refused": refused,
+        "prompts": len(answered),
+        "prompts_refused": len(items) - len(answered),
+        **_quality(judge, answered, seed, tie_margin),
+        "questions": asked,
+        "seconds": seconds,
+        "questions_per_s": asked / seconds if asked else None,
+        **label_mass_summary(judge.readings(questions(judge, answered)), len(judge.template.labels)),
+    }
+
+
+def _quality(judge: Judge, items: Sequence[GradedPrompt], seed: int, tie_margin: float) -> dict[str, Any]:
+    """Return accuracy, calibration and position bias from answers that the judge has already given."""
+    triples = [triple for item in items for triple in item.triples]
+    odds, utility_gaps = judge.preferences(triples), judge.utility_gaps(triples)
+    right = _grouped([0.5 * (1 + float(np.sign(gap))) for gap in utility_gaps], items)
+    reliability, pairwise = calibration(odds), judge.template.kind == "pair"
+    return {
         "pairs": len(triples),
-        **with_interval("accuracy", accuracy),
+        **with_interval("accuracy", cluster_bootstrap(right, seed)),
         "ties": fmean(abs(gap) <= tie_margin for gap in utility_gaps),
         "log_loss": log_loss(odds),
         "brier": brier(odds),
         "calibration_error": calibration_error(reliability),
         "reliability": reliability,
-        "position": None,
-        "questions": asked,
-        "seconds": seconds,
-        "questions_per_s": asked / seconds if asked else None,
+        "position": position_bias(_grouped(judge.both_orders(triples), items), seed) if pairwise else None,
     }
-    if judge.template.kind == "pair":
-        found["position"] = position_bias(_grouped(judge.both_orders(triples), items), seed)
-    readings = judge.readings(questions(judge, items))
-    return found | label_mass_summary(readings, len(judge.template.labels))
 
 
 def questions(judge: Judge, items: Sequence[GradedPrompt]) -> list[Fields]:
-    """The questions that `measure` comes to, each once."""
+    """Return the questions that `measure_judge` asks, each once."""
     asked = judge.both_order_questions([triple for item in items for triple in item.triples])
     return list({question_key(question): question for question in asked}.values())
 
 
 def templates_of(cfg: JudgeSection, names: Sequence[str]) -> list[Template]:
-    """The templates of these names; a few-shot one with the section's demonstrations where it names any.
+    """Load the templates of these names; a few-shot one gets the section's demonstrations where it names any.
 
     Raises:
-        UserError: for a mistake in one, or a name that comes twice.
+        UserError: for a mistake in a template, or for two templates of one name.
     """
     found: list[Template] = []
     for name in names:
@@ -167,6 +170,6 @@ def templates_of(cfg: JudgeSection, names: Sequence[str]) -> list[Template]:
 
 
 def _grouped(values: Sequence[Any], items: Sequence[GradedPrompt]) -> list[list[Any]]:
-    """Values of all pairs as one list for each prompt."""
+    """Return the values of all pairs as one list for each prompt."""
     rest = iter(values)
     return [[next(rest) for _ in item.pairs] for item in items]

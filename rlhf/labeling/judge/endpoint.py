@@ -1,11 +1,13 @@
-"""The same questions to an OpenAI-compatible endpoint: labels are read off the likeliest first tokens of the answer.
+"""Ask an OpenAI-compatible endpoint: labels are read off the likeliest first tokens of its answer.
 
-An endpoint tells the log-probabilities of a few tokens (`top_logprobs`). A label that is not among them has at most the
-probability of the last one told, and at most what those told leave of 1: the smaller of the two is taken for it, a
-bound, and counted. Where neither label of a pair is told, both get the bound: nobody wins, and it is counted too.
+An endpoint gives the log-probabilities of a few tokens (`top_logprobs`). A label that is not among them has at most
+the probability of the last one, and at most the probability that all of them leave. The smaller of the two, an upper
+bound, is used for it, and the answer is counted. Where no label of a pair is among them, both get the bound: the
+answer decides nothing, and is counted too.
 
-A chat cannot be made to go on within an answer. So the cue ends the user's turn; after reasoning, which the endpoint
-writes first, it is a turn of its own. The key is the environment's OPENAI_API_KEY and nothing else.
+A chat has no way to make the model continue an answer that has been begun. So the cue ends the user's turn; after
+reasoning, which the endpoint writes first, the cue is a turn of its own. The key is read from the environment's
+OPENAI_API_KEY and from nowhere else.
 """
 
 from __future__ import annotations
@@ -26,21 +28,21 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 KEY = "OPENAI_API_KEY"
-MIN_PROBABILITY = 1e-9  # probabilities below it are given as this one: endpoints round, and write -9999 for nothing
-MAX_UNLABELLED = 20  # answers without any label, from the first on, after which nobody goes on asking
-RETRIES = 4  # of the client, with growing pauses, for answers such as 429 and 503
+MIN_PROBABILITY = 1e-9  # floor of every probability: endpoints round, and write a log-probability of -9999 for 0
+MAX_UNLABELLED = 20  # stop after this many initial answers without a label
+RETRIES = 4  # by the client, with growing pauses, after answers such as 429 and 503
 
 
 class EndpointReader:
-    """Asks an endpoint; see the head of this file.
+    """A `Reader` that asks an endpoint; the module's docstring says how labels are read.
 
     Args:
         url: such as http://localhost:8000/v1.
-        model: the name that the endpoint knows it by.
-        reasoning_tokens: most that are written before the cue.
-        top_logprobs: how many of the likeliest tokens to ask for; OpenAI allows 20.
-        concurrency: questions under way at once.
-        timeout_s: for each of them.
+        model: the endpoint's name of the model.
+        reasoning_tokens: maximum number of tokens of reasoning before the cue.
+        top_logprobs: number of likeliest tokens to ask for; OpenAI allows 20.
+        concurrency: number of questions under way at once.
+        timeout_s: seconds for each of them.
     """
 
     def __init__(
@@ -52,16 +54,16 @@ class EndpointReader:
         concurrency: int = 4,
         timeout_s: float = 60.0,
     ) -> None:
-        from openai import OpenAI  # a second to import
+        from openai import OpenAI  # takes a second to import
 
         self.url, self.model, self.concurrency = url, model, concurrency
         self.reasoning_tokens, self.top_logprobs = reasoning_tokens, top_logprobs
-        self.answers, self.without = 0, 0  # all answers, and those without any label
-        key = os.environ.get(KEY) or "none"  # servers of one's own want none, and the client wants some
+        self.answers, self.unlabelled = 0, 0  # number of all answers, and of those without any label
+        key = os.environ.get(KEY) or "none"  # a local server needs no key, but the client does not start without one
         self.client: OpenAI = OpenAI(base_url=url, api_key=key, timeout=timeout_s, max_retries=RETRIES)
 
     def question_fits(self, template: Template, fields: Fields) -> bool:
-        """The endpoint alone can tell: what is too long for it, it refuses."""
+        """Return True: only the endpoint knows its limit, and it refuses questions that are too long."""
         return True
 
     def read(
@@ -71,11 +73,10 @@ class EndpointReader:
         advance: Callable[[int], None] | None = None,
         keep: Callable[[dict[int, LabelReading]], None] | None = None,
     ) -> list[LabelReading]:
-        """The labels' log-probabilities for every question; none for one that is over the model's context.
+        """Return the labels' log-probabilities for every question, none where it is over the model's context.
 
         Args:
-            advance, keep: see the Reader of rlhf/labeling/judge/judge.py. An answer is kept also when another
-                question fails.
+            advance, keep: see `Reader.read`. An answer is kept even when another question fails.
 
         Raises:
             UserError: when the endpoint cannot be reached, refuses, gives no log-probabilities, or never a label.
@@ -96,7 +97,7 @@ class EndpointReader:
                     if advance:
                         advance(processes())
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # waits for those under way, which are paid for
+                pool.shutdown(cancel_futures=True)  # waits for the questions under way, whose answers are paid for
                 for future in list(waiting):
                     if future.done() and not future.cancelled() and future.exception() is None:
                         take(future)
@@ -106,10 +107,10 @@ class EndpointReader:
         return gather_shards(mine)
 
     def _count(self, template: Template, readings: Sequence[LabelReading]) -> None:
-        """Raise UserError when the first SILENT answers and all since have no label in them."""
+        """Raise UserError when the first MAX_UNLABELLED answers and all after them have no label."""
         self.answers += len(readings)
-        self.without += sum(reading.bounded == len(template.labels) for reading in readings)
-        if self.answers >= MAX_UNLABELLED and self.without == self.answers:
+        self.unlabelled += sum(reading.bounded == len(template.labels) for reading in readings)
+        if self.answers >= MAX_UNLABELLED and self.unlabelled == self.answers:
             raise UserError(
                 f"in none of {self.answers} answers a label ({', '.join(template.labels)}) was among the likeliest "
                 "tokens: every pair would tie",
@@ -130,30 +131,30 @@ class EndpointReader:
             reasoning = said.split(template.cue)[0].strip()
             messages += [_turn("assistant", reasoning or "..."), _turn("user", template.cue)]
         choice = self._complete(messages, 1, {"logprobs": True, "top_logprobs": self.top_logprobs})
-        told = choice.logprobs.content if choice.logprobs else None
-        if not told or not told[0].top_logprobs:
+        tokens = choice.logprobs.content if choice.logprobs else None
+        if not tokens or not tokens[0].top_logprobs:
             raise UserError(
                 "the endpoint gave no log-probabilities of its answer",
                 f"judge.endpoint {self.url}, model {self.model}",
                 "take a model that gives them (models that reason on their own do not)",
             )
-        logprobs, bounded = read_labels({t.token: t.logprob for t in told[0].top_logprobs}, template.labels)
+        logprobs, bounded = read_labels({t.token: t.logprob for t in tokens[0].top_logprobs}, template.labels)
         return LabelReading(logprobs, reasoning, bounded)
 
-    def _complete(self, messages: list[Any], tokens: int, more: dict[str, Any]) -> Any:
-        """The first choice of an answer of at most so many tokens."""
+    def _complete(self, messages: list[Any], max_tokens: int, options: dict[str, Any]) -> Any:
+        """Return the first choice of an answer of at most `max_tokens` tokens."""
         from openai import OpenAIError
 
         try:
             answer = self.client.chat.completions.create(
-                model=self.model, messages=messages, max_tokens=tokens, temperature=0, **more
+                model=self.model, messages=messages, max_tokens=max_tokens, temperature=0, **options
             )
         except OpenAIError as error:
-            raise _refused(error, self.url, self.model) from None  # its text may hold the key
-        choices = getattr(answer, "choices", None)  # a page that is no answer comes as its text
+            raise _explained(error, self.url, self.model) from None  # the text of the cause may hold the key
+        choices = getattr(answer, "choices", None)  # an HTML page comes as a string
         if not choices:
             raise UserError(
-                "what came back is no answer: it has no choices",
+                "the endpoint's answer has no choices",
                 f"judge.endpoint {self.url}",
                 "correct the URL, which mostly ends in /v1, or look at the server's log",
             )
@@ -161,11 +162,11 @@ class EndpointReader:
 
 
 class TooLong(Exception):
-    """A question is over the context of the endpoint's model."""
+    """Raised for a question that is longer than the context of the endpoint's model."""
 
 
 def chat(template: Template, fields: Fields) -> list[dict[str, str]]:
-    """The turns of a question, which the label alone is to answer, or the reasoning where the template has any."""
+    """Return the turns of a question; the answer is a label, or the reasoning where the template asks for some."""
     asks = "" if template.reasons else template.cue
     turns = []
     for example in template.shown(fields):
@@ -176,15 +177,15 @@ def chat(template: Template, fields: Fields) -> list[dict[str, str]]:
     return [*turns, _turn("user", _asking(template.question(fields), asks))]
 
 
-def read_labels(told: Mapping[str, float], labels: Sequence[str]) -> tuple[tuple[float, ...], int]:
-    """Log-probability of each label, and of how many it is only a bound.
+def read_labels(logprobs: Mapping[str, float], labels: Sequence[str]) -> tuple[tuple[float, ...], int]:
+    """Return the log-probability of each label, and for how many labels it is only an upper bound.
 
     Args:
-        told: log-probabilities of the likeliest tokens; those that are a label but for white space count for it.
+        logprobs: log-probabilities of the likeliest tokens. A token counts as the label that it is without white space.
     """
-    shares = {label: [math.exp(logp) for token, logp in told.items() if token.strip() == label] for label in labels}
-    rest = 1 - sum(math.exp(logp) for logp in told.values())
-    bound = max(MIN_PROBABILITY, min(rest, math.exp(min(told.values()))))
+    shares = {label: [math.exp(logp) for token, logp in logprobs.items() if token.strip() == label] for label in labels}
+    rest = 1 - sum(math.exp(logp) for logp in logprobs.values())
+    bound = max(MIN_PROBABILITY, min(rest, math.exp(min(logprobs.values()))))
     found = tuple(math.log(max(MIN_PROBABILITY, sum(share) if share else bound)) for share in shares.values())
     return found, sum(1 for share in shares.values() if not share)
 
@@ -197,8 +198,8 @@ def _asking(question: str, cue: str) -> str:
     return f"{question}\n\n{cue}" if cue else question
 
 
-def _refused(error: Exception, url: str, model: str) -> UserError | TooLong:
-    """What went wrong, and what to do about it; a server that quotes the key does not get it printed."""
+def _explained(error: Exception, url: str, model: str) -> UserError | TooLong:
+    """Return the error with its remedy; the key is replaced where the server's message quotes it."""
     import openai
 
     where, what = f"judge.endpoint {url}, model {model}", str(error).splitlines()[0]

@@ -1,9 +1,9 @@
-"""A language model that is asked by a template, and whose answers are read off label words.
+"""Ask a language model which output is better, by a template, and read its answer off label words.
 
-Pairs are asked in both orders. The log-odds of the two answers, each turned toward the same output, are averaged: what
-the order adds to both cancels, and is reported as position bias (rlhf/labeling/judge/labeler.py).
+A pair is asked about in both orders. The log-odds of the two answers, both taken for the same output, are averaged:
+what the order adds to them cancels, and is reported as position bias (rlhf/labeling/judge/labeler.py).
 
-Answers are kept: no question is asked twice, and with a log also not after an interruption.
+Answers are kept, so that no question is asked twice; with a log that holds after an interruption too.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.models.peft.folder import find_adapter
 from rlhf.models.pretrained import load_config
 from rlhf.models.resolve import resolve_model
-from rlhf.system.distributed import is_main_process
+from rlhf.system.console import warn
+from rlhf.system.distributed import is_main_process, pick_device
 from rlhf.system.files import hash_path
 from rlhf.system.row_log import append_rows, complete_rows
 
 CONTENT_FREE = ("N/A", "[MASK]", "")  # Zhao et al. 2021, section 5
-LOG_CHUNK = 256  # questions to a local model before their answers go to the log
+LOG_CHUNK = 256  # questions to a local model after which their answers are written to the log
 Triple = tuple[str, str, str]  # a prompt and two outputs
 
 
 class Reader(Protocol):
-    """Whoever answers the questions of a template: rlhf/labeling/judge/local.py, rlhf/labeling/judge/endpoint.py."""
+    """Answers the questions of a template: `LocalReader` by a model of this process, `EndpointReader` over HTTP."""
 
     def question_fits(self, template: Template, fields: Fields) -> bool:
-        """Whether the question is short enough."""
+        """Return whether the question is short enough."""
         ...
 
     def read(
@@ -57,22 +58,24 @@ class Reader(Protocol):
         advance: Callable[[int], None] | None = None,
         keep: Callable[[dict[int, LabelReading]], None] | None = None,
     ) -> list[LabelReading]:
-        """The labels' log-probabilities for every question.
+        """Return the labels' log-probabilities for every question.
 
         Args:
             advance: called with the number of questions answered.
-            keep: called with answers by the places of their questions as these come, of this process's share at least.
+            keep: called with new answers as they come, by the index of their question. In a distributed run it may get
+                the answers of this process alone.
         """
         ...
 
 
 class Judge:
-    """A template, who answers it, and all that was answered.
+    """A template, the reader that answers its questions, and all answers so far.
 
     Args:
-        log: file of answers, one a line, that is read first and appended to; None keeps them in memory alone.
-        identity: of the model, for the log: answers of another model, template or setting are not taken over.
-        calibrate: contextual calibration, from three questions without content.
+        log: file of answers, one a line, which is read first and then appended to; None keeps them in memory alone.
+        identity: string that names the model and its settings. Answers in the log under another model, template or
+            setting are ignored.
+        calibrate: whether to calibrate by three questions without content (Zhao et al. 2021).
     """
 
     def __init__(
@@ -93,18 +96,18 @@ class Judge:
             self.content_free = [reading.logprobs for reading in self.readings(blank)]
 
     def both_order_questions(self, triples: Sequence[Triple]) -> list[Fields]:
-        """The two questions about each pair: in both orders, or one about each output."""
+        """Return two questions about each pair: the pair in both orders, or each output by a template of points."""
         return [_fields(self.template, t) for prompt, a, b in triples for t in ((prompt, a, b), (prompt, b, a))]
 
     def readings(self, questions: Sequence[Fields], advance: Callable[[int], None] | None = None) -> list[LabelReading]:
-        """The answer to every question, asked where it is not known yet."""
+        """Return the answer to every question; questions without a kept answer are asked."""
         keys = [question_key(question) for question in questions]
         new = {key: question for key, question in zip(keys, questions, strict=True) if key not in self.answers}
         for keys_new in batched(new, LOG_CHUNK if self.log else len(new) or 1):
             asked, kept = [new[key] for key in keys_new], set[str]()
 
-            def keep(come: dict[int, LabelReading], keys_new: list[str] = keys_new, kept: set[str] = kept) -> None:
-                answers = {keys_new[place]: reading for place, reading in come.items()}
+            def keep(by_index: dict[int, LabelReading], keys: list[str] = keys_new, kept: set[str] = kept) -> None:
+                answers = {keys[i]: reading for i, reading in by_index.items()}
                 kept.update(answers)
                 self._keep(answers)
 
@@ -115,18 +118,18 @@ class Judge:
         return [self.answers[key] for key in keys]
 
     def _keep(self, answers: dict[str, LabelReading]) -> None:
-        """Remember answers, on disk too where there is a log."""
+        """Keep answers in memory and, where there is a log, on disk."""
         self.answers |= answers
         if self.log and answers and is_main_process():
             rows = [{"judge": self.identity, "question": key, **found._asdict()} for key, found in answers.items()]
             append_rows(self.log, rows)
 
     def all_answered(self, questions: Sequence[Fields], advance: Callable[[int], None] | None = None) -> bool:
-        """Whether all of these have an answer; an endpoint refuses those that are too long for its model."""
+        """Return whether all of these get an answer: an endpoint refuses those that are too long for its model."""
         return not any(reading.refused for reading in self.readings(questions, advance))
 
     def labels(self, questions: Sequence[Fields], advance: Callable[[int], None] | None = None) -> list[list[float]]:
-        """Log-probabilities of the labels for every question, calibrated where asked for; they sum to 1.
+        """Return normalised log-probabilities of the labels for every question, calibrated where that is set.
 
         Raises:
             UserError: for a question that the endpoint refuses as too long.
@@ -143,27 +146,28 @@ class Judge:
         return [normalise_labels(reading.logprobs) for reading in read]
 
     def both_orders(self, triples: Sequence[Triple], advance: Callable[[int], None] | None = None) -> list[BothOrders]:
-        """Each pair asked in both orders, by a template of pairs."""
+        """Return the log-odds of each pair in both orders, by a template of pairs."""
         odds = [log_odds(labels) for labels in self.labels(self.both_order_questions(triples), advance)]
         return [BothOrders(*two) for two in zip(odds[::2], odds[1::2], strict=True)]
 
     def points(
         self, answers: Sequence[tuple[str, str]], advance: Callable[[int], None] | None = None
     ) -> list[list[float]]:
-        """Log-probabilities of the points of each (prompt, output), by a template of points."""
+        """Return log-probabilities of the points of each (prompt, output), by a template of points."""
         return self.labels([_fields(self.template, (prompt, text, "")) for prompt, text in answers], advance)
 
     def preferences(self, triples: Sequence[Triple], advance: Callable[[int], None] | None = None) -> list[float]:
-        """Log-odds that the first output of each triple is better than the second."""
+        """Return the log-odds that the first output of each triple is better than the second."""
         if self.template.kind == "pair":
             return [both.preference for both in self.both_orders(triples, advance)]
         points = self.labels(self.both_order_questions(triples), advance)
         return [win_log_odds(a, b) for a, b in zip(points[::2], points[1::2], strict=True)]
 
     def utility_gaps(self, triples: Sequence[Triple], advance: Callable[[int], None] | None = None) -> list[float]:
-        """By how much each triple's first output is above the second, from -1 to 1, as `JudgeLabeler` ranks the two.
+        """Return the utility of each triple's first output minus that of the second, from -1 to 1.
 
-        The difference of their probabilities to win, or of their expected points as a share of the scale.
+        The utilities are those by which `JudgeLabeler` ranks the two: probabilities to win, or expected points as a
+        share of the scale.
         """
         if self.template.kind == "pair":
             return [2 * sigmoid(both.preference) - 1 for both in self.both_orders(triples, advance)]
@@ -171,18 +175,22 @@ class Judge:
         return [(a - b) / (len(self.template.labels) - 1) for a, b in zip(points[::2], points[1::2], strict=True)]
 
     def questions_for(self, prompt: str, texts: Sequence[str]) -> list[Fields]:
-        """All questions that ranking these outputs comes to."""
+        """Return all questions that ranking these outputs takes."""
         if self.template.kind == "pair":
             return self.both_order_questions([(prompt, a, b) for i, a in enumerate(texts) for b in texts[:i]])
         return [_fields(self.template, (prompt, text, "")) for text in texts]
 
     def questions_fit(self, prompt: str, texts: Sequence[str]) -> bool:
-        """Whether all questions about these outputs are short enough."""
+        """Return whether all questions about these outputs are short enough."""
         return all(self.reader.question_fits(self.template, fields) for fields in self.questions_for(prompt, texts))
 
 
 def label_mass_summary(readings: Sequence[LabelReading], labels: int) -> dict[str, Any]:
-    """How sure answers are: mean probability of the labels together, and how many have labels known by a bound."""
+    """Return the mean probability that an answer is one of the labels, and counts of answers with bounds for labels.
+
+    Args:
+        labels: number of labels of the template.
+    """
     readings = [reading for reading in readings if not reading.refused]
     return {
         "answers": len(readings),
@@ -193,12 +201,12 @@ def label_mass_summary(readings: Sequence[LabelReading], labels: int) -> dict[st
 
 
 def question_key(question: Fields) -> str:
-    """What a question is known by."""
+    """Return the key of a question among the answers."""
     return json.dumps(question, sort_keys=True)
 
 
 def load_judge(recipe: Recipe, log: Path | None = None) -> Judge:
-    """The judge of a recipe's section `judge`, its model loaded or its endpoint known.
+    """Return the judge of a recipe's section `judge`, with its model loaded or its endpoint set.
 
     Raises:
         UserError: for a mistake in the section, or a model that cannot be loaded.
@@ -209,7 +217,7 @@ def load_judge(recipe: Recipe, log: Path | None = None) -> Judge:
 
 
 def make_reader(recipe: Recipe) -> tuple[Reader, str]:
-    """Who answers, and what tells its answers from those of others."""
+    """Return the recipe's reader, and a string that names its model and settings (`identity` of `Judge`)."""
     cfg = recipe.judge
     settings = f"reasoning {cfg.reasoning_tokens}"
     if cfg.endpoint:
@@ -220,34 +228,34 @@ def make_reader(recipe: Recipe) -> tuple[Reader, str]:
         )
         return endpoint, f"{cfg.endpoint} {cfg.model} top {cfg.top_logprobs} {settings}"
     local = _local_reader(recipe)
-    commit = getattr(local.model.config, "_commit_hash", None)  # of a Hub name, which may come to mean other weights
+    commit = getattr(local.model.config, "_commit_hash", None)  # a Hub name may come to mean other weights
     chat = sha256(str(local.tokenizer.chat_template).encode()).hexdigest()[:16]  # prompt_format chooses it
     return local, f"{_content(judge_model(recipe))} {commit} {recipe.model.dtype} chat {chat} {settings}"
 
 
 def judge_model(recipe: Recipe) -> str:
-    """Name or folder of the local judge: its own, else the model that the recipe starts from."""
+    """Return the name or folder of the local judge: judge.model, or else the model that the recipe starts from."""
     return recipe.judge.model or recipe.model.name
 
 
 def judge_files(cfg: JudgeSection) -> list[Path]:
-    """Files and folders that the labels depend on."""
+    """Return the files and folders that the labels depend on."""
     named = (cfg.demonstrations, "" if cfg.endpoint else cfg.model)
     own = [Path(name).expanduser() for name in named if name]
     return [find_template(cfg.template, "judge"), *(path for path in own if path.exists())]
 
 
 def check_context_fits(recipe: Recipe) -> None:
-    """Hold the longest question that the recipe's limits allow to what the judge takes, before anything is sampled.
+    """Check, before anything is sampled, that the judge takes the longest question that the recipe allows.
 
     Raises:
-        UserError: when a prompt and responses of the longest kind would be over judge.max_tokens, or over the
+        UserError: when a prompt and responses of the maximum lengths would be over judge.max_tokens, or over the
             positions of a local judge's model.
     """
     cfg, data = recipe.judge, recipe.data
     if cfg.endpoint:
         return
-    config = load_config(resolve_model(_plain(judge_model(recipe))), recipe.model)
+    config = load_config(resolve_model(_with_config(judge_model(recipe))), recipe.model)
     positions = getattr(config, "max_position_embeddings", 0)
     limit = min(filter(None, (cfg.max_tokens, positions)), default=0)
     if not limit:
@@ -269,16 +277,23 @@ def check_context_fits(recipe: Recipe) -> None:
         )
 
 
-def _plain(name: str) -> str:
-    """The folder or name that holds the config: of an adapter, its base's."""
+def warn_if_over_context(recipe: Recipe) -> None:
+    """Warn, before anything is sampled, when the longest prompts and outputs are too long for the judge."""
+    try:
+        check_context_fits(recipe)
+    except UserError as error:
+        warn(f"{error.what}; prompts with longer ones are left out, or {error.fix} ({error.where})")
+
+
+def _with_config(name: str) -> str:
+    """Return the folder or name of a model's config: for an adapter, that of its base model."""
     adapter = find_adapter(name)
     return adapter.base.name if adapter else name
 
 
 def _local_reader(recipe: Recipe) -> LocalReader:
-    """The judge's own model, or the recipe's, in this process."""
+    """Load the judge's model into this process."""
     from rlhf.models.zero import load_frozen_policy
-    from rlhf.system.distributed import pick_device
 
     cfg, where = recipe.judge, judge_model(recipe)
     tokenizer = load_tokenizer(where, recipe.model)
@@ -287,7 +302,7 @@ def _local_reader(recipe: Recipe) -> LocalReader:
 
 
 def _content(name: str) -> str:
-    """A folder's hash: another model may come to lie there; the name of anything else."""
+    """Return the hash of a folder, whose content may change, and the name of anything else."""
     path = Path(name).expanduser()
     return hash_path(path) if path.is_dir() else name
 
@@ -300,14 +315,14 @@ def _fields(template: Template, triple: Triple) -> dict[str, str]:
 
 
 def batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Lists of `size` items, the last one shorter."""
+    """Yield lists of `size` items; the last one may be shorter."""
     rest = iter(items)
     while part := list(islice(rest, size)):
         yield part
 
 
 def _read_log(path: Path | None, identity: str) -> dict[str, LabelReading]:
-    """Answers of this judge that the log holds."""
+    """Return the answers in the log that were given under this identity."""
     rows = (
         complete_rows(path, ("judge", "question", *LabelReading._fields), "its question is asked again") if path else []
     )

@@ -1,8 +1,8 @@
-"""A local language model's answers, read off a verbalizer: the log-probabilities of label words, no text is parsed.
+"""Ask a local language model and read its answers off a verbalizer: log-probabilities of label words, no parsed text.
 
-The question is encoded as a dialogue; the assistant's turn begins with the template's cue, and the next token is where
-the labels are compared. With chain-of-thought the model first writes its reasoning, greedily and bounded, and the cue
-comes after it. Should it write the cue itself, its words from there on are dropped, and the labels are read the same.
+The question is encoded as a dialogue. The assistant's turn begins with the template's cue, and the labels are compared
+as the next token. With chain-of-thought the model first writes its reasoning, greedily and up to a length, and the cue
+follows. If the model writes the cue itself, its words from the cue on are dropped.
 
 "Verbalizer" is Schick and Schütze's word (2021, arXiv 2001.07676): the map from answers to words of the vocabulary.
 """
@@ -31,16 +31,16 @@ from rlhf.rollout.shared_prompts import build_shared, can_share, last_states, sh
 from rlhf.system.distributed import processes, shard
 
 Fields = Mapping[str, str]
-SPARE = 8  # tokens kept for the label and for what encoding it anew may add
-SHARED_TOKENS = 128  # a shorter beginning is not worth the copies that attention makes of it
-MAX_ROWS = 32  # questions that are reasoned about together
+SPARE = 8  # tokens reserved for the label, and for what its encoding with the cue may add
+SHARED_TOKENS = 128  # a shorter common prefix is not worth the copies that attention makes of it
+MAX_ROWS = 32  # questions for which reasoning is sampled together
 
 
 class LabelReading(NamedTuple):
-    """What a model said to one question.
+    """A model's answer to one question.
 
-    `logprobs` has one entry for each label, in nats, given what all labels begin with, and none where the question was
-    refused as too long. `bounded` counts labels of which only an upper bound is known
+    `logprobs` has one entry for each label, in nats, conditional on the tokens that all labels begin with. It is empty
+    where the question was refused as too long. `bounded` counts the labels of which only an upper bound is known
     (rlhf/labeling/judge/endpoint.py).
     """
 
@@ -50,22 +50,22 @@ class LabelReading(NamedTuple):
 
     @property
     def refused(self) -> bool:
-        """Whether there is no answer, because the question is too long for who was asked."""
+        """Return whether the question was refused as too long."""
         return not self.logprobs
 
     @property
     def mass(self) -> float:
-        """Probability of the labels together: far below 1, the model would rather have said something else."""
+        """Return the probability of all labels together: if it is far below 1, the model would say something else."""
         return sum(math.exp(logprob) for logprob in self.logprobs)
 
 
 class LocalReader:
-    """Asks a model of this process, or of all processes of a distributed run, which must then ask the same.
+    """A `Reader` that asks a model of this process. All processes of a distributed run must ask the same questions.
 
     Args:
-        batch_tokens: tokens of a pass.
-        reasoning_tokens: most that are written before the cue.
-        max_tokens: longest question with its reasoning; 0: what the model has positions for.
+        batch_tokens: maximum number of tokens of a pass.
+        reasoning_tokens: maximum number of tokens of reasoning before the cue.
+        max_tokens: maximum length of a question with its reasoning; 0 allows all positions of the model.
     """
 
     def __init__(
@@ -79,11 +79,11 @@ class LocalReader:
         self.model, self.tokenizer = model, tokenizer
         self.batch_tokens, self.reasoning_tokens = batch_tokens, reasoning_tokens
         positions = getattr(model.config, "max_position_embeddings", None)
-        self.shares: bool | None = None  # found out when there are demonstrations, the same before every question
+        self.shares: bool | None = None  # whether the model can share demonstrations; None until there are some
         self.max_tokens = min(filter(None, [max_tokens, positions]), default=0)
 
     def question_fits(self, template: Template, fields: Fields) -> bool:
-        """Whether the question, with the longest reasoning, is within the limit."""
+        """Return whether the question, with reasoning of the maximum length, is within the limit."""
         tokens = question_tokens(self.tokenizer, template, fields, self.reasoning_tokens)
         return not self.max_tokens or tokens <= self.max_tokens
 
@@ -94,13 +94,10 @@ class LocalReader:
         advance: Callable[[int], None] | None = None,
         keep: Callable[[dict[int, LabelReading]], None] | None = None,
     ) -> list[LabelReading]:
-        """The labels' log-probabilities for every question.
-
-        Args:
-            advance, keep: as of rlhf/labeling/judge/judge.py's Reader.
+        """Return the labels' log-probabilities for every question; `advance` and `keep` are those of `Reader.read`.
 
         Raises:
-            UserError: for a question over the limit, before any is asked.
+            UserError: for a question over the limit, before any question is asked.
         """
         if not all(self.question_fits(template, fields) for fields in questions):
             raise UserError(
@@ -109,7 +106,7 @@ class LocalReader:
                 "raise it, up to the positions of the model, or take a shorter template",
             )
         found: list[LabelReading] = []
-        # Reasoning takes long: a few questions at a time, so that progress shows.
+        # Reasoning takes long, so it is sampled for a few questions at a time to show progress.
         size = MAX_ROWS if template.reasons else max(1, len(questions))
         for first in range(0, len(questions), size):
             answers = self._read(template, questions[first : first + size], advance)
@@ -123,13 +120,13 @@ class LocalReader:
     ) -> list[LabelReading]:
         prompts = [encode_untrusted(self.tokenizer, template.messages(fields)) for fields in questions]
         thoughts = self._reason(template, prompts) if template.reasons else [""] * len(prompts)
-        cut = [
+        encoded = [
             label_ids(self.tokenizer, prompt, assistant_answer(thought, template.cue), template.labels)
             for prompt, thought in zip(prompts, thoughts, strict=True)
         ]
         if template.examples and self.shares is None:
             self.shares = can_share(self.model)
-        logprobs = label_logprobs(self.model, cut, self.batch_tokens, advance, bool(self.shares))
+        logprobs = label_logprobs(self.model, encoded, self.batch_tokens, advance, bool(self.shares))
         return [LabelReading(*both) for both in zip(logprobs, thoughts, strict=True)]
 
     def _reason(self, template: Template, prompts: Sequence[list[int]]) -> list[str]:
@@ -147,7 +144,7 @@ class LocalReader:
 def question_tokens(
     tokenizer: PreTrainedTokenizerBase, template: Template, fields: Fields, reasoning_tokens: int
 ) -> int:
-    """Tokens of a question with cue and label, and with the longest reasoning where the template has any."""
+    """Return the tokens of a question with cue and label, and with the longest reasoning where the template has any."""
     prompt = encode_untrusted(tokenizer, template.messages(fields))
     cue = tokenizer(template.cue, add_special_tokens=False)["input_ids"]
     return len(prompt) + len(cue) + SPARE + reasoning_tokens * template.reasons
@@ -156,11 +153,11 @@ def question_tokens(
 def label_ids(
     tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], said: str, labels: Sequence[str]
 ) -> tuple[list[int], list[list[int]]]:
-    """What stands before the labels and the ids of each, the cut being where their encodings first differ.
+    """Return the ids before the labels and the ids of each label, split where the labels' encodings first differ.
 
     Args:
-        prompt: the dialogue up to where the assistant speaks.
-        said: what the assistant has said so far; a label follows after a blank, or at once where it has said nothing.
+        prompt: ids of the dialogue up to the assistant's turn.
+        said: the assistant's words so far. A label follows them after a blank, or directly where there are none.
     """
     blank = " " if speaks_after_colon(tokenizer) else ""
     full = [
@@ -175,36 +172,36 @@ def label_ids(
 
 def label_logprobs(
     model: PreTrainedModel,
-    cut: Sequence[tuple[list[int], list[list[int]]]],
+    encoded: Sequence[tuple[list[int], list[list[int]]]],
     batch_tokens: int,
     advance: Callable[[int], None] | None = None,
     share: bool = False,
 ) -> list[tuple[float, ...]]:
-    """Log-probability of every label of every question; labels of one token each share one pass.
+    """Return the log-probability of every label of every question; labels of one token each share one pass.
 
     Args:
-        cut: context and label ids of each question, as from `label_ids`.
-        share: what all contexts begin with is seen once a batch, for models that `can_share` prompts.
+        encoded: context and label ids of each question, from `label_ids`.
+        share: whether the common prefix of all contexts is computed once a batch, for models that `can_share` prompts.
     """
-    found: list[tuple[float, ...]] = [()] * len(cut)
-    groups: dict[tuple[int, ...], list[int]] = {}  # questions by their labels, where these are single tokens
-    for i, (_, labels) in enumerate(cut):
+    found: list[tuple[float, ...]] = [()] * len(encoded)
+    groups: dict[tuple[int, ...], list[int]] = {}  # questions whose labels are these single tokens
+    for i, (_, labels) in enumerate(encoded):
         if all(len(ids) == 1 for ids in labels):
             groups.setdefault(tuple(ids[0] for ids in labels), []).append(i)
-    for candidates, places in groups.items():
-        contexts = [cut[i][0] for i in places]
-        begin = len(commonprefix(contexts)[:-1]) if share else 0
-        if begin >= SHARED_TOKENS and len(contexts) > 1:
-            rows = _after_prefix(model, contexts, begin, candidates, batch_tokens, advance)
+    for candidates, group in groups.items():
+        contexts = [encoded[i][0] for i in group]
+        shared = len(commonprefix(contexts)[:-1]) if share else 0
+        if shared >= SHARED_TOKENS and len(contexts) > 1:
+            rows = _after_prefix(model, contexts, shared, candidates, batch_tokens, advance)
         else:
             rows = next_token_logprobs(model, contexts, candidates, batch_tokens, advance)
-        for i, row in zip(places, rows, strict=True):
+        for i, row in zip(group, rows, strict=True):
             found[i] = tuple(row.tolist())
-    longer = [i for i in range(len(cut)) if not found[i]]
-    pairs = [(cut[i][0], ids) for i in longer for ids in cut[i][1]]
+    longer = [i for i in range(len(encoded)) if not found[i]]
+    pairs = [(encoded[i][0], ids) for i in longer for ids in encoded[i][1]]
     sums = iter([float(row.double().sum()) for row in token_logprobs(model, pairs, 1.0, batch_tokens)] if pairs else [])
     for i in longer:
-        found[i] = tuple(next(sums) for _ in cut[i][1])
+        found[i] = tuple(next(sums) for _ in encoded[i][1])
     if advance and longer:
         advance(len(longer))
     return found
@@ -213,17 +210,20 @@ def label_logprobs(
 def _after_prefix(
     model: PreTrainedModel,
     contexts: Sequence[list[int]],
-    begin: int,
+    shared: int,
     candidates: Sequence[int],
-    tokens: int,
+    batch_tokens: int,
     advance: Callable[[int], None] | None,
 ) -> list[Tensor]:
-    """As `next_token_logprobs`, of contexts whose first `begin` tokens are the same; the model is in eval mode."""
-    prefix, by_length = contexts[0][:begin], sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
-    rests = [contexts[i][begin:] for i in shard(by_length)]
+    """Return what `next_token_logprobs` returns, for contexts whose first `shared` tokens are equal.
+
+    The model must be in eval mode.
+    """
+    prefix, by_length = contexts[0][:shared], sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
+    rests = [contexts[i][shared:] for i in shard(by_length)]
     mine = [torch.empty(0)] * len(rests)
     with torch.no_grad(), materialized(model), share_prompts(model):
-        for batch in token_budget_batches([len(rest) for rest in rests], max(1, tokens - begin)):
+        for batch in token_budget_batches([len(rest) for rest in rests], max(1, batch_tokens - shared)):
             last = last_states(model, build_shared([(prefix, rests[i]) for i in batch]).to(model.device))
             for i, row in zip(batch, candidate_logprobs(model, last, candidates), strict=True):
                 mine[i] = row.cpu()

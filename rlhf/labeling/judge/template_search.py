@@ -1,8 +1,9 @@
-"""The best of many templates for a judge: bodies and drawn demonstrations, chosen on one part of ranked data.
+"""Search the best of many templates for a judge: their texts and drawn demonstrations.
 
-The prompts are cut into three by their hash. From the first part demonstrations are drawn; on the second every
-candidate is scored, and the best one chosen; on the third the chosen one is scored again, since the best of many looks
-better than it is on the data that chose it. Where that score lies outside the first one's interval, it says so.
+The prompts of ranked data are split into three parts by their hash. Demonstrations are drawn from the first part. Every
+candidate is scored on the second, and the best one chosen. The chosen one is scored again on the third, since the best
+of many looks better than it is on the data that chose it. Where the second score is outside the interval of the first,
+there is a warning.
 
 A candidate is a template as it is, or its text with demonstrations drawn from the first part.
 """
@@ -23,13 +24,13 @@ from rlhf.functional.seeding import row_seed
 from rlhf.labeling.judge.accuracy import GradedPrompt, drop_too_long_for_any, graded_prompts, measure_judge
 from rlhf.labeling.judge.judge import Judge
 
-CONFIRM = 1 / 3  # of all prompts
-POOL = 1 / 4  # of the others
-EXAMPLE_WORDS = 120  # a longer demonstration leaves no room for the question
+CONFIRM = 1 / 3  # share of all prompts
+POOL = 1 / 4  # share of the other prompts
+EXAMPLE_WORDS = 120  # maximum length of a demonstration, so that the question still fits
 
 
 class SearchSplits(NamedTuple):
-    """Rankings by part; no prompt is in two of them."""
+    """The rankings of each part; no prompt is in two parts."""
 
     pool: list[Ranking]
     score: list[Ranking]
@@ -37,7 +38,7 @@ class SearchSplits(NamedTuple):
 
 
 def split_rankings(rankings: Sequence[Ranking], seed: int) -> SearchSplits:
-    """The three parts, by hash of the prompt and seed."""
+    """Split the rankings into the three parts, by hash of the prompt and seed."""
     rest, confirm = split_by_prompt(rankings, CONFIRM, seed)
     score, pool = split_by_prompt(rest, POOL, seed + 1)
     return SearchSplits(pool, score, confirm)
@@ -46,10 +47,15 @@ def split_rankings(rankings: Sequence[Ranking], seed: int) -> SearchSplits:
 def candidate_templates(
     templates: Sequence[Template], pool: Sequence[Ranking], shots: Sequence[int], trials: int, seed: int
 ) -> list[Template]:
-    """Every template as it is, and with `trials` draws of each number of demonstrations; none for those that reason.
+    """Return every template as it is, and with `trials` draws of each number of demonstrations.
+
+    Templates that reason get no demonstrations.
+
+    Args:
+        shots: numbers of demonstrations.
 
     Raises:
-        UserError: when the pool has fewer rankings that can serve as demonstrations.
+        UserError: when the pool has fewer rankings that can serve as demonstrations than are to be drawn.
     """
     short = [ranking for ranking in example_rankings(pool) if _words(ranking) <= EXAMPLE_WORDS]
     if shots and len(short) < max(shots):
@@ -73,11 +79,11 @@ def candidate_templates(
 
 
 class SearchResult(NamedTuple):
-    """What the search came to."""
+    """The chosen template, the measurements, and a warning."""
 
     template: Template
     report: dict[str, Any]
-    warning: str  # empty where the two scores agree
+    warning: str  # empty when the two scores agree
 
 
 def search(
@@ -86,24 +92,24 @@ def search(
     drops: Drops,
     limit: int = 0,
     seed: int = 0,
-    watch: Callable[[Judge, Sequence[GradedPrompt], str], dict[str, Any]] | None = None,
+    measure: Callable[[Judge, Sequence[GradedPrompt], str], dict[str, Any]] | None = None,
 ) -> SearchResult:
     """Score every judge (one for each candidate), choose the most accurate, and score it again on other prompts.
 
-    Of equally accurate ones it is the one with the lower log loss, then the earlier one.
+    Among equally accurate ones the lower log loss decides, then the order given.
 
     Args:
-        limit: prompts of each of the two parts that are scored; 0: all.
-        watch: measures in place of `measure`, for progress: (judge, items, "score" or "confirm").
+        limit: number of prompts to score in each of the two parts; 0: all.
+        measure: called in place of `measure_judge`, to show progress: (judge, items, "score" or "confirm").
     """
-    how = watch or (lambda judge, items, part: measure_judge(judge, items, seed))
+    measure = measure or (lambda judge, items, part: measure_judge(judge, items, seed))
     scored, confirming = (
         drop_too_long_for_any(graded_prompts(part, drops), judges, limit, drops) for part in parts[1:]
     )
-    scores = [how(judge, scored, "score") for judge in judges]
+    scores = [measure(judge, scored, "score") for judge in judges]
     best = max(range(len(judges)), key=lambda i: (scores[i]["accuracy"], -scores[i]["log_loss"], -i))
-    again = how(judges[best], confirming, "confirm")
-    first = again if best == 0 else how(judges[0], confirming, "confirm")
+    again = measure(judges[best], confirming, "confirm")
+    first = again if best == 0 else measure(judges[0], confirming, "confirm")
     report = {
         "chosen": judges[best].template.name,
         "score": scores[best],
@@ -117,7 +123,7 @@ def search(
 
 
 def template_comments(report: dict[str, Any], files: Sequence[str]) -> list[str]:
-    """Lines for the head of the chosen template's file: where it comes from and what it was worth."""
+    """Return comments for the head of the chosen template's file: its source and its accuracy."""
 
     def line(what: str, row: dict[str, Any]) -> str:
         low, high = row["accuracy_low"], row["accuracy_high"]
@@ -144,6 +150,6 @@ def _disagreement(score: dict[str, Any], again: dict[str, Any]) -> str:
 
 
 def _words(ranking: Ranking) -> int:
-    """Of the prompt and its two longest responses."""
+    """Return the number of words of the prompt and its two longest responses."""
     longest = sorted(len(text.split()) for text in ranking.responses)[-2:]
     return len(ranking.prompt.text.split()) + sum(longest)

@@ -1,10 +1,10 @@
 """Serve the labelling page and wait for people: for `rank.labeler=human` in the rank stage, and for `rlhf label RUN`.
 
-    runs/<name>/rank/outputs.jsonl    what is to be ranked        rlhf/labeling/outputs.py
-    runs/<name>/labels.sqlite         what people have said       rlhf/labeling/page/store.py
+    runs/<name>/rank/outputs.jsonl    the outputs to rank      rlhf/labeling/outputs.py
+    runs/<name>/labels.sqlite         the answers of people    rlhf/labeling/page/store.py
 
-The rank stage and `rlhf label` may serve the page at the same time, each at an address of its own: the file is one.
-What is to be ranked, and whom the run waits for, is the rank stage's to say: `rlhf label` only adds labelers.
+The rank stage and `rlhf label` may serve the page at the same time, each at its own address, from the same file. The
+rank stage decides which outputs are ranked and for whom the run waits; `rlhf label` only adds labelers.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import combinations
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf.config import LabelSection
 from rlhf.data.records import write_jsonl
-from rlhf.labeling.outputs import Outputs, outputs_row
+from rlhf.labeling.base import pooled_agreement
+from rlhf.labeling.outputs import Outputs, RankResult, outputs_row
 from rlhf.labeling.page.presence import Presence
-from rlhf.labeling.page.store import Counts, LabelStore, StoredRanking, task_key
+from rlhf.labeling.page.store import Counts, LabelStore, task_key
+from rlhf.labeling.page.stored_ranking import StoredRanking
+from rlhf.run.stage import StageContext
 from rlhf.system.console import Progress, console
-from rlhf.system.distributed import is_main_process
+from rlhf.system.distributed import broadcast_from_main, is_main_process
 from rlhf.system.phases import heartbeat, phase
-
-if TYPE_CHECKING:
-    from rlhf.run.stage import StageContext
 
 LABELS = "labels.sqlite"
 OUTPUTS = "rank/outputs.jsonl"
 POLL_SECONDS = 0.5  # seconds between looks at the file
-GRACE = 30.0  # seconds, twice what an open page takes to look again (POLL in static/page.js)
+GRACE = 30.0  # seconds; an open page looks again every 15 s (POLL in static/page.js)
 
 
 @contextmanager
 def open_store(run: Path, label: LabelSection, seed: int) -> Iterator[LabelStore]:
-    """The labels of a run, as they are."""
+    """Open the labels of a run while the block lasts."""
     store = LabelStore(run / LABELS, label, seed)
     try:
         yield store
@@ -47,28 +47,28 @@ def open_store(run: Path, label: LabelSection, seed: int) -> Iterator[LabelStore
 
 
 def report_set_aside(store: LabelStore) -> None:
-    """Print how many rankings are of outputs that are not current."""
+    """Print the number of rankings of outputs that are not current, if there are any."""
     if aside := store.set_aside():
         console.print(f"{aside} rankings of other outputs stay in {store.path} and are not used", soft_wrap=True)
 
 
 @contextmanager
 def serve_page(store: LabelStore, title: str) -> Iterator[Presence]:
-    """Serve the page while the block lasts, and print a link for each of `label.labelers`; gives who is at it."""
-    from rlhf.labeling.page.server import is_loopback, serving  # FastAPI: where nobody ranks, it is not imported
+    """Serve the page while the block lasts, and print a link for each of `label.labelers`; yield who is at the page."""
+    from rlhf.labeling.page.server import is_loopback, serving  # FastAPI takes long to import
 
-    label, audience = store.label, Presence()
-    with serving(store, title, label.host, label.port, audience) as address:
-        console.print("The labelling page, a link for each labeler (earlier links stay good):", soft_wrap=True)
+    label, presence = store.label, Presence()
+    with serving(store, title, label.host, label.port, presence) as address:
+        console.print("The labelling page, a link for each labeler (earlier links stay valid):", soft_wrap=True)
         for name in label.labelers:
             console.print(f"  {name}  {address}#{store.new_token(name)}", markup=False, soft_wrap=True)
         if not is_loopback(label.host):
-            console.print("It is open to the network, without encryption: a link is all that it takes to rank.")
-        yield audience
+            console.print("It is open to the network, without encryption: whoever has a link can rank.")
+        yield presence
 
 
 def wait_for_rankings(look: Callable[[], Counts], stopped: Callable[[], bool]) -> bool:
-    """Show how many rankings are in until all that are wanted are (True), or `stopped()` says so (False)."""
+    """Show how many rankings are in until all that are wanted are; return False if `stopped()` ended it before."""
     counts = look()
     with Progress("rank: people", total=counts.wanted, unit="rankings", initial=counts.rankings) as progress:
         while not counts.complete:
@@ -76,15 +76,15 @@ def wait_for_rankings(look: Callable[[], Counts], stopped: Callable[[], bool]) -
                 return False
             time.sleep(POLL_SECONDS)
             counts = look()
-            heartbeat()  # nobody's hanging: the watch over a distributed run need not end it
-            progress.total = counts.wanted  # what everybody skips is wanted no more
+            heartbeat()  # the watchdog of a distributed run must not take the wait for a hang
+            progress.total = counts.wanted  # falls when everybody has skipped a prompt
             if counts.rankings != progress.done:
                 progress.advance(counts.rankings - progress.done)
     return True
 
 
 def wait_until_notified(not_notified: Callable[[], bool], stopped: Callable[[], bool]) -> bool:
-    """Serve the page until everybody knows that all rankings are in; False if `stopped()` ended it before."""
+    """Wait until everybody knows that all rankings are in; return False if `stopped()` ended it before."""
     while not_notified():
         if stopped():
             return False
@@ -93,28 +93,20 @@ def wait_until_notified(not_notified: Callable[[], bool], stopped: Callable[[], 
     return True
 
 
-def rankings_by_people(
-    ctx: StageContext, outputs: Sequence[Outputs], grace: float = GRACE
-) -> tuple[list[StoredRanking], dict[str, Any]] | None:
-    """Have the outputs ranked on the page; the rankings, and what rank/summary.json says of them.
+def rankings_by_people(ctx: StageContext, outputs: Sequence[Outputs], grace: float = GRACE) -> RankResult | None:
+    """Have the outputs ranked on the page; return None when a stop is requested, and the rankings stay in the file.
 
-    When all that are wanted are in, the page stays until those who were at it lately have been told, and what they
-    submit meanwhile is taken as well. The first of several processes serves the page, and the others come to the same
-    answer.
+    When all rankings that are wanted are in, the page stays until those who were at it lately know, and rankings that
+    come meanwhile are taken as well. Of several processes the main one serves the page, and all return the same.
 
     Args:
-        grace: seconds that the page stays at most when all is in.
-
-    Returns:
-        None when the stage was told to stop: what is in stays in the file.
+        grace: maximum number of seconds that the page stays when all rankings are in.
     """
-    from rlhf.system.distributed import broadcast_from_main
-
-    recipe, first = ctx.recipe, is_main_process()
+    recipe, main = ctx.recipe, is_main_process()
     phase("labelling")
     with ExitStack() as stack:
         store: Any = None
-        if first:
+        if main:
             write_jsonl(ctx.run.path / OUTPUTS, [outputs_row(each) for each in outputs])
             store = stack.enter_context(open_store(ctx.run.path, recipe.label, recipe.run.seed))
             store.set_tasks(outputs)
@@ -125,33 +117,38 @@ def rankings_by_people(
             return broadcast_from_main(lambda: store.counts())
 
         while not look().complete:
-            with serve_page(store, recipe.run.name) if first else nullcontext() as audience:
-                if not serve_until_notified(look, audience, grace, lambda: ctx.stop_requested):
+            with serve_page(store, recipe.run.name) if main else nullcontext() as presence:
+                if not serve_until_notified(look, presence, grace, lambda: ctx.stop_requested):
                     return None
-            # The page is closed, and nobody can take a ranking back any more: unless somebody just did, that is all.
-        return broadcast_from_main(lambda: (store.rankings(), summary(store)))
+            # The page is closed, so nobody can take back a ranking any more, unless somebody did a moment ago.
+        labelled, about_labels = broadcast_from_main(lambda: (store.rankings(), summary(store)))
+    lengths = {each: each.lengths for each in outputs}
+    return RankResult(
+        [item.outputs.ranked(item.ranks) for item in labelled],
+        [lengths[item.outputs] for item in labelled],
+        {"noise_sigma": 0.0} | about_labels,
+        [item.extras for item in labelled],
+    )
 
 
 def serve_until_notified(
-    look: Callable[[], Counts], audience: Presence | None, grace: float, stopped: Callable[[], bool]
+    look: Callable[[], Counts], presence: Presence | None, grace: float, stopped: Callable[[], bool]
 ) -> bool:
-    """Wait until all rankings are in and who is at the page knows it (True), or `stopped()` says so (False).
+    """Wait until all rankings are in and those at the page know it; return False if `stopped()` ended it before.
 
     A ranking that is taken back meanwhile is waited for again, on the same page.
 
     Args:
-        look: asks the first process, as all that is asked here: several processes must go the same way.
-        audience: of the first process; None on the others.
-        grace: seconds that the page stays at most when all is in.
+        look: returns the counts of the main process, since all processes must take the same way.
+        presence: who is at the page of the main process; None on the others.
+        grace: maximum number of seconds that the page stays when all rankings are in.
     """
-    from rlhf.system.distributed import broadcast_from_main
-
     while wait_for_rankings(look, stopped):
         end = time.monotonic() + grace
 
         def not_notified(end: float = end) -> bool:
             late = broadcast_from_main(
-                lambda: audience is not None and time.monotonic() < end and bool(audience.not_notified())
+                lambda: presence is not None and time.monotonic() < end and bool(presence.not_notified())
             )
             return late and look().complete
 
@@ -163,22 +160,17 @@ def serve_until_notified(
 
 
 def summary(store: LabelStore) -> dict[str, Any]:
-    """Who ranked how much, how often prompts were skipped and why, and how far labelers agree on what they share.
+    """Return who ranked how much, how often prompts were skipped and why, and how far labelers agree on shared prompts.
 
     Agreement is over the pairs of outputs that two labelers have both left untied.
     """
-    from rlhf.labeling.base import agreement  # imports torch, which `rlhf label` does without
-
     labelled = store.rankings()
     by_task: dict[str, list[StoredRanking]] = {}
     for item in labelled:
         by_task.setdefault(task_key(item.outputs), []).append(item)
-    counts = [agreement(a.ranks, b.ranks) for items in by_task.values() for a, b in combinations(items, 2)]
-    agreeing, pairs = sum(n for n, _ in counts), sum(n for _, n in counts)
     return {
         "labelers": dict(Counter(item.labeler for item in labelled)),
         "skips": store.skips(),
-        "seconds_per_ranking": median(item.about["seconds"] for item in labelled) if labelled else None,
-        "agreement": agreeing / pairs if pairs else None,
-        "agreement_pairs": pairs,
+        "seconds_per_ranking": median(item.details["seconds"] for item in labelled) if labelled else None,
+        **pooled_agreement((a.ranks, b.ranks) for items in by_task.values() for a, b in combinations(items, 2)),
     }

@@ -1,11 +1,11 @@
-"""What labelers are asked about a prompt and its outputs, and the check of what their page sends.
+"""The questions to labelers about a prompt and its outputs, and the check of the answers that their page sends.
 
 quality   overall, 1 to 7 for each output     } the metadata that the paper's labelers gave beside their ranking
 flags     yes or no for each output           } (Ouyang et al. 2022, Table 3)
 ranks     1 is best, equal is a tie, and no number is left out: 1, 2, 2, 3
 skip      a reason in place of a ranking
 
-Lists have one entry for each output, in the order in which the labeler saw them.
+Lists have one entry for each output, in the order in which the labeler saw the outputs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rlhf.config import LabelSection
 
-# Name in the files, and what the page says. All but the fourth tell of something bad, or of a voice that is not wanted.
+# Name in the files: text on the page. All but the fourth mark something bad or an unwanted tone.
 FLAGS = {
     "fails_task": "Fails to follow the instruction or task",
     "inappropriate_assistant": "Inappropriate for a customer assistant",
@@ -44,23 +44,23 @@ DAY = 86400.0
 
 
 class Submission(BaseModel):
-    """One ranking, or one prompt skipped. The page makes the `id`, so that sending it twice stores it once."""
+    """One ranking or one skipped prompt. The page makes the `id`, so that sending it twice stores it once."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     id: str = Field(pattern=r"^[0-9a-f-]{36}$")
-    task: str = Field(pattern=r"^[0-9a-f]{1,64}$")  # the id of the claim; earlier pages sent the 64 digits of a hash
+    task: str = Field(pattern=r"^[0-9a-f]{1,64}$")  # id of the claim; earlier pages sent a hash of 64 digits
     kind: Literal["ranking", "skip"]
     ranks: tuple[int, ...] = ()
     quality: tuple[int | None, ...] = ()
-    flags: tuple[tuple[str, ...], ...] = ()  # those that are set, by output
+    flags: tuple[tuple[str, ...], ...] = ()  # set flags of each output
     reason: str = ""
     note: str = Field("", max_length=MAX_NOTE)
-    seconds: float = Field(0.0, ge=0, le=30 * DAY)  # that the prompt was on the labeler's screen
+    seconds: float = Field(0.0, ge=0, le=30 * DAY)  # time that the prompt was on the screen
 
 
 def validation_error(given: Submission, k: int, label: LabelSection) -> str:
-    """What is wrong with a submission about `k` outputs, in a sentence; empty when nothing is."""
+    """Return the error of a submission about `k` outputs in words, or an empty string when it is valid."""
     if given.kind == "skip":
         return "" if given.reason in SKIPS and not (given.ranks or given.quality or given.flags) else "bad reason"
     if given.reason or given.note:

@@ -1,9 +1,9 @@
-"""The labelling page's server: the page's files, and what the page asks of rlhf/labeling/page/store.py.
+"""Serve the labelling page: its files, and its requests to rlhf/labeling/page/store.py.
 
-Every request for data carries the labeler's token in a header, which no other site's page can send: the token is the
-part of the link after #, so that browsers send it nowhere by themselves. A request for another host than this one is
-refused, for a foreign name may be made to resolve to this machine (DNS rebinding). The page may load nothing but its
-own files, and no script that stands in its markup would run.
+Every request for data carries the labeler's token in a header, which the page of another site cannot send. The token is
+the part of the link after #, which browsers do not send by themselves. A request for another host than this one is
+refused, because a foreign name may be made to resolve to this machine (DNS rebinding). The page may load nothing but
+its own files, and the browser runs no script within its markup.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import uvicorn
-from fastapi import Depends, FastAPI, Header, HTTPException, Request
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
@@ -27,10 +27,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rlhf.errors import UserError
 from rlhf.labeling.page.form import FLAGS, MAX_NOTE, QUALITY, SKIPS, Submission
 from rlhf.labeling.page.presence import Presence
-from rlhf.labeling.page.store import Conflict, InvalidSubmission, LabelStore, Task, UnknownTask
+from rlhf.labeling.page.store import Conflict, InvalidSubmission, LabelStore, UnknownTask
 
 PAGE = Path(__file__).parent / "static"
-SCRIPTS = ("page", "link", "board", "card", "order")
+SCRIPTS = ("page", "outbox", "link", "board", "card", "order")
 FILES = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css")}
 FILES |= {f"/{name}.js": (f"{name}.js", "text/javascript") for name in SCRIPTS}
 MAX_BODY = 64 * 1024  # bytes of a request
@@ -47,13 +47,13 @@ HEADERS = {
 
 
 class SubmissionId(BaseModel):
-    """A submission, by its id."""
+    """The id of a submission."""
 
     id: str
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is reached from this machine alone."""
+    """Return whether an address can be reached from this machine alone."""
     return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host.strip("[]")).is_loopback)
 
 
@@ -66,108 +66,125 @@ def _is_address(host: str) -> bool:
 
 
 def authenticate(request: Request, authorization: Annotated[str, Header()] = "") -> str:
-    """The labeler whose token the request carries."""
+    """Return the labeler whose token the request carries.
+
+    Raises:
+        HTTPException: 401 for an unknown token.
+    """
     labeler = request.app.state.store.labeler(authorization.removeprefix("Bearer "))
     if labeler is None:
         raise HTTPException(401, "this link is not valid: ask for a new one")
-    request.app.state.audience.seen(labeler)
+    request.app.state.presence.seen(labeler)
     return labeler
 
 
 AuthenticatedLabeler = Annotated[str, Depends(authenticate)]
 
 
-def make_app(store: LabelStore, title: str, host: str = "127.0.0.1", audience: Presence | None = None) -> FastAPI:
-    """The application.
+def make_app(store: LabelStore, title: str, host: str = "127.0.0.1", presence: Presence | None = None) -> FastAPI:
+    """Return the application.
 
     Args:
-        title: of the run, shown to labelers.
-        host: what it is served on.
-        audience: learns who asks, and what they are told.
+        title: name of the run, shown to labelers.
+        host: address that it is served on.
+        presence: records who sends requests, and who knows that all rankings are in.
     """
-    audience = audience or Presence()
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # those pages load scripts from elsewhere
-    app.state.store, app.state.audience = store, audience
+    app.state.store, app.state.presence = store, presence or Presence()
+    app.state.title, app.state.network = title, not is_loopback(host)
     app.add_middleware(Guard, host=host)
-
-    def page(request: Request) -> Response:
-        name, kind = FILES[request.url.path]
-        return Response((PAGE / name).read_bytes(), media_type=kind)
-
     for path in FILES:
-        app.add_api_route(path, page, methods=["GET"], include_in_schema=False)
-
-    def standing(labeler: str) -> dict[str, Any]:
-        """How it stands, to a page that shows its end when all is in."""
-        found = store.progress(labeler)
-        audience.mark_notified(labeler, found["complete"])
-        return found
-
-    # Functions without async run in threads: a commit that waits for the disk keeps nobody else waiting.
-    @app.get("/api/form")
-    def form(labeler: AuthenticatedLabeler) -> dict[str, Any]:
-        label = store.label
-        return {
-            "title": title,
-            "labeler": labeler,
-            "flags": FLAGS if label.flags else {},
-            "quality": label.quality,
-            "highest": QUALITY,
-            "skips": SKIPS,
-            "note": MAX_NOTE,
-            "network": not is_loopback(host),
-        }
-
-    @app.get("/api/next")
-    def following(labeler: AuthenticatedLabeler) -> dict[str, Any]:
-        return {"task": _shown(store.next_task(labeler)), "progress": standing(labeler)}
-
-    @app.get("/api/progress")
-    def progress(labeler: AuthenticatedLabeler) -> dict[str, Any]:
-        return store.progress(labeler)  # asked with a prompt on the screen: its labeler may be about to submit it
-
-    @app.post("/api/submit")
-    def submit(given: Submission, labeler: AuthenticatedLabeler) -> dict[str, Any]:
-        store.submit(labeler, given)
-        return standing(labeler)
-
-    @app.post("/api/take-back")
-    def take_back(which: SubmissionId, labeler: AuthenticatedLabeler) -> dict[str, Any]:
-        task = store.take_back(labeler, which.id)
-        audience.mark_notified(labeler, False)
-        return {"task": _shown(task), "progress": store.progress(labeler)}
-
+        app.add_api_route(path, _static_file, methods=["GET"], include_in_schema=False)
+    app.include_router(api)
     for kind, status in ((UnknownTask, 404), (Conflict, 409), (InvalidSubmission, 422), (sqlite3.Error, 503)):
-        app.add_exception_handler(kind, _tell(status))
-    app.add_exception_handler(RequestValidationError, _bad)
-    app.add_exception_handler(400, _unread)  # what FastAPI makes of a body that cannot be decoded
+        app.add_exception_handler(kind, _answer_with(status))
+    app.add_exception_handler(RequestValidationError, _invalid_request)
+    app.add_exception_handler(400, _undecodable_request)  # FastAPI's answer to a body that it cannot decode
     return app
 
 
-def _shown(task: Task | None) -> dict[str, Any] | None:
-    return task and task._asdict()
+def _static_file(request: Request) -> Response:
+    name, kind = FILES[request.url.path]
+    return Response((PAGE / name).read_bytes(), media_type=kind)
 
 
-def _tell(status: int) -> Any:
+# The functions below are not async, so FastAPI runs them in threads: a commit that waits for the disk delays nobody.
+api = APIRouter(prefix="/api")
+
+
+@api.get("/form")
+def form(request: Request, labeler: AuthenticatedLabeler) -> dict[str, Any]:
+    """Return the questions to a labeler."""
+    state = request.app.state
+    label = state.store.label
+    return {
+        "title": state.title,
+        "labeler": labeler,
+        "flags": FLAGS if label.flags else {},
+        "quality": label.quality,
+        "highest": QUALITY,
+        "skips": SKIPS,
+        "note": MAX_NOTE,
+        "network": state.network,
+    }
+
+
+@api.get("/next")
+def next_task(request: Request, labeler: AuthenticatedLabeler) -> dict[str, Any]:
+    """Return the labeler's next prompt and the progress."""
+    task = request.app.state.store.next_task(labeler)
+    return {"task": task and task._asdict(), "progress": _notified_progress(request, labeler)}
+
+
+@api.get("/progress")
+def progress(request: Request, labeler: AuthenticatedLabeler) -> dict[str, Any]:
+    """Return the progress to a page with a prompt on its screen, which its labeler may be about to submit."""
+    return request.app.state.store.progress(labeler)
+
+
+@api.post("/submit")
+def submit(request: Request, given: Submission, labeler: AuthenticatedLabeler) -> dict[str, Any]:
+    """Store a submission; return the progress."""
+    request.app.state.store.submit(labeler, given)
+    return _notified_progress(request, labeler)
+
+
+@api.post("/take-back")
+def take_back(request: Request, which: SubmissionId, labeler: AuthenticatedLabeler) -> dict[str, Any]:
+    """Withdraw the labeler's last submission; return its prompt and the progress."""
+    store, presence = request.app.state.store, request.app.state.presence
+    task = store.take_back(labeler, which.id)
+    presence.mark_notified(labeler, False)
+    return {"task": task._asdict(), "progress": store.progress(labeler)}
+
+
+def _notified_progress(request: Request, labeler: str) -> dict[str, Any]:
+    """Return the progress to a page that shows an end when all rankings are in, and record whether it does."""
+    found = request.app.state.store.progress(labeler)
+    request.app.state.presence.mark_notified(labeler, found["complete"])
+    return found
+
+
+def _answer_with(status: int) -> Any:
     async def handler(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, status)
 
     return handler
 
 
-async def _bad(request: Request, error: Any) -> JSONResponse:
-    """What is wrong with a request, without the value: a number that is none, or half a character, is no JSON."""
+async def _invalid_request(request: Request, error: Any) -> JSONResponse:
+    """Return the error of a request without the value: NaN and half a surrogate pair cannot be sent as JSON."""
     first = error.errors()[0]
-    place = ".".join(map(str, first["loc"][1:])).encode("utf-8", "replace").decode()
-    return JSONResponse({"detail": ": ".join(filter(None, ("the request makes no sense", place, first["msg"])))}, 422)
+    field = ".".join(map(str, first["loc"][1:])).encode("utf-8", "replace").decode()
+    return JSONResponse({"detail": ": ".join(filter(None, ("the request makes no sense", field, first["msg"])))}, 422)
 
 
-async def _unread(request: Request, error: Any) -> JSONResponse:
-    return JSONResponse({"detail": "the request is no JSON in UTF-8"}, 422)
+async def _undecodable_request(request: Request, error: Any) -> JSONResponse:
+    return JSONResponse({"detail": "the request is not JSON in UTF-8"}, 422)
 
 
 class Guard:
-    """Refuses requests for other hosts and large ones, and adds HEADERS to every answer."""
+    """Middleware that refuses requests for other hosts and large ones, and adds HEADERS to every answer."""
 
     def __init__(self, app: ASGIApp, host: str) -> None:
         self.app = app
@@ -177,7 +194,7 @@ class Guard:
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or pass on, one request."""
+        """Answer one request, or pass it on."""
         if scope["type"] != "http":  # no WebSocket is served
             return
 
@@ -196,7 +213,7 @@ class Guard:
     def _refusal(self, method: str, headers: dict[str, str]) -> tuple[int, str] | None:
         name = headers.get("host", "").lower()
         name = name.rpartition("]")[0] + "]" if name.startswith("[") else name.partition(":")[0]
-        # On a network this machine has many addresses. A page of another site cannot have one as its own host.
+        # A machine has many addresses on a network. The page of another site cannot have one of them as its host.
         if name not in self.names and not (self.network and _is_address(name)):
             return 403, f"this page is not served for the host {name!r}"
         if method == "POST":
@@ -209,23 +226,23 @@ class Guard:
 
 
 @contextmanager
-def serving(store: LabelStore, title: str, host: str, port: int = 0, audience: Presence | None = None) -> Iterator[str]:
-    """Serve the page in a thread while the block lasts; gives the address that links begin with.
+def serving(store: LabelStore, title: str, host: str, port: int = 0, presence: Presence | None = None) -> Iterator[str]:
+    """Serve the page in a thread while the block lasts; yield the address that links begin with.
 
     Args:
-        port: 0 takes the one of the last time, so that open pages find the server again, or else a free one.
-        audience: learns who is at the page.
+        port: 0 takes the port of the last server, so that open pages find this one, or else a free port.
+        presence: records who is at the page.
 
     Raises:
-        UserError: when the address or port cannot be had.
+        UserError: when the address is not of this machine, or the port is in use.
     """
     last = int(store.setting("port") or 0)
     sock = _listen(host, port, last)
     port = sock.getsockname()[1]
-    # Where another server has the last port, that server's pages are to find it there again.
+    # If another server has the last port, its pages must find it there again, so the setting stays.
     if not last or port == last or _is_free(sock, last):
         store.keep_setting("port", str(port))
-    app = make_app(store, title, host, audience)
+    app = make_app(store, title, host, presence)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
@@ -239,14 +256,14 @@ def serving(store: LabelStore, title: str, host: str, port: int = 0, audience: P
 
 
 def _listen(host: str, port: int, last: int) -> socket.socket:
-    """A listening socket on the port, or, where none is given, on the last one or a free one."""
+    """Return a listening socket on the port, or, if that is 0, on the last one or a free one."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise UserError(f"{host} is no address of this machine: {error}", "label.host", "give one") from None
+        raise UserError(f"{host} is not an address of this machine: {error}", "label.host", "give one") from None
     for attempt in (port,) if port else (last, 0):
         sock = socket.socket(family, socket.SOCK_STREAM)
-        # A server that was killed a moment ago leaves its port waiting; a live one still refuses it.
+        # This allows the port of a server that was killed a moment ago; a live server still refuses its port.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind((address[0], attempt))
@@ -261,7 +278,7 @@ def _listen(host: str, port: int, last: int) -> socket.socket:
 
 
 def _is_free(beside: socket.socket, port: int) -> bool:
-    """Whether a port of the same address is nobody's."""
+    """Return whether a port of the same address is free."""
     with socket.socket(beside.family, socket.SOCK_STREAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -272,7 +289,7 @@ def _is_free(beside: socket.socket, port: int) -> bool:
 
 
 def _name(host: str) -> str:
-    """What links call the host."""
+    """Return the host as it is written in links."""
     if _is_address(host) and ipaddress.ip_address(host).is_unspecified:
         return socket.gethostname()
     return f"[{host}]" if ":" in host else host

@@ -1,8 +1,8 @@
-"""What people rank and what they have said: RUN/labels.sqlite, beside the stages so that redoing one keeps it.
+"""Store tasks and people's answers in RUN/labels.sqlite, outside the stages' folders so that redoing one keeps them.
 
-A submission is on disk before it is acknowledged (rlhf/labeling/page/tables.py), and its id, which the page makes,
-stores it once however often it is sent. A labeler has one standing submission for a task. Answers are kept in the
-order of the outputs in the file, whatever the order they were shown in. Several processes may have the file open.
+A submission is on disk before it is acknowledged (rlhf/labeling/page/tables.py). The page makes its id, so that sending
+it again does not store it twice. A labeler has at most one submission that counts for a task. Answers are stored in the
+order of the outputs in the file, whatever the order in which they were shown. Several processes may open the file.
 """
 
 from __future__ import annotations
@@ -17,36 +17,35 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf.config import LabelSection
-from rlhf.data.records import Message, Prompt, ranking_row
 from rlhf.labeling.outputs import Outputs
 from rlhf.labeling.page.form import Submission, validation_error
+from rlhf.labeling.page.stored_ranking import StoredRanking, stored_ranking
 from rlhf.labeling.page.tables import GIVEN, new_id, open_labels
 
-RECENT = 20  # submissions that a labeler's pace is taken from
+RECENT = 20  # number of latest submissions that give a labeler's pace
 
 
 class InvalidSubmission(Exception):
-    """A submission that makes no sense: the page would not have made it."""
+    """Raised for a submission that the page would not have made."""
 
 
 class UnknownTask(Exception):
-    """A submission about a prompt that these labels never gave to this labeler: it may be of another run."""
+    """Raised for a submission about a prompt that this labeler never got from this file: it may be of another run."""
 
 
 class Conflict(Exception):
-    """A submission that came too late: another stands, or was made since."""
+    """Raised for a submission that came too late: another one counts, or was made since."""
 
 
 class Task(NamedTuple):
-    """A prompt as one labeler sees it; `answer` is what they had said before they took it back, if they did.
+    """A prompt as one labeler sees it; `answer` is the answer that they have taken back, if any.
 
-    `id` is the claim's, drawn at random. The task's own key is a hash over the outputs in the order of the file, from
-    which that order could be found by trying all of them: no page gets it.
+    `id` is the random id of the claim. Pages never get the task's key: it is a hash over the outputs in the order of
+    the file, which could be found by trying all orders.
     """
 
     id: str
@@ -55,32 +54,23 @@ class Task(NamedTuple):
     answer: dict[str, Any] | None
 
 
-class StoredRanking(NamedTuple):
-    """One ranking that stands; lists are in the order of the outputs in the file."""
-
-    outputs: Outputs
-    ranks: tuple[int, ...]
-    labeler: str
-    about: dict[str, Any]  # id, quality, flags, shown, seconds, time
-
-
 class Counts(NamedTuple):
-    """Where the ranking stands, over all labelers."""
+    """The state of the ranking, over all labelers."""
 
-    rankings: int  # that are in
-    wanted: int  # those included; what everybody has skipped is not among them
+    rankings: int  # number that are in
+    wanted: int  # number that is enough, without prompts that everybody has skipped
 
     @property
     def complete(self) -> bool:
-        """Whether the run can go on."""
+        """Return whether enough rankings are in."""
         return self.rankings >= self.wanted
 
 
 class LabelStore:
-    """The file, open; every method is one transaction and may be called from any thread.
+    """The open file. Every method is one transaction and may be called from any thread.
 
     Args:
-        seed: of the orders in which outputs are shown, and of which prompts are shared.
+        seed: seed of the orders in which outputs are shown, and of the choice of shared prompts.
 
     Raises:
         UserError: when the file is damaged or of another version.
@@ -98,7 +88,7 @@ class LabelStore:
 
     @contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that is on disk when the block has ended."""
+        """Run the block as a transaction, which is on disk when the block has ended."""
         with self._lock:
             self._db.execute("BEGIN IMMEDIATE")
             try:
@@ -113,10 +103,10 @@ class LabelStore:
         with self._lock:
             return self._db.execute(query, named or values).fetchall()
 
-    # --- what is to be ranked, and by whom ----------------------------------------------------------------------------
+    # --- tasks and labelers -------------------------------------------------------------------------------------------
 
     def set_tasks(self, outputs: Sequence[Outputs]) -> None:
-        """Make these the prompts to rank, in this order; rankings of others stay in the file and count no more."""
+        """Make these the prompts to rank, in this order; rankings of others stay in the file but no longer count."""
         keys = [task_key(each) for each in outputs]
         shared = shared_tasks(keys, self.label.overlap, self.seed)
         rows = [
@@ -141,14 +131,14 @@ class LabelStore:
             )
 
     def has_tasks(self) -> bool:
-        """Whether there is anything to rank."""
+        """Return whether the file has prompts to rank."""
         return bool(self._read("SELECT 1 FROM tasks WHERE current LIMIT 1"))
 
     def invite(self, names: Sequence[str], besides: bool = False) -> None:
-        """Make these the labelers that the run waits for. Others may go on ranking with the links that they have.
+        """Make these the labelers that the run waits for; others may still rank with the links that they have.
 
         Args:
-            besides: whether those who are invited already stay so.
+            besides: whether to keep those who are invited already.
         """
         with self._write() as db:
             if not besides:
@@ -159,42 +149,42 @@ class LabelStore:
             )
 
     def known(self) -> list[str]:
-        """All labelers, invited or not, by name."""
+        """Return the names of all labelers, invited or not, in alphabetical order."""
         return [row["name"] for row in self._read("SELECT name FROM labelers ORDER BY name")]
 
     def new_token(self, labeler: str) -> str:
-        """A secret that says who somebody is, beside those that the labeler has; only its hash is kept."""
+        """Return a new secret that identifies the labeler; earlier ones stay valid. Only its hash is stored."""
         token = secrets.token_urlsafe(24)
         with self._write() as db:
             db.execute("INSERT INTO tokens VALUES (?, ?)", (_hash(token), labeler))
         return token
 
     def revoke(self, names: Sequence[str]) -> None:
-        """Make all earlier links of these labelers useless."""
+        """Make all links of these labelers invalid."""
         with self._write() as db:
             db.executemany("DELETE FROM tokens WHERE labeler = ?", [(name,) for name in names])
 
     def labeler(self, token: str) -> str | None:
-        """Whose token this is; None for nobody's."""
+        """Return the labeler of a token, or None when the token is unknown."""
         found = self._read("SELECT labeler FROM tokens WHERE hash = ?", _hash(token))
         return found[0]["labeler"] if found else None
 
     def setting(self, name: str) -> str | None:
-        """A value that outlives the server."""
+        """Return a stored setting, or None."""
         found = self._read("SELECT value FROM settings WHERE name = ?", name)
         return found[0]["value"] if found else None
 
     def keep_setting(self, name: str, value: str) -> None:
-        """Set such a value."""
+        """Store a setting."""
         with self._write() as db:
             db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, value))
 
-    # --- a labeler's turn ---------------------------------------------------------------------------------------------
+    # --- a labeler's next prompt and their answers --------------------------------------------------------------------
 
     def next_task(self, labeler: str) -> Task | None:
-        """What the labeler is to rank now: the task that they hold, else the first that still wants somebody.
+        """Return the task that the labeler holds, or else the first that still needs a ranking.
 
-        None when there is none for them: all is ranked, or others hold what is left.
+        Returns None when there is none for them: all tasks are ranked, or others hold the rest.
         """
         with self._write() as db:
             held = db.execute(
@@ -216,7 +206,7 @@ class LabelStore:
             return self._task(key, labeler)
 
     def _first_free(self, labeler: str) -> str | None:
-        """The first task that wants more rankings than it has and than others are about to give."""
+        """Return the key of the first task that needs more rankings than it has and than others are about to give."""
         found = self._read(
             GIVEN + ", held AS ("
             " SELECT task, count(*) AS hands FROM claims c WHERE labeler <> :me AND since > :live AND NOT EXISTS"
@@ -232,7 +222,7 @@ class LabelStore:
         return found[0]["key"] if found else None
 
     def _draw_order(self, key: str, labeler: str) -> list[int]:
-        """The order in which the labeler sees the outputs, as their places in the file."""
+        """Return the order in which the labeler sees the outputs, as indices into the order of the file."""
         count = len(json.loads(self._read("SELECT responses FROM tasks WHERE key = ?", key)[0]["responses"]))
         order = list(range(count))
         random.Random(f"{self.seed} {labeler} {key}").shuffle(order)
@@ -254,12 +244,12 @@ class LabelStore:
         return Task(row["id"], json.loads(row["messages"]), outputs, answer)
 
     def submit(self, labeler: str, given: Submission) -> None:
-        """Store a submission; it is on disk when this returns. One that is stored already, under its id, is well.
+        """Store a submission, which is on disk when this returns; one that is stored already under its id is accepted.
 
         Raises:
-            Refused: for one that makes no sense.
-            NotGiven: for one about a claim that is not this labeler's, or that this file does not know.
-            Conflict: when the labeler's ranking of the task stands already, or the id was another's or taken back.
+            InvalidSubmission: for one that is not valid (`validation_error`).
+            UnknownTask: for one about a claim that is not this labeler's, or not in this file.
+            Conflict: when another submission of the labeler counts for the task, or the id was another's or taken back.
         """
         with self._write() as db:
             claim = db.execute("SELECT task, shown FROM claims WHERE id = ? AND labeler = ?", (given.task, labeler))
@@ -276,8 +266,8 @@ class LabelStore:
                 if tuple(row) == (*fields, None):
                     return
                 raise Conflict("this was submitted before, and taken back or changed since")
-            stands = "SELECT 1 FROM submissions WHERE task = ? AND labeler = ? AND withdrawn IS NULL"
-            if db.execute(stands, (key, labeler)).fetchone():
+            counting = "SELECT 1 FROM submissions WHERE task = ? AND labeler = ? AND withdrawn IS NULL"
+            if db.execute(counting, (key, labeler)).fetchone():
                 raise Conflict("you have submitted this prompt already, in another window")
             db.execute(
                 "INSERT INTO submissions (id, task, labeler, kind, answer, seconds, at) VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -285,7 +275,7 @@ class LabelStore:
             )
 
     def last(self, labeler: str) -> str | None:
-        """The id of the labeler's newest submission that counts, which they may take back; None once they have."""
+        """Return the id of the labeler's newest submission, which they may take back; None once they have."""
         found = self._newest(labeler)
         return found["id"] if found and found["withdrawn"] is None else None
 
@@ -294,10 +284,10 @@ class LabelStore:
         return next(iter(self._read(f"{query} ORDER BY number DESC LIMIT 1", labeler)), None)
 
     def take_back(self, labeler: str, submission: str) -> Task:
-        """Withdraw the labeler's newest submission and give them its task again; a second time changes nothing.
+        """Withdraw the labeler's newest submission and return its task to them; a second call changes nothing.
 
         Raises:
-            Conflict: when it is not their newest.
+            Conflict: when it is not their newest submission.
         """
         with self._write() as db:
             newest = self._newest(labeler)
@@ -308,10 +298,10 @@ class LabelStore:
             db.execute("UPDATE claims SET since = ? WHERE task = ? AND labeler = ?", (now, newest["task"], labeler))
             return self._task(newest["task"], labeler)
 
-    # --- where it stands ----------------------------------------------------------------------------------------------
+    # --- state of the ranking -----------------------------------------------------------------------------------------
 
     def counts(self) -> Counts:
-        """Rankings that are in and those that are wanted: `label.rankings`, or all that the labelers can still give."""
+        """Return how many rankings are in and how many are wanted: `label.rankings`, or all that labelers can give."""
         row = self._read(
             GIVEN + "SELECT coalesce(sum(rankings), 0) AS rankings,"
             " coalesce(sum(max(0, min(wanted - rankings, free))), 0) AS missing FROM need",
@@ -321,7 +311,7 @@ class LabelStore:
         return Counts(row["rankings"], min(self.label.rankings, possible) if self.label.rankings else possible)
 
     def progress(self, labeler: str) -> dict[str, Any]:
-        """What the labeler's page shows: their own count and pace, and how long it will take those who are at it."""
+        """Return what the labeler's page shows: their count and pace, and the seconds left at the present pace."""
         counts = self.counts()
         mine = self._read(
             "SELECT kind, seconds FROM submissions JOIN tasks ON key = task"
@@ -343,16 +333,16 @@ class LabelStore:
         }
 
     def rankings(self) -> list[StoredRanking]:
-        """All standing rankings of the current tasks, by task and then in the order in which they came."""
+        """Return all rankings of the current tasks that count, by task and then in the order in which they came."""
         rows = self._read(
             "SELECT s.*, messages, use_case, responses, finished, shown"
             " FROM submissions s JOIN tasks t ON t.key = s.task JOIN claims c USING (task, labeler)"
             " WHERE kind = 'ranking' AND withdrawn IS NULL AND current ORDER BY place, number"
         )
-        return [_labelled(row) for row in rows]
+        return [stored_ranking(row) for row in rows]
 
     def skips(self) -> dict[str, int]:
-        """How often current tasks were skipped, by reason."""
+        """Return how often current tasks were skipped, by reason."""
         rows = self._read(
             "SELECT json_extract(answer, '$.reason') AS reason, count(*) AS n FROM submissions JOIN tasks ON key = task"
             " WHERE kind = 'skip' AND withdrawn IS NULL AND current GROUP BY reason ORDER BY n DESC"
@@ -360,53 +350,34 @@ class LabelStore:
         return {row["reason"]: row["n"] for row in rows}
 
     def set_aside(self) -> int:
-        """How many standing rankings are of outputs that are not current any more."""
+        """Return the number of rankings of outputs that used to be current, without those taken back."""
         query = "SELECT count(*) AS n FROM submissions JOIN tasks ON key = task WHERE kind = 'ranking'"
         return self._read(f"{query} AND withdrawn IS NULL AND NOT current")[0]["n"]
 
 
-def labelled_row(item: StoredRanking) -> dict[str, Any]:
-    """Return the ranking as a row of rankings.jsonl (rlhf/data/records.py), with who gave it and what they added."""
-    return ranking_row(item.outputs.ranked(item.ranks)) | {"labeler": item.labeler} | item.about
-
-
-def _labelled(row: sqlite3.Row) -> StoredRanking:
-    prompt = Prompt(tuple(Message(**message) for message in json.loads(row["messages"])), row["use_case"])
-    outputs = Outputs(prompt, tuple(json.loads(row["responses"])), tuple(json.loads(row["finished"])))
-    answer = json.loads(row["answer"])
-    about = {name: answer[name] for name in ("quality", "flags") if answer[name]}
-    about |= {
-        "shown": json.loads(row["shown"]),
-        "seconds": row["seconds"],
-        "time": datetime.fromtimestamp(row["at"], UTC).isoformat(timespec="seconds"),
-        "id": row["id"],
-    }
-    return StoredRanking(outputs, tuple(answer["ranks"]), row["labeler"], about)
-
-
 def task_key(outputs: Outputs) -> str:
-    """SHA-256 (hex) of a prompt with its outputs."""
+    """Return the SHA-256 (hex) of a prompt with its outputs."""
     parts = [outputs.prompt.messages, outputs.responses, outputs.finished]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def shared_tasks(keys: Sequence[str], share: float, seed: int) -> set[str]:
-    """The tasks that more than one labeler ranks: a share of them, rounded, by the order of a seeded hash."""
+    """Return the keys of the tasks that several labelers rank: a share of them, rounded, by a seeded hash."""
     ordered = sorted(keys, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())
     return set(ordered[: int(share * len(keys) + 0.5)])
 
 
 def _hash(token: str) -> str:
-    # Tokens are 192 random bits: a plain hash cannot be searched through.
+    # A token has 192 random bits, so a plain hash cannot be inverted by search.
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def _answer(given: Submission, shown: Sequence[int]) -> str:
-    """What was said, as JSON, in the order of the outputs in the file."""
+    """Return the answer as JSON, in the order of the outputs in the file."""
     if given.kind == "skip":
         return json.dumps({"reason": given.reason, "note": given.note})
-    place = {output: i for i, output in enumerate(shown)}
+    position = {output: i for i, output in enumerate(shown)}
     lists = {"ranks": given.ranks, "quality": given.quality, "flags": given.flags}
     return json.dumps(
-        {name: [values[place[i]] for i in range(len(shown))] if values else [] for name, values in lists.items()}
+        {name: [values[position[i]] for i in range(len(shown))] if values else [] for name, values in lists.items()}
     )

@@ -1,15 +1,15 @@
 """The tables of labels.sqlite.
 
-settings      what outlives the server: its port
-tasks         one for each prompt with its outputs, known by the hash of their text; `current` ones are in the last list
-labelers      by name; the invited ones are those that the run waits for
+settings      values that are kept between servers: the port
+tasks         one for each prompt with its outputs; the key is a hash of their text; `current` ones are to be ranked now
+labelers      by name; the run waits for the invited ones
 tokens        SHA-256 of the secrets in the labelers' links; a labeler may have several
-claims        a task given to a labeler under a random id of its own, which is all that their page knows it by, and the
-              order in which its outputs are shown there, drawn once
-submissions   rankings and skips; what is taken back stays, marked as withdrawn
+claims        a task given to a labeler, under a random id, which is the only one that their page gets; and the order in
+              which the outputs are shown there, drawn once
+submissions   rankings and skips; one that is taken back stays, marked as withdrawn
 
-Write-ahead log with synchronous=FULL: a commit has returned when its data are on disk, and readers do not wait for
-writers. The log needs memory that all who have the file open share: serve the page on one machine at a time.
+The file has a write-ahead log with synchronous=FULL: when a commit returns, its data are on disk, and readers do not
+wait for writers. The log uses memory that all processes with the file open share, so serve the page on one machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rlhf.errors import UserError
 
-VERSION = 2  # 1 had claims without an id
+VERSION = 2  # claims of version 1 had no id
 BUSY = 20.0  # seconds to wait for another process that is writing
 TABLES = """
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -41,7 +41,7 @@ CREATE UNIQUE INDEX IF NOT EXISTS standing ON submissions (task, labeler) WHERE 
 CREATE INDEX IF NOT EXISTS by_labeler ON submissions (labeler, number);
 CREATE UNIQUE INDEX IF NOT EXISTS claim_ids ON claims (id);
 """
-# What has been given for each task: `done` counts the invited labelers that ranked or skipped it.
+# The state of each task: `done` counts the invited labelers that ranked or skipped it.
 GIVEN = """
 WITH team AS (SELECT count(*) AS size FROM labelers WHERE invited),
 given AS (
@@ -55,9 +55,9 @@ need AS (
 
 
 def open_labels(path: Path) -> sqlite3.Connection:
-    """The file, for any thread, and without transactions of its own accord.
+    """Open the file for use from any thread, with explicit transactions only.
 
-    Its tables are made where it is new; a file of version 1 is brought up to date with all that is in it.
+    A new file gets its tables. A file of version 1 is converted, with everything in it.
 
     Raises:
         UserError: when the file is damaged or of another version.
@@ -78,7 +78,7 @@ def open_labels(path: Path) -> sqlite3.Connection:
 
 
 def _make_tables(db: sqlite3.Connection, path: Path) -> None:
-    """Make what is missing, in one transaction: another process may be opening the file as well."""
+    """Make missing tables, in one transaction, since another process may be opening the file at the same time."""
     db.execute("BEGIN IMMEDIATE")
     try:
         version = db.execute("PRAGMA user_version").fetchone()[0]
@@ -98,5 +98,5 @@ def _make_tables(db: sqlite3.Connection, path: Path) -> None:
 
 
 def new_id() -> str:
-    """A random id of a claim: unlike the task's hash it says nothing of the outputs or of their order in the file."""
+    """Return a random id for a claim, which unlike the task's hash reveals nothing about the outputs or their order."""
     return secrets.token_hex(16)

@@ -128,7 +128,7 @@ def test_templates_by_name(tmp_path: Path) -> None:
 
 
 def pool(n: int = 120) -> list[Ranking]:
-    """People always preferred the shorter one, whichever stands first in the file."""
+    """Return n rankings in which the shorter output is better, wherever it is in the file."""
     return [
         ranking(f"prompt number {i}", ["short", "rather longer"][:: 1 if i % 2 else -1], [1, 2] if i % 2 else [2, 1])
         for i in range(n)
@@ -243,7 +243,7 @@ class Done:
 
 @pytest.fixture
 def rlhf(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """The command, in this process: test_cli.py starts it as a user does."""
+    """Return the command, run in this process; test_cli.py starts it as a user does."""
 
     def command(*arguments: str) -> Done:
         monkeypatch.setattr(sys, "argv", ["rlhf", *arguments])

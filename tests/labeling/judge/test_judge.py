@@ -347,7 +347,7 @@ def test_the_section_has_a_range_for_every_number() -> None:
 @pytest.mark.distributed
 @pytest.mark.timeout(1800)
 def test_two_processes_share_the_questions_and_rank_as_one(tmp_path: Path, tiny_dir: str) -> None:
-    """Demonstrations seen once a batch, reasoning, and policies under a template; whole models and partitioned ones."""
+    """Cover shared demonstrations, reasoning, and policies under a template, with whole and partitioned models."""
     few = tmp_path / "few.txt"
     example = {"prompt": "is it so? " * 40, "first": "yes", "second": "no", "label": "1"}
     few.write_text(

@@ -35,7 +35,7 @@ cue: Better:
 
 
 def loop(model: PreTrainedModel, ids: list[int], rest: list[int]) -> float:
-    """log p(rest | ids) from whole softmaxes in float64."""
+    """Return log p(rest | ids) from whole softmaxes in float64."""
     with torch.no_grad():
         logp = torch.log_softmax(model(torch.tensor([ids + rest])).logits[0].double(), -1)
     return sum(float(logp[len(ids) + t - 1, token]) for t, token in enumerate(rest))
@@ -43,7 +43,7 @@ def loop(model: PreTrainedModel, ids: list[int], rest: list[int]) -> float:
 
 @pytest.fixture(params=["tiny_policy", "tiny_gpt2"])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    """Both architectures, with logits far from uniform and a head of its own: a tied one repeats its last token."""
+    """Return each architecture with logits far from uniform and a head of its own; a tied one repeats its input."""
     found = request.getfixturevalue(request.param)
     torch.manual_seed(0)
     found.lm_head.weight = torch.nn.Parameter(torch.randn_like(found.lm_head.weight) * 0.5)

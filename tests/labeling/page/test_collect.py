@@ -27,7 +27,7 @@ from support.label_stores import opened, outputs, rank_one, ranking
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run of four prompts that two labelers share, with its outputs."""
+    """Return the folder of a run of four prompts that two labelers share."""
     folder = tmp_path / "run"
     write_jsonl(folder / collect.OUTPUTS, [outputs_row(item) for item in outputs(4)])
     (folder / "recipe.yaml").write_text("label: {overlap: 1.0, labelers: [anna, ben]}\n")
@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def joined(run: Path, names: str) -> None:
-    """What `rlhf label RUN --labelers NAMES` does before it serves."""
+    """Prepare the labels as `rlhf label RUN --labelers NAMES` does before it serves."""
     recipe = settings(run, names)
     with collect.open_store(run, recipe.label, recipe.run.seed) as store:
         prepare(run, store)
@@ -120,14 +120,14 @@ class Stage:
         self.thread.start()
 
     def client(self, name: str) -> httpx.Client:
-        """The labeler's page."""
+        """Return a client with the link of a labeler."""
         link = wait_for(lambda: next((line for line in self.printed if line.startswith(f"  {name}  ")), None))
         address, token = link.split()[1].split("#")
         return httpx.Client(base_url=address, headers={"Authorization": f"Bearer {token}"}, trust_env=False)
 
 
 def wait_for(look: Callable[[], Any], seconds: float = 20) -> Any:
-    """What `look` gives, once that is something."""
+    """Return the first value of `look` that is true."""
     deadline = time.monotonic() + seconds
     while not (found := look()):
         assert time.monotonic() < deadline
@@ -136,7 +136,7 @@ def wait_for(look: Callable[[], Any], seconds: float = 20) -> Any:
 
 
 def sent(page: httpx.Client, task: dict[str, Any]) -> dict[str, Any]:
-    """Submit a ranking of the task; the answer."""
+    """Submit a ranking of the task; return the answer."""
     given = json.loads(ranking(task["id"], [1, 2, 3]).model_dump_json(exclude_defaults=True))
     answer = page.post("api/submit", json=given)
     assert answer.status_code == 200, answer.text
@@ -157,8 +157,8 @@ def test_the_page_stays_until_who_is_at_it_knows_and_takes_what_comes_late(tmp_p
         assert anna.get("api/progress").json()["complete"]
         sent(anna, late)
         stage.thread.join(10)  # she knows, and it does not wait for the minute
-    labelled, about = stage.found
-    assert not stage.thread.is_alive() and about["labelers"] == {"anna": 2, "ben": 1} and len(labelled) == 3
+    assert not stage.thread.is_alive() and stage.found.label_summary["labelers"] == {"anna": 2, "ben": 1}
+    assert len(stage.found.rankings) == 3
 
 
 def test_the_page_ends_at_once_when_nobody_else_was_there(tmp_path: Path, monkeypatch) -> None:
@@ -167,7 +167,7 @@ def test_the_page_ends_at_once_when_nobody_else_was_there(tmp_path: Path, monkey
         for _ in range(2):
             sent(anna, anna.get("api/next").json()["task"])
         stage.thread.join(10)
-    assert not stage.thread.is_alive() and len(stage.found[0]) == 2
+    assert not stage.thread.is_alive() and len(stage.found.rankings) == 2
 
 
 def test_the_page_waits_no_longer_than_its_grace_and_not_after_a_stop(tmp_path: Path, monkeypatch) -> None:
@@ -199,17 +199,17 @@ def test_what_is_taken_back_when_all_was_in_is_waited_for_on_the_same_page(tmp_p
         assert sent(anna, back["task"])["complete"]
         ben.get("api/next")
         stage.thread.join(10)
-    assert not stage.thread.is_alive() and len(stage.found[0]) == 2
+    assert not stage.thread.is_alive() and len(stage.found.rankings) == 2
     assert sum(line.startswith("  anna  ") for line in stage.printed) == 1
 
 
 def test_who_was_seen_long_ago_is_not_waited_for(monkeypatch) -> None:
     now = [100.0]
     monkeypatch.setattr("rlhf.labeling.page.presence.time.monotonic", lambda: now[0])
-    audience = Presence()
-    audience.seen("anna")
+    presence = Presence()
+    presence.seen("anna")
     now[0] += 59
-    audience.seen("ben")
-    assert audience.not_notified() == {"anna", "ben"}
+    presence.seen("ben")
+    assert presence.not_notified() == {"anna", "ben"}
     now[0] += 2
-    assert audience.not_notified() == {"ben"}
+    assert presence.not_notified() == {"ben"}

@@ -51,7 +51,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Callable[..., tuple[LabelStore, str]]]:
-    """Starts a server: site(labelers, **label) gives its store and address."""
+    """Return a function that starts a server: site(labelers, **label) returns its store and address."""
     stack = []
 
     def start(names: tuple[str, ...] = ("anna",), items: list[Outputs] = ITEMS, **label: Any) -> tuple[LabelStore, str]:
@@ -69,7 +69,7 @@ def site(tmp_path: Path) -> Iterator[Callable[..., tuple[LabelStore, str]]]:
 
 
 def opened(browser: Any, store: LabelStore, address: str, name: str = "anna", **context: Any) -> Any:
-    """A page of this labeler in a browser of their own, with the first prompt on it; it notes its errors."""
+    """Return a labeler's page with the first prompt, in a browser context of its own; it collects its errors."""
     page = browser.new_context(**{"viewport": {"width": 1440, "height": 900}} | context).new_page()
     page.set_default_timeout(15000)
     page.errors = []
@@ -81,12 +81,12 @@ def opened(browser: Any, store: LabelStore, address: str, name: str = "anna", **
 
 
 def shown(page: Any) -> list[str]:
-    """The outputs' texts in the order of the page."""
+    """Return the outputs' texts in the order of the page."""
     return [card.inner_text() for card in page.locator(".card > .text").all()]
 
 
 def ranks_by_text(store: LabelStore, labeler: str = "anna") -> dict[str, dict[str, int]]:
-    """{prompt: {response: rank}} of what is stored."""
+    """Return the stored rankings as {prompt: {response: rank}}."""
     return {
         item.outputs.prompt.text: dict(zip(item.outputs.responses, item.ranks, strict=True))
         for item in store.rankings()
@@ -95,14 +95,14 @@ def ranks_by_text(store: LabelStore, labeler: str = "anna") -> dict[str, dict[st
 
 
 def place_by_keys(page: Any, rows: list[int]) -> None:
-    """Rank the outputs in the order shown; the focus is on the prompt."""
+    """Rank the outputs in the order shown, starting with the focus on the prompt."""
     for row in rows:
         page.keyboard.press("j")
         page.keyboard.press(str(row))
 
 
 def wait_stored(page: Any, store: LabelStore, n: int) -> None:
-    """Until n rankings are in and the page has gone on."""
+    """Wait until n rankings are in and the page shows that."""
     page.wait_for_function("n => document.getElementById('progress').value === n", arg=n)
     assert len(store.rankings()) == n
 
@@ -125,7 +125,7 @@ def row(page: Any, n: int) -> Any:
 
 
 def summary(page: Any) -> str:
-    """The order as the page says it, without what is still to do."""
+    """Return the order that the page shows, without the hint of what is missing."""
     return page.evaluate("document.getElementById('summary').firstChild.textContent")
 
 
@@ -151,7 +151,7 @@ def test_five_prompts_by_keyboard_alone_with_ties_and_a_reload(browser: Any, sit
         page.keyboard.press("Control+Enter")
         wait_stored(page, store, n + 1)
     assert list(ranks_by_text(store).values()) == expected
-    assert store.rankings()[2].about["quality"].count(6) == 1
+    assert store.rankings()[2].details["quality"].count(6) == 1
     page.wait_for_selector("#end:not([hidden])")
     assert page.inner_text("#end-title") == "All rankings are in"
     assert page.evaluate("document.activeElement.id") == "end-title" and page.errors == []
@@ -247,7 +247,7 @@ def test_two_labelers_at_once(browser: Any, site: Any) -> None:
     assert {name for _, name in each} == {"anna", "ben"}
     orders = {}
     for item in store.rankings():
-        orders.setdefault(item.outputs.prompt.text, []).append(item.about["shown"])
+        orders.setdefault(item.outputs.prompt.text, []).append(item.details["shown"])
     assert sorted(map(len, orders.values())) == [1, 1, 1, 2, 2]
 
 
@@ -363,7 +363,9 @@ def test_flags_and_quality_by_keyboard_are_stored(browser: Any, site: Any) -> No
     page.keyboard.press("Control+Enter")
     wait_stored(page, store, 1)
     (item,) = store.rankings()
-    said = dict(zip(item.outputs.responses, zip(item.about["quality"], item.about["flags"], strict=True), strict=True))
+    said = dict(
+        zip(item.outputs.responses, zip(item.details["quality"], item.details["flags"], strict=True), strict=True)
+    )
     assert said == {texts[0]: (7, ["fails_task", "hallucination"]), texts[1]: (1, [])}
 
 
@@ -395,9 +397,9 @@ def test_a_ranking_that_meets_a_dead_server_is_stored_once_it_is_back(browser: A
         # An acknowledgement that was lost: the same submission is sent again, and the page goes on.
         sent = store.rankings()[-1]
         claim = store._read(
-            "SELECT claims.id FROM claims JOIN submissions s USING (task) WHERE s.id = ?", sent.about["id"]
+            "SELECT claims.id FROM claims JOIN submissions s USING (task) WHERE s.id = ?", sent.details["id"]
         )
-        again = {"id": sent.about["id"], "task": claim[0]["id"], "kind": "ranking"}
+        again = {"id": sent.details["id"], "task": claim[0]["id"], "kind": "ranking"}
         again |= {"ranks": [1] * len(sent.ranks), "flags": [[]] * len(sent.ranks)}
         page.evaluate("kept => localStorage.setItem(`outbox anna ${kept.id}`, JSON.stringify(kept))", again)
         page.reload()
@@ -558,7 +560,7 @@ SIZES = [(width, scheme) for width in (390, 1440) for scheme in ("light", "dark"
 def test_nothing_serious_for_axe_and_nothing_beside_the_screen(
     browser: Any, site: Any, width: int, scheme: str
 ) -> None:
-    """With RLHF_SCREENSHOTS=FOLDER the pictures of docs/ are drawn there."""
+    """Draw the pictures of docs/ into FOLDER with RLHF_SCREENSHOTS=FOLDER."""
     earlier = [Outputs(Prompt.from_text(f"Say {n}."), ("One.", "Two."), (True, True)) for n in range(7)]
     store, address = site(items=earlier + ITEMS)
     for _ in earlier:
@@ -615,7 +617,7 @@ def test_nothing_serious_for_axe_and_nothing_beside_the_screen(
 
 
 def test_inserting_between_rows_keeps_the_others_order(browser: Any, site: Any) -> None:
-    """All boards of three outputs, and those of four without a tray."""
+    """Return all boards of three outputs, and those of four without a tray."""
     store, address = site()
     page = opened(browser, store, address)
     boards = [list(b) for b in itertools.product([None, 1, 2, 3], repeat=3)]

@@ -53,7 +53,7 @@ class Run:
             self.process = subprocess.Popen(command, cwd=self.folder, env=env, stdout=log, stderr=subprocess.STDOUT)
 
     def links(self, seconds: float = 600) -> dict[str, str]:
-        """The links that it prints when it serves the page."""
+        """Return the links that it prints when it serves the page."""
         deadline = time.monotonic() + seconds
         while True:
             found = dict(re.findall(r"^  (\w+)  (http://\S+)$", self.log.read_text(), flags=re.MULTILINE))
@@ -63,7 +63,7 @@ class Run:
             time.sleep(0.2)
 
     def kill(self) -> None:
-        """SIGKILL to the pipeline and to the stage, which is in a session of its own."""
+        """Send SIGKILL to the pipeline and to the stage, which is in a session of its own."""
         stage = json.loads((self.dir / "lock").read_text())["pid"]
         os.kill(stage, signal.SIGKILL)
         self.process.kill()
@@ -80,7 +80,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 
 def rank(page: Any, n: int) -> int:
-    """Rank up to n prompts as somebody who likes long outputs and does not tell two of them apart; how many it were."""
+    """Rank up to n prompts by a labeler who prefers the longest output and ties the others; return how many it were."""
     for done in range(n):
         page.wait_for_selector("#work:not([hidden]) .card, #end:not([hidden])")
         if page.locator("#work").is_hidden():
@@ -171,7 +171,7 @@ def test_the_recipe_says_what_is_enough_and_nothing_is_asked_twice(tmp_path: Pat
 
 @pytest.mark.distributed
 def test_two_processes_wait_for_people_longer_than_for_each_other(tmp_path: Path, tiny_dir: str) -> None:
-    """The first process serves; the watch, which ends a stage whose processes hang, lets people take their time."""
+    """The main process serves; the watchdog, which ends a stage whose processes hang, does not end the wait."""
     run = Run(tmp_path, "launch.processes=2", "launch.timeout_s=15", "label.rankings=2")
     shutil.copytree(tiny_dir, run.dir / "sft" / "model")
     run.arguments = ["rank", *run.arguments[1:]]

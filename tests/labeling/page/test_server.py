@@ -14,38 +14,34 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from rlhf.config import LabelSection
-from rlhf.data.records import Drops, Prompt, read_rankings, write_jsonl
+from rlhf.data.records import Drops, read_rankings, write_jsonl
 from rlhf.errors import UserError
-from rlhf.labeling.outputs import Outputs, outputs_row
+from rlhf.labeling.outputs import outputs_row
 from rlhf.labeling.page.presence import Presence
 from rlhf.labeling.page.server import FILES, MAX_BODY, Guard, is_loopback, serving
 from rlhf.labeling.page.store import LabelStore, task_key
+from support import label_stores
 from support.paths import ROOT
 from support.ports import free_port
 
 SCRIPT = "<script>window.hacked = true</script>"
 
 
-def outputs(n: int, k: int = 3) -> list[Outputs]:
-    return [
-        Outputs(Prompt.from_text(f"prompt {i}"), tuple(f"{SCRIPT} {j} of {i}" for j in range(k)), (True,) * k)
-        for i in range(n)
-    ]
+outputs = partial(label_stores.outputs, text=SCRIPT)
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[LabelStore]:
-    """Three prompts for Anna and Ben."""
-    store = LabelStore(tmp_path / "labels.sqlite", LabelSection(labelers=["anna", "ben"], overlap=0), 1)
+    """Yield a store with three prompts for Anna and Ben."""
+    store = label_stores.opened(tmp_path, 3, ("anna", "ben"), overlap=0)
     store.set_tasks(outputs(3))
-    store.invite(["anna", "ben"])
     yield store
     store.close()
 
@@ -181,7 +177,7 @@ def test_what_json_cannot_say_is_refused_in_plain_words(store: LabelStore, addre
 
 
 def test_a_prompt_of_other_labels_is_told_from_a_bad_ranking(store: LabelStore, address: str) -> None:
-    """The page keeps what another run gave out (404), and has what is wrong mended (422)."""
+    """The page keeps a prompt of another run (404), and lets the person correct a bad ranking (422)."""
     with client(address, store.new_token("anna")) as anna:
         task = anna.get("api/next").json()["task"]
         assert set(task) == {"id", "messages", "outputs", "answer"}
@@ -192,23 +188,21 @@ def test_a_prompt_of_other_labels_is_told_from_a_bad_ranking(store: LabelStore, 
 
 
 def test_who_is_at_the_page_and_does_not_know_that_all_is_in(store: LabelStore) -> None:
-    audience = Presence()
+    presence = Presence()
     store.set_tasks(outputs(2))
-    with serving(store, "demo", "127.0.0.1", audience=audience) as address:
-        assert audience.not_notified() == set()
+    with serving(store, "demo", "127.0.0.1", presence=presence) as address:
+        assert presence.not_notified() == set()
         with client(address, store.new_token("anna")) as anna, client(address, store.new_token("ben")) as ben:
             first, second = anna.get("api/next").json()["task"], ben.get("api/next").json()["task"]
             anna.post("api/submit", json=submission(first))
-            assert audience.not_notified() == {"anna", "ben"}
+            assert presence.not_notified() == {"anna", "ben"}
             given = submission(second)
             assert ben.post("api/submit", json=given).json()["complete"]
-            assert audience.not_notified() == {"anna"}
-            assert anna.get("api/progress").json()["complete"] and audience.not_notified() == {
-                "anna"
-            }  # at another prompt
-            assert anna.get("api/next").json()["progress"]["complete"] and audience.not_notified() == set()
+            assert presence.not_notified() == {"anna"}
+            assert anna.get("api/progress").json()["complete"] and presence.not_notified() == {"anna"}  # has a prompt
+            assert anna.get("api/next").json()["progress"]["complete"] and presence.not_notified() == set()
             ben.post("api/take-back", json={"id": given["id"]})
-            assert audience.not_notified() == {"ben"}
+            assert presence.not_notified() == {"ben"}
 
 
 def test_a_disk_that_is_full_is_no_acknowledgement(store: LabelStore, address: str) -> None:
@@ -252,7 +246,7 @@ def test_the_port_is_kept_and_a_taken_one_is_told(store: LabelStore) -> None:
                 assert store.setting("port") == str(port)
     with serving(store, "demo", "127.0.0.1", free):
         assert store.setting("port") == str(free)  # the last one is nobody's
-    with pytest.raises(UserError, match="no address"), serving(store, "demo", "no.such.host.invalid"):
+    with pytest.raises(UserError, match="not an address"), serving(store, "demo", "no.such.host.invalid"):
         pass
 
 
@@ -269,7 +263,7 @@ class Server:
         self.log, self.process = run / "server.txt", None
 
     def start(self) -> str:
-        """Start it and wait until it serves; what it has printed."""
+        """Start it and wait until it serves; return what it has printed."""
         env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(self.command + self.options, stdout=log, stderr=log, env=env)
@@ -285,7 +279,7 @@ class Server:
 
 
 def labour(address: str, token: str, seed: int, acknowledged: dict[str, dict[str, Any]]) -> None:
-    """Rank until there is nothing left, as the page does: the same submission is sent until it is acknowledged."""
+    """Rank until nothing is left. Like the page, send the same submission until it is acknowledged."""
     rng = random.Random(seed)
 
     def ask(call: Any) -> httpx.Response:

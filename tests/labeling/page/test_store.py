@@ -22,10 +22,10 @@ from rlhf.labeling.page.store import (
     InvalidSubmission,
     LabelStore,
     UnknownTask,
-    labelled_row,
     shared_tasks,
     task_key,
 )
+from rlhf.labeling.page.stored_ranking import labelled_row
 from support.label_stores import opened, outputs, rank_one, ranking, skip
 
 # --- who gets what ---------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_the_order_shown_is_drawn_per_labeler_and_kept(tmp_path: Path) -> None:
     assert all(orders[a] != orders[b] for a in names for b in names if a < b)
     firsts = Counter(texts[0].split()[1] for shown in orders.values() for texts in shown)
     assert set(firsts) == {"0", "1", "2"}  # each output comes first somewhere
-    shown = [item.about["shown"] for item in store.rankings() if item.labeler == "ben"]
+    shown = [item.details["shown"] for item in store.rankings() if item.labeler == "ben"]
     for order, texts, each in zip(shown, orders["ben"], outputs(6), strict=True):
         assert [each.responses[i] for i in order] == texts
 
@@ -126,8 +126,8 @@ def test_answers_are_kept_in_the_order_of_the_file_by_hand(tmp_path: Path) -> No
     (item,) = store.rankings()
     # Output 2 was shown first and ranked 1; outputs 0 and 1 tie behind it.
     assert item.ranks == (2, 2, 1)
-    assert item.about["quality"] == [None, 3, 7] and item.about["flags"] == [["opinion"], ["hallucination"], []]
-    assert item.about["shown"] == [2, 0, 1] and item.about["seconds"] == 4.5
+    assert item.details["quality"] == [None, 3, 7] and item.details["flags"] == [["opinion"], ["hallucination"], []]
+    assert item.details["shown"] == [2, 0, 1] and item.details["seconds"] == 4.5
     again = store.take_back("anna", store.last("anna"))
     assert [output["text"][7] for output in again.outputs] == ["2", "0", "1"]
     assert again.answer == {
@@ -169,7 +169,7 @@ def test_sent_twice_is_stored_once_and_another_ranking_of_it_is_a_conflict(tmp_p
     with pytest.raises(UnknownTask):
         store.submit("ben", given)  # somebody else's claim
     (item,) = store.rankings()
-    assert [item.ranks[i] for i in item.about["shown"]] == [1, 2, 3]
+    assert [item.ranks[i] for i in item.details["shown"]] == [1, 2, 3]
 
 
 def test_what_was_not_given_to_a_labeler_is_refused(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_everything_outlives_the_process(tmp_path: Path) -> None:
     # Not closed: a second process opens the file as a killed one has left it.
     other = LabelStore(store.path, store.label, 1)
     assert other.labeler(token) == "anna" and other.labeler("no" + token) is None
-    assert [item.about["id"] for item in other.rankings()] == [given.id]
+    assert [item.details["id"] for item in other.rankings()] == [given.id]
     assert other.next_task("anna") == held
     raw = store.path.read_bytes() + Path(f"{store.path}-wal").read_bytes()
     assert token.encode() not in raw
@@ -219,7 +219,7 @@ def test_rankings_of_other_outputs_stay_and_do_not_count(tmp_path: Path) -> None
 
 
 def test_a_prompt_in_other_labels_has_its_own_id_and_takes_no_answers(tmp_path: Path) -> None:
-    """Another order may be shown there: ranks by place would be stored against other outputs."""
+    """The other file may show another order, in which the ranks would belong to other outputs."""
     (tmp_path / "new").mkdir()
     old, new = opened(tmp_path, 1, seed=1), opened(tmp_path / "new", 1, seed=2)
     given, again = old.next_task("anna"), new.next_task("anna")
@@ -266,7 +266,7 @@ def test_a_file_of_version_1_is_brought_up_to_date_with_all_that_is_in_it(tmp_pa
     for _ in range(2):  # the second finds it up to date
         store = LabelStore(tmp_path / "labels.sqlite", LabelSection(), 1)
         (item,) = store.rankings()
-        assert (item.ranks, item.about["id"], item.about["shown"]) == ((2, 1), "one", [1, 0])
+        assert (item.ranks, item.details["id"], item.details["shown"]) == ((2, 1), "one", [1, 0])
         assert store.counts() == Counts(1, 2)
         held = store.next_task("anna")
         assert held.messages[0]["content"] == "q" and [output["text"] for output in held.outputs] == ["y", "x"]
@@ -297,7 +297,7 @@ def test_the_last_submission_may_be_taken_back_until_the_next(tmp_path: Path) ->
         store.take_back("anna", first.id)
     assert store.take_back("anna", second.id).id == second.task
     assert store.take_back("anna", second.id).id == second.task  # sent again
-    assert [item.about["id"] for item in store.rankings()] == [first.id] and store.last("anna") is None
+    assert [item.details["id"] for item in store.rankings()] == [first.id] and store.last("anna") is None
     with pytest.raises(Conflict, match="not your last"):
         store.take_back("anna", first.id)  # the one before it is not the last either
     with pytest.raises(Conflict, match="taken back"):

@@ -65,7 +65,7 @@ export function makeBoard(rows, tray, texts, change) {
     event.preventDefault();
   }
 
-  // Where a drop at this point of the window would put output i: {next, mark, how}, or null for nowhere.
+  // Return where a drop at this point of the window puts output i: {next, mark, how}, or null for nowhere.
   function target(x, y, i) {
     const under = document.elementFromPoint(x, y);
     const row = under?.closest(".row");

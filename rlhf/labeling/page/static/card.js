@@ -18,7 +18,7 @@ function choices(legend, name, values, describe, chosen) {
 }
 
 // One output of k: its text, rank, quality and flags. `set` has a function for each of the three that the person may
-// change, and `show(answer)` shows what holds now.
+// change, and `show(answer)` shows the present answer.
 export function makeCard(output, i, k, form, board, set) {
   const name = letter(i);
   const rows = Array.from({ length: k }, (_, r) => r + 1);

@@ -1,16 +1,16 @@
 // The arithmetic of a ranking with ties on a board of K rows, K the number of outputs: no markup, no state.
 //
 // `place` holds for each output its row, 1 (best) to K, or null while it has none. Outputs on one row are tied, and
-// empty rows do not count: what is sent are `ranks`, which leave no number out.
+// empty rows do not count: the page sends `ranks`, which leave no number out.
 
 export const letter = (i) => String.fromCharCode(65 + i);
 
-// Output i onto a row, or off the board (null).
+// Put output i onto a row, or off the board (null).
 export function put(place, i, row) {
   return place.map((old, j) => (j === i ? row : old));
 }
 
-// Output i onto a row of its own between rows `gap` and `gap` + 1 (0: above all). Where both are taken, the rows up to
+// Put output i onto a row of its own between rows `gap` and `gap` + 1 (0: above all). Where both are taken, the rows up to
 // the nearest empty one move: there is one, for K outputs never fill K rows while one of them is lifted.
 export function insert(place, i, gap) {
   const last = place.length;
@@ -28,7 +28,7 @@ export function insert(place, i, gap) {
   return put(others.map((row) => (row !== null && row > empty && row <= gap ? row - 1 : row)), i, gap);
 }
 
-// Output i half a row up (-1) or down (1): an output by itself joins its neighbour, a tied one leaves its row. One that
+// Move output i half a row up (-1) or down (1): an output by itself joins its neighbour, a tied one leaves its row. One that
 // has no row goes below all others.
 export function step(place, i, direction) {
   const row = place[i];

@@ -1,15 +1,11 @@
-// The page: asks the server for a prompt, keeps the draft, sends the submission until it is acknowledged.
-//
-// The draft of a prompt lies in this browser's storage and not on the server, so that it also outlives a server that is
-// down; so does a submission until the server has said that it is stored. Prompt and outputs are set as text nodes.
-//
-// Another run may have had this address before, or its labels may have been made anew, with the same prompts in another
-// order: drafts and submissions go by the id under which a prompt was given to this person, which no other file knows.
+// The page: asks the server for a prompt, keeps the draft, and sends the submission until it is acknowledged.
+// Prompt and outputs are set as text nodes.
 
 import { element, makeBoard } from "./board.js";
 import { makeCard } from "./card.js";
-import { LONG, alert, ask, insist, keep, kept, newId, Refusal, silence, stored, token } from "./link.js";
+import { LONG, alert, ask, insist, keep, kept, newId, Refusal, say, silence, token } from "./link.js";
 import { letter, put, ranks, spoken, words } from "./order.js";
+import { catchUp, draftName, hold, offer, openOutbox, release, showKept } from "./outbox.js";
 
 const $ = (id) => document.getElementById(id);
 const POLL = 15000; // milliseconds between looks at how far the others are
@@ -17,28 +13,20 @@ const NEARLY_OVER = "All rankings that the run wanted are in, and it goes on in 
   + " now if it is to count; it stays in this browser otherwise.";
 const SPEAKERS = { system: "System", user: "Person", assistant: "Assistant" };
 
-let form; // what the server asks for: flags, quality, reasons
+let form; // questions of the server: flags, quality, reasons to skip
 let task = null;
 let answer = null; // {place, quality, flags, seconds} of the task
 let history = []; // answers before the last changes
 let board = null;
 let cards = [];
 let last = null; // id of the submission that may be taken back
-let complete = false; // what the end screen says
+let complete = false; // whether the end screen says that all rankings are in
 let sending = false;
-let worry = ""; // what `look` has said
-let silent = null; // when the first of the looks was that have had no answer since
-let since = performance.now(); // from when the seconds on this task have not been counted yet
-
-const draftName = (id = task.id) => `draft ${form.labeler} ${id}`;
-const outbox = (id = "") => `outbox ${form.labeler} ${id}`;
+let worry = ""; // last alert of `look`
+let silent = null; // time of the first look since when the server has not answered
+let since = performance.now(); // time up to which the seconds on this task have been counted
 
 // --- messages --------------------------------------------------------------------------------------------------------
-
-function say(text) {
-  $("live").textContent = "";
-  requestAnimationFrame(() => ($("live").textContent = text));
-}
 
 function minutes(seconds) {
   if (seconds < 90) return "about a minute";
@@ -66,8 +54,8 @@ function showTask(next) {
   history = [];
   const k = task.outputs.length;
   const before = task.answer;
-  answer = kept(draftName()) ?? {
-    place: before?.ranks ?? Array(k).fill(null), // ranks are rows, for a start
+  answer = kept(draftName(task.id)) ?? {
+    place: before?.ranks ?? Array(k).fill(null), // the ranks are the first rows
     quality: before?.quality ?? Array(k).fill(null),
     flags: before?.flags ?? Array.from({ length: k }, () => []),
     seconds: 0,
@@ -150,7 +138,7 @@ function count() {
 
 function saveDraft() {
   if (!document.hidden) count();
-  keep(draftName(), answer);
+  keep(draftName(task.id), answer);
 }
 
 // --- keys ------------------------------------------------------------------------------------------------------------
@@ -211,21 +199,21 @@ function submit() {
   send(given);
 }
 
-// Store it in the browser, then on the server, then go on.
+// Store the submission in the browser and then on the server, and show the next prompt.
 async function send(given) {
   if (sending) return;
   saveDraft();
   const submission = { id: newId(), task: task.id, seconds: Math.round(answer.seconds * 10) / 10, ...given };
   const about = task.messages.at(-1).content.slice(0, 100);
   const said = given.kind === "skip" ? "skipped" : words(answer.place);
-  keep(outbox(submission.id), { run: form.title, about, said, submission });
+  hold({ run: form.title, about, said, submission });
   busy(true);
   try {
     const { progress, refused } = await offer(submission);
     if (progress) say(submission.kind === "skip" ? "Skipped." : "Stored.");
-    // What can be mended (422) is on the screen and in the draft.
-    if (refused?.status === 422) keep(outbox(submission.id), null);
-    if (progress?.complete) showEnd(progress); // without another question: the server may be gone already
+    // A submission that can be corrected (422) is on the screen and in the draft.
+    if (refused?.status === 422) release(submission);
+    if (progress?.complete) showEnd(progress); // without another request, since the server may have ended
     else if (progress || refused.status === 409) await following();
     if (refused) alert(`Not stored: ${refused.message}.`);
     showKept();
@@ -235,57 +223,6 @@ async function send(given) {
   } finally {
     busy(false);
   }
-}
-
-// Send a submission until there is an answer: how it stands once it is stored, or what the server has against it.
-async function offer(submission) {
-  try {
-    const progress = await insist("submit", submission);
-    forget(submission);
-    return { progress };
-  } catch (error) {
-    if (!(error instanceof Refusal)) throw error;
-    if (error.status === 409) keep(outbox(submission.id), null); // another ranking of the prompt stands
-    return { refused: error };
-  }
-}
-
-function forget(submission) {
-  keep(outbox(submission.id), null);
-  keep(draftName(submission.task), null);
-}
-
-// What waits in the browser: {run, about, said, submission}; earlier pages kept the submission alone.
-function waiting() {
-  const names = stored().filter((name) => name.startsWith(outbox()));
-  return names.map(kept).filter(Boolean).map((entry) => (entry.submission ? entry : { submission: entry }));
-}
-
-// Send what pages that were closed before the server had answered have left; what is wrong with it, or "".
-async function catchUp() {
-  let wrong = "";
-  for (const { submission } of waiting()) {
-    const { refused } = await offer(submission);
-    if (refused?.status === 401) throw refused; // the link is no good: nothing else will go either
-    if (refused?.status === 409) wrong = `Not stored: ${refused.message}.`;
-  }
-  return wrong;
-}
-
-// What the server does not take stays until somebody throws it away.
-function showKept() {
-  const lines = waiting().map(({ run = "", about = "", said = "", submission }) => {
-    const discard = element("button", { type: "button" }, "Discard");
-    discard.addEventListener("click", () => {
-      forget(submission);
-      showKept();
-      say("Discarded.");
-    });
-    const text = [run && `Run ${run}`, about, said || submission.ranks?.join(", ") || submission.kind].filter(Boolean);
-    return element("li", {}, element("span", { dir: "auto" }, text.join(" · ")), discard);
-  });
-  $("kept-list").replaceChildren(...lines);
-  $("kept").hidden = lines.length === 0;
 }
 
 function busy(on) {
@@ -342,17 +279,17 @@ async function look() {
     return worried("");
   }
   const progress = await ask("progress");
-  if (sending || task === null) return; // the person has gone on meanwhile
+  if (sending || task === null) return; // the person has submitted meanwhile
   showProgress(progress);
   if (!progress.complete) return worried("");
   const begun = answer.place.concat(answer.quality, answer.flags.flat()).some((value) => value !== null);
   if (begun) return worried(NEARLY_OVER);
-  const found = await ask("next"); // which tells the server that nothing is to come from here
+  const found = await ask("next"); // tells the server that nothing more comes from here
   if (found.progress.complete && !sending) showEnd(found.progress);
   worried("");
 }
 
-// What the looks have to tell; what has been said of a submission stays.
+// Show or clear an alert of `look`; an alert about a submission stays.
 function worried(text) {
   if (text || $("alert").textContent === worry) alert(text);
   worry = text;
@@ -363,7 +300,7 @@ async function tick() {
     await look();
     silent = null;
   } catch (error) {
-    // What must arrive goes by `insist`, and the next look may be luckier. Once all is in, the server may be gone.
+    // Submissions are repeated by `insist`, and the next look may succeed. When all is in, the server may have ended.
     if (error instanceof Refusal) worried(`${error.message}.`);
     else if (task !== null || !complete) {
       silent ??= Date.now();
@@ -403,6 +340,7 @@ async function start() {
   }
   try {
     form = await insist("form");
+    openOutbox(form.labeler);
     $("who").textContent = `${form.title} · ${form.labeler}`;
     $("network").hidden = !form.network;
     setUpSkip();
@@ -421,7 +359,7 @@ async function start() {
 document.addEventListener("visibilitychange", () => {
   if (answer && document.hidden) {
     count();
-    keep(draftName(), answer);
+    keep(draftName(task.id), answer);
   } else since = performance.now();
 });
 window.addEventListener("hashchange", () => location.reload());
