@@ -271,11 +271,18 @@ def test_where_prompts_agree_alike_the_interval_is_wilsons_over_them() -> None:
     # Three prompts of six pairs, all agreed on: n is 3, not 18.
     found = ratio([(f"p{i}", 6, 6) for i in range(3)], shares=True)
     assert (found.value, found.high, found.interval) == (1.0, pytest.approx(1.0), "wilson")
-    assert found.low == pytest.approx(3 / 6.8415, abs=1e-4)
-    # tau-b goes from -1 to 1: of four prompts at -1 it ends at 1 - 2 x 4 / 7.8415.
+    assert found.low == pytest.approx(3 / 6.8415, abs=1e-4) and found.counted == 18
+    # Two prompts of different sizes, all wrong: it ends at z^2 / (2 + z^2). Half right: 1/2 +- z / (1 + z^2/2) x
+    # sqrt(1/8 + z^2/16) = 0.4055.
+    assert ratio([("p", 0, 2), ("q", 0, 4)])[:3] == pytest.approx((0, 0, 3.8415 / 5.8415), abs=1e-4)
+    assert ratio([("p", 1, 2), ("q", 2, 4)])[:3] == pytest.approx((0.5, 0.0945, 0.9055), abs=1e-4)
+    # tau-b goes from -1 to 1: of four prompts at -1 it ends at 1 - 2 x 4 / 7.8415; of four at 0 (share 1/2) it is
+    # +- 2 z / (1 + z^2/4) sqrt(1/16 + z^2/64) = 0.7.
     found = ratio([(f"p{i}", -1, 1) for i in range(4)], span=(-1.0, 1.0))
     assert (found.value, found.low) == (-1.0, pytest.approx(-1.0))
     assert found.high == pytest.approx(1 - 8 / 7.8415, abs=1e-4)
+    found = ratio([(f"p{i}", 0, 1) for i in range(4)], span=(-1.0, 1.0))
+    assert found[:3] == pytest.approx((0, -0.7, 0.7), abs=1e-3)
     # One prompt shows nothing.
     found = ratio([("p", 5, 6)])
     assert math.isnan(found.low) and math.isnan(found.high)

@@ -89,6 +89,8 @@ EQUIVALENT = {
         "max(means) - min(means) < 1e-12  ->  max(means) - min(means) <= 1e-12",
     ): "no gap is exactly that",
     ("cluster_bootstrap", "means[0]  ->  means[1]"): "all means are equal there",
+    ("length_matched_win_rate", "a - b  ->  b - a"): "taken as an absolute value",
+    ("ratio", "float(np.ptp(a / b)) < 1e-12  ->  float(np.ptp(a / b)) <= 1e-12"): "no gap is exactly that",
     ("alpha_ordinal", "for unit in units if len(unit) > 1  ->  for unit in units"): "a value alone is in no pair",
     ("alpha_ordinal", "len(unit) > 1  ->  len(unit) >= 1"): "a value alone is in no pair",
     ("alpha_ordinal", "coincidences.sum(0)  ->  coincidences.sum(1)"): "symmetric",
