@@ -17,6 +17,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ import torch.distributed as dist
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import stages.ppo
-import stages.sft
 from rlhf.training.clipped_adamw import ClippedAdamW
+from rlhf.training.sft_trainer import Reporter
 from rlhf.training.zero_engine import ZeroEngine
 
 torch.set_num_threads(1)
@@ -79,7 +80,7 @@ def count_steps() -> None:
         step(self, closure)
 
     ClippedAdamW.step = counted
-    end = stages.sft.Reporter.on_step_end  # the trainer has an optimiser of its own
+    end = Reporter.on_step_end  # the trainer has an optimiser of its own
 
     def counted_end(self: Any, *args: Any, **options: Any) -> None:
         global steps_left
@@ -88,7 +89,7 @@ def count_steps() -> None:
             signal.raise_signal(signal.SIGTERM)
         end(self, *args, **options)
 
-    stages.sft.Reporter.on_step_end = counted_end
+    Reporter.on_step_end = counted_end
 
 
 def spoil_losses() -> None:
@@ -120,10 +121,11 @@ def main() -> int:
         last = not grouped or rank == dist.get_world_size() - 1
         steps_left = job.get("stop_after", 0) if last else 0
         backwards_left = job.get("spoil_at", 0) if last else 0
+        begin = time.monotonic()
         code = importlib.import_module(job["module"]).main(job["arguments"])
         unset_hf_deepspeed_config()  # SFT's ZeRO-3 would partition whatever a later stage of this process loads
         made.append({"engines": list(engines), "rollouts": list(rollouts)})
-        print(f"{job['module']} {job['arguments'][1:3]}: {code}", flush=True)
+        print(f"{job['module']} {job['arguments'][1:3]}: {code} after {time.monotonic() - begin:.1f} s", flush=True)
         if code != (143 if job.get("stop_after") else 0):
             return 1
     file.with_name(f"{file.stem}-{rank}.json").write_text(json.dumps(made))
