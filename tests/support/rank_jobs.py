@@ -17,6 +17,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,11 @@ def main() -> int:
         last = not grouped or rank == dist.get_world_size() - 1
         steps_left = job.get("stop_after", 0) if last else 0
         backwards_left = job.get("spoil_at", 0) if last else 0
+        begin = time.monotonic()
         code = importlib.import_module(job["module"]).main(job["arguments"])
         unset_hf_deepspeed_config()  # SFT's ZeRO-3 would partition whatever a later stage of this process loads
         made.append({"engines": list(engines), "rollouts": list(rollouts)})
-        print(f"{job['module']} {job['arguments'][1:3]}: {code}", flush=True)
+        print(f"{job['module']} {job['arguments'][1:3]}: {code} after {time.monotonic() - begin:.1f} s", flush=True)
         if code != (143 if job.get("stop_after") else 0):
             return 1
     file.with_name(f"{file.stem}-{rank}.json").write_text(json.dumps(made))
