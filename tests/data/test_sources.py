@@ -79,7 +79,9 @@ def test_empty_files_are_refused(tmp_path: Path, name: str, content: bytes) -> N
     assert "the file has no" in message and f"where: {tmp_path / name}" in message
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-12]])
+@pytest.mark.parametrize(
+    "content", [b"not gzip", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-12]], ids=["no gzip", "cut off"]
+)
 def test_a_damaged_gzip_file_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(content)
