@@ -180,6 +180,6 @@ def pick_device(recipe: Recipe) -> torch.device:
         raise UserError("there is no CUDA device", "run.device", "set run.device=cpu, or check the driver and PyTorch")
     if recipe.run.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", local_rank())
     torch.cuda.set_device(device)
     return device

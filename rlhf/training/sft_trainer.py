@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +35,7 @@ from rlhf.plan import plan_sft
 from rlhf.run.checkpoints import Checkpoints
 from rlhf.run.tracking import Tracker
 from rlhf.system.console import Progress
-from rlhf.system.distributed import broadcast_from_main, processes, shard
+from rlhf.system.distributed import broadcast_from_main, launcher_world_size, processes, shard
 from rlhf.system.phases import phase
 from rlhf.system.quiet import quiet_transformers
 
@@ -201,7 +200,7 @@ def _schedule(sft: SftSection) -> tuple[str, dict[str, float]]:
 def deepspeed_file(recipe: Recipe) -> str | None:
     """Return the path of DeepSpeed's settings after connecting the processes; None without ZeRO or a launcher."""
     launch = recipe.launch
-    if "WORLD_SIZE" not in os.environ or not (launch.zero_stage or launch.deepspeed_config):
+    if launcher_world_size() is None or not (launch.zero_stage or launch.deepspeed_config):
         return None
     connect()  # without this before the trainer's settings are made, ZeRO stays off on CPUs
     return str(config_path(recipe))
