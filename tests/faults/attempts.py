@@ -42,7 +42,7 @@ import stages.rank
 import stages.reward
 import stages.sft
 
-MODULES = (stages.sft, stages.rank, stages.reward, rlhf.phasetime)  # that begin phases
+MODULES = (stages.sft, stages.rank, stages.reward, rlhf.system.phase_timer)  # that begin phases
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}  # audit events, besides open for writing
 
 

@@ -98,7 +98,7 @@ def test_from_needs_the_stages_before_and_takes_those_after() -> None:
         pipeline.stages_from(recipe, Redo("rank"))
     assert run_stage("sft", train, RECIPE) == 0
     assert pipeline.stages_from(recipe, Redo("rank")) == ["rank", "reward"]
-    with pytest.raises(UserError, match=r"evaluate is no stage[\s\S]*take one of sft, rank, reward"):
+    with pytest.raises(UserError, match=r"evaluate is not a stage[\s\S]*take one of sft, rank, reward"):
         pipeline.stages_from(recipe, Redo("evaluate"))
     with pytest.raises(UserError, match="contradict"):
         pipeline.stages_from(recipe, Redo("rank", fresh=True))

@@ -205,8 +205,10 @@ def sources(program: str) -> list[str]:
         path = waiting.pop()
         if path not in found:
             found[path] = path.read_text()
-            imported = re.findall(r"^from rlhf\.(training\.\w+|rollout\.sampling_params) import", found[path], re.M)
-            waiting += [ROOT / "rlhf" / f"{name.replace('.', '/')}.py" for name in imported]
+            imported = re.findall(r"^from rlhf\.training\.(\w+) import", found[path], re.M)
+            waiting += [ROOT / "rlhf" / "training" / f"{name}.py" for name in imported]
+            if "SamplingParams.from_recipe" in found[path]:
+                waiting.append(ROOT / "rlhf" / "rollout" / "sampling_params.py")
     return list(found.values())
 
 

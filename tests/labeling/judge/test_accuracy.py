@@ -310,7 +310,7 @@ def test_judge_search_writes_a_template_that_judge_eval_takes(
     [
         (["--template", "pair-breif"], "did you mean pair-brief?"),
         (["--set", "judge.shotz=2"], "did you mean judge.shots?"),
-        (["--endpoint", "host:1/v1", "--model", "m"], "no URL"),
+        (["--endpoint", "host:1/v1", "--model", "m"], "not the URL"),
         (["--set", "judge.max_tokens=20"], "raise judge.max_tokens"),
         (["--set", "judge.calibrate=true", "--template", "pair-chain-of-thought"], "judge.calibrate"),
     ],
