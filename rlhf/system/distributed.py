@@ -1,4 +1,4 @@
-"""The processes of a run: which one this is, what all must agree on, and how work and results are shared."""
+"""The processes of a run: which one this is, how they share work and results, and which device each one has."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ def launcher_world_size() -> int | None:
 
 @contextmanager
 def process_group(device: torch.device, timeout_s: int) -> Iterator[None]:
-    """Be in one group with the processes that a launcher started; nothing for a single process.
+    """Join the processes that a launcher started in one group inside the block; do nothing for a single process.
 
     Args:
-        timeout_s: seconds to wait for the others, here and in collectives (a little longer: the watch speaks first).
+        timeout_s: seconds to wait for the others, here and in collectives (a little longer there, so that the watchdog
+            reports first).
 
     Raises:
-        UserError: when the others do not come.
+        UserError: if the others do not join in time.
     """
     if world_size() == 1 or dist.is_initialized():
         yield
@@ -46,7 +47,7 @@ def process_group(device: torch.device, timeout_s: int) -> Iterator[None]:
     backend: dict[str, Any] = {"backend": "gloo"}
     if device.type == "cuda":
         backend = {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
-    # rlhf/system/watchdog.py looks every hundredth of the time, at least four times a second, at most every 10 s.
+    # rlhf/system/watchdog.py looks every hundredth of the time, but every 0.25 s at the least and 10 s at the most.
     margin = 5 + timeout_s // 50
     try:
         dist.init_process_group(**backend, timeout=timedelta(seconds=timeout_s + margin))
@@ -54,15 +55,15 @@ def process_group(device: torch.device, timeout_s: int) -> Iterator[None]:
         raise UserError(
             f"the {world_size()} processes did not find each other within {timeout_s} s: {str(error).splitlines()[0]}",
             f"{os.environ.get('MASTER_ADDR')} port {os.environ.get('MASTER_PORT')}",
-            "start the stage on every machine; see that this address and port can be reached from all of them",
+            "start the stage on every machine, and check that all of them can reach this address and port",
         ) from None
     yield
-    dist.barrier()  # the launcher ends the others when one has gone with another code than 0
+    dist.barrier()  # the launcher ends the others as soon as one exits with another code than 0
     dist.destroy_process_group()  # not after an error: the others may hang in a collective, and the launcher ends them
 
 
 def broadcast_from_main(make: Callable[[], T]) -> T:
-    """What `make` returns on the first process, on all of them; where it raises there, all of them end.
+    """Call `make` on the first process and return its result on all of them; if it raises there, all processes end.
 
     Raises:
         SystemExit: (2) on the other processes when `make` raised.
@@ -79,17 +80,17 @@ def broadcast_from_main(make: Callable[[], T]) -> T:
     if failure:
         raise failure
     if answer[1]:
-        raise SystemExit(2)  # the first process tells why
+        raise SystemExit(2)  # the first process reports why
     return answer[0]
 
 
 def collective_device() -> torch.device:
-    """Where small tensors of a collective must be: a group with NCCL alone takes GPU tensors only."""
+    """Return the device that the tensors of a collective must be on: NCCL alone takes GPU tensors only."""
     return torch.device("cpu" if "gloo" in str(dist.get_backend_config()) else "cuda")
 
 
 def is_main_process() -> bool:
-    """Whether this is the first process of the run: the one that shows, logs and seals."""
+    """Return whether this is the first process of the run, which prints, logs and seals checkpoints."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -99,12 +100,12 @@ def processes() -> int:
 
 
 def shard(rows: Sequence[Item]) -> list[Item]:
-    """This process's share: every n-th row, so that rows sorted by length are shared out evenly. It may be empty."""
+    """Return every n-th row for n processes, so that rows sorted by length are shared out evenly; it may be empty."""
     return list(rows[dist.get_rank() :: processes()]) if processes() > 1 else list(rows)
 
 
 def gather_shards(results: Sequence[Result]) -> list[Result]:
-    """The results of all processes' `own` rows in the order of the whole; all processes must call it."""
+    """Return the results for all rows from those for each process's `shard`, in order; all processes must call it."""
     parts = all_gather_objects(list(results))
     whole: list[Result] = [None] * sum(map(len, parts))  # type: ignore[list-item]
     for rank, part in enumerate(parts):
@@ -113,7 +114,7 @@ def gather_shards(results: Sequence[Result]) -> list[Result]:
 
 
 def all_gather_objects(value: Result) -> list[Result]:
-    """`value` of every process, in order; all processes must call it."""
+    """Return the value of every process, ordered by rank; all processes must call it."""
     if processes() == 1:
         return [value]
     values: list[Result] = [value] * processes()
@@ -121,8 +122,8 @@ def all_gather_objects(value: Result) -> list[Result]:
     return values
 
 
-def rows_of_all(row: Tensor) -> Tensor:
-    """Return the tensor [n] of every process as [processes, n], on the CPU; all of them must call it with one n."""
+def all_gather_tensor(row: Tensor) -> Tensor:
+    """Return the tensors [n] of all processes as [processes, n], on the CPU; all must call it with the same n."""
     if processes() == 1:
         return row.cpu()[None]
     row = row.to(collective_device())
@@ -132,13 +133,13 @@ def rows_of_all(row: Tensor) -> Tensor:
 
 
 def barrier() -> None:
-    """Wait until all processes have come here."""
+    """Wait until all processes have called this."""
     if processes() > 1:
         dist.barrier()
 
 
 def any_rank(here: bool) -> bool:
-    """Whether it is so on any process; all processes must ask."""
+    """Return whether `here` is true on any process; all processes must call it."""
     if processes() == 1:
         return here
     flag = torch.tensor(int(here), device=collective_device())
@@ -149,10 +150,10 @@ def any_rank(here: bool) -> bool:
 def pick_device(recipe: Recipe) -> torch.device:
     """Return the device of this process: run.device, where `auto` takes the GPU of its local rank if there is one.
 
-    Apple's GPUs are not taken: they have no float64, which sampling needs.
+    Apple's GPUs are not used, because they have no float64, which sampling needs.
 
     Raises:
-        UserError: for run.device=cuda without one.
+        UserError: for run.device=cuda without a CUDA device.
     """
     if recipe.run.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device", "run.device", "set run.device=cpu, or check the driver and PyTorch")

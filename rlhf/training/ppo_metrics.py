@@ -55,7 +55,7 @@ def performance(ppo: Ppo, pairs: Sequence[Pair]) -> dict[str, float]:
     A checkpoint that was written since the last call counts for this one.
     """
     peaks = machine_peaks(ppo.engine.device, next(ppo.networks.parameters()).dtype)
-    measured, cfg = ppo.phases.take(), ppo.recipe.ppo
+    measured, cfg = ppo.phases.collect(), ppo.recipe.ppo
     lengths = [(len(prompt), len(response)) for prompt, response in pairs]
     response_tokens, tokens = sum(response for _, response in lengths), sum(map(sum, lengths))
     needs = iteration_costs(ppo, pairs, measured.batches)
