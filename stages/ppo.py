@@ -1,21 +1,22 @@
 """PPO and PPO-ptx (Ouyang et al. 2022, section 3.5, equation 2): `python stages/ppo.py RECIPE [--variant ppo|ppo-ptx]`.
 
-One iteration, in the order of the functions below; their formulas are in rlhf/functional/ppo.py:
+One iteration, in the order of the functions below; the formulas are in rlhf/functional/ppo.py:
 
-    rollout     sample a response for each of batch_size prompts from the policy
-    score       reference log-probabilities, values and reward-model scores of those episodes
-    advantages  per-token rewards (KL penalty, score at the last token), GAE, whitening
-    update      the optimiser steps; the gradient of each is the sum of two:
-    ppo_step        for every minibatch the clipped policy loss and the clipped value loss
-    ptx_step        ptx_coef x the negative log-likelihood of pretraining text
+    rollout     sample a response to each of batch_size prompts from the policy
+    score       log-probabilities under the reference, values and normalised reward-model scores of those episodes
+    advantages  per-token rewards R_t (KL penalty, score at the last token), GAE, whitening
+    ppo_step    of a minibatch, the gradient of the clipped policy loss and of the clipped value loss
+    ptx_step    added to it, the gradient of ptx_coef x the negative log-likelihood of pretraining text
+    update      the optimiser steps, and after each of them the moving average (EMA) of the policy
     log         metrics and a table of samples
     checkpoint  everything that the next iteration depends on, sealed
 
-Nothing here keeps a hidden position: prompts, pretraining rows and sampling seeds are functions of (seed, counter), so
-a checkpoint is the trainable weights, the optimiser, the average, the KL coefficient and the iteration number; the
-random generators are in it too, for models that draw numbers of their own.
-Two things are left out on purpose: a pass that recomputes old log-probabilities in float32, where those of the decode
-loop are exact (the first minibatch of every iteration checks that), and dropout, which is off.
+`train` repeats this and adapts beta, the coefficient of the KL penalty. rlhf/training/ppo_networks.py loads the four
+networks: the reference is the SFT policy, and the value model starts from the reward model. The checks that a run makes
+of itself (ratio 1 and KL 0 at the start) are in rlhf/training/ppo_checks.py.
+
+Prompts, pretraining rows and sampling seeds are functions of (seed, counter): a checkpoint holds no position in them.
+Dropout is off. In float32 the decode loop gives the old log-probabilities, which the first minibatch checks.
 """
 
 from __future__ import annotations
@@ -91,28 +92,30 @@ def advantages(ppo: Ppo, scored: ScoredEpisodes) -> Experience:
     totals = rewards.sum(1)  # rewards are zero on padding
     if cfg.whiten_rewards:
         rewards = whiten(rewards, s.mask, shift_mean=False)
-    gains, returns = gae(rewards, s.values, s.lengths, cfg.gamma, cfg.lam)
-    return Experience(**vars(s), rewards=rewards, totals=totals, advantages=whiten(gains, s.mask), returns=returns)
+    raw_advantages, returns = gae(rewards, s.values, s.lengths, cfg.gamma, cfg.lam)
+    whitened = whiten(raw_advantages, s.mask)  # every process has the whole batch, so these are moments of all of it
+    return Experience(**vars(s), rewards=rewards, totals=totals, advantages=whitened, returns=returns)
 
 
 def ppo_step(ppo: Ppo, experience: Experience, minibatch: Sequence[int], networks: Networks) -> dict[str, float]:
     """Accumulate the gradient of the clipped policy loss, the clipped value loss or both over a minibatch of episodes.
 
-    Both are divided by the tokens of the whole minibatch: any split over micro-batches and processes, one gradient.
-    Returns token means of the metrics, except ratio_max and ratio_error, which are the largest.
+    Both are divided by the tokens of the whole minibatch, so that no split over micro-batches and processes changes the
+    gradient. Returns means over tokens, except ratio_max and ratio_error, which are the largest.
     """
     cfg, device, means = ppo.recipe.ppo, ppo.engine.device, TokenMeans()
     tokens = int(experience.mask[list(minibatch)].sum())
     for old in micro_batches(experience, minibatch, cfg.micro_batch_size, ppo.tokenizer.pad_token_id, device):
-        new, loss = ppo.engine.model(networks, old.sequences, cfg.temperature), torch.zeros((), device=device)
+        new = ppo.engine.model(networks, old.sequences, cfg.temperature)
+        loss = torch.zeros((), device=device)
         if "policy" in networks:
-            policy = policy_loss(old.grid(new.logprobs), old.logprobs, old.advantages, old.mask, cfg.clip)
+            policy = policy_loss(old.unflatten(new.logprobs), old.logprobs, old.advantages, old.mask, cfg.clip)
             loss = loss + policy.loss
             means.add({"ppo/policy_loss": policy.loss, "ppo/clip_fraction": policy.clipped})
             means.add({"ppo/approx_kl": policy.approx_kl, "ppo/entropy": new.entropies.sum()})
-            means.largest({"ppo/ratio_max": policy.ratio_max, "ratio_error": policy.ratio_error})
+            means.add_max({"ppo/ratio_max": policy.ratio_max, "ratio_error": policy.ratio_error})
         if "value" in networks:
-            value = value_loss(old.grid(new.values), old.values, old.returns, old.mask, cfg.value_clip)
+            value = value_loss(old.unflatten(new.values), old.values, old.returns, old.mask, cfg.value_clip)
             loss = loss + cfg.vf_coef * value
             means.add({"ppo/value_loss": value})
         ppo.engine.backward(loss / tokens)
@@ -122,9 +125,8 @@ def ppo_step(ppo: Ppo, experience: Experience, minibatch: Sequence[int], network
 def ptx_step(ppo: Ppo, step: int) -> dict[str, float]:
     """Add the gradient of ptx_coef x mean per-token NLL of this step's pretraining rows (equation 2, second term)."""
     count, size, means = ppo.plan.ptx_rows_per_minibatch, ppo.recipe.ppo.micro_batch_size, TokenMeans()
-    rows = [
-        ppo.ptx_rows[i] for i in shuffled_indices(len(ppo.ptx_rows), ppo.recipe.run.seed, "ptx", step * count, count)
-    ]
+    chosen = shuffled_indices(len(ppo.ptx_rows), ppo.recipe.run.seed, "ptx", step * count, count)
+    rows = [ppo.ptx_rows[i] for i in chosen]
     tokens = sum(len(row) - 1 for row in rows)
     mine = shard(rows)
     for first in range(0, len(mine), size):
@@ -139,37 +141,37 @@ def ptx_step(ppo: Ppo, step: int) -> dict[str, float]:
 def update(ppo: Ppo, experience: Experience) -> dict[str, float]:
     """Take all optimiser steps of one iteration; returns the means of their metrics (of ratio_max the largest)."""
     cfg, plan, history = ppo.recipe.ppo, ppo.plan, list[dict[str, float]]()
-    factor = lr_factor(ppo.iteration, plan.iterations, cfg.schedule, cfg.warmup_iterations, cfg.final_lr_fraction)
+    lr_scale = lr_factor(ppo.iteration, plan.iterations, cfg.schedule, cfg.warmup_iterations, cfg.final_lr_fraction)
     first_step = ppo.iteration * plan.steps_per_iteration
     for step, minibatch in enumerate(minibatches(ppo), first_step):
         metrics, norms = dict[str, float](), dict[str, float]()
-        for networks in ppo.engine.groups_in_turn:
+        for networks in ppo.engine.groups_in_turn:  # one process: policy, then value; several: both at once
             with ppo.phases("train", step):
                 metrics |= ppo_step(ppo, experience, minibatch, networks)
             if "policy" in networks:
                 if step == first_step:
                     check_first_minibatch(ppo, experience, metrics["ratio_error"])
                 if ppo.ptx_coef > 0:
-                    with ppo.phases("ptx", step), ppo.engine.added_norm("policy") as parts:
+                    with ppo.phases("ptx", step), ppo.engine.added_norm("policy") as sizes:
                         metrics |= ptx_step(ppo, step)
-                    if parts:
-                        metrics |= {"ppo/grad_norm_policy": parts["before"], "ppo/grad_norm_ptx": parts["added"]}
+                    if sizes:
+                        metrics |= {"ppo/grad_norm_policy": sizes["before"], "ppo/grad_norm_ptx": sizes["added"]}
             with ppo.phases("optimizer", step):
-                result = ppo.engine.step(networks, factor)
+                result = ppo.engine.step(networks, lr_scale)
                 norms |= result.grad_norms
                 if "policy" in networks and not result.non_finite:
-                    update_average(ppo)
+                    update_ema(ppo)
         # A network that is skipped because of another's gradient has no norm.
         metrics |= {"ppo/grad_norm": norms.get("policy", math.nan), "ppo/grad_norm_value": norms.get("value", math.nan)}
         if ppo.ptx_coef == 0:
             metrics["ppo/grad_norm_policy"] = metrics["ppo/grad_norm"]
         history.append(metrics)
-    state = {"ppo/lr": cfg.lr * factor, "ppo/skipped_steps": float(ppo.engine.skipped_steps)}
+    state = {"ppo/lr": cfg.lr * lr_scale, "ppo/skipped_steps": float(ppo.engine.skipped_steps)}
     return mean_metrics(history) | state
 
 
 def minibatches(ppo: Ppo) -> Iterator[list[int]]:
-    """Yield the episodes of each optimiser step of this iteration, by index; every epoch has an order of its own."""
+    """Yield the episodes of each optimiser step of this iteration, by index; each epoch in another order."""
     cfg = ppo.recipe.ppo
     for epoch in range(cfg.epochs):
         seed = row_seed(ppo.recipe.run.seed, "epoch", ppo.iteration, epoch)
@@ -178,8 +180,8 @@ def minibatches(ppo: Ppo) -> Iterator[list[int]]:
             yield order[first : first + cfg.minibatch_size]
 
 
-def update_average(ppo: Ppo) -> None:
-    """Take the stepped policy into its average, which the first process keeps; all processes must call."""
+def update_ema(ppo: Ppo) -> None:
+    """Update the moving average of the policy, which the first process keeps on its CPU; all processes must call."""
     if ppo.recipe.ppo.ema_decay > 0:
         for name, weight in ppo.policy_weights():
             if name in ppo.ema:
@@ -211,13 +213,13 @@ def train(ppo: Ppo, ctx: StageContext) -> dict[str, float]:
             with ppo.phases("score", ppo.iteration):
                 experience = advantages(ppo, score(ppo, episodes))
             metrics = summary(experience) | {"ppo/kl_coef": ppo.kl_coef} | update(ppo, experience)
-            if cfg.kl_control == "adaptive":
+            if cfg.kl_control == "adaptive":  # else beta stays ppo.kl_coef
                 kl, n = metrics["ppo/kl"], cfg.batch_size
                 ppo.kl_coef = adaptive_kl_coef(ppo.kl_coef, kl, cfg.kl_target, n, cfg.kl_horizon)
             ppo.end_iteration(metrics)
-            # The log is written before the checkpoint that covers it: a resume cuts what is beyond its checkpoint.
+            # The log is written before the checkpoint that covers it: a resume cuts the rows after its checkpoint.
             log(ppo, ctx, episodes, experience)
-            check_kl(ppo)  # before the checkpoint, or running again would resume behind this point
+            check_kl(ppo)  # before the checkpoint, or the next attempt would resume after this check
             stopping = ctx.stop_requested
             last = ppo.iteration == ppo.plan.iterations
             if last or stopping or (cfg.save_every and ppo.iteration % cfg.save_every == 0):

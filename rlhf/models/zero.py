@@ -1,7 +1,7 @@
 """Loading models for a run on several processes: DeepSpeed's settings for a recipe, and where its weights are placed.
 
-A model that an engine trains under ZeRO-3 is in parts from the start, so that no process ever holds it whole; one that
-only samples or scores is placed as `launch.frozen` says.
+Under ZeRO-3 a model that an engine trains is partitioned while it is loaded, so that no process ever holds it whole. A
+model that only samples or scores is placed as `launch.frozen` says.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     zero = found.get("zero_optimization", {})
     if zero.get("round_robin_gradients") or "nvme" in _devices(zero):
         raise UserError(
-            "round_robin_gradients and state on NVMe are laid out in ways that a checkpoint here does not know",
+            "round_robin_gradients and state on NVMe have a layout that checkpoints do not support",
             str(path),
             "take them out of zero_optimization; offloading to cpu is known",
         )
@@ -77,7 +77,7 @@ def zero_stage(recipe: Recipe) -> int:
 
 
 def trained(recipe: Recipe, load: Callable[[], Model]) -> Model:
-    """Load a model that an engine will train; under ZeRO-3 it is in parts from the start."""
+    """Load a model that an engine will train; under ZeRO-3 it is partitioned while it is loaded."""
     with _loading(recipe, zero_stage(recipe) == 3):
         model = load()
     model.placement = Placement(by_layer=recipe.launch.gather == "by_layer")
@@ -88,7 +88,7 @@ def frozen(recipe: Recipe, device: torch.device, load: Callable[[], Model], drop
     """Load a model that only samples or scores, without gradients, and place it as `launch.frozen` says.
 
     Args:
-        recipe: says on how many processes and where its weights are kept.
+        recipe: its launch section says where the weights are kept.
         device: where the model computes.
         load: builds the model.
         drop_after_use: on a CPU, drop its pages between passes where its weights are mapped from a file.
@@ -117,9 +117,9 @@ def load_frozen_policy(
 
 
 @contextmanager
-def _loading(recipe: Recipe, parted: bool) -> Iterator[None]:
-    """Load every model that is built inside in parts, if `parted`: no process ever holds one whole."""
-    if not parted or processes() == 1:
+def _loading(recipe: Recipe, partitioned: bool) -> Iterator[None]:
+    """Partition every model that is built inside the block, if `partitioned`, so that no process holds one whole."""
+    if not partitioned or processes() == 1:
         yield
         return
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config

@@ -36,7 +36,7 @@ class LlamaDecoding:
         self.buffers: list[KeysValues] = []  # of every layer, [B, N, P + max_new_tokens, D]
 
     def prefill(self, prompts: list[list[int]], prompt_of_row: Tensor, pad_id: int) -> Tensor:
-        """Prefill the prompts and return logits [B, V] of the first token; row i continues prompt copies[i]."""
+        """Prefill the prompts and return logits [B, V] of the first token; row i continues prompt prompt_of_row[i]."""
         ids, mask = (t.to(self.device) for t in pad(prompts, pad_id, left=False))
         lengths, kept = mask.sum(1), list[KeysValues]()
         last = self.model.hidden(ids, kept)[torch.arange(len(ids), device=self.device), lengths - 1]
@@ -60,11 +60,11 @@ class LlamaDecoding:
 
     def drop_finished(self, unfinished: list[bool]) -> Tensor:
         """Drop the rows that are not `unfinished`, and return for each remaining slot the row that is now in it."""
-        rows, moves, places = compaction(unfinished)
+        rows, moves, row_of_slot = compaction(unfinished)
         self.buffers = [
             KeysValues(*(compact_rows(held, rows, moves, self.end) for held in layer)) for layer in self.buffers
         ]
-        order = torch.tensor(places, device=self.device)
+        order = torch.tensor(row_of_slot, device=self.device)
         self.positions, self.mask = self.positions[order], self.mask[order]
         return order
 
@@ -88,7 +88,7 @@ class ModelDecoding:
         self.direct = self.compactable and model.config._attn_implementation == "sdpa"
 
     def prefill(self, prompts: list[list[int]], prompt_of_row: Tensor, pad_id: int) -> Tensor:
-        """Prefill the prompts and return logits [B, V] of the first token; row i continues prompt copies[i]."""
+        """Prefill the prompts and return logits [B, V] of the first token; row i continues prompt prompt_of_row[i]."""
         ids, mask = (t.to(self.model.device) for t in pad(prompts, pad_id, left=True))
         # Positions are explicit: a left-padded GPT-2 answers differently without them.
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
@@ -107,8 +107,8 @@ class ModelDecoding:
 
     def drop_finished(self, unfinished: list[bool]) -> Tensor:
         """Drop the rows that are not `unfinished`, and return for each remaining slot the row that is now in it."""
-        rows, moves, places = compaction(unfinished)
-        order = torch.tensor(places, device=self.model.device)
+        rows, moves, row_of_slot = compaction(unfinished)
+        order = torch.tensor(row_of_slot, device=self.model.device)
         if self.compactable:
             for layer in self.cache.layers:
                 assert isinstance(layer, PreallocatedLayer)

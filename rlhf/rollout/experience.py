@@ -18,7 +18,7 @@ from rlhf.rollout.sampling import Rollout
 
 @dataclass
 class ScoredEpisodes:
-    """One iteration's episodes with what the four networks say of them."""
+    """The episodes of an iteration with the results of the four networks."""
 
     pairs: list[Pair]  # (prompt ids, response ids)
     lengths: Tensor  # [B] int64, tokens of each response
@@ -34,7 +34,7 @@ class ScoredEpisodes:
     def of(
         cls, rollout: Rollout, ref_logprobs: Sequence[Tensor], values: Sequence[Tensor], scores: Tensor
     ) -> ScoredEpisodes:
-        """Put a rollout together with the passes over it: of each episode log pi_ref [T_i] and V [T_i], and r [B]."""
+        """Join a rollout with its scoring results: log pi_ref [T_i] and V [T_i] of each episode, and scores r [B]."""
         width = rollout.response_ids.shape[1]
         return cls(
             pairs=rollout.pairs(),
@@ -55,7 +55,7 @@ class ScoredEpisodes:
 
 @dataclass(kw_only=True)
 class Experience(ScoredEpisodes):
-    """Scored episodes with what each of their tokens has earned."""
+    """Scored episodes with the rewards, advantages and returns of their tokens."""
 
     rewards: Tensor  # [B, R] R_t, whitened where asked
     totals: Tensor  # [B] sum of R_t over the response, before whitening

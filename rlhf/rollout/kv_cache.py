@@ -1,6 +1,6 @@
 """The decode loop's cache of keys and values: tokens are written in place, and rows leave without a copy of the others.
 
-transformers' own cache concatenates every layer again at every token, and indexes it again when a row leaves.
+transformers' own cache concatenates every layer at every token, and indexes every layer when a row leaves.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def decode_cache(config: PretrainedConfig) -> tuple[DynamicCache, bool]:
-    """Return an empty cache for a model, and whether all its layers are RoomyLayers.
+    """Return an empty cache for a model, and whether all its layers are PreallocatedLayers.
 
     They are unless some layer has a sliding window or a recurrent state.
     """

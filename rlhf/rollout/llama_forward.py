@@ -96,7 +96,7 @@ class LlamaForward:
         """Return the last hidden states [B, L, H] of tokens [B, L] at positions 0 to L - 1, padded on the right.
 
         Args:
-            keep: a list to which every layer's keys and values are appended.
+            layer_caches: a list to which every layer's keys and values are appended.
         """
         batch, length = ids.shape
         x = self.body.embed_tokens.weight[ids]
@@ -131,7 +131,7 @@ class LlamaForward:
         The columns past B are filling, which the caller drops; no product mixes columns.
 
         Args:
-            room: the cache of every layer; the new keys and values are written at column `end`.
+            buffers: the cache of every layer; the new keys and values are written at column `end`.
             mask: [B, 1, 1, end + 1], added to the attention scores; None if every cached token is attended to.
         """
         rows, columns = len(tokens), columns_for(len(tokens))

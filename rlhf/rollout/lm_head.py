@@ -33,8 +33,8 @@ def _slices(vocabulary: int, hidden: Tensor) -> Iterator[slice]:
 
 def _within(part: slice, width: int, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return the column of each target in a slice [N, 1], clamped into it, and whether the target is in it [N]."""
-    place = targets - part.start
-    return place.clamp(0, width - 1)[:, None], (place >= 0) & (place < width)
+    column = targets - part.start
+    return column.clamp(0, width - 1)[:, None], (column >= 0) & (column < width)
 
 
 class VocabularyLogprobs(torch.autograd.Function):
@@ -51,8 +51,8 @@ class VocabularyLogprobs(torch.autograd.Function):
         total, weighted, chosen = (torch.zeros(len(hidden), **wide) for _ in range(3))
         for part in _slices(len(weight), hidden):
             z = _logits(hidden, weight, bias, part, temperature)
-            place, inside = _within(part, z.shape[1], targets)
-            chosen = torch.where(inside, z.gather(1, place)[:, 0], chosen)
+            column, inside = _within(part, z.shape[1], targets)
+            chosen = torch.where(inside, z.gather(1, column)[:, 0], chosen)
             before, largest = largest, torch.maximum(largest, z.amax(1))
             lower = before - largest
             p = z.sub_(largest[:, None]).exp()
@@ -76,8 +76,8 @@ class VocabularyLogprobs(torch.autograd.Function):
             # d log p(target) / dz = [z is the target's] - softmax(z)
             d = _logits(hidden, weight, bias, part, ctx.temperature).sub_(largest[:, None]).exp_()
             d.mul_((-grad / total)[:, None])
-            place, inside = _within(part, d.shape[1], targets)
-            d.scatter_add_(1, place, torch.where(inside, grad, 0.0)[:, None])
+            column, inside = _within(part, d.shape[1], targets)
+            d.scatter_add_(1, column, torch.where(inside, grad, 0.0)[:, None])
             if d_bias is not None:
                 d_bias[part] = d.sum(0)
             d = d.to(weight.dtype)

@@ -120,7 +120,7 @@ def sample(
 ) -> Rollout:
     """Sample one response for each prompt (token ids); repeat a prompt to sample it several times.
 
-    Several processes share the prompts out. All of them must call, and all get every row.
+    Several processes share the prompts between them. All must call, and all get every row.
 
     Args:
         seeds: one per row (`row_seed`). A row of the native engine depends on its seed, not on its batch mates.
@@ -154,7 +154,7 @@ def engine_for(policy: PreTrainedModel, engine: RolloutEngine) -> RolloutEngine:
         return engine
     if reason not in _reported:
         _reported.add(reason)
-        note(f"sampling with the native engine, for {engine} takes merged weights alone: {reason}")
+        note(f"sampling with the native engine, because {engine} takes merged weights only: {reason}")
     return "native"
 
 
@@ -182,10 +182,10 @@ def _decode_sharded(
 
 def decoding_for(policy: PreTrainedModel, max_new_tokens: int) -> LlamaDecoding | ModelDecoding:
     """Return the fastest way of decoding that covers the policy."""
-    inference = llama_forward_for(policy)
-    if inference is None:
+    forward = llama_forward_for(policy)
+    if forward is None:
         return ModelDecoding(policy)
-    return LlamaDecoding(inference, max_new_tokens, policy.device)
+    return LlamaDecoding(forward, max_new_tokens, policy.device)
 
 
 def _decode_native(

@@ -76,7 +76,7 @@ def raw_scores(reward_model: nn.Module, batch: SequenceBatch) -> Tensor:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Have the model's weights at hand, dropout off and no gradients inside the block."""
+    """Gather or load the model's weights for the block, and switch dropout and gradients off in it."""
     training = model.training
     model.eval()
     try:
@@ -148,7 +148,7 @@ def token_logprobs(
     Args:
         tokens: most tokens of a batch, padding included.
         advance: called with the number of pairs done, for progress.
-        alone: whether this process computes all pairs by itself instead of sharing them out.
+        alone: compute all pairs in this process instead of sharing them between the processes.
     """
 
     def forward(batch: SequenceBatch) -> list[Tensor]:

@@ -65,26 +65,26 @@ def build_shared(pairs: Sequence[Pair]) -> SharedBatch:
         rows.append([*range(start, start + len(prompt)), *range(begin, begin + len(response))])
     width = max(map(len, rows))
     first = [-1] * len(ids)
-    for row, places in enumerate(rows):
-        for column, place in enumerate(places):
-            if first[place] < 0:
-                first[place] = row * width + column
+    for row, indices in enumerate(rows):
+        for column, index in enumerate(indices):
+            if first[index] < 0:
+                first[index] = row * width + column
     return SharedBatch(
         torch.tensor([ids]),
         torch.tensor([positions]),
-        torch.tensor([places + [0] * (width - len(places)) for places in rows]),
+        torch.tensor([indices + [0] * (width - len(indices)) for indices in rows]),
         torch.tensor(first),
-        torch.tensor([places[-1] for places in rows]),
+        torch.tensor([indices[-1] for indices in rows]),
     )
 
 
 def shared_scores(reward_model: nn.Module, batch: SharedBatch) -> Tensor:
-    """Return scores [S] of whole responses before normalisation. Call it inside `sharing`."""
+    """Return scores [S] of whole responses before normalisation. Call it inside `share_prompts`."""
     return reward_model.score(last_states(reward_model, batch)).squeeze(-1).float()
 
 
 def last_states(model: nn.Module, batch: SharedBatch) -> Tensor:
-    """Return hidden states [S, H] at the last token of each response. Call it inside `sharing`."""
+    """Return hidden states [S, H] at the last token of each response. Call it inside `share_prompts`."""
     hidden = getattr(model, model.base_model_prefix)(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -153,10 +153,10 @@ def _attention(
     return _picked(out.flatten(0, 1), shared_first)[None], None
 
 
-def _picked(tokens: Tensor, places: Tensor) -> Tensor:
-    """Return tokens [N, h, d] at the indices `places` [...], as [..., h, d]."""
+def _picked(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Return tokens [N, h, d] at the indices [...], as [..., h, d]."""
     # An embedding, because its backward sums over a prompt that was taken several times, fast and in a fixed order.
-    return embedding(places, tokens.flatten(1)).unflatten(-1, tokens.shape[1:])
+    return embedding(indices, tokens.flatten(1)).unflatten(-1, tokens.shape[1:])
 
 
 AttentionInterface.register(ATTENTION, _attention)

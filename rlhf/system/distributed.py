@@ -112,12 +112,12 @@ def processes() -> int:
 
 
 def shard(rows: Sequence[Item]) -> list[Item]:
-    """This process's share: every n-th row, so that rows sorted by length are shared out evenly. It may be empty."""
+    """Return every n-th row for n processes, so that rows sorted by length are shared out evenly; it may be empty."""
     return list(rows[dist.get_rank() :: processes()]) if processes() > 1 else list(rows)
 
 
 def gather_shards(results: Sequence[Result]) -> list[Result]:
-    """The results of all processes' `own` rows in the order of the whole; all processes must call it."""
+    """Return the results for all rows from those for each process's `shard`, in order; all processes must call it."""
     parts = all_gather_objects(list(results))
     whole: list[Result] = [None] * sum(map(len, parts))  # type: ignore[list-item]
     for rank, part in enumerate(parts):
@@ -126,7 +126,7 @@ def gather_shards(results: Sequence[Result]) -> list[Result]:
 
 
 def all_gather_objects(value: Result) -> list[Result]:
-    """`value` of every process, in order; all processes must call it."""
+    """Return the value of every process, ordered by rank; all processes must call it."""
     if processes() == 1:
         return [value]
     values: list[Result] = [value] * processes()
@@ -134,8 +134,8 @@ def all_gather_objects(value: Result) -> list[Result]:
     return values
 
 
-def rows_of_all(row: Tensor) -> Tensor:
-    """Return the tensor [n] of every process as [processes, n], on the CPU; all of them must call it with one n."""
+def all_gather_tensor(row: Tensor) -> Tensor:
+    """Return the tensors [n] of all processes as [processes, n], on the CPU; all must call it with the same n."""
     if processes() == 1:
         return row.cpu()[None]
     row = row.to(collective_device())
@@ -145,13 +145,13 @@ def rows_of_all(row: Tensor) -> Tensor:
 
 
 def barrier() -> None:
-    """Wait until all processes have come here."""
+    """Wait until all processes have called this."""
     if processes() > 1:
         dist.barrier()
 
 
 def any_rank(here: bool) -> bool:
-    """Whether it is so on any process; all processes must ask."""
+    """Return whether `here` is true on any process; all processes must call it."""
     if processes() == 1:
         return here
     flag = torch.tensor(int(here), device=collective_device())
@@ -171,10 +171,10 @@ def sum_over_processes(values: Sequence[float]) -> list[float]:
 def pick_device(recipe: Recipe) -> torch.device:
     """Return the device of this process: run.device, where `auto` takes the GPU of its local rank if there is one.
 
-    Apple's GPUs are not taken: they have no float64, which sampling needs.
+    Apple's GPUs are not used, because they have no float64, which sampling needs.
 
     Raises:
-        UserError: for run.device=cuda without one.
+        UserError: for run.device=cuda without a CUDA device.
     """
     if recipe.run.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device", "run.device", "set run.device=cpu, or check the driver and PyTorch")

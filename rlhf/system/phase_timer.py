@@ -1,4 +1,4 @@
-"""The time and the memory that an iteration takes: seconds, peak and batches of each of its phases."""
+"""Time and memory of the phases of an iteration, and the padding of the batches that were built in them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlhf.system.phases import phase
 
 @dataclass
 class PaddingCounts:
-    """Padded batches that were built: how many, their tokens, and their slots with padding."""
+    """The number of padded batches, their tokens, and their slots (tokens and padding)."""
 
     number: int = 0
     tokens: int = 0
@@ -30,7 +30,7 @@ class PaddingCounts:
 
 @dataclass
 class PhaseMeasurements:
-    """By phase: seconds, peak in GB where the system tells it, and batches; `other` has the time outside all phases."""
+    """Seconds, peak in GB (if the system measures it) and batches by phase; `other` is the time outside all phases."""
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     peaks: dict[str, float] = field(default_factory=dict)
@@ -47,7 +47,7 @@ _open: list[PaddingCounts] = []  # of the phase that this process is in
 
 
 def count_batch(tokens: int, slots: int) -> None:
-    """Count a batch of so many tokens and slots for the phase that this process is in, if it is in one."""
+    """Add a batch to the counts of the phase that this process is in, if it is in one."""
     if _open:
         _open[-1].number += 1
         _open[-1].tokens += tokens
@@ -55,11 +55,11 @@ def count_batch(tokens: int, slots: int) -> None:
 
 
 class PhaseTimer:
-    """Announces and measures the phases of a loop: `with phases("score", step): ...`, any number of times each.
+    """Announces and measures the phases of a loop: `with phases("score", step): ...`. A phase may come several times.
 
     Args:
-        device: whose memory is measured, and which is waited for at the end of a phase.
-        names: phases that every `take` has, also those that took no time.
+        device: its memory is measured, and its queued work belongs to the phase that queued it.
+        names: phases that every result of `collect` has, also if they took no time.
     """
 
     def __init__(self, device: torch.device, names: tuple[str, ...] = ()) -> None:
@@ -69,7 +69,7 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, name: str, step: int | None = None) -> Iterator[None]:
-        """Say that a phase begins (rlhf/system/phases.py), and add the time and memory of the block to it.
+        """Announce a phase (rlhf/system/phases.py), and add the time and memory of the block to it.
 
         Phases do not nest.
         """
@@ -91,8 +91,8 @@ class PhaseTimer:
             peaks = self._measured.peaks
             peaks[name] = max(peaks.get(name, 0.0), recent_peak_gb(self.device))
 
-    def take(self) -> PhaseMeasurements:
-        """Return what was measured since the last call, and begin anew."""
+    def collect(self) -> PhaseMeasurements:
+        """Return the measurements since the last call, and begin new ones."""
         done, now = self._measured, time.perf_counter()
         done.seconds["other"] = max(
             0.0, now - (now if self._since is None else self._since) - sum(done.seconds.values())

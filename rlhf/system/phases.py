@@ -1,6 +1,6 @@
-"""The phase that this process is in, for the log and the watch over a distributed run (rlhf/system/watchdog.py).
+"""The phase that this process is in, for the log and for the watchdog (rlhf/system/watchdog.py).
 
-rlhf/system/phase_timer.py measures the phases of PPO besides.
+rlhf/system/phase_timer.py also measures the phases of PPO.
 """
 
 from __future__ import annotations
@@ -8,18 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# Of an iteration of PPO, in this order; the other stages have some of them. Besides, a stage begins in "start", and one
+# Phases of an iteration of PPO, in this order; the other stages have some of them. A stage begins in "start", and one
 # that waits for people is in "labelling".
 PHASES = ("rollout", "score", "train", "ptx", "optimizer", "save")
 
 
 @dataclass
 class PhaseState:
-    """Where a process is; all processes of a stage go through the same phases in the same order."""
+    """The phase of a process and its progress; all processes of a stage have the same phases in the same order."""
 
     phase: str = "start"
-    step: int | None = None  # of the phase: an iteration, an optimiser step or a chunk
-    beat: int = 0  # phases and steps begun, to be compared between processes
+    step: int | None = None  # number of an iteration, an optimiser step or a chunk
+    beat: int = 0  # number of phases and steps begun, compared between processes
     activity: int = 0  # grows with every sign of progress, smaller ones included
 
     def words(self) -> str:
@@ -32,7 +32,7 @@ _listeners: list[Callable[[], None]] = []  # called when another phase begins
 
 
 def phase(name: str, step: int | None = None) -> None:
-    """Say that a phase, or the next step of the same one, begins; it lasts until the next call."""
+    """Announce that a phase, or the next step of the same phase, begins; it lasts until the next call."""
     another = name != now.phase
     now.phase, now.step = name, step
     now.beat += 1
@@ -43,12 +43,12 @@ def phase(name: str, step: int | None = None) -> None:
 
 
 def heartbeat() -> None:
-    """Say that the phase goes on well; loops with a progress bar say it at every advance."""
+    """Report progress within the phase; loops with a progress bar do so at every advance."""
     now.activity += 1
 
 
 def on_phase_change(call: Callable[[], None] | None) -> None:
-    """Be at the start of a stage and have `call()` made whenever another phase begins; None ends that."""
+    """Reset the state to the start of a stage and have `call` called when a phase begins; None removes the call."""
     _listeners.clear()
     if call:
         now.phase, now.step, now.beat, now.activity = "start", None, 0, 0

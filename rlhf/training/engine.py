@@ -28,7 +28,7 @@ from rlhf.training.sharded_state import MOMENTS, WEIGHT, Fragment, FragmentReade
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Parameters that share a learning rate and are clipped together."""
+    """A module whose parameters share a learning rate and are clipped together."""
 
     name: str
     module: nn.Module
@@ -41,14 +41,14 @@ class ParamGroup:
 
 @dataclass
 class StepResult:
-    """What an optimiser step did: `grad_norms` by group before clipping, and the first non-finite gradient if any."""
+    """Result of a step: gradient norms by group before clipping, and the name of the first non-finite gradient."""
 
     grad_norms: dict[str, float] = field(default_factory=dict)
     non_finite: str = ""
 
 
 class Engine(ABC):
-    """Holds a model and what its optimiser needs, apart from the optimiser's own state.
+    """A model, its optimiser and the counts of skipped steps; the base of both engines.
 
     Attributes:
         stage: ZeRO stage, 0 where every process holds everything.
@@ -56,9 +56,9 @@ class Engine(ABC):
         device: where the model computes.
         model: called for every pass with gradients.
         adamw: the optimiser, made by the subclass.
-        process: number of this process in the names of the files that it writes.
-        skipped_steps: optimiser steps that a non-finite gradient has skipped, over the whole run.
-        skipped_in_a_row: of these, the newest ones without a step between them.
+        process: rank of this process, which the names of the files that it writes contain.
+        skipped_steps: number of optimiser steps that were skipped for a non-finite gradient, over the whole run.
+        skipped_in_a_row: how many of the newest steps were skipped, without one that was not.
     """
 
     stage = 0
@@ -86,12 +86,12 @@ class Engine(ABC):
     @property
     @abstractmethod
     def groups_in_turn(self) -> list[tuple[str, ...]]:
-        """Names of the groups whose gradients are made and stepped together, one entry after the other."""
+        """Return the names of the groups whose gradients are computed and stepped together, in order."""
 
     @property
     @abstractmethod
     def module(self) -> nn.Module:
-        """The model without a wrapper, for passes without gradients."""
+        """Return the model without a wrapper, for passes without gradients."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -103,7 +103,7 @@ class Engine(ABC):
 
         An optimiser step is one call for each entry of `groups_in_turn`, in that order, and the last call counts it.
         Groups are clipped apart, so it does not matter whether they are stepped in one call or in several, unless a
-        gradient is not finite. That skips the groups of its own call and of the later calls of this optimiser step;
+        gradient is not finite. That skips the groups of this call and of the later calls of this optimiser step;
         groups of earlier calls have been stepped already.
 
         Args:
@@ -206,7 +206,7 @@ class Engine(ABC):
         return {name: tuple(p.shape) for name, p in self.trainable().items()}
 
     def _with_moments(self, stepped: Tensor) -> dict[str, Tensor]:
-        """Return, by kind, a tensor that the optimiser steps and its moments where it has any."""
+        """Return a tensor that the optimiser steps, and its moments if it has any, by kind."""
         state = self.adamw.state.get(stepped, {})
         found = {WEIGHT: stepped} | {kind: state[kind] for kind in MOMENTS if kind in state}
         return {kind: tensor.detach() for kind, tensor in found.items()}
@@ -233,7 +233,7 @@ class Engine(ABC):
         return ClippedAdamW(groups, partitioned=self.stage > 0, **self._adam)
 
     def _prepare_step(self, lr_factor: float) -> None:
-        """Set the learning rates, and forget what the last step has found."""
+        """Set the learning rates, and clear the norms and the bad gradient of the last step."""
         for group, state in zip(self.groups, self.adamw.param_groups, strict=True):
             state["lr"] = group.lr * lr_factor
         self.adamw.grad_norms, self.adamw.non_finite = {}, ""
@@ -252,7 +252,7 @@ class Engine(ABC):
 
 
 class LocalEngine(Engine):
-    """The engine of a single process; it holds the gradients of one group at a time."""
+    """The engine of a single process. It holds the gradients of one group at a time."""
 
     def __init__(self, model: nn.Module, groups: list[ParamGroup], device: torch.device, **options: Any) -> None:
         super().__init__(groups, device, **options)
@@ -265,7 +265,7 @@ class LocalEngine(Engine):
             if parameter.dtype != torch.float32
         }
         self.adamw = self._make_adamw(lambda p: self._copies.get(p, p))
-        self._bad = ""  # of the optimiser step that has begun: its first non-finite gradient
+        self._bad = ""  # the first non-finite gradient of the current optimiser step
 
     @property
     def groups_in_turn(self) -> list[tuple[str, ...]]:
@@ -304,7 +304,7 @@ class LocalEngine(Engine):
         return result
 
     def _step(self, lr_factor: float) -> tuple[dict[str, float], str]:
-        """Step what has gradients; returns gradient norms by group, and the first non-finite gradient if any."""
+        """Step the parameters with gradients; return their norms by group, and the first non-finite gradient if any."""
         self._prepare_step(lr_factor)
         for parameter, copy in self._copies.items():
             copy.grad = None if parameter.grad is None else parameter.grad.float()
@@ -328,7 +328,7 @@ class LocalEngine(Engine):
 
     @torch.no_grad()
     def _round_copies(self) -> None:
-        """Give the model the stepped values."""
+        """Copy the stepped float32 values into the model's weights, in their type."""
         for parameter, copy in self._copies.items():
             parameter.copy_(copy)
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from rlhf.rollout.batches import SequenceBatch, build_batch
 from rlhf.rollout.experience import Experience
-from rlhf.system.distributed import rows_of_all, shard
+from rlhf.system.distributed import all_gather_tensor, shard
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some episodes on the device of the networks: b rows, r response positions."""
+    """Episodes that go through the networks at once, on their device: b rows, r response positions."""
 
     sequences: SequenceBatch
     mask: Tensor  # [b, r] bool
@@ -24,8 +24,8 @@ class MicroBatch:
     advantages: Tensor  # [b, r]
     returns: Tensor  # [b, r]
 
-    def grid(self, flat: Tensor) -> Tensor:
-        """Return values [N] of the response tokens as [b, r], zero on padding (differentiable)."""
+    def unflatten(self, flat: Tensor) -> Tensor:
+        """Return flat values [N] of the response tokens as [b, r], zero on padding (differentiable)."""
         return self.sequences.unflatten(flat, self.mask.shape[1])
 
 
@@ -48,9 +48,9 @@ def micro_batches(
 
 
 class TokenMeans:
-    """Adds up the metrics of a minibatch over micro-batches and processes.
+    """Accumulates the metrics of a minibatch over micro-batches and processes.
 
-    Sums stay on the device, in float64, so that no micro-batch waits for it. `reduce` reads all of them at once.
+    Sums stay on the device, in float64, so that no micro-batch waits for the device. `reduce` reads all at once.
     """
 
     def __init__(self) -> None:
@@ -63,18 +63,18 @@ class TokenMeans:
             value = value.detach().double()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def largest(self, values: Mapping[str, Tensor]) -> None:
-        """Keep the largest that each metric has been."""
+    def add_max(self, values: Mapping[str, Tensor]) -> None:
+        """Keep the maximum of each metric over the micro-batches, scalars by name."""
         for name, value in values.items():
             value = value.detach().double()
             self._maxima[name] = torch.maximum(self._maxima[name], value) if name in self._maxima else value
 
     def reduce(self, tokens: int) -> dict[str, float]:
-        """Return the sums of all processes over `tokens`, and the largest values, by name.
+        """Return the sums of all processes divided by `tokens`, and the maxima, by name.
 
-        One gather of one tensor. All processes must call it, and have added the same names.
+        It takes one gather of one tensor. All processes must call it, and have added the same names.
         """
-        rows = rows_of_all(torch.stack([*self._sums.values(), *self._maxima.values()]))
+        rows = all_gather_tensor(torch.stack([*self._sums.values(), *self._maxima.values()]))
         count = len(self._sums)
         means, maxima = rows[:, :count].sum(0) / tokens, rows[:, count:].amax(0)
         return dict(zip([*self._sums, *self._maxima], [*means.tolist(), *maxima.tolist()], strict=True))

@@ -1,7 +1,7 @@
 """Policy and value model under one engine.
 
-DeepSpeed drives one engine a process, so the two networks sit in one module whose `forward` dispatches: every pass, PPO
-or ptx, is one forward of the engine and one backward. Calling an inner model directly would skip the engine's hooks.
+A process has one DeepSpeed engine, so the two networks are in one module whose `forward` dispatches: every pass, PPO or
+ptx, is one forward and one backward of the engine. Calling an inner model directly would skip the engine's hooks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Networks = tuple[str, ...]  # of "policy" and "value"
 
 
 class PpoForward(NamedTuple):
-    """Per response token, flat [N]; None of a network that was not asked for."""
+    """Results for each response token, flat [N]; None for a network that was not run."""
 
     logprobs: Tensor | None
     entropies: Tensor | None  # no gradient
@@ -32,25 +32,24 @@ class PolicyValue(nn.Module):
     Args:
         policy: a causal language model.
         value: a model with a scalar head.
-        most_tokens: predicted tokens of the largest PPO and of the largest pretraining micro-batch, where the LM head
-            is partitioned (ZeRO-3). All processes gather it together in every call, so they must call it equally often,
-            however many tokens each of them has. None where every process has the whole head.
+        max_tokens: under ZeRO-3, which partitions the LM head, the most predicted tokens that a PPO and a pretraining
+            micro-batch can have; else None. Each call of the head gathers it from all processes, so that all must call
+            it equally often, however many tokens each of them has.
     """
 
-    def __init__(self, policy: nn.Module, value: nn.Module, most_tokens: tuple[int, int] | None = None) -> None:
+    def __init__(self, policy: nn.Module, value: nn.Module, max_tokens: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.policy = policy
         self.value = value
-        self._ppo_chunks, self._ptx_chunks = (head_chunks(n) for n in most_tokens) if most_tokens else (0, 0)
+        self._ppo_chunks, self._ptx_chunks = (head_chunks(n) for n in max_tokens) if max_tokens else (0, 0)
 
     def forward(
         self, what: Networks | Literal["ptx"], batch: SequenceBatch, temperature: float = 1.0
     ) -> PpoForward | Tensor:
-        """Run the networks that `what` names on the responses of a batch, or the policy on pretraining text.
+        """Run the named networks on the responses of a batch, or the policy on pretraining text.
 
         Returns:
-            A PpoForward of the networks; for "ptx" the negative log-likelihoods [N] of all tokens but the first of each
-            row.
+            A PpoForward; for "ptx" the negative log-likelihoods [N] of all tokens but the first of each row.
         """
         if what == "ptx":
             return -response_logprobs(self.policy, batch, temperature, self._ptx_chunks)[0]

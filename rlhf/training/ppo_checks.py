@@ -1,4 +1,4 @@
-"""What a PPO run checks of itself: that it starts where it must, and that the policy stays near the reference."""
+"""Checks of a PPO run on itself: the ratio is 1 and the KL 0 at the start, and the policy stays near the reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlhf.training.ppo_state import Ppo
 
 
 def check_first_minibatch(ppo: Ppo, experience: ScoredEpisodes, ratio_error: float) -> None:
-    """Check that before any update of an iteration the ratio is 1, and before the first update of all the KL is 0.
+    """Check that the ratio is 1 before the updates of an iteration, and the KL 0 before the first update of the run.
 
     Raises:
         UserError: with the likely causes, when either is off by more than ppo.ratio_tolerance.
@@ -20,8 +20,8 @@ def check_first_minibatch(ppo: Ppo, experience: ScoredEpisodes, ratio_error: flo
         raise UserError(
             f"the probability ratio is off by {ratio_error:.2g} before any update of iteration {ppo.iteration}",
             where="ppo.ratio_tolerance",
-            fix="likely causes: dropout left on, sampling that is not the plain softmax, a rollout engine with weights "
-            "or kernels of its own, or bfloat16 with a tolerance meant for float32",
+            fix="likely causes: dropout left on, sampling that is not the plain softmax, a rollout engine with other "
+            "weights or kernels, or bfloat16 with a tolerance meant for float32",
         )
     gap = float(torch.where(experience.mask, experience.logprobs - experience.ref_logprobs, 0.0).abs().max())
     if ppo.iteration == 0 and gap > tolerance:

@@ -1,7 +1,7 @@
 """What a PPO iteration logs: the means over its optimiser steps, samples, and its perf/ and memory/ metrics.
 
-For every phase the log has the FLOPs and bytes that it cannot do without, of one process, beside what the machine
-does at its best: rlhf/costs/roofline.py turns them into the least time that it could have taken.
+For every phase the log has the FLOPs and bytes that one process needs at the least, and the highest that the machine
+reaches: rlhf/costs/roofline.py turns them into the least time that the phase could have taken.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ AVERAGE_BYTES = 12  # of a weight in the average: both read, one written
 
 
 def mean_metrics(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return the means over the optimiser steps, of ppo/ratio_max the largest; ratio_error is checked, not logged."""
+    """Return the means over the optimiser steps; of ppo/ratio_max the largest, and ratio_error is left out."""
     history: dict[str, list[float]] = defaultdict(list)
     for step in steps:
         for name, value in step.items():
@@ -55,12 +55,12 @@ def performance(ppo: Ppo, pairs: Sequence[Pair]) -> dict[str, float]:
     A checkpoint that was written since the last call counts for this one.
     """
     peaks = machine_peaks(ppo.engine.device, next(ppo.networks.parameters()).dtype)
-    measured, cfg = ppo.phases.take(), ppo.recipe.ppo
+    measured, cfg = ppo.phases.collect(), ppo.recipe.ppo
     lengths = [(len(prompt), len(response)) for prompt, response in pairs]
     response_tokens, tokens = sum(response for _, response in lengths), sum(map(sum, lengths))
-    needs = iteration_costs(ppo, pairs, measured.batches)
+    costs = iteration_costs(ppo, pairs, measured.batches)
     seconds = measured.seconds
-    found = measured.metrics() | needs
+    found = measured.metrics() | costs
     found["perf/rollout_tokens_per_s"] = response_tokens / seconds["rollout"]
     found["perf/train_tokens_per_s"] = tokens * cfg.epochs / seconds["train"]
     found["perf/score_tokens_per_s"] = tokens / seconds["score"]
@@ -68,7 +68,7 @@ def performance(ppo: Ppo, pairs: Sequence[Pair]) -> dict[str, float]:
         text = ppo.plan.steps_per_iteration * ppo.plan.ptx_rows_per_minibatch * cfg.ptx_tokens
         found["perf/ptx_tokens_per_s"] = text / seconds["ptx"]
     updating = seconds["train"] + seconds["ptx"] + seconds["optimizer"]
-    flops = needs["perf/flops_train"] + needs["perf/flops_ptx"]
+    flops = costs["perf/flops_train"] + costs["perf/flops_ptx"]
     found["perf/mfu"] = flops / updating / peaks["perf/peak_flops"]
     found |= {"perf/processes": float(processes()), "perf/gpu": float(ppo.engine.device.type == "cuda")}
     return found | peaks | {"memory/peak_gb": ppo.phases.peak_gb()}
@@ -85,7 +85,7 @@ def machine_peaks(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     def measure(folder: Path) -> None:
         reset_peak(device)
         found = {"perf/peak_flops": measured_peak_flops(device, dtype), "perf/bandwidth": measured_bandwidth(device)}
-        reset_peak(device, forget=True)  # the memory of the measurements was given back, and is no peak of the run
+        reset_peak(device, forget=True)  # the measurements do not count for the peak of the run
         (folder / "peaks.json").write_text(json.dumps(found))
 
     name = f"{device_name(device)} {torch.get_num_threads()} threads {dtype}"
@@ -94,7 +94,7 @@ def machine_peaks(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def iteration_costs(ppo: Ppo, pairs: Sequence[Pair], batches: dict[str, PaddingCounts]) -> dict[str, float]:
-    """Return perf/flops_PART and perf/bytes_PART of this process; `floors.PARTS` has the parts of each phase.
+    """Return perf/flops_PART and perf/bytes_PART of this process (parts by phase: rlhf/costs/roofline.py).
 
     Weights are read once in every forward pass, and again in a backward pass where the gradient goes through; what
     is between the operations of a pass is left out, so the bytes are a bound from below.
@@ -105,41 +105,39 @@ def iteration_costs(ppo: Ppo, pairs: Sequence[Pair], batches: dict[str, PaddingC
     share = 1 / processes()
     lengths = [(len(prompt), len(response)) for prompt, response in pairs]
     whole = _scaled(pass_size(lengths), share)
-    needs = decoding_costs(policy, pairs, cfg.rollout_batch_size)
+    costs = decoding_costs(policy, pairs, cfg.rollout_batch_size)
     if ppo.recipe.model.dtype != "float32" or cfg.rollout == "vllm":
-        needs["perf/flops_rescore"] = policy.forward(whole)
-        needs["perf/bytes_rescore"] = float(policy.weight_bytes)
+        costs["perf/flops_rescore"] = policy.forward(whole)
+        costs["perf/bytes_rescore"] = float(policy.weight_bytes)
     judged = whole._replace(heads=len(pairs) * share)
-    needs["perf/flops_score"] = plain.forward(whole) + value.forward(whole) + reward.forward(judged)
+    costs["perf/flops_score"] = plain.forward(whole) + value.forward(whole) + reward.forward(judged)
     passes = batches["score"].number / 3 if "score" in batches else 1
-    needs["perf/bytes_score"] = passes * (plain.weight_bytes + value.weight_bytes + reward.weight_bytes)
-    needs["perf/flops_train"] = cfg.epochs * sum(cost.training(whole) for cost in (policy, value))
+    costs["perf/bytes_score"] = passes * (plain.weight_bytes + value.weight_bytes + reward.weight_bytes)
+    costs["perf/flops_train"] = cfg.epochs * sum(cost.training(whole) for cost in (policy, value))
     # Where the networks take turns, each goes through every micro-batch by itself.
     passes = (
         batches["train"].number / len(ppo.engine.groups_in_turn) if "train" in batches else ppo.plan.steps_per_iteration
     )
-    needs["perf/bytes_train"] = passes * sum(_training_bytes(cost) for cost in (policy, value))
-    needs |= {"perf/flops_ptx": 0.0, "perf/bytes_ptx": 0.0}
+    costs["perf/bytes_train"] = passes * sum(_training_bytes(cost) for cost in (policy, value))
+    costs |= {"perf/flops_ptx": 0.0, "perf/bytes_ptx": 0.0}
     if ppo.ptx_coef > 0:
         rows = ppo.plan.steps_per_iteration * ppo.plan.ptx_rows_per_process
-        needs["perf/flops_ptx"] = policy.training(_scaled(pass_size([(1, cfg.ptx_tokens - 1)]), rows))
+        costs["perf/flops_ptx"] = policy.training(_scaled(pass_size([(1, cfg.ptx_tokens - 1)]), rows))
         passes = batches["ptx"].number if "ptx" in batches else ppo.plan.steps_per_iteration
-        needs["perf/bytes_ptx"] = passes * _training_bytes(policy)
+        costs["perf/bytes_ptx"] = passes * _training_bytes(policy)
     # ZeRO 1 to 3 divide the optimiser's work; without it every process does it all.
     stepped = (policy.parameters + value.parameters) * (share if ppo.engine.stage else 1)
     averaged = policy.parameters if cfg.ema_decay > 0 and is_main_process() else 0
     each = STEP_BYTES * stepped + AVERAGE_BYTES * averaged
-    needs["perf/bytes_optimizer"] = ppo.plan.steps_per_iteration * each
-    return needs
+    costs["perf/bytes_optimizer"] = ppo.plan.steps_per_iteration * each
+    return costs
 
 
 def decoding_costs(policy: ModelCost, pairs: Sequence[Pair], batch_size: int) -> dict[str, float]:
-    """Return what sampling takes on this process: a pass over the prompts, then one for each token of the longest
-    response.
+    """Return what sampling costs this process: a pass over the prompts, then one per further token of the longest row.
 
-    Every pass reads the weights, and for each row that goes on the keys and values of what came before. A prompt that
-    a batch has several times is prefilled once. perf/decode_steps and perf/decode_rows are the passes, and the rows
-    that went through them in all.
+    Every pass reads the weights, and the keys and values of every unfinished row. A prompt that a batch has several
+    times is prefilled once. perf/decode_steps is the number of passes, and perf/decode_rows the sum of their rows.
     """
     mine = shard(sorted(pairs, key=lambda pair: len(pair[0])))
     batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]

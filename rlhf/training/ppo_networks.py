@@ -1,6 +1,6 @@
 """The four networks of PPO: the policy, the reference, the value model and the reward model.
 
-The reference is the SFT policy, whatever the method: a model of its own, or under a parameter-efficient method a second
+The reference is the SFT policy, whatever the method: a separate model, or under a parameter-efficient method a second
 adapter with SFT's weights. The value model starts from the reward model, head and normalisation included. Where all of
 them are adapters on one base, the base is in memory once (rlhf/models/peft/shared_base.py).
 """
@@ -28,7 +28,7 @@ from rlhf.system.distributed import processes
 
 @dataclass(frozen=True)
 class PpoNetworks:
-    """All in eval mode; `bases` says for the log which networks share base weights, empty without a PEFT method."""
+    """The four networks in eval mode, and for the log which of them share a base (empty without a PEFT method)."""
 
     policy: PreTrainedModel
     reference: PreTrainedModel  # frozen
@@ -61,9 +61,7 @@ def _reference(sft_dir: Path, recipe: Recipe) -> PreTrainedModel:
 
 
 def _rounded(recipe: Recipe) -> bool:
-    """Return whether DeepSpeed rounds the policy's adapter: then the reference's must be rounded too, for KL to start
-    at 0.
-    """
+    """Return whether DeepSpeed rounds the policy's adapter; then the reference's is rounded too, so that KL is 0."""
     return processes() > 1 and recipe.model.dtype == "bfloat16"
 
 
@@ -101,11 +99,11 @@ def _on_one_base(recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch.
 
 
 def policy_to_train(sft_dir: Path, model: ModelSection) -> PreTrainedModel:
-    """Load a policy to be trained by the recipe's method; it computes what the model in the folder computes.
+    """Load a policy to train by the recipe's method; it computes what the model in the folder computes.
 
     Raises:
-        UserError: if the model is of another method, cannot be merged although all weights are trained, or is plain and
-            the method would change it.
+        UserError: if the model has another method, has one that cannot be merged while all weights are trained, or has
+            none and the recipe's would change what it computes.
     """
     peft, adapter = model.peft, find_adapter(sft_dir)
     if adapter is not None and peft.on:

@@ -1,4 +1,4 @@
-"""The parts of a PPO run, how they are put together from the earlier stages, its checkpoints and its results.
+"""State of a PPO run: how it is built from the results of the earlier stages, its checkpoints and its results.
 
 The program that uses it is stages/ppo.py.
 """
@@ -42,7 +42,7 @@ from rlhf.training.zero_engine import make_engine
 
 @dataclass
 class Ppo:
-    """Everything an iteration works on."""
+    """The data, the networks and the state that every iteration of PPO works on."""
 
     recipe: Recipe
     plan: PpoPlan
@@ -64,11 +64,11 @@ class Ppo:
 
     @property
     def networks(self) -> PolicyValue:
-        """Policy and value model, for passes without gradients."""
+        """Return policy and value model, for passes without gradients."""
         return self.engine.module  # type: ignore[return-value]
 
     def policy_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield name and value of the weights that the policy trains, each gathered on all processes in its turn."""
+        """Yield name and value of each trained weight of the policy, gathered; all processes must read all of them."""
         weights = self.engine.weights()
         return ((name, weights[name].detach()) for name in weights if name.startswith("policy."))
 
@@ -80,20 +80,16 @@ class Ppo:
 
 
 def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
-    """Load the models (rlhf/training/ppo_networks.py) and the data of a PPO run, and put the trained ones under an
-    engine.
+    """Load the networks and the data of a PPO run, and put policy and value model under an engine.
 
     Args:
-        recipe: the recipe of the run.
-        ptx: whether pretraining text is trained on too (PPO-ptx).
-        sft_dir: folder of the SFT model.
-        reward_dir: folder of the reward model.
+        ptx: whether to train on pretraining text too (PPO-ptx).
 
     Raises:
-        UserError: when there is no prompt or no pretraining text, or the models do not fit the recipe.
+        UserError: if no prompt or no pretraining text is left, or the models do not fit the recipe.
     """
     cfg, plan = recipe.ppo, plan_ppo(recipe)
-    if cfg.rollout == "vllm" and recipe.model.peft.method not in UNMERGEABLE:  # else vLLM is not asked
+    if cfg.rollout == "vllm" and recipe.model.peft.method not in UNMERGEABLE:  # others are sampled natively
         check_server(recipe.launch, _longest_episode(recipe))
     tokenizer = load_tokenizer(sft_dir, recipe.model)
     same_tokenizer(tokenizer, load_tokenizer(reward_dir, recipe.model))
@@ -131,7 +127,7 @@ def _longest_episode(recipe: Recipe) -> int:
 def _load_data(
     recipe: Recipe, ptx: bool, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the prompts and the rows of pretraining text as token ids; says which rows were dropped."""
+    """Return the prompts and the rows of pretraining text as token ids, and show how many rows were dropped and why."""
     drops = Drops()
     prompts = fit_prompts(read_prompts(recipe.data.prompts, drops), tokenizer, recipe.data.max_prompt_tokens, drops)
     if not prompts:
@@ -145,7 +141,7 @@ def _load_data(
 
 
 def _check_models(recipe: Recipe, ptx: bool, loaded: PpoNetworks, reward_dir: Path) -> None:
-    """Refuse models that this program would compute wrongly, and those whose context is too short."""
+    """Raise UserError for models that PPO would compute wrongly, and for those whose context is too short."""
     check_plain_head(loaded.policy)
     check_probes(loaded.reward, reward_dir)
     for model in (loaded.policy, loaded.reward):
@@ -155,10 +151,10 @@ def _check_models(recipe: Recipe, ptx: bool, loaded: PpoNetworks, reward_dir: Pa
 
 
 def _make_engine(recipe: Recipe, loaded: PpoNetworks) -> Engine:
-    """Put policy and value model under one engine, each with a learning rate and a gradient norm of its own."""
+    """Put policy and value model under one engine, each with its learning rate and clipped by its gradient norm."""
     cfg, size = recipe.ppo, recipe.ppo.micro_batch_size
-    most = (size * recipe.data.max_response_tokens, size * cfg.ptx_tokens) if zero_stage(recipe) == 3 else None
-    networks = PolicyValue(loaded.policy.eval(), loaded.value.eval(), most)
+    max_tokens = (size * recipe.data.max_response_tokens, size * cfg.ptx_tokens) if zero_stage(recipe) == 3 else None
+    networks = PolicyValue(loaded.policy.eval(), loaded.value.eval(), max_tokens)
     if recipe.launch.gradient_checkpointing:
         recompute_activations(networks.policy)
         recompute_activations(networks.value)
@@ -176,7 +172,7 @@ def _make_engine(recipe: Recipe, loaded: PpoNetworks) -> Engine:
 
 
 def save_checkpoint(ppo: Ppo, checkpoints: Checkpoints) -> None:
-    """Save all state as step-NNNNNN, named by the iterations done."""
+    """Seal all state in a checkpoint that is named by the number of iterations done."""
 
     def write(staged: Path) -> None:
         ppo.engine.save(staged / "engine")
@@ -196,15 +192,15 @@ def load_checkpoint(ppo: Ppo, folder: Path) -> None:
     state = json.loads((folder / "state.json").read_text())
     ppo.engine.load(folder / "engine")
     load_rng(folder)
-    if ppo.ema:  # of the first process alone
+    if ppo.ema:  # on the first process only
         ppo.ema = load_file(folder / "ema.safetensors")
     ppo.iteration, ppo.metrics = state["iteration"], state["metrics"]
-    if ppo.recipe.ppo.kl_control == "adaptive":  # else the recipe's, which may have been changed knowingly
+    if ppo.recipe.ppo.kl_control == "adaptive":  # a fixed one is the recipe's, which may have been changed on purpose
         ppo.kl_coef = state["kl_coef"]
 
 
 def save_policies(ppo: Ppo, folder: Path) -> None:
-    """Write the policy to model/ and, where there is one, its average to ema/; all processes must call."""
+    """Write the policy to model/ and its average, if it has one, to ema/; all processes must call."""
     policy = ppo.networks.policy
     weights = full_state_dict(policy)
     if is_main_process():
@@ -213,4 +209,4 @@ def save_policies(ppo: Ppo, folder: Path) -> None:
             average = {name: tensor.to(weights[name].dtype) for name, tensor in average.items()}
             save_model(policy, ppo.tokenizer, folder / "ema", weights | with_tied_names(policy, average))
         save_model(policy, ppo.tokenizer, folder / "model", weights)
-    barrier()  # what was saved belongs to the result of all processes
+    barrier()  # no process may use the folders before they are written

@@ -25,7 +25,7 @@ from rlhf.training.sharded_state import Fragment
 
 
 class ZeroEngine(Engine):
-    """`Engine` on DeepSpeed; see there for the contract of the losses."""
+    """`Engine` on DeepSpeed, with the same contract for the losses."""
 
     def __init__(
         self, model: nn.Module, groups: list[ParamGroup], device: torch.device, recipe: Recipe, **options: Any
@@ -48,8 +48,8 @@ class ZeroEngine(Engine):
 
     @property
     def groups_in_turn(self) -> list[tuple[str, ...]]:
-        # All at once: what has no part in the first backward of a step is added to the last step's gradient (seen
-        # under ZeRO-3, and under ZeRO-2 with offload).
+        # All at once: DeepSpeed adds the gradient of a parameter that is not in the first backward pass of a step to
+        # that of the previous step (seen under ZeRO-3, and under ZeRO-2 with offload).
         return [tuple(group.name for group in self.groups)]
 
     @property
@@ -88,9 +88,9 @@ class ZeroEngine(Engine):
             partition = self.partition_of(parameter)
             if partition is None:
                 continue
-            flat, start, place, size = partition
+            flat, start, offset, size = partition
             tensors = self._with_moments(flat).items()
-            yield Fragment(name, start, {kind: tensor.narrow(0, place, size) for kind, tensor in tensors})
+            yield Fragment(name, start, {kind: tensor.narrow(0, offset, size) for kind, tensor in tensors})
 
     def owned_fragments(self) -> Iterator[Fragment]:
         if self.stage > 0:
@@ -102,8 +102,8 @@ class ZeroEngine(Engine):
         """Return this process's part of a partitioned parameter, None where it has no part.
 
         Returns:
-            The flat float32 tensor that the optimiser steps, the first element of the parameter in it, its place there,
-            and how many elements follow.
+            The flat float32 tensor that the optimiser steps; the index in the parameter of the first element that is in
+            it; the offset of that element in the flat tensor; and the number of elements.
         """
         if self.stage < 3:
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
@@ -112,15 +112,15 @@ class ZeroEngine(Engine):
             flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
             there = mapping.hp_fragment_address
             return flat, mapping.lp_fragment_address.start, there.start, there.numel
-        group, place, padded = self._zero.grad_position[self._zero.get_param_id(parameter)]
-        start = dist.get_rank() * padded  # equal parts; the last ones may be padding in part or whole
+        group, offset, padded = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        start = dist.get_rank() * padded  # equal shares; the last ones may hold padding
         size = min(padded, parameter.ds_numel - start)  # type: ignore[attr-defined]
-        return (self._zero.fp32_partitioned_groups_flat[group], start, place, size) if size > 0 else None
+        return (self._zero.fp32_partitioned_groups_flat[group], start, offset, size) if size > 0 else None
 
     @contextmanager
     def _loading(self) -> Iterator[None]:
         if self.stage == 3:
-            self._zero.checkpoint_event_prologue()  # small parameters that are kept whole are put in parts too
+            self._zero.checkpoint_event_prologue()  # partitions small parameters too, which are otherwise kept whole
         yield
         if 0 < self.stage < 3:
             self._zero.update_lp_params()
@@ -154,7 +154,7 @@ class _Gathered(Mapping[str, Tensor]):
 
 
 def make_engine(model: nn.Module, groups: list[ParamGroup], recipe: Recipe, **options: Any) -> Engine:
-    """Return the engine for as many processes as there are; the model's layers keep less for the backward from now on.
+    """Return the engine for this number of processes, after switching the model to layers that keep fewer activations.
 
     Args:
         model: called for every pass.

@@ -58,8 +58,8 @@ def advantages_of(rewards: list[list[float]]) -> list[list[float]]:
 
 def whitened(rows: list[list[float]], keep_mean: bool = False) -> list[list[float]]:
     everything = [x for row in rows for x in row]
-    mean, deviation = statistics.fmean(everything), statistics.pstdev(everything)
-    return [[(x - mean) / deviation + mean * keep_mean for x in row] for row in rows]
+    mean, std = statistics.fmean(everything), statistics.pstdev(everything)
+    return [[(x - mean) / std + mean * keep_mean for x in row] for row in rows]
 
 
 def assert_rows(got: torch.Tensor, expected: list[list[float]]) -> None:

@@ -1,4 +1,4 @@
-"""The decode loop's cache: keys and values are those that were put in, in whatever place their row is now."""
+"""The decode loop's cache: keys and values are those that were put in, wherever their row is now."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def test_a_layer_holds_what_was_appended_while_it_grows_and_rows_leave():
         assert torch.equal(got[0], keys) and torch.equal(got[1], values)
         assert layer.get_seq_length() == keys.shape[2]
         if step in (3, 70, 71):
-            rows, moves, places = compaction([i != step % len(keys) for i in range(len(keys))])
+            rows, moves, order = compaction([i != step % len(keys) for i in range(len(keys))])
             layer.keep_rows(rows, moves)
-            keys, values = keys[places], values[places]
+            keys, values = keys[order], values[order]
 
 
 def test_rows_are_taken_several_times_or_not_at_all():

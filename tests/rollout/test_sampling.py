@@ -72,7 +72,7 @@ def test_the_first_token_is_drawn_from_the_softmax():
     expected = np.append(p[~small], p[small].sum()) * n
     statistic = float(((observed - expected) ** 2 / np.maximum(expected, 1e-9)).sum())
     degrees = len(observed) - 1
-    # Mean k, deviation sqrt(2 k): four deviations are passed once in about 10,000 seeds, and the seed is fixed.
+    # Mean k, std sqrt(2 k): four standard deviations are passed once in about 10,000 seeds, and the seed is fixed.
     assert statistic < degrees + 4 * (2 * degrees) ** 0.5
 
 

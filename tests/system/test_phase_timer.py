@@ -40,14 +40,14 @@ def test_phases_add_up_to_the_time_that_passed(clock: Callable[[float], None]) -
             build_batch([([1, 2], [3]), ([1], [2])], 0)  # five tokens in six places
     build_batch([([1], [2])], 0)  # of no phase
     clock(0.5)
-    found = times.take().metrics()
+    found = times.collect().metrics()
     assert found == {
         "perf/seconds_rollout": 4.0, "perf/seconds_train": 6.0, "perf/seconds_ptx": 0.0, "perf/seconds_other": 1.0,
         "memory/rollout_gb": 2.0, "memory/train_gb": 3.0, "perf/padding_train": pytest.approx(1 / 6),
     }  # fmt: skip
     with times("train"):
         clock(1.0)
-    again = times.take().metrics()
+    again = times.collect().metrics()
     assert (again["perf/seconds_train"], again["memory/train_gb"], again["perf/seconds_other"]) == (1.0, 9.0, 0.0)
 
 
@@ -57,7 +57,7 @@ def test_the_time_begins_with_the_first_phase_and_a_phase_is_announced(clock: Ca
     with times("train", 3):
         clock(1.0)
         assert (now.phase, now.step) == ("train", 3)
-    assert times.take().metrics()["perf/seconds_other"] == 0.0
+    assert times.collect().metrics()["perf/seconds_other"] == 0.0
 
 
 def test_a_peak_that_cannot_be_set_back_is_not_shown(
@@ -67,7 +67,7 @@ def test_a_peak_that_cannot_be_set_back_is_not_shown(
     times = PhaseTimer(CPU)
     with times("train"):
         clock(1.0)
-    assert times.take().metrics() == {"perf/seconds_train": 1.0, "perf/seconds_other": 0.0}
+    assert times.collect().metrics() == {"perf/seconds_train": 1.0, "perf/seconds_other": 0.0}
 
 
 def test_a_mark_that_stays_where_it_was_counts_as_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def test_small_updates_of_bfloat16_weights_are_not_lost(tmp_path: Path) -> None:
         if i == 9:
             engine.save(tmp_path)
             middle = {name: w.clone() for name, w in engine.weights().items()}
-    # Adam's step has the size of the rate under a constant gradient: 0.1 x 0.01, twenty times.
+    # Adam's step has the size of the learning rate under a constant gradient: 0.1 x 0.01, twenty times.
     assert engine.weights()["a.weight"].flatten().tolist() == pytest.approx([0.48, 0.52], abs=1e-4)
     assert model.a.weight.flatten().tolist() == pytest.approx([0.48, 0.52], abs=1 / 256)
     assert middle["a.weight"].flatten().tolist() == pytest.approx([0.49, 0.51], abs=1e-4)
@@ -184,7 +184,7 @@ def test_a_bad_gradient_skips_the_step_for_all_groups_and_is_named(bad: float) -
     after = weights(engine)
     assert all(torch.equal(before[name], after[name]) for name in before)
     steps = {int(state["step"]) for state in engine.adamw.state.values()}
-    assert steps == {1}, "the optimiser's own counters stand still"
+    assert steps == {1}, "the optimiser's counters do not move"
     assert (engine.skipped_steps, engine.skipped_in_a_row) == (1, 1)
     assert engine.grads("first") == [], "the bad gradient is gone"
     set_grads(engine, a_weight=[1.0, 1.0])
