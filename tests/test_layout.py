@@ -96,9 +96,12 @@ def circles(uses: dict[str, set[str]]) -> list[str]:
 
 
 def uninstalled(root: Path) -> list[str]:
-    """Return the folders of code or data in our packages that pyproject.toml does not install."""
+    """Return the files in our packages that pyproject.toml does not install, and the packages that it makes up."""
     setup = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    found = []
+    folders = {
+        name: root / setup.get("package-dir", {}).get(name, name.replace(".", "/")) for name in setup["packages"]
+    }
+    found = [f"pyproject.toml names {name}, which is not there" for name, path in folders.items() if not path.is_dir()]
     for top in ("rlhf", "stages", "launch"):
         for path in sorted((root / top).rglob("*")):
             if not path.is_file() or "__pycache__" in path.parts:
@@ -151,8 +154,11 @@ def test_a_package_that_is_not_installed_is_named(tmp_path: Path) -> None:
     (tmp_path / "rlhf" / "new").mkdir(parents=True)
     (tmp_path / "rlhf" / "new" / "code.py").touch()
     (tmp_path / "rlhf" / "new" / "page.css").touch()
-    (tmp_path / "pyproject.toml").write_text('[tool.setuptools]\npackages = ["rlhf"]\n[tool.setuptools.package-data]\n')
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.setuptools]\npackages = ["rlhf", "gone"]\n[tool.setuptools.package-data]\n'
+    )
     assert uninstalled(tmp_path) == [
+        "pyproject.toml names gone, which is not there",
         "pyproject.toml does not install rlhf/new/code.py",
         "pyproject.toml does not install rlhf/new/page.css",
     ]
