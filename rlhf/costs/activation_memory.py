@@ -46,42 +46,28 @@ class PassShape:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a row."""
         return self.prompt + self.response
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one pass, weights and complete gradients left out.
+    """Bytes of one pass, weights and complete gradients left out."""
 
-    Attributes:
-        activations: kept for the backward by the transformer layers.
-        head: kept for the backward by what comes after them: logits, normalised logits.
-        working: the largest temporary memory of an operation.
-        head_gradients: of the LM head and embeddings, which are there before the first activations are freed.
-    """
-
-    activations: float = 0.0
-    head: float = 0.0
-    working: float = 0.0
-    head_gradients: float = 0.0
+    activations: float = 0.0  # kept for the backward by the transformer layers
+    head: float = 0.0  # kept for the backward by what comes after them: logits, normalised logits
+    working: float = 0.0  # the largest temporary memory of an operation
+    head_gradients: float = 0.0  # of LM head and embeddings, which are there before the first activations are freed
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside the context, but for the model's own.
-
-    Attributes:
-        live: bytes at this moment.
-        peak: largest value of `live` until `frozen` was set.
-        gradients_at_peak: bytes of complete gradients at that time.
-    """
+    """Counts the bytes of all tensors that are made inside the context, but for the model's own."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.sizes: dict[int, int] = {}
         self.known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
         self.gradients: dict[int, int] = {}
-        self.live = self.peak = self.gradients_at_peak = 0
+        self.live = self.peak = self.gradients_at_peak = 0  # bytes now; most until `frozen`; complete gradients then
         self.frozen = False
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -137,12 +123,10 @@ def _fused_attention(
 
 @lru_cache(maxsize=256)
 def training_pass(spec: ModelSpec, kind: PassKind, shape: PassShape, recompute: bool) -> Footprint:
-    """Return the footprint of a forward and backward; no gradients are there before.
+    """Return the footprint of a forward and backward without earlier gradients; `recompute` is gradient checkpointing.
 
-    Args:
-        kind: backbone ends before the LM head, policy goes through it at the response's positions; value and reward
-            have the scalar head. Only reward has prompts that several rows share, which go through the layers once.
-        recompute: gradient checkpointing.
+    A backbone ends before the LM head, a policy goes through it at the response's positions; value and reward have the
+    scalar head. Only reward has prompts that several rows share, which go through the layers once.
     """
     return _line(spec, lambda spec: _run_training(spec, kind, shape, recompute))
 
@@ -169,9 +153,7 @@ def decoding_pass(spec: ModelSpec, shape: PassShape, prompts: int) -> float:
 def _decode_step(model: PreTrainedModel, memory: LiveBytes, rows: int, cached: int, tokens: int) -> int:
     """Return the peak bytes besides the KV cache in a step of the decode loop, as rlhf/rollout/sampling.py does it.
 
-    Args:
-        cached: length of the cache after the step; 0 for the prefill.
-        tokens: tokens of each row that go through the model.
+    `tokens` tokens of each row go through the model; the cache has `cached` after the step, 0 for the prefill.
     """
     config, device = model.config, model.device
     cache = DynamicCache(config=config)
@@ -245,11 +227,7 @@ def _on_gradient(memory: LiveBytes, in_layers: bool) -> Callable[[Tensor], None]
 
 
 def _forward(model: nn.Module, kind: PassKind, shape: PassShape, calls_head: bool = False) -> Tensor:
-    """Run the pass as the stages make it and return a scalar.
-
-    Args:
-        calls_head: the LM head is called for each chunk of positions, as under ZeRO-3.
-    """
+    """Run the pass as the stages make it; return a scalar. `calls_head`: LM head in chunks, as under ZeRO-3."""
     device, prompt, response = next(model.parameters()).device, [0] * shape.prompt, [0] * shape.response
     if shape.outputs > 1:
         # Neighbours of different groups have different prompts.

@@ -16,26 +16,16 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Card:
-    """A device that one process works on.
-
-    Attributes:
-        memory: bytes; for `cpu` of the whole machine, which all processes share.
-        flops: FLOP/s by type of the weights, dense; float32 without TF32, which is PyTorch's default.
-        bandwidth: bytes per second from its memory.
-        link: bytes per second that it sends to others of its machine, while it receives as many.
-        base: bytes in use before the first tensor: CUDA context and communication buffers. Our assumption.
-        network: bytes per second that it sends to other machines: 400 Gbit/s for each card. Our assumption.
-        per_machine: cards of a machine. Our assumption.
-    """
+    """A device that one process works on."""
 
     name: str
-    memory: float
-    flops: dict[str, float]
-    bandwidth: float
-    link: float = 0.0
-    base: float = 1.2e9
-    network: float = 50e9
-    per_machine: int = 8
+    memory: float  # bytes; for `cpu` of the whole machine, which all processes share
+    flops: dict[str, float]  # FLOP/s by type of the weights, dense; float32 without TF32, which is PyTorch's default
+    bandwidth: float  # bytes per second from its memory
+    link: float = 0.0  # bytes per second that it sends to others of its machine, while it receives as many
+    base: float = 1.2e9  # bytes in use before the first tensor: CUDA context, communication buffers. Our assumption
+    network: float = 50e9  # bytes per second that it sends to other machines: 400 Gbit/s a card. Our assumption
+    per_machine: int = 8  # cards of a machine. Our assumption
 
     @property
     def is_gpu(self) -> bool:
@@ -65,11 +55,7 @@ CARDS = {
 
 
 def find_card(name: str) -> Card:
-    """Return the card of that name, `cpu` for this machine.
-
-    Raises:
-        UserError: there is no such card.
-    """
+    """Return the card of that name, `cpu` for this machine; raise UserError if there is no such card."""
     if name == "cpu":
         return this_machine()
     if name not in CARDS:

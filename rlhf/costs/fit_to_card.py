@@ -50,11 +50,7 @@ def settings_that_fit(recipe: Recipe, shapes: Shapes, card: Card) -> Settings | 
 
 
 def settings_to_try(recipe: Recipe) -> Iterator[Settings]:
-    """Yield settings, each with all before it, and at last LoRA in place of them.
-
-    They are: none, gradient checkpointing, ZeRO 1 to 3, partitioned frozen models, layers gathered one by one, and the
-    optimiser in the host's memory.
-    """
+    """Yield settings, each with all before it, from none to offloading, and at last LoRA in place of them."""
     found: Settings = {}
     yield dict(found)
     launch = recipe.launch
@@ -101,11 +97,7 @@ def micro_batches(recipe: Recipe) -> Iterator[Settings]:
 
 
 def with_processes(recipe: Recipe, count: int) -> Recipe:
-    """Return the recipe on `count` processes in all, whatever its hosts.
-
-    Raises:
-        UserError: `count` is below 1.
-    """
+    """Return the recipe on `count` processes in all, whatever its hosts; raise UserError if `count` is below 1."""
     if count < 1:
         raise UserError(f"there cannot be {count} processes", "--count", "give a number from 1")
     return with_settings(recipe, {"launch.processes": count, "launch.hostfile": ""})

@@ -20,17 +20,12 @@ REWARD = "weights: reward model"
 
 @dataclass(frozen=True)
 class Component:
-    """A component of a process's memory.
-
-    Attributes:
-        host: on a GPU it is in the memory of the machine.
-        mapped: its pages belong to a file, so that no allocator holds them.
-    """
+    """A component of a process's memory."""
 
     name: str
     bytes: float
-    host: bool = False
-    mapped: bool = False
+    host: bool = False  # on a GPU it is in the memory of the machine
+    mapped: bool = False  # its pages belong to a file, so that no allocator holds them
 
 
 @dataclass(frozen=True)
@@ -77,8 +72,7 @@ def sharding_of(recipe: Recipe) -> Sharding:
 def trained_state(spec: ModelSpec, sharding: Sharding, on_gpu: bool) -> TrainedState:
     """Return the bytes of a trained model, partitioned as ZeRO does.
 
-    AdamW keeps two float32 moments, and float32 copies of weights that are bfloat16. ZeRO 1 and 2 step copies of the
-    weights in any type.
+    AdamW keeps two float32 moments, and float32 copies of bfloat16 weights. ZeRO 1 and 2 step copies in any type.
     """
     c = count(spec)
     size = c.trained_bytes / max(1, c.trained)  # bytes of a trained weight
@@ -120,10 +114,7 @@ def frozen_weights(spec: ModelSpec, recipe: Recipe, name: str) -> tuple[Componen
 
 
 def gathered_bytes(spec: ModelSpec, recipe: Recipe) -> float:
-    """Return the bytes of partitioned weights that are whole at a time while the model samples or scores.
-
-    By launch.gather these are all weights, or one layer and all that is outside the layers.
-    """
+    """Return the bytes of weights gathered at a time to sample or score: all, or one layer and what is outside."""
     c = count(spec)
     if recipe.launch.gather == "once":
         return float(c.bytes)

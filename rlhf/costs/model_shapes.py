@@ -29,24 +29,16 @@ class Shapes:
 
 @dataclass(frozen=True, eq=False)
 class ModelSpec:
-    """A model as a stage builds it.
-
-    Attributes:
-        scalar: a reward or value model, with a scalar head in place of the LM head.
-        keep_layers: the first N transformer layers only; 0 keeps all.
-        peft: the method that is trained, while all else is frozen; None: all is trained.
-        partitioned: adapters have the type of the weights, as ZeRO-3 needs.
-        shares_base: its frozen weights are those of another model (rlhf/models/peft/shared_base.py).
-    """
+    """A model as a stage builds it."""
 
     config: PretrainedConfig
     dtype: str
     attention: str
-    scalar: bool = False
-    keep_layers: int = 0
-    peft: PeftSection | None = None
-    partitioned: bool = False
-    shares_base: bool = False
+    scalar: bool = False  # a reward or value model, with a scalar head in place of the LM head
+    keep_layers: int = 0  # the first N transformer layers only; 0 keeps all
+    peft: PeftSection | None = None  # the method that is trained, while all else is frozen; None: all is trained
+    partitioned: bool = False  # adapters have the type of the weights, as ZeRO-3 needs
+    shares_base: bool = False  # its frozen weights are another model's (rlhf/models/peft/shared_base.py)
 
     @property
     def key(self) -> tuple:
@@ -72,33 +64,20 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters of a model, tied ones once.
-
-    Attributes:
-        total: all of them; `bytes` is their size.
-        trained: with gradients and an optimiser state; `trained_bytes` is their size as weights.
-        through: in layers that the gradient passes through, frozen ones included.
-        largest: of the largest single tensor that is trained.
-        layer: of the largest transformer layer.
-        kv_bytes: keys and values of one token in all layers.
-    """
+    """Parameters of a model, tied ones once."""
 
     total: int
-    bytes: int
-    trained: int
-    trained_bytes: int
-    through: int
-    largest: int
-    layer: int
-    kv_bytes: int
+    bytes: int  # size of all of them
+    trained: int  # with gradients and an optimiser state
+    trained_bytes: int  # their size as weights
+    through: int  # in layers that the gradient passes through, frozen ones included
+    largest: int  # of the largest single tensor that is trained
+    layer: int  # of the largest transformer layer
+    kv_bytes: int  # keys and values of one token in all layers
 
 
 def model_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Return the config of a model name: built in code, from a local folder, or from the Hub; no weights are read.
-
-    Raises:
-        UserError: there is no such model, or the Hub cannot be reached.
-    """
+    """Return a model's config from code, a local folder or the Hub; raise UserError if there is none."""
     if name == tiny.NAME:
         return tiny.config()
     if name == smollm2.NAME:
@@ -112,11 +91,7 @@ def model_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig
 
 
 def shapes_of(recipe: Recipe) -> Shapes:
-    """Return the configs of the recipe's models.
-
-    Raises:
-        UserError: a model is not on this machine and the Hub cannot be reached.
-    """
+    """Return the configs of the recipe's models; raise UserError if one is not on this machine or a Hub it reaches."""
     policy = model_config(recipe.model.name, recipe.model.trust_remote_code)
     if recipe.reward.model == "sft":
         return Shapes(policy, policy)

@@ -45,17 +45,12 @@ Phases = dict[str, Components]
 
 @dataclass(frozen=True)
 class StageMemory:
-    """A stage's components in bytes per process.
-
-    Attributes:
-        always: components that are there in every phase.
-        phases: those of each phase besides.
-    """
+    """A stage's components in bytes per process."""
 
     stage: str
     on_gpu: bool
-    always: Components
-    phases: Phases
+    always: Components  # in every phase
+    phases: Phases  # those of each phase besides
 
     def bytes_in(self, phase: str) -> float:
         """Return the bytes of a phase, on the device where there is one."""
@@ -67,7 +62,6 @@ class StageMemory:
 
     @property
     def peak(self) -> float:
-        """Bytes of the largest phase."""
         return self.bytes_in(self.peak_phase)
 
     @property
@@ -94,14 +88,7 @@ def all_stages(recipe: Recipe, shapes: Shapes, card: Card) -> Iterator[StageMemo
 
 
 def stage_memory(recipe: Recipe, stage: str, shapes: Shapes, card: Card) -> StageMemory:
-    """Return the memory of a stage on each of the recipe's processes.
-
-    Args:
-        stage: sft, rank, reward, ppo-ptx, ppo or evaluate.
-
-    Raises:
-        UserError: sizes do not divide by the number of processes.
-    """
+    """Return a stage's memory on each process; raise UserError if sizes do not divide by the number of processes."""
     if is_ppo(stage):
         always, phases = _ppo(recipe, shapes, card.is_gpu, ptx=stage == "ppo-ptx")
     else:
@@ -213,10 +200,7 @@ def _ppo(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> tuple[Compo
 
 
 def _ppo_training(recipe: Recipe, loop: TrainingLoop, plan: PpoPlan) -> Phases:
-    """Return the phases of a PPO step.
-
-    One process takes the networks in turn and steps each, so that it holds activations and gradients of one.
-    """
+    """Return the phases of a PPO step; one process takes the networks in turn: activations and gradients are of one."""
     rows = min(recipe.ppo.micro_batch_size, plan.minibatch_per_process)
     shape = PassShape(rows, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens)
     recompute = recipe.launch.gradient_checkpointing
@@ -260,21 +244,14 @@ def _evaluate(recipe: Recipe, shapes: Shapes, on_gpu: bool) -> tuple[Components,
     }
 
 
-# --- parts -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class TrainingLoop:
-    """Models that are trained together.
-
-    Attributes:
-        one_pass: a step is one forward and backward, so that no gradients are there before the activations.
-    """
+    """Models that are trained together."""
 
     models: dict[str, ModelSpec]
     sharding: Sharding
     on_gpu: bool
-    one_pass: bool
+    one_pass: bool  # a step is one forward and backward, so that no gradients are there before the activations
 
     @property
     def _states(self) -> dict[str, TrainedState]:
@@ -290,7 +267,6 @@ class TrainingLoop:
         return Component("reduction buffers", max(state.reduction for state in self._states.values()))
 
     def always(self) -> Components:
-        """Return the components that are there all the time."""
         sharding = self.sharding
         parts = [
             Component(f"weights: {name}", state.weights, host=sharding.offload_weights)

@@ -72,9 +72,6 @@ def stage_time(recipe: Recipe, stage: str, shapes: Shapes, card: Card) -> StageT
     return replace(time, parts={name: seconds * share for name, seconds in time.parts.items()})
 
 
-# --- stages ----------------------------------------------------------------------------------------------------------
-
-
 def _attention(spec: ModelSpec, context: int) -> float:
     return 2.0 * spec.config.hidden_size * context  # two products of 2 d per pair, over half the pairs
 

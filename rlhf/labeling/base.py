@@ -30,10 +30,7 @@ class Labeler(Protocol):
 
 
 def ranks_of(utilities: Sequence[float], tie_margin: float = 0.0) -> tuple[int, ...]:
-    """Return ranks 1, 2, .. without gaps, the highest utility first.
-
-    An output within `tie_margin` of the best one of a group belongs to the group and ties with it.
-    """
+    """Return ranks 1, 2, .. without gaps, best first; outputs within `tie_margin` of a group's best tie with it."""
     ranks, rank, top = [0] * len(utilities), 0, math.inf
     for i in sorted(range(len(utilities)), key=lambda i: -utilities[i]):
         if rank == 0 or top - utilities[i] > tie_margin:
@@ -49,11 +46,7 @@ def agreement(ranks_a: Sequence[int], ranks_b: Sequence[int]) -> tuple[int, int]
 
 
 def pooled_agreement(rankings: Iterable[tuple[Sequence[int], Sequence[int]]]) -> dict[str, float | int | None]:
-    """Return `agreement`, a share of all untied pairs or None when no pair is untied, and `agreement_pairs`.
-
-    Args:
-        rankings: two labelers' ranks of the same outputs, for any number of prompts.
-    """
+    """Return `agreement` of pairs of rankings, a share of untied pairs (None: no pair), and `agreement_pairs`."""
     counts = [agreement(a, b) for a, b in rankings]
     agreeing, pairs = sum(n for n, _ in counts), sum(n for _, n in counts)
     return {"agreement": agreeing / pairs if pairs else None, "agreement_pairs": pairs}

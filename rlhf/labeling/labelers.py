@@ -1,12 +1,11 @@
-"""Make the labeler that a recipe names: who says which of several outputs to one prompt is better.
+"""Make the labeler that a recipe names; every labeler sees texts, never token ids.
 
     rubric         the simulated labeler (rlhf/labeling/rubric.py) with noise like a person's
     reward_model   a trained reward model
     judge          the answers of a language model (rlhf/labeling/judge/labeler.py)
 
-Every labeler sees texts, never token ids. This is the one module that knows their names and imports them all. Rankings
-of rank.labeler=file and of people (rlhf/labeling/page/collect.py) are not made here.
-Deliberately not done: a noise level for each labeler or prompt, and labelers whose errors are correlated.
+Rankings of rank.labeler=file and of people (rlhf/labeling/page/collect.py) are not made here. Deliberately not done: a
+noise level for each labeler or prompt, and labelers whose errors are correlated.
 """
 
 from __future__ import annotations
@@ -27,16 +26,11 @@ from rlhf.run.folder import RunFolder
 def make_labeler(
     name: str, recipe: Recipe, run: RunFolder, noise_sigma: float | None = None, log: Path | None = None
 ) -> Labeler:
-    """Return the labeler of this name with the recipe's settings.
+    """Return the labeler of this name (a value of `rank.labeler` or `evaluate.labeler`) with the recipe's settings.
 
-    Args:
-        name: the value of `rank.labeler` or `evaluate.labeler`.
-        run: the run whose rank stage left its noise, and whose reward stage left its model.
-        noise_sigma: std of the rubric's noise; None takes that of the rank stage (rank/summary.json), or else 0.
-        log: file from which a judge's earlier answers are read and to which new ones are appended.
-
-    Raises:
-        UserError: for `file` and `human`, which rank nothing here, and when the reward model does not exist.
+    Without `noise_sigma` the rubric's noise has the std that the run's rank stage left, or else 0. A judge's answers
+    are read from `log` and appended to it. Raises UserError for `file` and `human`, which rank nothing here, and when
+    the reward model does not exist.
     """
     if name == "rubric":
         return RubricLabeler(stored_noise(run) if noise_sigma is None else noise_sigma, recipe.rank.tie_margin)

@@ -23,8 +23,7 @@ class MatchedRankings:
 def match(named: Iterable[tuple[str, Ranking]]) -> MatchedRankings:
     """Match (labeler, ranking) by prompt and responses.
 
-    When a labeler ranked the same outputs more than once, the last ranking counts: the later one where both have a
-    time, else the later one in the order given.
+    Of a labeler's rankings of the same outputs the later counts: by time where both have one, else in the order given.
     """
     found: dict[tuple[str, tuple[str, ...]], dict[str, Ranking]] = {}
     repeats = 0

@@ -41,10 +41,7 @@ class Outputs:
         return Ranking(self.prompt, self.responses, tuple(ranks), self.finished)
 
     def distinct(self, drops: Drops) -> Outputs:
-        """Return the outputs without empty and repeated ones, which `drops` counts; white space at the ends is ignored.
-
-        Of identical outputs the first one stays.
-        """
+        """Return the first output of each text, ends stripped, and no empty one; `drops` counts the others."""
         first: dict[str, int] = {}  # index of each text
         for i, text in enumerate(map(str.strip, self.responses)):
             if not text:
@@ -67,11 +64,7 @@ class RankResult(NamedTuple):
 
 
 def read_outputs(paths: Sequence[str], drops: Drops) -> list[Outputs]:
-    """Return the outputs of all `paths` in order, without exact duplicates, which `drops` counts.
-
-    Raises:
-        UserError: for a line that is not in the format.
-    """
+    """Return the outputs of all `paths` in order; `drops` counts exact duplicates. Raises UserError for a bad line."""
     found: dict[Any, Outputs] = {}
     for path in paths:
         for row in read_rows(path):
@@ -103,9 +96,7 @@ def _outputs(row: SourceRow, drops: Drops) -> Outputs:
 class SampledOutputs:
     """The file rank/samples.jsonl: one row for each prompt, appended chunk by chunk.
 
-    Args:
-        fingerprint: hash of everything that the samples depend on besides the prompt. Rows with another fingerprint
-            are dropped from the file.
+    `fingerprint` is a hash of all that the samples depend on besides the prompt. Rows with another one are dropped.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
@@ -131,11 +122,7 @@ class SampledOutputs:
     def add(
         self, prompts: Sequence[Prompt], responses: Sequence[str], finished: Sequence[bool], lengths: Sequence[int]
     ) -> None:
-        """Append the outputs of some prompts and wait until they are on disk; the main process writes for all.
-
-        Args:
-            responses, finished, lengths: [prompts * K], the K outputs of a prompt one after the other.
-        """
+        """Append outputs, [prompts * K] with a prompt's K in a row, and wait until they are on disk."""
         k, rows = len(responses) // len(prompts), []
         for i, prompt in enumerate(prompts):
             own = slice(i * k, (i + 1) * k)

@@ -25,7 +25,6 @@ class RewardModelLabeler:
         self.model, self.tokenizer = model, tokenizer
 
     def rank(self, prompt: Prompt, outputs: Sequence[Output], seed: int = 0) -> tuple[int, ...]:
-        """Return ranks by score; see `Labeler.rank`."""
         ids = encode_prompt(self.tokenizer, prompt)
         # Equal outputs must tie, but rows of one batch differ in their last bits: each distinct output is scored once.
         distinct = list(dict.fromkeys(outputs))
@@ -34,15 +33,13 @@ class RewardModelLabeler:
         return ranks_of([by_output[output] for output in outputs])
 
     def prefers(self, prompt: Prompt, a: Output, b: Output, order_seed: int = 0) -> float:
-        """Return which output has the higher score; see `Labeler.prefers`."""
         return preference(self.rank(prompt, (a, b), order_seed))
 
 
 def load_reward_model_labeler(recipe: Recipe, run: RunFolder) -> RewardModelLabeler:
     """Load the reward model named in rank.reward_model (a folder or Hub name), or else that of the run's reward stage.
 
-    Raises:
-        UserError: when there is no such model, or it does not score its probes as it did when it was saved.
+    Raises UserError when there is no such model, or it does not score its probes as it did when it was saved.
     """
     if recipe.rank.reward_model:
         where = recipe.rank.reward_model

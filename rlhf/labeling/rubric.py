@@ -5,14 +5,12 @@ is complete, says each thing once, and is as short as it can be. It knows nothin
 
 | criterion      | weight | scores 1 for                                          | because                           |
 |----------------|--------|-------------------------------------------------------|-----------------------------------|
-| complete       | 0.35   | EOS at the end and a text that reads as ended (0.5    | small models ramble until cut off |
-|                |        | for one of the two)                                   |                                   |
+| complete       | 0.35   | EOS at the end; a text that reads as ended: half each | small models ramble until cut off |
 | on_topic       | 0.25   | a third of the request's content words (three at      | answers to something else occur   |
 |                |        | most), in language, not as a bag of words             |                                   |
 | not_repetitive | 0.20   | no trigram or sentence twice, nothing copied from the | models loop and echo the prompt   |
 |                |        | prompt: 1 - the largest of four shares                |                                   |
-| concise        | 0.15   | 4 to 45 words; 0 for no words and from 90 words on    | neither a shrug nor an essay      |
-|                |        |                                                       | helps                             |
+| concise        | 0.15   | 4 to 45 words; 0 for no words and from 90 words on    | no shrug and no essay helps       |
 | clean          | 0.05   | no role names, control tokens or junk characters      | some text leaks the format        |
 
 Details, so that the score can be worked out by hand:
@@ -62,12 +60,9 @@ _TYPOGRAPHY = "\u2018\u2019\u201c\u201d\u2013\u2014\u2026\u2022\u00b0\u00a3\u20a
 
 
 def rubric_score(prompt: str, response: str, finished: bool) -> float:
-    """Return the weighted sum of the criteria, in [0, 1].
+    """Return the weighted sum of the criteria, in [0, 1]; the response has no special tokens, EOS made it `finished`.
 
-    Args:
-        prompt: a request, or a transcript "Human: ..\\n\\nAssistant: ..\\n\\nHuman: ..\\n\\nAssistant:".
-        response: the text without special tokens.
-        finished: whether the model ended the response with EOS.
+    The prompt is a request, or a transcript "Human: ..\\n\\nAssistant: ..\\n\\nHuman: ..\\n\\nAssistant:".
     """
     values = criteria(prompt, response, finished)
     return sum(weight * values[name] for name, weight in WEIGHTS.items())

@@ -17,12 +17,7 @@ from rlhf.labeling.rubric import rubric_score
 
 
 class RubricLabeler:
-    """Ranks by the rubric's score plus normal noise, which depends on (seed, prompt, index of the output) alone.
-
-    Args:
-        noise_sigma: std of the noise, in rubric points; 0 labels without noise.
-        tie_margin: outputs whose noisy scores are within this distance of the best of their group tie with it.
-    """
+    """Ranks by rubric score plus normal noise of std `noise_sigma`, fixed by (seed, prompt, index); see `ranks_of`."""
 
     def __init__(self, noise_sigma: float = 0.0, tie_margin: float = 0.0) -> None:
         self.noise_sigma, self.tie_margin = noise_sigma, tie_margin
@@ -36,11 +31,9 @@ class RubricLabeler:
         ]
 
     def rank(self, prompt: Prompt, outputs: Sequence[Output], seed: int) -> tuple[int, ...]:
-        """Return ranks by noisy score; see `Labeler.rank`."""
         return ranks_of(self.utilities(prompt, outputs, seed), self.tie_margin)
 
     def prefers(self, prompt: Prompt, a: Output, b: Output, order_seed: int) -> float:
-        """Return which output has the higher noisy score; see `Labeler.prefers`."""
         return preference(self.rank(prompt, (a, b), order_seed))
 
 
@@ -51,11 +44,8 @@ def expected_agreement(groups: Sequence[Sequence[float]], sigma: float, tie_marg
     margin m with probability p = Phi((d - m) / s), and the other output with q = Phi((-d - m) / s). Two labelers both
     order the pair with probability (p + q)^2 and agree with p^2 + q^2. The result is the sum of the second over all
     pairs divided by the sum of the first. Without a margin that is the mean of p^2 + (1 - p)^2, and a pair without a
-    gap agrees half of the time. Ties that come about through a third output of the group are ignored.
-
-    Args:
-        groups: noise-free scores, one list for each prompt.
-        sigma: std of the noise on each score; 0 gives the limit of small noise.
+    gap agrees half of the time. Ties that come about through a third output of the group are ignored. `groups` has the
+    noise-free scores of each prompt; sigma 0 gives the limit of small noise.
     """
     gaps = [abs(a - b) for group in groups for a, b in combinations(group, 2)]
     agree = both = 0.0
@@ -68,14 +58,8 @@ def expected_agreement(groups: Sequence[Sequence[float]], sigma: float, tie_marg
 def noise_for_agreement(groups: Sequence[Sequence[float]], target: float, tie_margin: float = 0.0) -> float:
     """Return the std of the noise at which two labelers agree on the share `target` of untied pairs, by bisection.
 
-    Returns 0 when even labelers without noise do not agree on more than that, or when no pair has a gap.
-
-    Args:
-        groups: noise-free scores, one list for each prompt.
-        target: in (0.5, 1]. The labelers of Ouyang et al. 2022, section 3.4, agreed on 0.726 of the pairs.
-
-    Raises:
-        ValueError: when the target is outside that range.
+    Returns 0 when even labelers without noise do not agree on more than that, or when no pair has a gap. The labelers
+    of Ouyang et al. 2022, section 3.4, agreed on 0.726 of the pairs. Raises ValueError unless 0.5 < target <= 1.
     """
     if not 0.5 < target <= 1:
         raise ValueError(f"agreement {target} is not in (0.5, 1]")

@@ -1,7 +1,4 @@
-"""What the rank stage writes: the rows of rank/rankings.jsonl, the statistics of rank/summary.json, a table of samples.
-
-The statistics say what was sampled, how it was ranked, and whether length or position explains the ranks.
-"""
+"""What the rank stage writes: rows of rank/rankings.jsonl, statistics of rank/summary.json, and a table of samples."""
 
 from __future__ import annotations
 
@@ -54,10 +51,7 @@ def write_rankings(
 ) -> dict[str, float]:
     """Write rankings.jsonl and summary.json to the stage's folder; return the numbers of the summary as metrics.
 
-    A row is a ranking with its use case, its rubric scores and its extras. The main process writes for all.
-
-    Args:
-        scores: the rubric's score of each output of each ranking.
+    A row is a ranking with its use case, its rubric `scores` and its extras. The main process writes for all.
     """
     extras = result.row_extras or [{}] * len(result.rankings)
     rows = [

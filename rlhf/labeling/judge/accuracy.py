@@ -1,11 +1,10 @@
 """Measure how often a judge agrees with people on ranked data; all templates are measured on the same pairs.
 
 The pairs are those that people ordered; ties are left out. A pair counts as right when the judge as labeler ranks the
-output that people preferred above the other one, by its probability to win or by its expected points. It counts half
-when the two are equal. `ties` is the share of pairs within judge.tie_margin, which the labeler would call ties.
-
-Calibration compares probabilities with outcomes, in bins of equal size. With a template of points the probability is
-that one output gets more points than the other.
+output that people preferred above the other one, by its probability to win or by its expected points, and half when the
+two are equal. `ties` is the share of pairs within judge.tie_margin, which the labeler would call ties. Calibration
+compares probabilities with outcomes, in bins of equal size. With a template of points the probability is that one
+output gets more points than the other.
 """
 
 from __future__ import annotations
@@ -46,10 +45,7 @@ class GradedPrompt:
 
 
 def graded_prompts(rankings: Sequence[Ranking], drops: Drops) -> list[GradedPrompt]:
-    """Return one item for each prompt, in the order of the prompts' hashes.
-
-    Several rankings of one prompt become one item, because intervals are over prompts.
-    """
+    """Return one item a prompt, in the order of their hashes, for several rankings too: intervals are over prompts."""
     found: dict[str, GradedPrompt] = {}
     for ranking in sorted(rankings, key=lambda r: r.prompt.key):
         pairs = [(ranking.responses[i], ranking.responses[j]) for i, j in ordered_pairs(ranking.ranks)]
@@ -65,11 +61,7 @@ def graded_prompts(rankings: Sequence[Ranking], drops: Drops) -> list[GradedProm
 def drop_too_long_for_any(
     items: Sequence[GradedPrompt], judges: Sequence[Judge], limit: int, drops: Drops
 ) -> list[GradedPrompt]:
-    """Return the first `limit` items (0: all) whose questions are short enough for every judge; count the others.
-
-    Raises:
-        UserError: when there is none.
-    """
+    """Return the first `limit` items (0: all) that every judge takes; count others. Raises UserError if none remain."""
     kept: list[GradedPrompt] = []
     for item in items:
         if limit and len(kept) == limit:
@@ -97,13 +89,8 @@ def measure_judge(
 ) -> dict[str, Any]:
     """Return a judge's accuracy, calibration, position bias and speed on these pairs.
 
-    Args:
-        seed: of the bootstrap; 95 % intervals over prompts.
-        advance: called with the number of questions answered.
-        tie_margin: judge.tie_margin, for the share of pairs that the labeler would call ties.
-
-    Raises:
-        UserError: when an endpoint refuses a question of every prompt as too long.
+    Intervals are 95 % bootstraps over prompts with `seed`; `advance` is called with the number of questions answered.
+    Raises UserError when an endpoint refuses a question of every prompt as too long.
     """
     begin, before = time.perf_counter(), judge.asked
     judge.readings(questions(judge, items), advance)
@@ -156,8 +143,7 @@ def questions(judge: Judge, items: Sequence[GradedPrompt]) -> list[Fields]:
 def templates_of(cfg: JudgeSection, names: Sequence[str]) -> list[Template]:
     """Load the templates of these names; a few-shot one gets the section's demonstrations where it names any.
 
-    Raises:
-        UserError: for a mistake in a template, or for two templates of one name.
+    Raises UserError for a mistake in a template, or for two templates of one name.
     """
     found: list[Template] = []
     for name in names:

@@ -1,13 +1,10 @@
 """Ask an OpenAI-compatible endpoint: labels are read off the likeliest first tokens of its answer.
 
-An endpoint gives the log-probabilities of a few tokens (`top_logprobs`). A label that is not among them has at most
-the probability of the last one, and at most the probability that all of them leave. The smaller of the two, an upper
-bound, is used for it, and the answer is counted. Where no label of a pair is among them, both get the bound: the
-answer decides nothing, and is counted too.
-
-A chat has no way to make the model continue an answer that has been begun. So the cue ends the user's turn; after
-reasoning, which the endpoint writes first, the cue is a turn of its own. The key is read from the environment's
-OPENAI_API_KEY and from nowhere else.
+An endpoint gives the log-probabilities of a few tokens (`top_logprobs`). A label that is not among them has at most the
+probability of the last one, and at most the probability that all of them leave. The smaller of the two, an upper bound,
+is used for it, and the answer is counted. Where no label of a pair is among them, the answer decides nothing. A chat
+cannot make the model continue an answer that has been begun. So the cue ends the user's turn; after reasoning, which
+the endpoint writes first, it is a turn of its own. The key is read from the environment's OPENAI_API_KEY alone.
 """
 
 from __future__ import annotations
@@ -34,25 +31,16 @@ RETRIES = 4  # by the client, with growing pauses, after answers such as 429 and
 
 
 class EndpointReader:
-    """A `Reader` that asks an endpoint; the module's docstring says how labels are read.
-
-    Args:
-        url: such as http://localhost:8000/v1.
-        model: the endpoint's name of the model.
-        reasoning_tokens: maximum number of tokens of reasoning before the cue.
-        top_logprobs: number of likeliest tokens to ask for; OpenAI allows 20.
-        concurrency: number of questions under way at once.
-        timeout_s: seconds for each of them.
-    """
+    """A `Reader` that asks an endpoint; the module's docstring says how labels are read."""
 
     def __init__(
         self,
-        url: str,
+        url: str,  # such as http://localhost:8000/v1
         model: str,
-        reasoning_tokens: int = 96,
-        top_logprobs: int = 20,
-        concurrency: int = 4,
-        timeout_s: float = 60.0,
+        reasoning_tokens: int = 96,  # at most, before the cue
+        top_logprobs: int = 20,  # number of likeliest tokens to ask for; OpenAI allows 20
+        concurrency: int = 4,  # questions under way at once
+        timeout_s: float = 60.0,  # for each of them
     ) -> None:
         from openai import OpenAI  # takes a second to import
 
@@ -73,13 +61,9 @@ class EndpointReader:
         advance: Callable[[int], None] | None = None,
         keep: Callable[[dict[int, LabelReading]], None] | None = None,
     ) -> list[LabelReading]:
-        """Return the labels' log-probabilities for every question, none where it is over the model's context.
+        """Read as `Reader.read` says, nothing for a question over the context. Answers are kept when another fails.
 
-        Args:
-            advance, keep: see `Reader.read`. An answer is kept even when another question fails.
-
-        Raises:
-            UserError: when the endpoint cannot be reached, refuses, gives no log-probabilities, or never a label.
+        Raises UserError when the endpoint cannot be reached, refuses, gives no log-probabilities, or never a label.
         """
         with ThreadPoolExecutor(self.concurrency) as pool:
             asked = {pool.submit(self._ask, template, questions[i]): i for i in shard(range(len(questions)))}
@@ -178,11 +162,7 @@ def chat(template: Template, fields: Fields) -> list[dict[str, str]]:
 
 
 def read_labels(logprobs: Mapping[str, float], labels: Sequence[str]) -> tuple[tuple[float, ...], int]:
-    """Return the log-probability of each label, and for how many labels it is only an upper bound.
-
-    Args:
-        logprobs: log-probabilities of the likeliest tokens. A token counts as the label that it is without white space.
-    """
+    """Return each label's log-probability from the likeliest tokens, stripped, and how many are only upper bounds."""
     shares = {label: [math.exp(logp) for token, logp in logprobs.items() if token.strip() == label] for label in labels}
     rest = 1 - sum(math.exp(logp) for logp in logprobs.values())
     bound = max(MIN_PROBABILITY, min(rest, math.exp(min(logprobs.values()))))

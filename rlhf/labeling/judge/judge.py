@@ -1,9 +1,8 @@
 """Ask a language model which output is better, by a template, and read its answer off label words.
 
 A pair is asked about in both orders. The log-odds of the two answers, both taken for the same output, are averaged:
-what the order adds to them cancels, and is reported as position bias (rlhf/labeling/judge/labeler.py).
-
-Answers are kept, so that no question is asked twice; with a log that holds after an interruption too.
+what the order adds to them cancels, and is reported as position bias (rlhf/labeling/judge/labeler.py). Answers are
+kept, so that no question is asked twice; with a log that holds after an interruption too.
 """
 
 from __future__ import annotations
@@ -60,10 +59,8 @@ class Reader(Protocol):
     ) -> list[LabelReading]:
         """Return the labels' log-probabilities for every question.
 
-        Args:
-            advance: called with the number of questions answered.
-            keep: called with new answers as they come, by the index of their question. In a distributed run it may get
-                the answers of this process alone.
+        `advance` is called with the number of questions answered; `keep` with new answers as they come, by the index of
+        their question. In a distributed run `keep` may get the answers of this process alone.
         """
         ...
 
@@ -71,20 +68,13 @@ class Reader(Protocol):
 class Judge:
     """A template, the reader that answers its questions, and all answers so far.
 
-    Args:
-        log: file of answers, one a line, which is read first and then appended to; None keeps them in memory alone.
-        identity: string that names the model and its settings. Answers in the log under another model, template or
-            setting are ignored.
-        calibrate: whether to calibrate by three questions without content (Zhao et al. 2021).
+    `log` has an answer a line, is read and then appended to; None: memory alone. Answers in it under another `identity`
+    (the model and its settings) or template are ignored. `calibrate`: by three questions without content (Zhao et al.
+    2021).
     """
 
     def __init__(
-        self,
-        template: Template,
-        reader: Reader,
-        log: Path | None = None,
-        identity: str = "",
-        calibrate: bool = False,
+        self, template: Template, reader: Reader, log: Path | None = None, identity: str = "", calibrate: bool = False
     ) -> None:
         self.template, self.reader, self.log = template, reader, log
         self.identity = sha256(f"{identity}\n{template_text(template)}".encode()).hexdigest()
@@ -129,11 +119,7 @@ class Judge:
         return not any(reading.refused for reading in self.readings(questions, advance))
 
     def labels(self, questions: Sequence[Fields], advance: Callable[[int], None] | None = None) -> list[list[float]]:
-        """Return normalised log-probabilities of the labels for every question, calibrated where that is set.
-
-        Raises:
-            UserError: for a question that the endpoint refuses as too long.
-        """
+        """Return the labels' normalised (and calibrated) log-probabilities; raise UserError for a refused question."""
         read = self.readings(questions, advance)
         if any(reading.refused for reading in read):
             raise UserError(
@@ -164,11 +150,7 @@ class Judge:
         return [win_log_odds(a, b) for a, b in zip(points[::2], points[1::2], strict=True)]
 
     def utility_gaps(self, triples: Sequence[Triple], advance: Callable[[int], None] | None = None) -> list[float]:
-        """Return the utility of each triple's first output minus that of the second, from -1 to 1.
-
-        The utilities are those by which `JudgeLabeler` ranks the two: probabilities to win, or expected points as a
-        share of the scale.
-        """
+        """Return `JudgeLabeler`'s utility of each triple's first output minus that of its second, from -1 to 1."""
         if self.template.kind == "pair":
             return [2 * sigmoid(both.preference) - 1 for both in self.both_orders(triples, advance)]
         points = [expected_points(labels) for labels in self.labels(self.both_order_questions(triples), advance)]
@@ -186,11 +168,7 @@ class Judge:
 
 
 def label_mass_summary(readings: Sequence[LabelReading], labels: int) -> dict[str, Any]:
-    """Return the mean probability that an answer is one of the labels, and counts of answers with bounds for labels.
-
-    Args:
-        labels: number of labels of the template.
-    """
+    """Return the mean probability of all `labels` labels together, and counts of answers with bounds for some."""
     readings = [reading for reading in readings if not reading.refused]
     return {
         "answers": len(readings),
@@ -206,11 +184,7 @@ def question_key(question: Fields) -> str:
 
 
 def load_judge(recipe: Recipe, log: Path | None = None) -> Judge:
-    """Return the judge of a recipe's section `judge`, with its model loaded or its endpoint set.
-
-    Raises:
-        UserError: for a mistake in the section, or a model that cannot be loaded.
-    """
+    """Return the judge of a recipe; raise UserError for a mistake in its section, or a model that cannot be loaded."""
     check_judge(recipe.judge)
     reader, identity = make_reader(recipe)
     return Judge(judge_template(recipe.judge), reader, log, identity, recipe.judge.calibrate)
@@ -248,9 +222,7 @@ def judge_files(cfg: JudgeSection) -> list[Path]:
 def check_context_fits(recipe: Recipe) -> None:
     """Check, before anything is sampled, that the judge takes the longest question that the recipe allows.
 
-    Raises:
-        UserError: when a prompt and responses of the maximum lengths would be over judge.max_tokens, or over the
-            positions of a local judge's model.
+    Raises UserError when it is over judge.max_tokens, or over the positions of a local judge's model.
     """
     cfg, data = recipe.judge, recipe.data
     if cfg.endpoint:

@@ -20,12 +20,7 @@ from rlhf.system.console import warn
 
 
 class JudgeLabeler:
-    """Ranks outputs by a judge's answers; the seed has no effect.
-
-    Args:
-        tie_margin: outputs whose utilities are within this distance of the best of their group tie with it. A utility
-            is the mean probability to win, or the expected points as a share of the scale: both are from 0 to 1.
-    """
+    """Ranks by a judge's probabilities to win, or points as a share of the scale: 0 to 1. The seed has no effect."""
 
     def __init__(self, judge: Judge, tie_margin: float = 0.0) -> None:
         self.judge, self.tie_margin = judge, tie_margin
@@ -55,11 +50,9 @@ class JudgeLabeler:
         return len(texts) == 1 or self.judge.all_answered(self.judge.questions_for(prompt.text, texts))
 
     def rank(self, prompt: Prompt, outputs: Sequence[Output], seed: int = 0) -> tuple[int, ...]:
-        """Return ranks by utility; see `Labeler.rank`."""
         return ranks_of(self.utilities(prompt, outputs), self.tie_margin)
 
     def prefers(self, prompt: Prompt, a: Output, b: Output, order_seed: int = 0) -> float:
-        """Return which output has the higher utility; see `Labeler.prefers`."""
         return preference(self.rank(prompt, (a, b)))
 
     def drop_too_long(self, outputs: Sequence[Outputs], drops: Drops) -> list[Outputs]:
@@ -70,10 +63,7 @@ class JudgeLabeler:
         return kept
 
     def summary(self) -> dict[str, Any]:
-        """Return the template, how sure the answers are, and the position bias, for rank/summary.json.
-
-        Warns of answers without any label, which decide nothing.
-        """
+        """Return the template, how sure the answers are, and the position bias; warn of answers without any label."""
         judge = self.judge
         sure = label_mass_summary(list(judge.answers.values()), len(judge.template.labels))
         if without := sure["answers_without_label"]:
@@ -89,13 +79,10 @@ class JudgeLabeler:
 
 
 def position_bias(groups: Sequence[Sequence[BothOrders]], seed: int = 0) -> dict[str, float | None]:
-    """Return by how much the order decides, over the pairs of all prompts, with 95 % intervals.
+    """Return by how much the order decides, over the pairs of each prompt, with 95 % intervals over prompts.
 
-    `flips` is the share of pairs that the two orders decide differently. `first` is the share in which both orders
-    name the output shown first, and `second` likewise. `shift` is the mean log-odds toward the first.
-
-    Args:
-        groups: the pairs of each prompt; intervals are over prompts.
+    `flips` is the share of pairs that the two orders decide differently. `first` is the share in which both orders name
+    the output shown first, and `second` likewise. `shift` is the mean log-odds toward the first.
     """
     flips = cluster_bootstrap([[float(pair.flips) for pair in group] for group in groups], seed)
     shift = cluster_bootstrap([[pair.shift for pair in group] for group in groups], seed, shares=False)

@@ -2,9 +2,8 @@
 
 The question is encoded as a dialogue. The assistant's turn begins with the template's cue, and the labels are compared
 as the next token. With chain-of-thought the model first writes its reasoning, greedily and up to a length, and the cue
-follows. If the model writes the cue itself, its words from the cue on are dropped.
-
-"Verbalizer" is Schick and Schütze's word (2021, arXiv 2001.07676): the map from answers to words of the vocabulary.
+follows. If the model writes the cue itself, its words from the cue on are dropped. "Verbalizer" is Schick and Schütze's
+word (2021, arXiv 2001.07676): the map from answers to words of the vocabulary.
 """
 
 from __future__ import annotations
@@ -37,20 +36,14 @@ MAX_ROWS = 32  # questions for which reasoning is sampled together
 
 
 class LabelReading(NamedTuple):
-    """A model's answer to one question.
+    """A model's answer to one question."""
 
-    `logprobs` has one entry for each label, in nats, conditional on the tokens that all labels begin with. It is empty
-    where the question was refused as too long. `bounded` counts the labels of which only an upper bound is known
-    (rlhf/labeling/judge/endpoint.py).
-    """
-
-    logprobs: tuple[float, ...]
+    logprobs: tuple[float, ...]  # of each label, in nats, given what all labels begin with; empty: refused as too long
     reasoning: str = ""
-    bounded: int = 0
+    bounded: int = 0  # labels of which only an upper bound is known (rlhf/labeling/judge/endpoint.py)
 
     @property
     def refused(self) -> bool:
-        """Return whether the question was refused as too long."""
         return not self.logprobs
 
     @property
@@ -60,21 +53,15 @@ class LabelReading(NamedTuple):
 
 
 class LocalReader:
-    """A `Reader` that asks a model of this process. All processes of a distributed run must ask the same questions.
-
-    Args:
-        batch_tokens: maximum number of tokens of a pass.
-        reasoning_tokens: maximum number of tokens of reasoning before the cue.
-        max_tokens: maximum length of a question with its reasoning; 0 allows all positions of the model.
-    """
+    """A `Reader` that asks a model of this process. All processes of a distributed run must ask the same questions."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        batch_tokens: int = 4096,
-        reasoning_tokens: int = 96,
-        max_tokens: int = 0,
+        batch_tokens: int = 4096,  # at most, in a pass
+        reasoning_tokens: int = 96,  # at most, before the cue
+        max_tokens: int = 0,  # of a question with its reasoning; 0 allows all positions of the model
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.batch_tokens, self.reasoning_tokens = batch_tokens, reasoning_tokens
@@ -94,11 +81,7 @@ class LocalReader:
         advance: Callable[[int], None] | None = None,
         keep: Callable[[dict[int, LabelReading]], None] | None = None,
     ) -> list[LabelReading]:
-        """Return the labels' log-probabilities for every question; `advance` and `keep` are those of `Reader.read`.
-
-        Raises:
-            UserError: for a question over the limit, before any question is asked.
-        """
+        """Read as `Reader.read` says. Raises UserError for a question over the limit, before any question is asked."""
         if not all(self.question_fits(template, fields) for fields in questions):
             raise UserError(
                 f"a question to the judge has more than {self.max_tokens} tokens",
@@ -155,9 +138,7 @@ def label_ids(
 ) -> tuple[list[int], list[list[int]]]:
     """Return the ids before the labels and the ids of each label, split where the labels' encodings first differ.
 
-    Args:
-        prompt: ids of the dialogue up to the assistant's turn.
-        said: the assistant's words so far. A label follows them after a blank, or directly where there are none.
+    `prompt` ends before the assistant's turn. A label follows `said` after a blank, or directly where that is empty.
     """
     blank = " " if speaks_after_colon(tokenizer) else ""
     full = [
@@ -179,9 +160,7 @@ def label_logprobs(
 ) -> list[tuple[float, ...]]:
     """Return the log-probability of every label of every question; labels of one token each share one pass.
 
-    Args:
-        encoded: context and label ids of each question, from `label_ids`.
-        share: whether the common prefix of all contexts is computed once a batch, for models that `can_share` prompts.
+    With `share`, for models that `can_share` prompts, the common prefix of all contexts is computed once a batch.
     """
     found: list[tuple[float, ...]] = [()] * len(encoded)
     groups: dict[tuple[int, ...], list[int]] = {}  # questions whose labels are these single tokens
@@ -215,10 +194,7 @@ def _after_prefix(
     batch_tokens: int,
     advance: Callable[[int], None] | None,
 ) -> list[Tensor]:
-    """Return what `next_token_logprobs` returns, for contexts whose first `shared` tokens are equal.
-
-    The model must be in eval mode.
-    """
+    """Return `next_token_logprobs` of contexts whose first `shared` tokens are equal; needs the model in eval mode."""
     prefix, by_length = contexts[0][:shared], sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
     rests = [contexts[i][shared:] for i in shard(by_length)]
     mine = [torch.empty(0)] * len(rests)

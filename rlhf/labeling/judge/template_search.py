@@ -1,11 +1,8 @@
-"""Search the best of many templates for a judge: their texts and drawn demonstrations.
+"""Search the best of many templates for a judge: their texts as they are, and with drawn demonstrations.
 
-The prompts of ranked data are split into three parts by their hash. Demonstrations are drawn from the first part. Every
-candidate is scored on the second, and the best one chosen. The chosen one is scored again on the third, since the best
-of many looks better than it is on the data that chose it. Where the second score is outside the interval of the first,
-there is a warning.
-
-A candidate is a template as it is, or its text with demonstrations drawn from the first part.
+The prompts of ranked data are split into three parts by their hash. Demonstrations are drawn from the first. Every
+candidate is scored on the second, and the best one again on the third, since the best of many looks better than it is
+on the data that chose it. Where that score is outside the interval of the first, there is a warning.
 """
 
 from __future__ import annotations
@@ -47,15 +44,9 @@ def split_rankings(rankings: Sequence[Ranking], seed: int) -> SearchSplits:
 def candidate_templates(
     templates: Sequence[Template], pool: Sequence[Ranking], shots: Sequence[int], trials: int, seed: int
 ) -> list[Template]:
-    """Return every template as it is, and with `trials` draws of each number of demonstrations.
+    """Return every template as it is, and with `trials` draws of each number of demonstrations in `shots`.
 
-    Templates that reason get no demonstrations.
-
-    Args:
-        shots: numbers of demonstrations.
-
-    Raises:
-        UserError: when the pool has fewer rankings that can serve as demonstrations than are to be drawn.
+    Templates that reason get none. Raises UserError when the pool has too few rankings that can serve.
     """
     short = [ranking for ranking in example_rankings(pool) if _words(ranking) <= EXAMPLE_WORDS]
     if shots and len(short) < max(shots):
@@ -96,11 +87,8 @@ def search(
 ) -> SearchResult:
     """Score every judge (one for each candidate), choose the most accurate, and score it again on other prompts.
 
-    Among equally accurate ones the lower log loss decides, then the order given.
-
-    Args:
-        limit: number of prompts to score in each of the two parts; 0: all.
-        measure: called in place of `measure_judge`, to show progress: (judge, items, "score" or "confirm").
+    Among equally accurate ones the lower log loss decides, then the order given. `limit` prompts are scored in each
+    part, 0: all. `measure` replaces `measure_judge`, to show progress: (judge, items, "score" or "confirm").
     """
     measure = measure or (lambda judge, items, part: measure_judge(judge, items, seed))
     scored, confirming = (

@@ -96,11 +96,8 @@ def wait_until_notified(not_notified: Callable[[], bool], stopped: Callable[[], 
 def rankings_by_people(ctx: StageContext, outputs: Sequence[Outputs], grace: float = GRACE) -> RankResult | None:
     """Have the outputs ranked on the page; return None when a stop is requested, and the rankings stay in the file.
 
-    When all rankings that are wanted are in, the page stays until those who were at it lately know, and rankings that
-    come meanwhile are taken as well. Of several processes the main one serves the page, and all return the same.
-
-    Args:
-        grace: maximum number of seconds that the page stays when all rankings are in.
+    When all rankings that are wanted are in, the page stays, and takes more, until those who were at it lately know,
+    for `grace` seconds at most. Of several processes the main one serves the page, and all return the same.
     """
     recipe, main = ctx.recipe, is_main_process()
     phase("labelling")
@@ -136,12 +133,8 @@ def serve_until_notified(
 ) -> bool:
     """Wait until all rankings are in and those at the page know it; return False if `stopped()` ended it before.
 
-    A ranking that is taken back meanwhile is waited for again, on the same page.
-
-    Args:
-        look: returns the counts of the main process, since all processes must take the same way.
-        presence: who is at the page of the main process; None on the others.
-        grace: maximum number of seconds that the page stays when all rankings are in.
+    A ranking that is taken back is waited for again; then the page stays for `grace` seconds at most. `look` returns
+    the main process's counts, since all processes must take the same way; `presence` is None on the others.
     """
     while wait_for_rankings(look, stopped):
         end = time.monotonic() + grace
@@ -160,10 +153,7 @@ def serve_until_notified(
 
 
 def summary(store: LabelStore) -> dict[str, Any]:
-    """Return who ranked how much, how often prompts were skipped and why, and how far labelers agree on shared prompts.
-
-    Agreement is over the pairs of outputs that two labelers have both left untied.
-    """
+    """Return rankings by labeler, skips by reason, the pace, and the agreement on pairs that neither labeler ties."""
     labelled = store.rankings()
     by_task: dict[str, list[StoredRanking]] = {}
     for item in labelled:

@@ -66,11 +66,7 @@ def _is_address(host: str) -> bool:
 
 
 def authenticate(request: Request, authorization: Annotated[str, Header()] = "") -> str:
-    """Return the labeler whose token the request carries.
-
-    Raises:
-        HTTPException: 401 for an unknown token.
-    """
+    """Return the labeler whose token the request carries; raise HTTPException 401 for an unknown token."""
     labeler = request.app.state.store.labeler(authorization.removeprefix("Bearer "))
     if labeler is None:
         raise HTTPException(401, "this link is not valid: ask for a new one")
@@ -82,13 +78,7 @@ AuthenticatedLabeler = Annotated[str, Depends(authenticate)]
 
 
 def make_app(store: LabelStore, title: str, host: str = "127.0.0.1", presence: Presence | None = None) -> FastAPI:
-    """Return the application.
-
-    Args:
-        title: name of the run, shown to labelers.
-        host: address that it is served on.
-        presence: records who sends requests, and who knows that all rankings are in.
-    """
+    """Return the application; labelers see `title`, the run's name; `presence` records who is there and notified."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # those pages load scripts from elsewhere
     app.state.store, app.state.presence = store, presence or Presence()
     app.state.title, app.state.network = title, not is_loopback(host)
@@ -194,7 +184,6 @@ class Guard:
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or pass it on."""
         if scope["type"] != "http":  # no WebSocket is served
             return
 
@@ -229,12 +218,8 @@ class Guard:
 def serving(store: LabelStore, title: str, host: str, port: int = 0, presence: Presence | None = None) -> Iterator[str]:
     """Serve the page in a thread while the block lasts; yield the address that links begin with.
 
-    Args:
-        port: 0 takes the port of the last server, so that open pages find this one, or else a free port.
-        presence: records who is at the page.
-
-    Raises:
-        UserError: when the address is not of this machine, or the port is in use.
+    Port 0 takes the port of the last server, so that open pages find this one, or else a free port. Raises UserError
+    when the address is not of this machine, or the port is in use.
     """
     last = int(store.setting("port") or 0)
     sock = _listen(host, port, last)

@@ -42,16 +42,12 @@ class Conflict(Exception):
 
 
 class Task(NamedTuple):
-    """A prompt as one labeler sees it; `answer` is the answer that they have taken back, if any.
+    """A prompt as one labeler sees it."""
 
-    `id` is the random id of the claim. Pages never get the task's key: it is a hash over the outputs in the order of
-    the file, which could be found by trying all orders.
-    """
-
-    id: str
+    id: str  # of the claim (`new_id`); pages never get the key, a hash from which the order could be found
     messages: list[dict[str, str]]
     outputs: list[dict[str, Any]]  # {"text", "finished"} in the order shown
-    answer: dict[str, Any] | None
+    answer: dict[str, Any] | None  # the one that they have taken back, if any
 
 
 class Counts(NamedTuple):
@@ -62,19 +58,11 @@ class Counts(NamedTuple):
 
     @property
     def complete(self) -> bool:
-        """Return whether enough rankings are in."""
         return self.rankings >= self.wanted
 
 
 class LabelStore:
-    """The open file. Every method is one transaction and may be called from any thread.
-
-    Args:
-        seed: seed of the orders in which outputs are shown, and of the choice of shared prompts.
-
-    Raises:
-        UserError: when the file is damaged or of another version.
-    """
+    """The open file; each method is a transaction, from any thread. `seed` fixes the display orders and shared tasks."""
 
     def __init__(self, path: Path, label: LabelSection, seed: int) -> None:
         self.path, self.label, self.seed = Path(path), label, seed
@@ -82,7 +70,6 @@ class LabelStore:
         self._db = open_labels(self.path)
 
     def close(self) -> None:
-        """Close the file."""
         with self._lock:
             self._db.close()
 
@@ -135,11 +122,7 @@ class LabelStore:
         return bool(self._read("SELECT 1 FROM tasks WHERE current LIMIT 1"))
 
     def invite(self, names: Sequence[str], besides: bool = False) -> None:
-        """Make these the labelers that the run waits for; others may still rank with the links that they have.
-
-        Args:
-            besides: whether to keep those who are invited already.
-        """
+        """Make these (`besides` those invited already) the labelers that the run waits for; others may still rank."""
         with self._write() as db:
             if not besides:
                 db.execute("UPDATE labelers SET invited = 0")
@@ -175,17 +158,13 @@ class LabelStore:
         return found[0]["value"] if found else None
 
     def keep_setting(self, name: str, value: str) -> None:
-        """Store a setting."""
         with self._write() as db:
             db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, value))
 
     # --- a labeler's next prompt and their answers --------------------------------------------------------------------
 
     def next_task(self, labeler: str) -> Task | None:
-        """Return the task that the labeler holds, or else the first that still needs a ranking.
-
-        Returns None when there is none for them: all tasks are ranked, or others hold the rest.
-        """
+        """Return the task that the labeler holds, or the first that needs a ranking; None if there is none for them."""
         with self._write() as db:
             held = db.execute(
                 GIVEN + "SELECT task FROM claims JOIN need ON key = task WHERE labeler = :me AND rankings < wanted"
@@ -246,10 +225,7 @@ class LabelStore:
     def submit(self, labeler: str, given: Submission) -> None:
         """Store a submission, which is on disk when this returns; one that is stored already under its id is accepted.
 
-        Raises:
-            InvalidSubmission: for one that is not valid (`validation_error`).
-            UnknownTask: for one about a claim that is not this labeler's, or not in this file.
-            Conflict: when another submission of the labeler counts for the task, or the id was another's or taken back.
+        Raises InvalidSubmission, UnknownTask, or Conflict: another one counts, or the id was another's or taken back.
         """
         with self._write() as db:
             claim = db.execute("SELECT task, shown FROM claims WHERE id = ? AND labeler = ?", (given.task, labeler))
@@ -284,11 +260,7 @@ class LabelStore:
         return next(iter(self._read(f"{query} ORDER BY number DESC LIMIT 1", labeler)), None)
 
     def take_back(self, labeler: str, submission: str) -> Task:
-        """Withdraw the labeler's newest submission and return its task to them; a second call changes nothing.
-
-        Raises:
-            Conflict: when it is not their newest submission.
-        """
+        """Withdraw the labeler's newest submission (again: no change), return its task; raise Conflict for another."""
         with self._write() as db:
             newest = self._newest(labeler)
             if newest is None or newest["id"] != submission:

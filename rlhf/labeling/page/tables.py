@@ -4,8 +4,7 @@ settings      values that are kept between servers: the port
 tasks         one for each prompt with its outputs; the key is a hash of their text; `current` ones are to be ranked now
 labelers      by name; the run waits for the invited ones
 tokens        SHA-256 of the secrets in the labelers' links; a labeler may have several
-claims        a task given to a labeler, under a random id, which is the only one that their page gets; and the order in
-              which the outputs are shown there, drawn once
+claims        a task given to a labeler, under a random id, the only one that their page gets; its order, drawn once
 submissions   rankings and skips; one that is taken back stays, marked as withdrawn
 
 The file has a write-ahead log with synchronous=FULL: when a commit returns, its data are on disk, and readers do not
@@ -57,10 +56,7 @@ need AS (
 def open_labels(path: Path) -> sqlite3.Connection:
     """Open the file for use from any thread, with explicit transactions only.
 
-    A new file gets its tables. A file of version 1 is converted, with everything in it.
-
-    Raises:
-        UserError: when the file is damaged or of another version.
+    A new file gets its tables; one of version 1 is converted. Raises UserError if it is damaged or of another version.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
