@@ -200,7 +200,7 @@ def _ppo(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> tuple[Compo
 
 
 def _ppo_training(recipe: Recipe, loop: TrainingLoop, plan: PpoPlan) -> Phases:
-    """Return the phases of a PPO step; one process takes the networks in turn: activations and gradients are of one."""
+    """Return the phases of a PPO step; a single process holds activations and gradients of one network at a time."""
     rows = min(recipe.ppo.micro_batch_size, plan.minibatch_per_process)
     shape = PassShape(rows, recipe.data.max_prompt_tokens, recipe.data.max_response_tokens)
     recompute = recipe.launch.gradient_checkpointing

@@ -45,7 +45,7 @@ class GradedPrompt:
 
 
 def graded_prompts(rankings: Sequence[Ranking], drops: Drops) -> list[GradedPrompt]:
-    """Return one item a prompt, in the order of their hashes, for several rankings too: intervals are over prompts."""
+    """Return one item for each prompt, however many its rankings (intervals are over prompts), ordered by hash."""
     found: dict[str, GradedPrompt] = {}
     for ranking in sorted(rankings, key=lambda r: r.prompt.key):
         pairs = [(ranking.responses[i], ranking.responses[j]) for i, j in ordered_pairs(ranking.ranks)]

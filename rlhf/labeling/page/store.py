@@ -62,7 +62,7 @@ class Counts(NamedTuple):
 
 
 class LabelStore:
-    """The open file; each method is a transaction, from any thread. `seed` fixes the display orders and shared tasks."""
+    """The open file; each method is a transaction, from any thread. `seed` fixes display orders and shared tasks."""
 
     def __init__(self, path: Path, label: LabelSection, seed: int) -> None:
         self.path, self.label, self.seed = Path(path), label, seed
