@@ -1,8 +1,4 @@
-"""The `rlhf` command: its help and the table of its commands.
-
-The files cli_recipe.py, cli_run.py and cli_rankings.py declare the commands; launch/pipeline.py and launch/commands/ do
-what they say.
-"""
+"""The `rlhf` command: its help and the table of its commands, which the other files launch/cli_*.py declare."""
 
 from __future__ import annotations
 

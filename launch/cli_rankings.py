@@ -107,8 +107,7 @@ def agreement(
 
 
 def convert(
-    files: RankingFiles,
-    out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="New file to write.")],
+    files: RankingFiles, out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="New file to write.")]
 ) -> None:
     """Write ranking files of any layout that is read as one file of plain rankings, with labelers and times.
 

@@ -27,17 +27,11 @@ GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # CUDA, ROCm, Windows'
 
 @dataclass(frozen=True)
 class Redo:
-    """Work that is done again, and work that is kept although the recipe has changed.
+    """Work that is done again, and work that is kept although the recipe has changed."""
 
-    Attributes:
-        begin: stage that is done from scratch with all after it; those before it are kept.
-        fresh: all stages are done from scratch.
-        accept: recipe fields that may have changed.
-    """
-
-    begin: str = ""
-    fresh: bool = False
-    accept: Sequence[str] = ()
+    begin: str = ""  # stage that is done from scratch with all after it; those before it are kept
+    fresh: bool = False  # all stages are done from scratch
+    accept: Sequence[str] = ()  # recipe fields that may have changed
 
     def options(self) -> list[str]:
         """Return the options of a stage program."""
@@ -77,8 +71,7 @@ def start(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str
 def command(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str], redo: Redo = NO_REDO) -> list[str]:
     """Return the command line of a stage: the program itself, or DeepSpeed's launcher around it.
 
-    Raises:
-        UserError: an argument has a quote, which DeepSpeed cannot pass to other machines.
+    Raises UserError for a quote in an argument, which DeepSpeed cannot pass to other machines.
     """
     program, *options = stage_program(stage)
     where = name_or_path if name_or_path in recipe_names() else str(Path(name_or_path).expanduser().resolve())

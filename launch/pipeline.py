@@ -25,11 +25,7 @@ from rlhf.system.files import require_disk, require_writable
 
 
 def stages_from(recipe: Recipe, redo: Redo) -> list[str]:
-    """Return the stages of the recipe that are to be run.
-
-    Raises:
-        UserError: `redo` begins at a stage that is not among them, or before which one has not finished.
-    """
+    """Return the stages to run; raise UserError if `redo` begins at none of them, or before one has not finished."""
     stages = recipe.run.stages
     if not redo.begin:
         return list(stages)
@@ -47,10 +43,9 @@ def stages_from(recipe: Recipe, redo: Redo) -> list[str]:
 
 
 def run_pipeline(name_or_path: str, overrides: Sequence[str], redo: Redo = NO_REDO) -> int:
-    """Run all stages of `run.stages` and return the exit code of the one that stopped, or 0.
+    """Run all stages of `run.stages`; return the exit code of the one that stopped, or 0.
 
-    Raises:
-        UserError: the recipe cannot run; nothing is loaded before that is known.
+    Raises UserError if the recipe cannot run; nothing is loaded before that is known.
     """
     recipe = load_recipe(name_or_path, overrides)
     check(recipe)

@@ -41,13 +41,10 @@ def supervise(
 ) -> int:
     """Run a command in a session of its own and return its exit code, 128 + N when signal N ended it or came here.
 
-    The first Ctrl-C, SIGTERM, SIGUSR1 or closed terminal is passed on: the stage seals a checkpoint and ends. A second
-    Ctrl-C kills it.
-
-    Args:
-        local_ranks: signals go to the processes below the launcher, which would leave them behind.
-        errors: of a launched stage. Once it is new, the launcher and all that it started, stopped processes too, have
-            GRACE to end before they are killed.
+    The first Ctrl-C, SIGTERM, SIGUSR1 or closed terminal is passed on (with `local_ranks` to the processes below the
+    launcher, which would leave them behind): the stage seals a checkpoint and ends. A second Ctrl-C kills it. Once
+    `errors`, of a launched stage, is new, the launcher and all that it started, stopped processes too, have GRACE to
+    end before they are killed.
     """
     launched = errors is not None
     # Slurm signals every process of a step: the launcher must outlive that, its processes have handlers of their own.

@@ -36,8 +36,7 @@ NAMES = {  # of the tie conventions in the table
 def print_agreement(files: Sequence[str], parts: int = 5, seed: int = 0, as_json: bool = False) -> None:
     """Print the agreement of the labelers of some files, or write it as JSON to standard output.
 
-    Raises:
-        UserError: for a file that cannot be read, or when no outputs were ranked by two labelers.
+    Raises UserError for a file that cannot be read, or when no outputs were ranked by two labelers.
     """
     drops = Drops()
     found = match(_named(files, drops))
@@ -112,8 +111,7 @@ def _over_time(compared: Sequence[LabelerPair], parts: int, seed: int) -> list[d
 def convert_rankings(files: Sequence[str], out: Path) -> None:
     """Read rankings of any layout and write them as one JSONL file of the ranking contract.
 
-    Raises:
-        UserError: when `out` exists, has another ending or cannot be written, and for a file that cannot be read.
+    Raises UserError when `out` exists, has another ending or cannot be written, and for a file that cannot be read.
     """
     if out.suffix != ".jsonl":
         raise UserError("the file to write comes last and ends in .jsonl", str(out), "name it, such as rankings.jsonl")

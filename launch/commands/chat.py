@@ -22,13 +22,9 @@ from rlhf.system.console import console
 
 
 def chat_with_policies(run: Path, stage: str, temperature: float, max_tokens: int, once: str) -> None:
-    """Answer typed prompts until an empty line, or `once` alone.
+    """Answer typed prompts until an empty line, or `once` alone; temperature 0 is greedy.
 
-    Args:
-        run: run folder with sft/model and an aligned policy.
-        stage: stage of the aligned policy; empty for the first that exists of ppo-ptx and ppo.
-        temperature: 0 is greedy.
-        max_tokens: longest response.
+    The policies are SFT's and that of `stage`, by default the first that exists of ppo-ptx and ppo.
     """
     recipe = load_recipe(str(_existing(run / "recipe.yaml", "a run folder has its recipe")))
     names = ["sft", stage or _aligned(run)]

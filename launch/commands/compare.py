@@ -1,8 +1,7 @@
 """`rlhf compare`: run the arms of a comparison file one after the other, then show all of them in a table and a page.
 
-Every stage is a program of its own, started as `rlhf run` starts it. The reference comes first: its rankings and its
-reward model are linked into the run folders of the other arms. Finished and unchanged stages are skipped. If an arm
-fails, the table gives the reason and the other arms still run.
+The reference comes first: its rankings and its reward model are linked into the run folders of the other arms. Finished
+and unchanged stages are skipped. If an arm fails, the table gives the reason and the other arms still run.
 """
 
 from __future__ import annotations
@@ -31,15 +30,9 @@ from rlhf.system.signals import STOPPED
 def run_comparison(name_or_path: str, overrides: Sequence[str], chosen: Sequence[str] = (), fresh: bool = False) -> int:
     """Run the arms of a comparison and show the results; return 0, 1 if an arm failed, or a stopped stage's exit code.
 
-    Args:
-        name_or_path: name of a shipped comparison, or the path of a comparison file.
-        overrides: recipe fields for every arm.
-        chosen: the arms to run, all by default; the reference's stages except PPO always run.
-        fresh: redo all stages of these arms.
-
-    Raises:
-        UserError: before anything is started, if the file or an arm cannot be run; later, if the reference has no
-            reward model.
+    Only the arms `chosen` run, by default all, and always the reference's stages except PPO; `fresh` redoes their
+    stages. Raises UserError before anything is started if the file or an arm cannot be run; later if the reference has
+    no reward model.
     """
     comparison = read_comparison(name_or_path, overrides)
     plan = _plan(comparison, chosen)

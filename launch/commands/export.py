@@ -25,13 +25,8 @@ FOLDER = "merged"
 def export_model(run: Path, stage: str = "", ema: bool = False, out: Path | None = None) -> Path:
     """Write the model of a stage as a folder that any program loads, and return the folder.
 
-    Args:
-        stage: one of `stage_table.TRAINED`; empty: the first of PPO-ptx, PPO and SFT that the run has.
-        ema: the averaged policy of a PPO stage.
-        out: folder to write; default: `merged/` in the stage's folder.
-
-    Raises:
-        UserError: there is no such run or model, or the method cannot be merged, with the reason.
+    By default the first of PPO-ptx, PPO and SFT that the run has, or its averaged policy (`ema`), goes to `merged/` in
+    the stage's folder. Raises UserError if there is no such run or model, or with the reason why it cannot be merged.
     """
     quiet_libraries()
     if not torch.cuda.is_available():

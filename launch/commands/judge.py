@@ -43,11 +43,7 @@ class JudgeJob(NamedTuple):
 
 
 def compare_templates(job: JudgeJob, out: Path | None) -> None:
-    """Measure every template on the same pairs, and print a table.
-
-    Args:
-        out: JSON, written again after every template.
-    """
+    """Measure every template on the same pairs and print a table; `out` is JSON, written again after every template."""
     drops, templates = Drops(), _templates(job)
     rankings = read_rankings(job.files, drops)
     judges = _judges(job, templates)
@@ -64,12 +60,9 @@ def compare_templates(job: JudgeJob, out: Path | None) -> None:
 
 
 def search_template(job: JudgeJob, shots: Sequence[int], trials: int, out: Path) -> None:
-    """Search for the best template, print the candidates, and write the chosen one and OUT.json beside it.
+    """Search for the best template, print the candidates, and write the chosen one to `out` and OUT.json beside it.
 
-    Args:
-        shots: numbers of demonstrations to draw; an empty list draws none.
-        trials: draws of each number.
-        out: file of the chosen template.
+    For each of `shots`, a number of demonstrations, there are `trials` draws.
     """
     drops, seed, path = Drops(), job.recipe.run.seed, out.with_suffix(".json")
     templates = _templates(job)
@@ -113,11 +106,7 @@ def _templates(job: JudgeJob) -> list[Template]:
 
 
 def _judges(job: JudgeJob, templates: Sequence[Template]) -> list[Judge]:
-    """Return one judge for each template; all ask one model.
-
-    Raises:
-        UserError: for a template that has no calibration, when judge.calibrate is set.
-    """
+    """Return a judge of one model for each template; raise UserError if one cannot have judge.calibrate as it is set."""
     quiet_libraries()
     cfg, answers = job.recipe.judge, job.answers
     if pick_device(job.recipe).type == "cpu":

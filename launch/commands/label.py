@@ -24,11 +24,7 @@ RANKINGS = "rank/rankings.jsonl"
 
 
 def settings(run: Path, labelers: str | None = None, host: str | None = None, port: int | None = None) -> Recipe:
-    """Return the run's recipe with the page's settings from the command line.
-
-    Raises:
-        UserError: for an invalid name of a labeler.
-    """
+    """Return the run's recipe with the page's settings; raise UserError for an invalid name of a labeler."""
     given = {
         "label.labelers": f"[{labelers}]" if labelers is not None else None,
         "label.host": host,
@@ -42,8 +38,7 @@ def settings(run: Path, labelers: str | None = None, host: str | None = None, po
 def serve(run: Path, recipe: Recipe) -> None:
     """Serve the page until Ctrl-C, for `label.labelers` and for those who are invited already.
 
-    Raises:
-        UserError: when there are no outputs, they cannot be read, or the page cannot be served.
+    Raises UserError when there are no outputs, they cannot be read, or the page cannot be served.
     """
     outputs_of(run)  # raises before the labels are opened, which would create their file
     with open_store(run, recipe.label, recipe.run.seed) as store:
@@ -63,11 +58,7 @@ def serve(run: Path, recipe: Recipe) -> None:
 
 
 def outputs_of(run: Path) -> Path:
-    """Return the file with the outputs to rank: those for people, or else those that another labeler has ranked.
-
-    Raises:
-        UserError: when the run has neither file.
-    """
+    """Return the file of outputs to rank: those for people, else those another labeler ranked; else raise UserError."""
     for path in (run / OUTPUTS, run / RANKINGS):
         if path.is_file():
             return path
@@ -89,11 +80,7 @@ def what_next(run: Path, recipe: Recipe) -> str:
 
 
 def prepare(run: Path, store: LabelStore) -> None:
-    """Invite the labelers of the store's settings beside the others, and set the tasks from the file of outputs.
-
-    Raises:
-        UserError: for outputs that cannot be read.
-    """
+    """Invite the store's labelers beside the others, and set the tasks; raise UserError for unreadable outputs."""
     # While the rank stage runs, the tasks are the ones that it waits for. Otherwise the file may have changed.
     if live_owner(run) is None or not store.has_tasks():
         drops = Drops()
@@ -105,13 +92,9 @@ def prepare(run: Path, store: LabelStore) -> None:
 
 
 def revoke_links(run: Path, recipe: Recipe, names: str) -> None:
-    """Make all links of some labelers invalid, even on a page that is served at this moment; their rankings count.
+    """Make all links of some labelers (`names`, separated by commas) invalid, even on a page that is being served.
 
-    Args:
-        names: separated by commas.
-
-    Raises:
-        UserError: when the run has no labels, and for an unknown labeler.
+    Their rankings count. Raises UserError when the run has no labels, and for an unknown labeler.
     """
     revoked = [name.strip() for name in names.split(",") if name.strip()]
     with open_store(_labels(run), recipe.label, recipe.run.seed) as store:
@@ -132,8 +115,7 @@ def revoke_links(run: Path, recipe: Recipe, names: str) -> None:
 def export_rankings(run: Path, recipe: Recipe, file: Path) -> None:
     """Write the rankings of the current outputs so far, as rows of a file of rankings.
 
-    Raises:
-        UserError: when the run has no labels, and when the file exists or cannot be written.
+    Raises UserError when the run has no labels, and when the file exists or cannot be written.
     """
     if file.exists():
         raise UserError("the file exists already, and is not overwritten", str(file), "name another, or delete it")

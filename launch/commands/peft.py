@@ -22,13 +22,9 @@ COLUMNS = ["method", "settings", "trained", "share", "stored", "PPO iteration", 
 
 
 def show_peft_methods(recipe: Recipe, card_name: str | None) -> None:
-    """Print the table. Nothing is loaded: all numbers follow from the model's config.
+    """Print the table, from the model's config alone; memory is for a card of rlhf/costs/cards.py, or this machine.
 
-    Args:
-        card_name: a card of rlhf/costs/cards.py, for the memory; None: this machine.
-
-    Raises:
-        UserError: there is no such card, or the model's config cannot be loaded.
+    Raises UserError if there is no such card, or the model's config cannot be loaded.
     """
     quiet_libraries()
     card = find_card(card_name) if card_name else this_machine(device_of(recipe))
@@ -52,11 +48,7 @@ def show_peft_methods(recipe: Recipe, card_name: str | None) -> None:
 
 
 def method_row(recipe: Recipe, method: str, shapes: Shapes, card: Card) -> list[str]:
-    """Return a line of the table.
-
-    Raises:
-        UserError: the model has nothing for the method to work on.
-    """
+    """Return a line of the table; raise UserError if the model has nothing for the method to work on."""
     tried = with_method(recipe, method)
     c, peft = count(policy_spec(tried, shapes)), tried.model.peft
     stage = "ppo-ptx" if "ppo-ptx" in recipe.run.stages else "ppo"

@@ -19,12 +19,8 @@ from rlhf.system.quiet import quiet_libraries
 def show_memory_and_time(recipe: Recipe, card_name: str | None) -> None:
     """Print memory by component and stage, whether it fits, what would make it fit, and about how long it takes.
 
-    Args:
-        card_name: a card of rlhf/costs/cards.py; None: this machine's, for which a model without a config is named
-            and left out.
-
-    Raises:
-        UserError: there is no such card; or one was named and a model's config cannot be loaded.
+    Without a card of rlhf/costs/cards.py it is for this machine, where a model without a config is named and left out.
+    Raises UserError if there is no such card, or if one was named and a model's config cannot be loaded.
     """
     quiet_libraries()
     card = find_card(card_name) if card_name else this_machine(device_of(recipe))

@@ -37,8 +37,7 @@ class Profile:
 def show_profile(path: Path, variant: str = "", as_json: bool = False) -> None:
     """Print the profile of a run, or write it as JSON to standard output.
 
-    Raises:
-        UserError: the folder is not a run, or has no finished iteration of PPO.
+    Raises UserError if the folder is not a run, or has no finished iteration of PPO.
     """
     found = profile(path, variant)
     if as_json:

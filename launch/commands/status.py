@@ -33,11 +33,7 @@ class StageProgress(NamedTuple):
 
 
 def show_status(path: Path) -> None:
-    """Print the table of a run and what comes next.
-
-    Raises:
-        UserError: the folder is not a run.
-    """
+    """Print the table of a run and what comes next; raise UserError if the folder is not a run."""
     file = path / "recipe.yaml"
     if not file.is_file():
         raise UserError("this is not a run folder: it has no recipe.yaml", str(path), "give one, such as runs/demo")
@@ -53,11 +49,7 @@ def show_status(path: Path) -> None:
 
 
 def progress(run: RunFolder, recipe: Recipe, stage: str, in_use: bool) -> StageProgress:
-    """Return the progress of a stage according to its files.
-
-    Args:
-        in_use: whether a process holds the run's lock.
-    """
+    """Return the progress of a stage from its files; with `in_use`, a process holds the run's lock."""
     try:
         record = run.read_stage(stage)
     except UserError as error:

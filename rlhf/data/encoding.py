@@ -1,8 +1,7 @@
 """Turn prompts and responses into token ids, and drop records that are over the length limits.
 
-A prompt goes through the tokenizer's chat template, up to where the assistant's answer begins; a response is its text,
-followed by EOS if it is finished. They are encoded separately and joined as ids, so that a response has the same ids in
-every stage.
+A prompt and its response, which ends with EOS if it is finished, are encoded separately and joined as ids, so that a
+response has the same ids in every stage.
 """
 
 from __future__ import annotations
@@ -98,10 +97,7 @@ def fit_demonstrations(
     max_tokens: int,
     drops: Drops,
 ) -> list[Encoded[Demonstration]]:
-    """Encode demonstrations; those over a limit are dropped and counted.
-
-    Limits are in tokens: of the prompt, of the response with its EOS, and of both together (`max_tokens`).
-    """
+    """Encode demonstrations; drop and count those over a limit in tokens: of prompt, of response with EOS, of both."""
     rows = [Encoded(d, encode_prompt(tokenizer, d.prompt), [encode_response(tokenizer, d.response)]) for d in items]
     return _fit(rows, drops, max_prompt, max_response, max_tokens)
 

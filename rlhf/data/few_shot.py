@@ -13,11 +13,7 @@ from rlhf.errors import UserError
 
 
 def judge_template(cfg: JudgeSection) -> Template:
-    """Return the template of a recipe, with the demonstrations of the recipe's file if it names one.
-
-    Raises:
-        UserError: if there is no such template, if it has a mistake, or if it and the demonstrations do not fit.
-    """
+    """Return a recipe's template with its file's demonstrations, if any; raise UserError if they are wrong."""
     template = load_template(cfg.template)
     if cfg.demonstrations:
         if template.form != "few-shot":
@@ -52,11 +48,7 @@ def why_not_calibrated(template: Template) -> str:
 
 
 def check_judge(cfg: JudgeSection) -> None:
-    """Check the endpoint, the template and the demonstrations of a recipe before any model is loaded.
-
-    Raises:
-        UserError: if one of them is wrong.
-    """
+    """Check endpoint, template and demonstrations before any model is loaded; raise UserError if one is wrong."""
     if cfg.endpoint:
         parts = urlsplit(cfg.endpoint)
         if parts.scheme not in ("http", "https") or not parts.hostname:

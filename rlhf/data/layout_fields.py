@@ -89,11 +89,8 @@ def named(option: str, names: Sequence[str]) -> str | None:
 def find_prompt(row: SourceRow, prefix: str, fields: dict[str, Any]) -> tuple[str, Any]:
     """Return (name, value) of the prompt among a tool's fields: the first of `PROMPTS` that is there.
 
-    Args:
-        prefix: put before the name of a field in an error: "data." or nothing.
-
-    Raises:
-        UserError: if no field is the prompt, or if its value is neither text nor a list of messages.
+    An error puts `prefix` ("data." or nothing) before a field's name. Raises UserError if no field is the prompt, or if
+    its value is neither text nor a list of messages.
     """
     for wanted in PROMPTS:
         for name, value in fields.items():

@@ -34,16 +34,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rlhf.data import argilla, label_studio
-from rlhf.data.layout_fields import (
-    Counter,
-    Layout,
-    RawRanking,
-    column,
-    has,
-    number,
-    objects,
-    text_or_empty,
-)
+from rlhf.data.layout_fields import Counter, Layout, RawRanking, column, has, number, objects, text_or_empty
 from rlhf.data.ranks import MAX_K, MIN_K, equal_texts_ranked_apart, ranks_of_scores
 from rlhf.data.sources import SourceRow, check_object, check_text, check_whole
 
@@ -51,13 +42,10 @@ _MARKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 def split_transcript(text: str) -> list[tuple[str, str]] | None:
-    """Split "Human: .. Assistant: .." into turns (speaker, words), words stripped.
+    """Split "Human: .. Assistant: .." into turns (speaker, stripped words); None if it does not begin with "Human:".
 
     A speaker's name counts if it begins the text or follows a blank line, and if the other speaker had the turn before:
     a second "Human:" in a row is part of the human's words, so that turns alternate and no character is lost.
-
-    Returns:
-        The turns; None if the text does not begin with "Human:".
     """
     text = text.strip()
     turns: list[list[Any]] = []  # [speaker, start of the words, end of the words]
@@ -77,11 +65,7 @@ def find_layout(fields: dict[str, Any]) -> Layout | None:
 
 
 def read_published(layout: Layout, row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
-    """Yield the rankings of a published row; those with a known blemish are dropped and counted.
-
-    Raises:
-        UserError: if a field is missing or of the wrong type.
-    """
+    """Yield a published row's rankings; those with a known blemish are counted. Raises UserError for a bad field."""
     for ranked in layout.read(row, drops):
         if reason := _blemish(ranked):
             drops.add(f"{layout.name}: {reason}")

@@ -101,11 +101,7 @@ def template_names(folder: str) -> list[str]:
 
 
 def find_template(name_or_path: str, folder: str) -> Path:
-    """Return the file of a template that is shipped under this name, or the file at this path.
-
-    Raises:
-        UserError: if there is neither; suggests the nearest name.
-    """
+    """Return the file of a shipped template, or the one at this path; else raise UserError with the nearest name."""
     names = template_names(folder)
     if name_or_path in names:
         return FOLDERS[folder] / f"{name_or_path}.txt"
@@ -119,11 +115,7 @@ def find_template(name_or_path: str, folder: str) -> Path:
 
 
 def load_template(name_or_path: str, folder: str = "judge") -> Template:
-    """Read and check a template.
-
-    Raises:
-        UserError: if there is no such template, or a mistake in it; gives file and line.
-    """
+    """Read and check a template; raise UserError, with file and line, if there is none or a mistake in it."""
     path = find_template(name_or_path, folder)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -139,11 +131,7 @@ def load_template(name_or_path: str, folder: str = "judge") -> Template:
 
 
 def parse_template(text: str, path: str, name: str) -> Template:
-    """Return the template of a text; `path` is for errors, `name` is used if the header has no name.
-
-    Raises:
-        UserError: if there is a mistake; gives file and line.
-    """
+    """Return a text's template, by default called `name`; raise UserError with `path` and line of a mistake."""
     return _Parser(text, path).template(name)
 
 

@@ -41,11 +41,7 @@ def check_rank(row: SourceRow, field: str, value: object) -> int:
 
 
 def read_ranks(row: SourceRow, k: int) -> tuple[int, ...]:
-    """Return the ranks of the `k` responses of a row, from its field `ranks` or its field `ranking`.
-
-    Raises:
-        UserError: if both fields are given, or if the one that is given does not rank each response once.
-    """
+    """Return the ranks of a row's `k` responses from `ranks` or `ranking`; raise UserError if not each has one rank."""
     if {"ranks", "ranking"} <= row.fields.keys():
         raise row.fail("ranking", "both `ranks` and `ranking` are given", "keep one of them")
     if "ranking" in row.fields:

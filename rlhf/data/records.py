@@ -63,11 +63,7 @@ class Prompt:
 
     @classmethod
     def from_text(cls, text: str, use_case: str = "") -> Prompt:
-        """Make turns of a transcript that begins with "Human:" and ends with "Assistant:", else one user message.
-
-        Raises:
-            UserError: if the text, or a turn of the transcript, is empty.
-        """
+        """Make turns of a transcript "Human: .. Assistant:", else one user message; raise UserError if one is empty."""
         if not text.strip():
             raise UserError("the prompt is empty", fix="write a prompt")
         messages = _parse(text)

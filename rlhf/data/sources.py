@@ -41,11 +41,7 @@ class SourceRow:
         return UserError(what, where=f"{self.place}, field `{field}`", fix=fix)
 
     def need(self, field: str) -> Any:
-        """Return the field's value.
-
-        Raises:
-            UserError: if it is missing or null; names the most similar field of the row.
-        """
+        """Return the field's value; if it is missing or null, raise UserError that names the most similar field."""
         if field in self.fields:
             return self.fields[field]
         close = difflib.get_close_matches(field, self.fields, n=1)
@@ -56,11 +52,7 @@ class SourceRow:
 
 
 def check_text(row: SourceRow, field: str, value: Any) -> str:
-    """Return `value` if it is text that is not blank and can be encoded as UTF-8.
-
-    Raises:
-        UserError: otherwise, naming `field`.
-    """
+    """Return `value` if it is text, not blank and encodable as UTF-8; raise UserError naming `field` otherwise."""
     if not isinstance(value, str):
         raise row.fail(field, f"`{field}` is {kind(value)}, not a string", "put the text in quotes")
     if not value.strip():
@@ -95,11 +87,7 @@ def check_whole(row: SourceRow, field: str, value: Any) -> int:
 
 
 def check_time(row: SourceRow, field: str, value: Any) -> datetime:
-    """Return a time in UTC, from ISO 8601 (taken as UTC if without a zone) or from seconds since 1970.
-
-    Raises:
-        UserError: if it is neither, naming `field`.
-    """
+    """Return a UTC time from ISO 8601 (UTC if without a zone) or seconds since 1970; raise UserError otherwise."""
     what = f"`{field}` is {kind(value)}, not a time"
     try:
         if isinstance(value, str):
@@ -121,11 +109,7 @@ def kind(value: Any) -> str:
 
 
 def embedded_path(name: str) -> Path:
-    """Return the file of an embedded data set: data/NAME.jsonl of a checkout, or of the installed `rlhf_data`.
-
-    Raises:
-        UserError: if there is no such data set; lists their names.
-    """
+    """Return the file of an embedded data set, data/NAME.jsonl; raise UserError, with their names, if there is none."""
     # Paths, not importlib.resources: in an editable install that cannot list a package whose folder has another name.
     beside = Path(__file__).resolve().parents[2]
     folders = (beside / "rlhf_data", beside / "data")  # installed, and in a checkout
@@ -142,8 +126,7 @@ def embedded_path(name: str) -> Path:
 def local_path(source: str) -> Path | None:
     """Return the file that a source names, or None for a Hub name.
 
-    Raises:
-        UserError: for a missing file (names the nearest one), an unknown embedded name, a folder, an unknown suffix.
+    Raises UserError for a missing file (names the nearest one), an unknown embedded name, a folder, an unknown suffix.
     """
     if source.startswith(EMBEDDED):
         return embedded_path(source.removeprefix(EMBEDDED))
@@ -164,8 +147,7 @@ def local_path(source: str) -> Path | None:
 def read_rows(source: str) -> Iterator[SourceRow]:
     """Yield the rows of a JSON file, a parquet file, an embedded data set or a Hub data set.
 
-    Raises:
-        UserError: if the source cannot be found or read, if a line is not a JSON object, or if there are no rows.
+    Raises UserError if the source cannot be found or read, if a line is not a JSON object, or if there are no rows.
     """
     path = local_path(source)
     if path is not None and path.suffix == ".txt":

@@ -12,13 +12,10 @@ Item = TypeVar("Item", Prompt, Demonstration, Ranking)
 
 
 def split_by_prompt(items: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """Split into (train, held out), each in the order given.
+    """Split into (train, held out), each in the order given; raise ValueError if `fraction` is not in [0, 1).
 
     A prompt is held out if the hash of the seed and its key, as a number in [0, 1), is below `fraction`. Adding or
     removing rows therefore moves no other prompt, and the held-out share is `fraction` on average, not exactly.
-
-    Raises:
-        ValueError: if `fraction` is not in [0, 1).
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction is {fraction}, not in [0, 1)")

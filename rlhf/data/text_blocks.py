@@ -21,10 +21,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def token_blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block_tokens: int) -> list[list[int]]:
-    """Cut each document into rows of `block_tokens` ids; a shorter last row is kept if it has at least 8.
-
-    Rows never span documents and hold no special tokens.
-    """
+    """Cut each document into rows of `block_tokens` ids, none of them special; a shorter last row needs at least 8."""
     rows = []
     for text in texts:
         ids = token_ids(tokenizer, text)
@@ -42,11 +39,7 @@ def demonstration_row(demonstration: Encoded[Demonstration]) -> TokenRow:
 def text_rows(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int
 ) -> list[TokenRow]:
-    """Draw `count` rows of pretraining text, each of at most `length` tokens, all trained; each text ends with EOS.
-
-    Raises:
-        UserError: if the texts are too short for that many rows.
-    """
+    """Draw `count` rows of up to `length` trained tokens, each text ended by EOS; raise UserError if there are fewer."""
     rows = []
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

@@ -1,8 +1,4 @@
-"""The alignment tax: the loss of a policy on text and questions that it was not aligned on (paper section 4.2).
-
-There are two measures: the mean loss on held-out pretraining text, and the accuracy on held-out multiple-choice
-questions answered by log-likelihood. Both go through `rlhf.rollout.scoring`, in batches of bounded token counts.
-"""
+"""The alignment tax: the loss of a policy on text and questions that it was not aligned on (paper section 4.2)."""
 
 from __future__ import annotations
 
@@ -28,12 +24,8 @@ def pretraining_loss(
 ) -> tuple[float, int]:
     """Return the mean negative log-likelihood per predicted token, in nats, and the number of predicted tokens.
 
-    Args:
-        rows: token ids; the first token of a row is context only, so a row of L tokens has L - 1 predictions.
-        advance: called with the number of rows done, for progress.
-
-    Raises:
-        UserError: if no row has two tokens.
+    The first token of a row of ids is context only. `advance` is called with the number of rows done, for progress.
+    Raises UserError if no row has two tokens.
     """
     pairs = [(row[:1], row[1:]) for row in rows if len(row) > 1]
     if not pairs:
@@ -69,8 +61,7 @@ class ClozeResult:
 def encode_question(tokenizer: PreTrainedTokenizerBase, question: Cloze) -> list[tuple[list[int], list[int]]]:
     """Return (context ids, choice ids) for each choice of `context + " " + choice`.
 
-    The cut is where the encodings of the context and of all its continuations first differ, so that every choice is
-    scored from the same token on even if a tokenizer merges across the border.
+    The cut is where any two encodings first differ, so that merges across the border leave all choices one start.
     """
     alone = token_ids(tokenizer, question.context)
     full = [token_ids(tokenizer, f"{question.context.rstrip()} {choice}") for choice in question.choices]
@@ -86,16 +77,10 @@ def cloze_accuracy(
     tokens_per_batch: int = 2048,
     advance: Callable[[int], None] | None = None,
 ) -> ClozeResult:
-    """Return the share of questions whose right choice is the most likely continuation.
+    """Return the share of questions whose right choice is the most likely; raise UserError if there are no questions.
 
     The headline divides each choice's summed log-probability by its length in UTF-8 bytes; the undivided one is
-    reported too. Ties go to the earlier choice.
-
-    Args:
-        advance: called with the number of choices done, for progress.
-
-    Raises:
-        UserError: if there are no questions.
+    reported too. Ties go to the earlier choice. `advance` is called with the number of choices done, for progress.
     """
     if not questions:
         raise UserError("there are no cloze questions", where="data.cloze", fix="name a file with cloze questions")

@@ -14,15 +14,10 @@ STEP = 5.0  # from one distance to the next
 
 
 def place(anchors: Sequence[Point], sizes: Sequence[Point], obstacles: Sequence[Box], bounds: Box) -> list[Box]:
-    """Return one box for each label: the nearest free position, right of its point if that is free.
+    """Return one box for each label: the nearest free position, right of its point (`anchors`) if that is free.
 
-    Labels are placed in the given order. If no position within reach is free, the one that covers least is taken.
-
-    Args:
-        anchors: the points that the labels belong to.
-        sizes: width and height of each label, in the anchors' unit.
-        obstacles: boxes that labels must not cover.
-        bounds: the box that labels must not leave.
+    Labels of `sizes` (width, height) are placed in the given order, within `bounds` and clear of `obstacles`. If no
+    position within reach is free, the one that covers least is taken.
     """
     placed: list[Box] = []
     for anchor, size in zip(anchors, sizes, strict=True):
@@ -58,12 +53,7 @@ def _candidates(anchor: Point, size: Point) -> Iterator[Box]:
         for degrees in (0, 180, 90, 270, 45, 315, 135, 225, 20, 340, 160, 200):
             across, up = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
             centre = (x + across * (distance + width / 2), y + up * (distance + height / 2))
-            yield (
-                centre[0] - width / 2,
-                centre[1] - height / 2,
-                centre[0] + width / 2,
-                centre[1] + height / 2,
-            )
+            yield (centre[0] - width / 2, centre[1] - height / 2, centre[0] + width / 2, centre[1] + height / 2)
 
 
 def _inside(box: Box, bounds: Box) -> bool:

@@ -1,7 +1,4 @@
-"""Charts of the pages as inline SVG that takes its font and its colours, in light and dark mode, from the page.
-
-matplotlib draws with placeholder colours, which are then replaced by CSS variables of the page.
-"""
+"""Charts of the pages as inline SVG that takes its font and its colours, in light and dark mode, from the page."""
 
 from __future__ import annotations
 
@@ -69,10 +66,7 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def line_chart(series: Mapping[str, Series], x_label: str) -> str:
-    """Draw one metric over training, a line per series; a long series gets a smoothed line over a faint raw one.
-
-    The chart has no legend: the page shows the meaning of the colours.
-    """
+    """Draw a metric over training, a line per series and no legend; a long series is smoothed over a faint raw line."""
     with rc_context(STYLE):
         figure, axes = _figure()
         for name, (x, y) in series.items():
@@ -107,8 +101,7 @@ def frontier_chart(series: Mapping[str, Series], x_label: str, y_label: str) -> 
 def calibration_chart(rows: Sequence[Mapping[str, float]]) -> str:
     """Draw the share of pairs that the reward model ordered right over its confidence; the diagonal is perfect.
 
-    Args:
-        rows: bins with `confidence`, `accuracy` and `n`, the number of pairs, which sets the size of the dot.
+    `rows` are bins with `confidence`, `accuracy` and `n`, the number of pairs, which sets the size of the dot.
     """
     with rc_context(STYLE):
         figure, axes = _figure()
@@ -136,12 +129,9 @@ class LabelledPoint(NamedTuple):
 
 
 def named_points_chart(points: Sequence[LabelledPoint], start: float, x_label: str, share: bool = False) -> str:
-    """Draw named points over a logarithmic x, each with the interval of its y.
+    """Draw named points over a logarithmic x, each with the interval of its y, in percent if y is a `share`.
 
     A dashed line marks `start`; a point whose interval covers it is hollow.
-
-    Args:
-        share: whether y is a share, shown in percent.
     """
     with rc_context(STYLE):
         figure, axes = _figure(3.9, 2.7)
@@ -166,11 +156,7 @@ def named_points_chart(points: Sequence[LabelledPoint], start: float, x_label: s
 
 
 def _name_points(figure: Figure, axes: Axes, points: Sequence[LabelledPoint], line: float) -> None:
-    """Write each name where it covers nothing, with a line to its point if it is not beside it.
-
-    Args:
-        line: y of the dashed line, which no name may cover.
-    """
+    """Write each name where it covers nothing, the dashed line at y `line` included; join far ones to their points."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # the names fit the axes only as they are now
     texts = [axes.annotate(p.name, (p.x, p.y), (0, 0), textcoords="offset points", va="bottom") for p in points]

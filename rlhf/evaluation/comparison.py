@@ -1,9 +1,4 @@
-"""The numbers of a comparison: one row for each arm, from the files that its stages wrote.
-
-No model is run here. Held-out scores of two policies are compared prompt by prompt, since all arms answer the same
-held-out prompts and are scored by one reward model. For the win rate over the reference's SFT policy the rubric judges
-the texts in samples.jsonl, as evaluate judges the policies of one run.
-"""
+"""The numbers of a comparison: one row for each arm, from the files that its stages wrote. No model is run here."""
 
 from __future__ import annotations
 
@@ -83,13 +78,9 @@ def finding(interval: Interval | None, start: float, prompts: int, words: tuple[
 
 
 def arm_results(comparison: Comparison, reasons: Mapping[str, str] | None = None) -> list[ArmResult]:
-    """Return one row for each arm, in the file's order.
+    """Return one row for each arm, in the file's order; raise UserError if a file of a run cannot be read.
 
-    Args:
-        reasons: by arm, why it failed if no stage could record that itself.
-
-    Raises:
-        UserError: if a file of a run cannot be read.
+    `reasons` gives, by arm, why it failed if no stage could record that itself.
     """
     folder, variant, found = comparison.folder, comparison.variant, []
     reference = RunFolder(folder / comparison.reference)
@@ -150,11 +141,7 @@ def _state(run: RunFolder, recipe: Recipe) -> tuple[str, str]:
 
 
 def _training(run: RunFolder, variant: str, method: str, base_weights: int) -> dict[str, Any]:
-    """Return the fields of `ArmResult` that SFT and PPO recorded.
-
-    Args:
-        base_weights: number of weights of the base, 0 if no arm trains all of them.
-    """
+    """Return the fields of `ArmResult` that SFT and PPO recorded; `base_weights` is 0 if no arm trains all weights."""
     records = {stage: run.read_stage(stage) or {} for stage in ("sft", variant)}
     sft, ppo = (record.get("metrics") or {} for record in records.values())
     sft_count, sft_bytes = _weights(run.model_dir("sft"))
@@ -179,11 +166,7 @@ def _training(run: RunFolder, variant: str, method: str, base_weights: int) -> d
 def _weights(folder: Path, plain: bool = False) -> tuple[int, int]:
     """Return the number of weights in a stage's model folder and their bytes on disk; only file headers are read.
 
-    Args:
-        plain: return zeros for a folder that holds only an adapter.
-
-    Raises:
-        UserError: if a file cannot be read.
+    With `plain`, a folder that holds only an adapter gives zeros. Raises UserError if a file cannot be read.
     """
     adapter = folder / ADAPTER
     if adapter.exists() and plain:
@@ -211,11 +194,7 @@ def _evaluation(
 ) -> dict[str, Any]:
     """Return the fields of `ArmResult` from evaluate/results.json and from comparing rows of samples.jsonl.
 
-    Args:
-        base: the reference's answers by policy, empty for a policy that it has not evaluated.
-
-    Raises:
-        UserError: if a file lacks what evaluate writes.
+    `base` has the reference's answers by policy. Raises UserError if a file lacks what evaluate writes.
     """
     path, results = run.stage_dir("evaluate") / "results.json", _results(run)
     if variant not in results.get("policies", {}):
@@ -268,10 +247,7 @@ def _answers(run: RunFolder, policy: str) -> Answers:
 
 
 def _difference(mine: Answers, theirs: Answers, recipe: Recipe) -> Interval | None:
-    """Return the mean difference of two policies' scores, prompt by prompt, with its interval over prompts.
-
-    None if the prompts differ or a score is missing.
-    """
+    """Return the mean difference of two policies' scores over prompts; None if prompts differ or a score is missing."""
     if mine.keys() != theirs.keys():
         return None
     scores = [[[answer["score"] for answer in side[prompt]] for side in (mine, theirs)] for prompt in mine]
@@ -282,10 +258,7 @@ def _difference(mine: Answers, theirs: Answers, recipe: Recipe) -> Interval | No
 
 
 def _judge(recipe: Recipe, reference: RunFolder, arm: str, mine: Answers, base: Answers) -> Interval | None:
-    """Return the win rate over the reference's SFT policy under the rubric, with the label noise that evaluate had.
-
-    None if the recipe names another labeler or the prompts differ.
-    """
+    """Return the rubric's win rate over `base`, with evaluate's label noise; None if labeler or prompts differ."""
     same = mine.keys() == base.keys() and all(len(mine[prompt]) == len(base[prompt]) for prompt in mine)
     if recipe.evaluate.labeler != "rubric" or not same:
         return None

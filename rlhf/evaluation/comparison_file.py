@@ -84,14 +84,9 @@ def comparison_names() -> dict[str, str]:
 
 
 def read_comparison(name_or_path: str, overrides: Sequence[str] = ()) -> Comparison:
-    """Read a comparison file and check every arm.
+    """Read a shipped or own comparison file, with `section.field=value` overrides for every arm, and check every arm.
 
-    Args:
-        name_or_path: a name listed by `comparison_names`, or the path of a YAML file.
-        overrides: `section.field=value` strings for every arm.
-
-    Raises:
-        UserError: with file, line and field, if any arm cannot be run.
+    Raises UserError with file, line and field if any arm cannot be run.
     """
     path = find_file(name_or_path, COMPARISONS, "comparison")
     values, lines = read_yaml(path, "comparison", SECTIONS), _Lines(path)
@@ -161,11 +156,7 @@ class _Lines:
 
 
 def _mapping(value: Any, lines: _Lines, *at: str) -> dict[str, Any]:
-    """Return the value of a section as a dict; only an arm without fields of its own may be empty.
-
-    Raises:
-        UserError: if the value is not a mapping.
-    """
+    """Return a section as a dict, else raise UserError; only an arm without fields of its own may be empty."""
     if value is None and len(at) == 2:
         return {}
     if not isinstance(value, Mapping) or (not value and at == ("arms",)):
@@ -220,11 +211,7 @@ def _check_arm(comparison: Comparison, arm: str, lines: _Lines) -> None:
 
 
 def _load(recipe: str, overrides: Sequence[str], lines: _Lines, *at: Any) -> Recipe:
-    """Load a recipe; an error about a field that this file sets names the file and the line.
-
-    Args:
-        at: the keys of the mapping that holds the fields, then the mapping itself.
-    """
+    """Load a recipe; an error about a field in the mapping that ends `at`, after its keys, names the file and line."""
     *keys, given = at
     try:
         return load_recipe(recipe, overrides)

@@ -1,8 +1,4 @@
-"""The page of a comparison: an HTML file with a table and plots of all arms, the same as JSON, and a terminal table.
-
-All numbers come from `rlhf.evaluation.comparison.arm_results`. A run that belongs to a comparison shows the table in
-its own report too (rlhf/evaluation/report.py asks `membership`).
-"""
+"""The page of a comparison: an HTML file with a table and plots of all arms, the same as JSON, and a terminal table."""
 
 from __future__ import annotations
 

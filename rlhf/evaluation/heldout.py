@@ -69,11 +69,7 @@ def unseen_texts(recipe: Recipe, drops: Drops) -> list[str]:
 
 
 def read_heldout(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, drops: Drops) -> HeldOut:
-    """Read and encode the held-out data; prompts too long or trained on and texts trained on are dropped and counted.
-
-    Raises:
-        UserError: if no prompt is left.
-    """
+    """Read and encode the held-out data, dropping and counting what is unfit; raise UserError if no prompt is left."""
     cfg, data = recipe.evaluate, recipe.data
     fitting = fit_prompts(unseen_prompts(recipe, drops), tokenizer, data.max_prompt_tokens, drops)
     fitting = fitting[: cfg.prompts or None]

@@ -1,7 +1,6 @@
 """Rendering of the HTML pages: one style, the templates' environment and the formats of numbers.
 
-A page is one file without outside assets. The template engine escapes the text of models and users; only our own charts
-are inserted unescaped.
+The template engine escapes the text of models and users; only our own charts are inserted unescaped.
 """
 
 from __future__ import annotations
@@ -16,12 +15,7 @@ from rlhf.system.console import duration
 
 
 def render(template: str, filters: Mapping[str, Callable[..., Any]], /, **values: Any) -> str:
-    """Return the page that a template in rlhf/evaluation/html_templates gives.
-
-    Args:
-        filters: filters of this page, besides the number formats below, which all pages have.
-        values: the variables of the template; a missing one raises.
-    """
+    """Return the page of a template in html_templates, with `filters` beside those below; a missing value raises."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "html_templates"),
         autoescape=True,

@@ -54,14 +54,10 @@ def answer_prompted(
     asked: HeldOut,
     advance: Callable[[int], None] | None = None,
 ) -> PromptedResponses:
-    """Sample one response for each row of `asked` under the template.
+    """Sample one response for each row of `asked` under the template; the rollout's prompts are the plain ones.
 
-    Args:
-        asked: its ids, of the plain prompts, become the prompts of the rollout; its seeds are used as without template.
-        advance: called with the number of texts finished: one per row, and one more if the template reasons.
-
-    Raises:
-        UserError: if template, prompt and response do not fit into the model's context.
+    `advance` is called with the number of texts finished: one per row, and one more if the template reasons. Raises
+    UserError if template, prompt and response do not fit into the model's context.
     """
     cfg, limit = recipe.evaluate, recipe.data.max_response_tokens
     rows = [encode_prompt(tokenizer, prompted_messages(template, prompt)) for prompt in asked.row_prompts]

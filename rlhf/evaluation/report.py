@@ -1,8 +1,6 @@
 """The report of a run: one HTML file without outside assets, and a table for the terminal.
 
-The report can be drawn after any stage: parts that a run does not have yet are left out. Everything is read from the
-run folder's own files: recipe.yaml, <stage>/stage.json, <stage>/metrics.jsonl, reward/calibration.json,
-evaluate/results.json and evaluate/samples.jsonl.
+Everything is read from the run folder's own files. Parts that a run does not have yet are left out.
 """
 
 from __future__ import annotations
@@ -76,11 +74,7 @@ class RunData:
 
 
 def read_run(run_dir: Path) -> RunData:
-    """Read a run folder.
-
-    Raises:
-        UserError: if it holds neither a recipe nor a stage.
-    """
+    """Read a run folder; raise UserError if it holds neither a recipe nor a stage."""
     run_dir = Path(run_dir)
     recipe = run_dir / "recipe.yaml"
     stages = {stage: run_dir / stage / "stage.json" for stage in STAGES}
@@ -101,11 +95,7 @@ def read_run(run_dir: Path) -> RunData:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write run_dir/report.html and return its path.
-
-    Raises:
-        UserError: if run_dir is not a run folder.
-    """
+    """Write run_dir/report.html and return its path; raise UserError if run_dir is not a run folder."""
     run_dir = Path(run_dir)
     data = read_run(run_dir)
     html = render(
@@ -252,11 +242,7 @@ def label(name: str) -> str:
 
 
 def print_summary(run_dir: Path, console: Console | None = None) -> None:
-    """Print one row for each policy, and the path of the report if it has been written.
-
-    Raises:
-        UserError: if run_dir is not a run folder.
-    """
+    """Print one row for each policy, and the path of a written report; raise UserError if this is not a run folder."""
     console = console or Console()
     rows = policy_rows(read_run(run_dir).results)
     if rows:

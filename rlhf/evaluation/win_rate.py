@@ -20,17 +20,11 @@ def pairwise_wins(
 ) -> Iterator[list[float]]:
     """Yield, prompt by prompt, the wins of side a: for each sample the mean of `judgements` x 2 answers.
 
-    An answer is 1 (a is better), 0 (b is) or 0.5 (a tie). Every pair is asked in both orders, (a, b) and (b, a), each
-    time with a seed of its own, so that a labeler that favours the output it sees first favours neither side. Sample s
-    of a meets sample s of b.
-
-    Args:
-        labeler: only its `prefers` is called, and only for the prompts whose wins are taken.
-        outputs_a, outputs_b: [prompts][samples], the same number of samples on both sides.
-        judgements: how often each order is asked, like so many labelers; the expected win rate does not depend on it.
-
-    Raises:
-        ValueError: if the two sides have different shapes.
+    An answer is 1 (a is better), 0 (b is) or 0.5 (a tie). Sample s of a meets sample s of b; outputs are
+    [prompts][samples]. Every pair is asked in both orders, each time with a seed of its own, so that a labeler that
+    favours the output it sees first favours neither side. The expected win rate does not depend on `judgements`. Only
+    the labeler's `prefers` is called, and only for the prompts whose wins are taken. Raises ValueError if the two sides
+    have different shapes.
     """
     order_seeds = np.random.default_rng(seed)
     for prompt, side_a, side_b in zip(prompts, outputs_a, outputs_b, strict=True):
