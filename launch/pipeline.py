@@ -36,9 +36,8 @@ def stages_from(recipe: Recipe, redo: Redo) -> list[str]:
     before, run_folder = stages[: stages.index(redo.begin)], RunFolder(Path(recipe.run.dir) / recipe.run.name)
     for stage in before:
         if not run_folder.is_done(stage):
-            raise UserError(
-                f"the {stage} stage has not finished", str(run_folder.stage_dir(stage)), "run it first: without --from"
-            )
+            where = str(run_folder.stage_dir(stage))
+            raise UserError(f"the {stage} stage has not finished", where, "run it first: without --from")
     return list(stages[len(before) :])
 
 

@@ -158,17 +158,12 @@ def _tables(result: dict[str, Any]) -> None:
     table(title, ["measure", "value", "95 % interval", "standard error", "of"], rows)
     console.print("The paper's labelers: 72.6 +- 1.5 % (training), 77.3 +- 1.3 % (held-out).", markup=False)
     columns = ["labeler", "rankings", "shared", "ties", "agreement", "95 % interval", "tau-b"]
-    table(
-        "Each labeler against the others, tied pairs left out", columns, [_labeler_row(r) for r in result["by_labeler"]]
-    )
-    if result["over_time"]:
-        rows = [
-            [_time(r["from"]), _time(r["to"]), r["comparisons"], *_cells(r["agreement"])[:2]]
-            for r in result["over_time"]
-        ]
-        table(
-            "Over time, by the later of two rankings", ["from", "to", "comparisons", "agreement", "95 % interval"], rows
-        )
+    rows = [_labeler_row(r) for r in result["by_labeler"]]
+    table("Each labeler against the others, tied pairs left out", columns, rows)
+    if parts := result["over_time"]:
+        rows = [[_time(r["from"]), _time(r["to"]), r["comparisons"], *_cells(r["agreement"])[:2]] for r in parts]
+        columns = ["from", "to", "comparisons", "agreement", "95 % interval"]
+        table("Over time, by the later of two rankings", columns, rows)
         if result["without_time"]:
             console.print(f"{result['without_time']} comparisons have no time and are in none of these parts.")
 

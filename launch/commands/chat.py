@@ -31,9 +31,8 @@ def chat_with_policies(run: Path, stage: str, temperature: float, max_tokens: in
     folders = [_existing(run / name / "model", f"run the {name} stage first") for name in names]
     console.print(f"loading {' and '.join(names)} from {run}", style="dim")
     tokenizer = load_tokenizer(folders[0], recipe.model)
-    policies = {
-        name: load_policy(folder, recipe.model, merged=True) for name, folder in zip(names, folders, strict=True)
-    }
+    loaded = [load_policy(folder, recipe.model, merged=True) for folder in folders]
+    policies = dict(zip(names, loaded, strict=True))
     if once:
         _show(policies, tokenizer, once, temperature, max_tokens, turn=0)
         return

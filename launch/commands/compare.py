@@ -54,11 +54,8 @@ def run_comparison(name_or_path: str, overrides: Sequence[str], chosen: Sequence
             reasons[arm] = reason
             console.print(f"{arm}: {reason}", markup=False, soft_wrap=True)
         if arm == comparison.reference and not RunFolder(comparison.folder / arm).is_done("reward"):
-            raise UserError(
-                f"the reference {arm} has no reward model, which all arms need",
-                str(comparison.folder / arm),
-                f"the cause is named above; to continue: {again}",
-            )
+            what = f"the reference {arm} has no reward model, which all arms need"
+            raise UserError(what, str(comparison.folder / arm), f"the cause is named above; to continue: {again}")
     if is_first_machine(comparison.base):
         write_results(comparison, reasons)
     return 1 if reasons else 0

@@ -47,11 +47,8 @@ def export_model(run: Path, stage: str = "", ema: bool = False, out: Path | None
         console.print(f"a plain model already: {out or source}", markup=False, soft_wrap=True)
         return out or source
     if reason := why_not_mergeable(adapter.peft):
-        raise UserError(
-            f"it cannot be merged: {reason}",
-            str(source),
-            "load it with rlhf.models.loading.load_policy, which puts the adapter on its base",
-        )
+        fix = "load it with rlhf.models.loading.load_policy, which puts the adapter on its base"
+        raise UserError(f"it cannot be merged: {reason}", str(source), fix)
     if out is not None:
         _require_new(out)  # only what an earlier export wrote at its own place is replaced
     return _merge(run, source, adapter, out or run / stage / (f"{FOLDER}-ema" if ema else FOLDER))
@@ -68,9 +65,7 @@ def _merge(run: Path, source: Path, adapter: AdapterFolder, out: Path) -> Path:
     model = load(source, recipe.model, merged=True)
     require_disk(out.parent, sum(p.numel() * p.element_size() for p in model.parameters()), "the merged model")
     save_model(model, load_tokenizer(source, recipe.model), out)
-    console.print(
-        f"{adapter.peft.method} merged into {adapter.base.name}: {out} ({size_of(out) / 1e6:.0f} MB)",
-        markup=False,
-        soft_wrap=True,
-    )
+    size = f"{size_of(out) / 1e6:.0f} MB"
+    text = f"{adapter.peft.method} merged into {adapter.base.name}: {out} ({size})"
+    console.print(text, markup=False, soft_wrap=True)
     return out

@@ -106,7 +106,7 @@ def _templates(job: JudgeJob) -> list[Template]:
 
 
 def _judges(job: JudgeJob, templates: Sequence[Template]) -> list[Judge]:
-    """Return a judge of one model for each template; raise UserError if one cannot have judge.calibrate as it is set."""
+    """Return a judge for each template, all of one model; raise UserError if judge.calibrate is set and cannot be."""
     quiet_libraries()
     cfg, answers = job.recipe.judge, job.answers
     if pick_device(job.recipe).type == "cpu":
@@ -151,37 +151,23 @@ def _show(title: str, rows: Sequence[dict[str, Any]]) -> None:
         text = f"{mean:.{digits}f}"
         return text if None in ends else f"{text} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
 
-    bias = [row["position"] for row in rows]
-    table(
-        title,
-        ["template", "right, %", "ties, %", "flips, %", "shift to first", "questions/s"],
-        [
-            [
-                row["template"],
-                interval(row, "accuracy"),
-                f"{100 * row['ties']:.0f}",
-                interval(position, "flips", digits=0) if position else "-",
-                interval(position, "shift", 1, 2) if position else "-",
-                row["questions_per_s"],
-            ]
-            for row, position in zip(rows, bias, strict=True)
-        ],
-    )
-    table(
-        "calibration (chance: log loss 0.693, Brier 0.25)",
-        ["template", "log loss", "Brier", "calibration error", "on labels"],
-        [
-            [row["template"], *(round(row[key], 4) for key in ("log_loss", "brier", "calibration_error", "label_mass"))]
-            for row in rows
-        ],
-    )
-    console.print(
+    lines = []
+    for row in rows:
+        bias = row["position"]
+        flips, shift = (interval(bias, "flips", digits=0), interval(bias, "shift", 1, 2)) if bias else ("-", "-")
+        ties = f"{100 * row['ties']:.0f}"
+        lines.append([row["template"], interval(row, "accuracy"), ties, flips, shift, row["questions_per_s"]])
+    table(title, ["template", "right, %", "ties, %", "flips, %", "shift to first", "questions/s"], lines)
+    keys = ("log_loss", "brier", "calibration_error", "label_mass")
+    lines = [[row["template"], *(round(row[key], 4) for key in keys)] for row in rows]
+    columns = ["template", "log loss", "Brier", "calibration error", "on labels"]
+    table("calibration (chance: log loss 0.693, Brier 0.25)", columns, lines)
+    text = (
         "right: pairs in the order that people gave them, 95 % intervals over prompts. ties: pairs within "
         "judge.tie_margin. flips: pairs that the two orders decide differently. shift: log-odds toward the first one "
-        "shown. on labels: probability that the answer is one of the labels at all.",
-        markup=False,
-        soft_wrap=True,
+        "shown. on labels: probability that the answer is one of the labels at all."
     )
+    console.print(text, markup=False, soft_wrap=True)
     _warn_of(rows)
 
 

@@ -25,11 +25,8 @@ RANKINGS = "rank/rankings.jsonl"
 
 def settings(run: Path, labelers: str | None = None, host: str | None = None, port: int | None = None) -> Recipe:
     """Return the run's recipe with the page's settings; raise UserError for an invalid name of a labeler."""
-    given = {
-        "label.labelers": f"[{labelers}]" if labelers is not None else None,
-        "label.host": host,
-        "label.port": port,
-    }
+    names = f"[{labelers}]" if labelers is not None else None
+    given = {"label.labelers": names, "label.host": host, "label.port": port}
     overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
     own = run / "recipe.yaml"  # a folder made by hand has no recipe: the defaults of the label section serve
     return load_recipe(str(own) if own.is_file() else "demo", overrides)

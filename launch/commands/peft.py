@@ -55,15 +55,8 @@ def method_row(recipe: Recipe, method: str, shapes: Shapes, card: Card) -> list[
     peak = stage_memory(tried, stage, shapes, card).peak
     merged = "no" if why_not_mergeable(peft) else "yes" if peft.on else "is plain"
     name = f"{method} (the recipe's)" if method == recipe.model.peft.method else method
-    return [
-        name,
-        read_settings(peft),
-        f"{c.trained:,}",
-        _share(c.trained / c.total),
-        _size(c.trained_bytes),
-        _size(peak),
-        merged,
-    ]
+    weights = [f"{c.trained:,}", _share(c.trained / c.total), _size(c.trained_bytes)]
+    return [name, read_settings(peft), *weights, _size(peak), merged]
 
 
 def with_method(recipe: Recipe, method: str) -> Recipe:

@@ -71,11 +71,8 @@ def profile(path: Path, variant: str = "") -> Profile:
     logs = {stage: _iterations(path / stage / "metrics.jsonl") for stage in ([variant] if variant else PPO_VARIANTS)}
     stage = next((stage for stage, rows in logs.items() if rows), "")
     if not stage:
-        raise UserError(
-            f"no iteration of {' or '.join(logs)} is finished, so there is nothing to show",
-            str(path),
-            f"continue with `rlhf run {file}`, or name the other variant",
-        )
+        what = f"no iteration of {' or '.join(logs)} is finished, so there is nothing to show"
+        raise UserError(what, str(path), f"continue with `rlhf run {file}`, or name the other variant")
     rows = logs[stage]
     later = rows[1:] or rows
     mean = mean_row(later)

@@ -106,14 +106,11 @@ def fit_rankings(
     items: Sequence[Ranking], tokenizer: PreTrainedTokenizerBase, max_tokens: int, drops: Drops
 ) -> list[Encoded[Ranking]]:
     """Encode rankings; those with an output of over `max_tokens` tokens, prompt included, are dropped and counted."""
-    rows = [
-        Encoded(
-            r,
-            encode_prompt(tokenizer, r.prompt),
-            [encode_response(tokenizer, text, end) for text, end in zip(r.responses, r.finished, strict=True)],
-        )
-        for r in items
-    ]
+    rows = []
+    for r in items:
+        outputs = zip(r.responses, r.finished, strict=True)
+        responses = [encode_response(tokenizer, text, finished) for text, finished in outputs]
+        rows.append(Encoded(r, encode_prompt(tokenizer, r.prompt), responses))
     return _fit(rows, drops, max_tokens=max_tokens)
 
 

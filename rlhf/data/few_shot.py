@@ -17,23 +17,16 @@ def judge_template(cfg: JudgeSection) -> Template:
     template = load_template(cfg.template)
     if cfg.demonstrations:
         if template.form != "few-shot":
-            raise UserError(
-                f"{template.name} is a {template.form} template and takes no demonstrations from a file",
-                "judge.demonstrations",
-                "take a few-shot template, or leave the field empty",
-            )
+            what = f"{template.name} is a {template.form} template and takes no demonstrations from a file"
+            raise UserError(what, "judge.demonstrations", "take a few-shot template, or leave the field empty")
         found = examples_from(example_rankings(read_rankings([cfg.demonstrations], Drops()))[: cfg.shots], template)
         template = with_examples(template, found)
     if template.form != "zero-shot" and not template.reasons and not template.examples:
-        raise UserError(
-            f"{template.name} is a few-shot template without demonstrations",
-            "judge.template",
-            "give it some after a line `--- demonstrations`, or name a file of rankings in judge.demonstrations",
-        )
+        fix = "give it some after a line `--- demonstrations`, or name a file of rankings in judge.demonstrations"
+        raise UserError(f"{template.name} is a few-shot template without demonstrations", "judge.template", fix)
     if cfg.calibrate and (why := why_not_calibrated(template)):
-        raise UserError(
-            f"judge.calibrate is on, and {why}", "judge.calibrate", "set it to false, or take another template"
-        )
+        fix = "set it to false, or take another template"
+        raise UserError(f"judge.calibrate is on, and {why}", "judge.calibrate", fix)
     return template
 
 
@@ -54,11 +47,8 @@ def check_judge(cfg: JudgeSection) -> None:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError("this is not the URL of an endpoint", "judge.endpoint", "give it as http://HOST:PORT/v1")
         if parts.username or parts.password or parts.query:
-            raise UserError(
-                "an endpoint's URL must not have a name, password or query: recipes are copied into runs and shown",
-                "judge.endpoint",
-                "put the key into the environment: export OPENAI_API_KEY=...",
-            )
+            what = "an endpoint's URL must not have a name, password or query: recipes are copied into runs and shown"
+            raise UserError(what, "judge.endpoint", "put the key into the environment: export OPENAI_API_KEY=...")
         if not cfg.model:
             raise UserError("an endpoint is asked for a model by name", "judge.model", "give the name it knows it by")
     if cfg.demonstrations:

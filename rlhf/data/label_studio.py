@@ -34,19 +34,8 @@ from rlhf.data.sources import SourceRow, check_list, check_object, check_text, c
 
 NAME = "Label Studio"
 SIDES = (("1", "2"), ("0", "1"), ("a", "b"), ("left", "right"))
-TIES = {
-    "tie",
-    "tied",
-    "draw",
-    "equal",
-    "same",
-    "both",
-    "neither",
-    "bothgood",
-    "bothbad",
-    "aboutthesame",
-    "nopreference",
-}
+TIES = {"tie", "tied", "draw", "equal", "same", "both", "neither", "bothgood", "bothbad"}
+TIES |= {"aboutthesame", "nopreference"}
 UNUSED = "_"  # the bucket of items that nobody moved
 
 Answer = tuple[list[str], list[int]]  # responses, ranks
@@ -129,10 +118,9 @@ def _items(row: SourceRow, data: dict[str, Any], field: str, ids: set[str]) -> d
         items = {str(item.get("id")): (i, item) for i, item in enumerate(value)}
         if ids <= items.keys():
             parts = {key: "title" if item.get("body") is None else "body" for key, (_, item) in items.items()}
-            texts = {
-                key: text_or_empty(row, f"data.{name}[{i}].{parts[key]}", item.get(parts[key]))
-                for key, (i, item) in items.items()
-            }
+            texts = {}
+            for key, (i, item) in items.items():
+                texts[key] = text_or_empty(row, f"data.{name}[{i}].{parts[key]}", item.get(parts[key]))
             found.append((name, texts))
     if len(found) > 1:
         names = ", ".join(name for name, _ in found)

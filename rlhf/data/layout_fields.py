@@ -51,9 +51,8 @@ def objects(row: SourceRow, field: str, value: Any) -> list[tuple[str, dict[str,
 
 def column(row: SourceRow, field: str, name: str) -> list[str]:
     """Return the text `name` of every object in the list `field`."""
-    return [
-        text_or_empty(row, f"{place}.{name}", item.get(name)) for place, item in objects(row, field, row.need(field))
-    ]
+    items = objects(row, field, row.need(field))
+    return [text_or_empty(row, f"{place}.{name}", item.get(name)) for place, item in items]
 
 
 def text_or_empty(row: SourceRow, field: str, value: Any) -> str:

@@ -65,7 +65,7 @@ def find_layout(fields: dict[str, Any]) -> Layout | None:
 
 
 def read_published(layout: Layout, row: SourceRow, drops: Counter) -> Iterator[RawRanking]:
-    """Yield a published row's rankings; those with a known blemish are counted. Raises UserError for a bad field."""
+    """Yield a published row's rankings; drop and count those with a known blemish. Raises UserError for a bad field."""
     for ranked in layout.read(row, drops):
         if reason := _blemish(ranked):
             drops.add(f"{layout.name}: {reason}")

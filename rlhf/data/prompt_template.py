@@ -124,9 +124,8 @@ def load_template(name_or_path: str, folder: str = "judge") -> Template:
     template = parse_template(text, str(path), path.stem)
     if (template.kind == "answer") != (folder == "answer"):
         kinds = "answer" if folder == "answer" else "pair or points"
-        raise UserError(
-            f"the template is of kind {template.kind}", f"{path}, field `kind`", f"{FIELD_OF[folder]} takes {kinds}"
-        )
+        fix = f"{FIELD_OF[folder]} takes {kinds}"
+        raise UserError(f"the template is of kind {template.kind}", f"{path}, field `kind`", fix)
     return template
 
 
@@ -137,14 +136,7 @@ def parse_template(text: str, path: str, name: str) -> Template:
 
 def template_text(template: Template, comments: Sequence[str] = ()) -> str:
     """Return the text of a template that `parse_template` reads back equal."""
-    values = {
-        "name": template.name,
-        "kind": template.kind,
-        "form": template.form,
-        "labels": " ".join(template.labels),
-        "cue": template.cue,
-        "stop": template.stop,
-    }
+    values = {key: getattr(template, key) for key in HEADER} | {"labels": " ".join(template.labels)}
     lines = [f"# {comment}" for comment in comments]
     lines += [f"{key}: {value}" for key, value in values.items() if value]
     lines += ["---", template.body]
@@ -187,9 +179,8 @@ class _Parser:
         labels = self._labels(values, kind)
         cue = values.get("cue", ("", 0))[0]
         if form == "chain-of-thought" and not cue:
-            raise self._fail(
-                values["form"][1], "reasoning needs words that end it", "add a line such as `cue: Answer:`"
-            )
+            fix = "add a line such as `cue: Answer:`"
+            raise self._fail(values["form"][1], "reasoning needs words that end it", fix)
         if kind == "answer" and form != "chain-of-thought" and cue:
             raise self._fail(values["cue"][1], "only reasoning has a cue here", "delete the line")
         if kind != "answer" and "stop" in values:
@@ -233,9 +224,8 @@ class _Parser:
             if not colon or key not in HEADER:
                 near = get_close_matches(key, HEADER, n=1)
                 guess = f"did you mean `{near[0]}:`? " if near and colon else ""
-                raise self._fail(
-                    i, f"`{line.strip()}` is not a line of the header", f"{guess}keys: {', '.join(HEADER)}"
-                )
+                fix = f"{guess}keys: {', '.join(HEADER)}"
+                raise self._fail(i, f"`{line.strip()}` is not a line of the header", fix)
             if key in values:
                 raise self._fail(i, f"`{key}` is given twice", "keep one of the lines")
             if not value:
@@ -282,9 +272,8 @@ class _Parser:
                     raise self._fail(i, f"`{match[0]}` is not a field of kind {kind}", f"fields: {names}")
                 found.add(match[1])
             if re.search(r"\{\{|\}\}|\{%|%\}", _FIELD.sub("", line)):
-                raise self._fail(
-                    i, "braces without a field in them", f"write fields as {names}; templates have no statements"
-                )
+                fix = f"write fields as {names}; templates have no statements"
+                raise self._fail(i, "braces without a field in them", fix)
         if missing := [name for name in fields if name not in found]:
             fix = f"put {{{{ {missing[0]} }}}} where it belongs"
             raise self._fail(begin, f"the text never uses {{{{ {missing[0]} }}}}", fix)

@@ -115,11 +115,8 @@ def embedded_path(name: str) -> Path:
     folders = (beside / "rlhf_data", beside / "data")  # installed, and in a checkout
     files = {path.stem: path for folder in folders for path in folder.glob("*.jsonl")}
     if name not in files:
-        raise UserError(
-            f"there is no embedded data set {name!r}",
-            where=f"{EMBEDDED}{name}",
-            fix=f"one of: {', '.join(sorted(files))}" if files else "install the project with its data",
-        )
+        fix = f"one of: {', '.join(sorted(files))}" if files else "install the project with its data"
+        raise UserError(f"there is no embedded data set {name!r}", where=f"{EMBEDDED}{name}", fix=fix)
     return files[name]
 
 
@@ -135,9 +132,8 @@ def local_path(source: str) -> Path | None:
         raise UserError("a folder is named where a file is wanted", where=source, fix="name the files in it")
     if path.is_file():
         if not source.endswith(SUFFIXES):
-            raise UserError(
-                "unknown kind of data file", where=source, fix=f"give one that ends in {', '.join(SUFFIXES)}"
-            )
+            fix = f"give one that ends in {', '.join(SUFFIXES)}"
+            raise UserError("unknown kind of data file", where=source, fix=fix)
         return path
     if not source.endswith(SUFFIXES) and _HUB_NAME.fullmatch(source):
         return None
@@ -151,9 +147,8 @@ def read_rows(source: str) -> Iterator[SourceRow]:
     """
     path = local_path(source)
     if path is not None and path.suffix == ".txt":
-        raise UserError(
-            "plain text is read as pretraining text only", where=source, fix="give .jsonl, .json or .parquet"
-        )
+        what = "plain text is read as pretraining text only"
+        raise UserError(what, where=source, fix="give .jsonl, .json or .parquet")
     if path is None:
         rows = _tabular(source, source)
     elif path.suffix == ".parquet":

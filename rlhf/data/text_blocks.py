@@ -39,7 +39,7 @@ def demonstration_row(demonstration: Encoded[Demonstration]) -> TokenRow:
 def text_rows(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int
 ) -> list[TokenRow]:
-    """Draw `count` rows of up to `length` trained tokens, each text ended by EOS; raise UserError if there are fewer."""
+    """Draw `count` rows of up to `length` trained tokens, each text ended by EOS; UserError if there are fewer."""
     rows = []
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -47,9 +47,6 @@ def text_rows(
         blocks = [ids[i : i + length] for i in range(0, len(ids), length)]
         rows += [{"input_ids": block, "completion_mask": [1] * len(block)} for block in blocks if len(block) > 1]
     if len(rows) < count:
-        raise UserError(
-            f"the pretraining mix needs {count} rows of text and there are {len(rows)}",
-            where="sft.pretraining_mix",
-            fix="add text to data.pretraining or lower the mix",
-        )
+        what = f"the pretraining mix needs {count} rows of text and there are {len(rows)}"
+        raise UserError(what, "sft.pretraining_mix", "add text to data.pretraining or lower the mix")
     return random.Random(seed).sample(rows, count)

@@ -29,11 +29,9 @@ def pretraining_loss(
     """
     pairs = [(row[:1], row[1:]) for row in rows if len(row) > 1]
     if not pairs:
-        raise UserError(
-            "there is no held-out text to measure the pretraining loss on",
-            where="data.pretraining_heldout",
-            fix=f"name files with documents of at least {MIN_BLOCK_TOKENS} tokens",
-        )
+        what = "there is no held-out text to measure the pretraining loss on"
+        fix = f"name files with documents of at least {MIN_BLOCK_TOKENS} tokens"
+        raise UserError(what, "data.pretraining_heldout", fix)
     logprobs = token_logprobs(model, pairs, 1.0, tokens_per_batch, advance)
     count = sum(len(row) for row in logprobs)
     return -sum(float(row.double().sum()) for row in logprobs) / count, count
@@ -61,7 +59,7 @@ class ClozeResult:
 def encode_question(tokenizer: PreTrainedTokenizerBase, question: Cloze) -> list[tuple[list[int], list[int]]]:
     """Return (context ids, choice ids) for each choice of `context + " " + choice`.
 
-    The cut is where any two encodings first differ, so that merges across the border leave all choices one start.
+    The cut is where the encodings first differ: all choices are scored from there on, even if a token spans the border.
     """
     alone = token_ids(tokenizer, question.context)
     full = [token_ids(tokenizer, f"{question.context.rstrip()} {choice}") for choice in question.choices]

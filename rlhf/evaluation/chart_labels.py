@@ -24,12 +24,7 @@ def place(anchors: Sequence[Point], sizes: Sequence[Point], obstacles: Sequence[
         taken = [*obstacles, *placed]
         within = [box for box in _candidates(anchor, size) if _inside(box, bounds)]
         costs = ((sum(overlap(box, other) for other in taken), i) for i, box in enumerate(within))
-        best: tuple[float, int] | None = None
-        for cost, i in costs:
-            if best is None or cost < best[0]:
-                best = (cost, i)
-            if cost == 0:
-                break
+        best = min(costs, default=None)
         placed.append(within[best[1]] if best else next(_candidates(anchor, size)))
     return placed
 

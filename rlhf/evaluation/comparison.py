@@ -210,11 +210,9 @@ def _evaluation(
             "prompts": results["prompts"],
         }
     except (KeyError, StopIteration, TypeError) as error:
-        raise UserError(
-            f"there is no comparison of {variant} with sft in it ({type(error).__name__}: {error})",
-            str(path),
-            f"run evaluate again: rlhf evaluate {run.path / 'recipe.yaml'} --fresh",
-        ) from None
+        what = f"there is no comparison of {variant} with sft in it ({type(error).__name__}: {error})"
+        fix = f"run evaluate again: rlhf evaluate {run.path / 'recipe.yaml'} --fresh"
+        raise UserError(what, str(path), fix) from None
     mine, own = _answers(run, variant), _answers(run, "sft")
     found["gain"] = _difference(mine, own, recipe)
     if run.path == reference.path:

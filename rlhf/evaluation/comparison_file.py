@@ -120,12 +120,7 @@ def read_comparison(name_or_path: str, overrides: Sequence[str] = ()) -> Compari
 
 def write_comparison(comparison: Comparison) -> Path:
     """Write the comparison with its overrides into its folder, to be read again from there; return the file's path."""
-    content = {
-        "recipe": comparison.recipe,
-        "reference": comparison.reference,
-        "common": comparison.common,
-        "arms": comparison.arms,
-    }
+    content = {section: getattr(comparison, section) for section in SECTIONS}
     path = comparison.folder / FILE
     write_atomic(path, yaml.safe_dump(content, sort_keys=False, width=120))
     return path
@@ -161,9 +156,8 @@ def _mapping(value: Any, lines: _Lines, *at: str) -> dict[str, Any]:
         return {}
     if not isinstance(value, Mapping) or (not value and at == ("arms",)):
         state = "is missing or empty" if value in (None, {}) else f"is {value!r}"
-        raise UserError(
-            f"{at[-1]} {state}", lines.where(*at), "write `name: {section.field: value}` on the lines below it"
-        )
+        fix = "write `name: {section.field: value}` on the lines below it"
+        raise UserError(f"{at[-1]} {state}", lines.where(*at), fix)
     return {str(key): inner for key, inner in value.items()}
 
 
@@ -184,11 +178,8 @@ def _check_overrides(overrides: Sequence[str], arms: Mapping[str, Mapping[str, A
         key = text.partition("=")[0].strip()
         setting = [arm for arm, given in arms.items() if key in given]
         if setting:
-            raise UserError(
-                f"{key} is what the arms differ in: {', '.join(setting)}",
-                "the command line",
-                f"change it in a copy of {path}",
-            )
+            what = f"{key} is what the arms differ in: {', '.join(setting)}"
+            raise UserError(what, "the command line", f"change it in a copy of {path}")
 
 
 def _check_arm(comparison: Comparison, arm: str, lines: _Lines) -> None:
@@ -203,15 +194,13 @@ def _check_arm(comparison: Comparison, arm: str, lines: _Lines) -> None:
             raise UserError(f"{key} is the same for all arms, or follows from them", lines.where("arms", arm, key), fix)
     recipe = _load(comparison.recipe, comparison.overrides(arm), lines, "arms", arm, given)
     if recipe.reward.peft.method != "none":
-        raise UserError(
-            f"reward.peft.method is {recipe.reward.peft.method}: all arms share one reward model, trained whole",
-            lines.where("arms", arm),
-            "set reward.peft.method=none in the recipe or under common",
-        )
+        what = f"reward.peft.method is {recipe.reward.peft.method}: all arms share one reward model, trained whole"
+        fix = "set reward.peft.method=none in the recipe or under common"
+        raise UserError(what, lines.where("arms", arm), fix)
 
 
 def _load(recipe: str, overrides: Sequence[str], lines: _Lines, *at: Any) -> Recipe:
-    """Load a recipe; an error about a field in the mapping that ends `at`, after its keys, names the file and line."""
+    """Load a recipe; an error about a field that this file sets (in the mapping `at[-1]`) names file and line."""
     *keys, given = at
     try:
         return load_recipe(recipe, overrides)

@@ -79,13 +79,11 @@ def verdict(rows: Sequence[ArmResult], reference: str) -> str:
         words["no clear difference"] = f"no clear difference from {reference}"
         interval = best.versus_reference
         text += f": {words.get(best.standing, best.standing)} ({signed(interval.mean, 2)}, {_range(interval)})"
-    groups = [
-        [row.arm for row in evaluated if row.finding == word] for word in ("learned", "got worse", "learned nothing")
-    ]
+    findings = ("learned", "got worse", "learned nothing")
+    groups = [[row.arm for row in evaluated if row.finding == word] for word in findings]
     groups.append([row.arm for row in rows if row.state == "failed"])
-    for names, said in zip(
-        groups, ("PPO raised the score of", "It lowered that of", "Learned nothing:", "Failed:"), strict=True
-    ):
+    sayings = ("PPO raised the score of", "It lowered that of", "Learned nothing:", "Failed:")
+    for names, said in zip(groups, sayings, strict=True):
         text += f". {said} {', '.join(names)}" if names else ""
     return text + "."
 
@@ -132,21 +130,12 @@ def print_rows(comparison: Comparison, rows: Sequence[ArmResult]) -> None:
     """Print the table, and for each arm that is not done the reason."""
     cells = []
     for row in rows:
-        cells.append(
-            [
-                row.arm,
-                count(row.trained),
-                number(row.sft_loss, 3),
-                number(row.score),
-                f"{signed(row.gain.mean, 2)} [{number(row.gain.low)}, {number(row.gain.high)}]"
-                if row.gain
-                else row.state,
-                _percents(row.win_rate),
-                _percents(row.win_rate_reference),
-                number(row.kl, 1),
-                duration(_seconds(row)),
-            ]
-        )
+        gain = row.gain
+        gained = f"{signed(gain.mean, 2)} [{number(gain.low)}, {number(gain.high)}]" if gain else row.state
+        wins = [_percents(row.win_rate), _percents(row.win_rate_reference)]
+        cost = [number(row.kl, 1), duration(_seconds(row))]
+        loss, score = number(row.sft_loss, 3), number(row.score)
+        cells.append([row.arm, count(row.trained), loss, score, gained, *wins, *cost])
     columns = ["arm", "trained", "SFT loss", "score", "gain over own SFT", "wins over it"]
     columns += [f"over {comparison.reference}'s SFT", "KL", "time"]
     table(f"Comparison {comparison.folder.name}", columns, cells)
@@ -166,10 +155,6 @@ def _shown(comparison: Comparison, row: ArmResult) -> dict[str, Any]:
     """Return a row's fields with those that only the page shows."""
     sizes = dict.fromkeys(_bytes(size) for size in (row.sft_bytes, row.ppo_bytes) if size)
     return asdict(row) | {
-        "gain": row.gain,
-        "versus_reference": row.versus_reference,
-        "win_rate": row.win_rate,
-        "win_rate_reference": row.win_rate_reference,
         "finding": row.finding,
         "preference": row.preference,
         "standing": row.standing,

@@ -74,11 +74,8 @@ def read_heldout(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, drops: Drop
     fitting = fit_prompts(unseen_prompts(recipe, drops), tokenizer, data.max_prompt_tokens, drops)
     fitting = fitting[: cfg.prompts or None]
     if not fitting:
-        raise UserError(
-            "there is no held-out prompt to evaluate on",
-            where="data.prompts_heldout",
-            fix="name a file with prompts that the other stages do not use, or raise data.max_prompt_tokens",
-        )
+        fix = "name a file with prompts that the other stages do not use, or raise data.max_prompt_tokens"
+        raise UserError("there is no held-out prompt to evaluate on", "data.prompts_heldout", fix)
     cloze = read_cloze(data.cloze) if data.cloze else []
     texts = unseen_texts(recipe, drops)
     rows = [(encoded, s) for encoded in fitting for s in range(cfg.samples_per_prompt)]

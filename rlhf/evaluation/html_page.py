@@ -23,8 +23,7 @@ def render(template: str, filters: Mapping[str, Callable[..., Any]], /, **values
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent, "signed": signed, "duration": duration}
-    environment.filters |= {"count": count, "share": share}
+    environment.filters |= {each.__name__: each for each in (number, percent, signed, duration, count, share)}
     environment.filters |= filters
     return environment.get_template(template).render(**values)
 

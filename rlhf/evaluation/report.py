@@ -252,21 +252,15 @@ def print_summary(run_dir: Path, console: Console | None = None) -> None:
         for name in ("win rate vs\nSFT [95 %]", "RM\nscore", "KL", "pretraining\nloss", "cloze", "length", "ended"):
             table.add_column(name, justify="right", no_wrap=True, vertical="bottom")
         for row in rows:
-            versus = row["versus"]
-            table.add_row(
-                label(row["name"]),
-                # Text, since rich would read square brackets in a string as markup.
-                Text(f"{percent(versus['win_rate'])} [{100 * versus['low']:.0f}, {100 * versus['high']:.0f}]")
-                if versus
-                else "–",
-                number(row["reward_score"]),
-                number(row["kl"], 1),
-                number(row["pretraining_loss"], 3),
-                percent(row["cloze_accuracy"]),
-                number(row["response_length"]["mean"], 1),
-                percent(row["finished_fraction"]),
-                style="bold" if row["name"] == "ppo-ptx" else "",
-            )
+            wins: str | Text = "–"
+            if versus := row["versus"]:  # Text, since rich would read square brackets in a string as markup
+                ends = f"[{100 * versus['low']:.0f}, {100 * versus['high']:.0f}]"
+                wins = Text(f"{percent(versus['win_rate'])} {ends}")
+            cells = [number(row["reward_score"]), number(row["kl"], 1), number(row["pretraining_loss"], 3)]
+            cells += [percent(row["cloze_accuracy"]), number(row["response_length"]["mean"], 1)]
+            cells.append(percent(row["finished_fraction"]))
+            style = "bold" if row["name"] == "ppo-ptx" else ""
+            table.add_row(label(row["name"]), wins, *cells, style=style)
         console.print(table)
     report = Path(run_dir) / "report.html"
     if report.exists():
