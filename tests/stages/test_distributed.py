@@ -1,13 +1,15 @@
 """Every stage on two processes under ZeRO 0 to 3: the same numbers as in one process, from the same inputs.
 
 One process runs all stages; two ranks, started once, then run each stage in every setting from what the one process
-left before it. `make test-distributed` runs these; they are marked `distributed`.
+left before it. Two more take up copies of the runs that were stopped. `make test-distributed` runs these; they are
+marked `distributed`.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,28 +28,29 @@ TRAINED = ("sft", "reward", "ppo")
 OWN = {  # what the runs of one process set
     "one": [],
     "lora": ["model.peft.method=lora", "model.peft.rank=4"],
-    "prefix": ["model.peft.method=prefix", "sft.packing=false"],
+    "prefix": ["model.peft.method=prefix", "sft.packing=false", "sft.epochs=1.7"],
     "adapter": ["model.peft.method=adapter", "model.peft.bottleneck=8"],
     "bf16": ["model.dtype=bfloat16", "ppo.ratio_tolerance=0.2"],
 }
 OWN["lora-bf16"] = [*OWN["lora"], *OWN["bf16"]]
+STOP_BEFORE = 5  # the optimiser step before which a run is stopped
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to run a stage on two processes."""
+    """A way to run a stage on two processes, or on one where `zero` is None."""
 
     stage: str
-    zero: int
+    zero: int | None
     like: str = "one"  # the run of one process that it is held against
     more: tuple[str, ...] = ()
     tolerance: float = 1e-5
-    stop_after: int = 0
 
     @property
     def name(self) -> str:
         more = (m.split(".", 1)[1].replace("=", "-") for m in self.more)
-        return "-".join([self.stage, f"zero{self.zero}", *([] if self.like == "one" else [self.like]), *more])
+        zero = "alone" if self.zero is None else f"zero{self.zero}"
+        return "-".join([self.stage, zero, *([] if self.like == "one" else [self.like]), *more])
 
 
 SETTINGS = [Setting(stage, zero) for zero in (0, 1, 2, 3) for stage in STAGES]
@@ -56,13 +59,15 @@ SETTINGS += [
     # where models lie that a stage does not train, and how partitioned ones come together
     *(Setting(stage, 3, more=PARTED) for stage in ("rank", "ppo", "evaluate")),
     Setting("ppo", 2, more=("launch.frozen=partitioned",)),
-    Setting("ppo", 2, more=("launch.frozen=cpu",)),
     # micro-batches: a quarter of those above
     Setting("sft", 2, more=("sft.micro_batch_size=1",)),
+    Setting("ppo", 1, more=("ppo.micro_batch_size=1",)),
+    Setting("ppo", 2, more=("ppo.micro_batch_size=1", "launch.frozen=cpu")),
+    Setting("ppo", 3, more=("ppo.micro_batch_size=1", "launch.gradient_checkpointing=true")),
     # and prompts whose outputs are scored first and trained in parts
-    *(Setting("reward", zero, more=("reward.micro_tokens=200",)) for zero in (0, 2, 3)),
-    *(Setting("ppo", zero, more=("ppo.micro_batch_size=1",)) for zero in (1, 2, 3)),
-    *(Setting(stage, 3, more=("launch.gradient_checkpointing=true",)) for stage in ("sft", "reward", "ppo")),
+    *(Setting("reward", zero, more=("reward.micro_tokens=200",)) for zero in (0, 2)),
+    Setting("reward", 3, more=("reward.micro_tokens=200", "launch.gradient_checkpointing=true")),
+    Setting("sft", 3, more=("launch.gradient_checkpointing=true",)),
     *(Setting("ppo", zero, more=("launch.offload=true",)) for zero in (2, 3)),
     # SFT's Adam makes whole steps of gradients that are all but zero, as the adapters' first are
     Setting("sft", 3, like="lora", more=("launch.gather=by_layer",), tolerance=1e-4),
@@ -81,21 +86,25 @@ SETTINGS += [
     Setting("ppo", 3, like="bf16", more=("launch.frozen=partitioned",), tolerance=5e-3),
 ]
 # DeepSpeed rounds the policy's adapter to bfloat16: the reference must compute what the policy does all the same.
-ROUNDED = [Setting("ppo", zero, like="lora-bf16", more=("model.dtype=bfloat16",)) for zero in (2, 3)]
-ROUNDED += [Setting("ppo", zero, like="lora-bf16", more=("launch.frozen=partitioned",)) for zero in (2, 3)]
+# Nothing is compared with PPO of one process here, which therefore does not run.
+ROUNDED = [
+    Setting("ppo", zero, like="lora-bf16", more=(more, "ppo.episodes=48"))
+    for more in ("model.dtype=bfloat16", "launch.frozen=partitioned")
+    for zero in (2, 3)
+]
 SPOILED = [Setting("reward", zero) for zero in (0, 1, 2, 3)]  # a loss of one process is infinite, once
 RESUMED = [
-    *(Setting("ppo", zero, stop_after=5) for zero in (0, 1, 2, 3)),
-    *(Setting("ppo", zero, more=("launch.offload=true",), stop_after=5) for zero in (2, 3)),
-    Setting("ppo", 3, like="lora", more=("launch.gather=by_layer",), stop_after=5),
-    *(Setting("ppo", zero, like="bf16", more=("model.dtype=bfloat16",), stop_after=5) for zero in (2, 3)),
-    *(Setting("reward", zero, stop_after=3) for zero in (0, 2, 3)),
+    *(Setting("ppo", zero) for zero in (0, 1, 2, 3)),
+    *(Setting("ppo", zero, more=("launch.offload=true",)) for zero in (2, 3)),
+    Setting("ppo", 3, like="lora", more=("launch.frozen=cpu",)),
+    *(Setting("ppo", zero, like="bf16", more=("model.dtype=bfloat16",)) for zero in (2, 3)),
+    *(Setting("reward", zero) for zero in (0, 2, 3)),
 ]
 
 
 @dataclass(frozen=True)
 class Change:
-    """A stage that is stopped on some processes and goes on with others; None is one process."""
+    """A stage that is stopped on some processes and taken up with others; None stands for one process."""
 
     stage: str
     before: int | None  # ZeRO stage of two processes
@@ -103,9 +112,16 @@ class Change:
     like: str = "one"
 
     @property
+    def begun(self) -> Setting:
+        return Setting(self.stage, self.before, self.like)
+
+    @property
+    def ended(self) -> Setting:
+        return Setting(self.stage, self.after, self.like)
+
+    @property
     def name(self) -> str:
-        words = ["one" if zero is None else f"zero{zero}" for zero in (self.before, self.after)]
-        return f"{self.stage}-{self.like}-from-{words[0]}-to-{words[1]}"
+        return f"{self.begun.name}-to-{self.ended.name}"
 
 
 CHANGES = [
@@ -117,60 +133,68 @@ CHANGES += [Change("sft", None, 0), Change("sft", 0, None)]
 CHANGES += [Change("ppo", before, after, "lora") for before, after in ((None, 3), (3, 2))]  # one base, and three
 
 
-def prepared(folder: Path, setting: Setting, name: str) -> dict[str, Any]:
-    """The job of a setting, with what its stage starts from in place."""
+STOPPED = list(dict.fromkeys([*RESUMED, *(change.begun for change in CHANGES)]))
+
+
+def job(folder: Path, setting: Setting, name: str, **more: int) -> dict[str, Any]:
+    """Return the job that runs a setting under a name."""
+    launch = [] if setting.zero is None else ["launch.processes=2", f"launch.zero_stage={setting.zero}"]
+    given = arguments(folder, name, *OWN[setting.like], *launch, *setting.more)
+    return {"module": f"stages.{setting.stage}", "arguments": given, **more}
+
+
+def prepared(folder: Path, setting: Setting, name: str, **more: int) -> dict[str, Any]:
+    """Return the job of a setting, with the results that its stage starts from in place."""
     for before in STAGES[: STAGES.index(setting.stage)]:
         part = FOLDER.get(before, before)
         shutil.copytree(folder / setting.like / part, folder / name / part)
-    launch = ["launch.processes=2", f"launch.zero_stage={setting.zero}"]
-    return {
-        "module": f"stages.{setting.stage}",
-        "arguments": arguments(folder, name, *OWN[setting.like], *launch, *setting.more),
-        "stop_after": setting.stop_after,
-    }
+    return job(folder, setting, name, **more)
+
+
+def stopped(folder: Path, alone: bool) -> list[dict[str, Any]]:
+    """Return the jobs that are stopped: those of one process, or those of two."""
+    chosen = [setting for setting in STOPPED if (setting.zero is None) == alone]
+    return [prepared(folder, setting, f"stopped-{setting.name}", stop_after=STOP_BEFORE) for setting in chosen]
+
+
+def taken_up(folder: Path, alone: bool) -> list[dict[str, Any]]:
+    """Return the jobs that take up copies of the stopped runs: those of one process, or those of two."""
+    both = [(setting, setting, f"resumed-{setting.name}") for setting in RESUMED]
+    both += [(change.begun, change.ended, change.name) for change in CHANGES]
+    chosen = [each for each in both if (each[1].zero is None) == alone]
+    for begun, _, name in chosen:
+        shutil.copytree(folder / f"stopped-{begun.name}", folder / name)
+    return [job(folder, ended, name) for _, ended, name in chosen]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Noted]]:
-    """A folder with the runs of one process in OWN and one run for every setting; and what was noted."""
+    """Return a folder with the runs of one process in OWN and one run for every setting; and what was noted."""
     folder = tmp_path_factory.mktemp("distributed")
-    alone = [(run, stage) for run in OWN for stage in (STAGES if run == "one" else TRAINED)]
-    own = [{"module": f"stages.{stage}", "arguments": arguments(folder, run, *OWN[run])} for run, stage in alone]
-    noted = run_ranks(own[: len(STAGES)], folder, processes=1)
-    for run in list(OWN)[1:]:
+
+    def alone(names: list[str], stages: tuple[str, ...]) -> dict[str, Noted]:
+        chosen = [(run, stage) for run in names for stage in stages if (run, stage) != ("lora-bf16", "ppo")]
+        jobs = {f"{run}-{stage}": job(folder, Setting(stage, None, run), run) for run, stage in chosen}
+        return dict(zip(jobs, run_ranks(list(jobs.values()), folder, processes=1), strict=True))
+
+    found = alone(["one"], STAGES)
+    others = [run for run in OWN if run != "one"]
+    for run in others:
         shutil.copytree(folder / "one" / "rank", folder / run / "rank")
-    noted += run_ranks(own[len(STAGES) :], folder, processes=1)
-    found = {f"{run}-{stage}": each for (run, stage), each in zip(alone, noted, strict=True)}
-    jobs = {setting.name: prepared(folder, setting, setting.name) for setting in SETTINGS}
-    jobs |= {setting.name: prepared(folder, setting, setting.name) for setting in ROUNDED}
-    assert len(jobs) == len(SETTINGS) + len(ROUNDED)
-    for setting in SPOILED:
-        name = f"spoiled-{setting.name}"
-        jobs[name] = prepared(folder, setting, name) | {"spoil_at": 3}
-    for setting in RESUMED:
-        name = f"resumed-{setting.name}"
-        jobs[f"stopped-{setting.name}"] = prepared(folder, setting, name)
-        jobs[name] = jobs[f"stopped-{setting.name}"] | {"stop_after": 0}
-    begun = {change: changed(folder, change, change.before, stop_after=5) for change in CHANGES}
-    ended = {change: begun[change] | changed(folder, change, change.after, stop_after=0) for change in CHANGES}
-    run_ranks([begun[change] for change in CHANGES if change.before is None], folder, processes=1)
-    jobs |= {f"{c.name}-begun": begun[c] for c in CHANGES if c.before is not None}
-    jobs |= {f"{c.name}-ended": ended[c] for c in CHANGES if c.after is not None}
-    found |= dict(zip(jobs, run_ranks(list(jobs.values()), folder), strict=True))
-    run_ranks([ended[change] for change in CHANGES if change.after is None], folder, processes=1)
+    with ThreadPoolExecutor() as pool:  # one process leaves a core to others
+        for each in pool.map(lambda names: alone(names, TRAINED), (others[::2], others[1::2])):
+            found |= each
+        jobs = {setting.name: prepared(folder, setting, setting.name) for setting in [*SETTINGS, *ROUNDED]}
+        assert len(jobs) == len(SETTINGS) + len(ROUNDED)
+        spoiled = [prepared(folder, setting, f"spoiled-{setting.name}", spoil_at=3) for setting in SPOILED]
+        begun = pool.submit(run_ranks, stopped(folder, alone=True), folder, processes=1)
+        noted = run_ranks([*jobs.values(), *spoiled, *stopped(folder, alone=False)], folder)
+        begun.result()
+        found |= dict(zip(jobs, noted, strict=False))
+        ended = pool.submit(run_ranks, taken_up(folder, alone=True), folder, processes=1)
+        run_ranks(taken_up(folder, alone=False), folder)
+        ended.result()
     return folder, found
-
-
-def changed(folder: Path, change: Change, zero: int | None, stop_after: int) -> dict[str, Any]:
-    """The job of one half of a change."""
-    if stop_after:
-        prepared(folder, Setting(change.stage, 0, change.like), change.name)
-    launch = [] if zero is None else ["launch.processes=2", f"launch.zero_stage={zero}"]
-    return {
-        "module": f"stages.{change.stage}",
-        "arguments": arguments(folder, change.name, *OWN[change.like], *launch),
-        "stop_after": stop_after,
-    }
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

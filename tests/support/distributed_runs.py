@@ -15,9 +15,10 @@ from support.ports import free_port
 SIZES = [
     "tracking.wandb=disabled",
     "run.device=cpu",
+    "data.max_response_tokens=32",
     "sft.batch_size=8",
     "sft.micro_batch_size=4",
-    "sft.epochs=1.3",
+    "sft.epochs=5.3",
     "rank.prompts=44",
     "ppo.episodes=80",
     "ppo.micro_batch_size=4",
