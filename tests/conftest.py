@@ -26,7 +26,16 @@ pytest.register_assert_rewrite("support")  # before the first import of it: its 
 
 
 # The files that take longest, in that order: begun first, so that the workers of `make test` end together.
-LONGEST = ("test_readme", "test_compare", "test_run", "test_server", "test_redo", "test_stage_memory", "test_page")
+LONGEST = (
+    "test_readme",
+    "test_peft_stages",
+    "test_compare",
+    "test_run",
+    "test_server",
+    "test_redo",
+    "test_stage_memory",
+    "test_page",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,6 +51,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         return
     session = tmp_path_factory.getbasetemp()
     folder = (session.parent if "PYTEST_XDIST_WORKER" in os.environ else session) / "cache"
+    folder.mkdir(exist_ok=True)
     os.environ["RLHF_CACHE"] = str(folder)
     yield folder
     del os.environ["RLHF_CACHE"]

@@ -155,8 +155,9 @@ def test_a_comparison_that_was_moved_is_drawn_where_it_is(started: list[str], tm
 @pytest.mark.slow
 def test_a_real_comparison_of_the_tiny_model(tmp_path: Path) -> None:
     """All weights, prompt tuning, and BitFit, which a Llama has no biases for."""
+    sizes = "evaluate.prompts: 20\n  data.max_response_tokens: 32\n  rank.prompts: 8\n  ppo.episodes: 16"
     (tmp_path / "real.yaml").write_text(
-        FILE.partition("arms:")[0].replace("reward.peft", "evaluate.prompts: 20\n  reward.peft")
+        FILE.partition("arms:")[0].replace("reward.peft", f"{sizes}\n  reward.peft")
         + "arms:\n  full: {}\n  bitfit: {model.peft.method: bitfit}\n"
         + "  prompt: {model.peft.method: prompt, sft.lr: 3.0e-2, ppo.lr: 1.0e-2}\n"
     )

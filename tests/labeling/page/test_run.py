@@ -28,6 +28,7 @@ SIZES = [  # seconds for each stage
     *(
         "run.stages=[sft,rank,reward,ppo-ptx,evaluate]",
         "sft.epochs=0.25",
+        "data.max_response_tokens=32",
         "rank.prompts=6",
         "rank.outputs_per_prompt=3",
     ),
@@ -148,9 +149,10 @@ def test_the_run_waits_for_people_and_goes_on_by_itself(run: Run, tmp_path: Path
     assert read_rankings([str(folder / "rankings.jsonl")], Drops())
 
 
-def test_the_recipe_says_what_is_enough_and_nothing_is_asked_twice(tmp_path: Path) -> None:
+def test_the_recipe_says_what_is_enough_and_nothing_is_asked_twice(tmp_path: Path, tiny_dir: str) -> None:
     """label.rankings=3; the labels of an earlier attempt are enough, and no page is served."""
-    run = Run(tmp_path, "run.stages=[sft,rank]", "label.rankings=3")
+    run = Run(tmp_path, "run.stages=[rank]", "label.rankings=3")
+    shutil.copytree(tiny_dir, run.dir / "sft" / "model")
     run.start()
     run.links()
     store = LabelStore(run.dir / "labels.sqlite", LabelSection(), 1)
