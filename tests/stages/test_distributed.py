@@ -96,7 +96,7 @@ SPOILED = [Setting("reward", zero) for zero in (0, 1, 2, 3)]  # a loss of one pr
 RESUMED = [
     *(Setting("ppo", zero) for zero in (0, 1, 2, 3)),
     *(Setting("ppo", zero, more=("launch.offload=true",)) for zero in (2, 3)),
-    Setting("ppo", 3, like="lora", more=("launch.frozen=cpu",)),
+    Setting("ppo", 3, like="lora", more=("launch.gather=by_layer",)),
     *(Setting("ppo", zero, like="bf16", more=("model.dtype=bfloat16",)) for zero in (2, 3)),
     *(Setting("reward", zero) for zero in (0, 2, 3)),
 ]
@@ -249,8 +249,9 @@ def test_training_gives_the_numbers_of_one_process(runs: tuple[Path, dict[str, N
         kept = [weights_in(where / setting.name / part / model).keys() for model in MODELS]
         assert kept[0] == kept[1]
     for model in MODELS if setting.stage == "ppo" else ("model",):
-        # An adapter's own weights are small: what is a rounding of the weight that it changes is more of them.
-        tolerance = setting.tolerance * (4 if "lora" in setting.like else 1)
+        # An adapter's own weights are small: what is a rounding of the weight that it changes is more of them. They
+        # begin at 0, and Adam's first steps have the sizes of the rate whichever bits of a bfloat16 the gradients keep.
+        tolerance = setting.tolerance * {"lora": 4, "lora-bf16": 10}.get(setting.like, 1)
         same_weights(where / setting.name / part / model, where / setting.like / part / model, tolerance)
 
 
