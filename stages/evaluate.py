@@ -97,12 +97,7 @@ def sample_answers(
 
 
 def sample_prompted_answers(
-    recipe: Recipe,
-    name: str,
-    policy: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    asked: HeldOut,
-    template: Template,
+    recipe: Recipe, name: str, policy: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: HeldOut, template: Template
 ) -> Answers:
     """Sample the policy's responses under a template; such answers have neither tax nor KL."""
     phase("rollout")

@@ -40,10 +40,7 @@ def hidden_states(model: nn.Module, batch: SequenceBatch) -> Tensor:
         # With a mask, transformers repeats keys and values itself, and torch takes a kernel that keeps no scores.
         mask = torch.arange(batch.input_ids.shape[1], device=model.device)[None] <= batch.last[:, None]
     return backbone(
-        input_ids=batch.input_ids,
-        attention_mask=mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
+        input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, use_cache=False
     ).last_hidden_state
 
 

@@ -151,11 +151,7 @@ class Watchdog:
                         self._end(log, words)
                     if not log.error_reported() and (words := self.dead()):
                         log.report_error(words)
-            except (
-                OSError,
-                ValueError,
-                psutil.Error,
-            ) as error:  # a full or slow disk may recover later
+            except (OSError, ValueError, psutil.Error) as error:  # a full or slow disk may recover later
                 os.write(log.terminal, f"warning: the watchdog of rank {self.rank}: {error}\n".encode())
                 continue
             if log.error_reported():

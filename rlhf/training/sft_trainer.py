@@ -237,13 +237,7 @@ class Reporter(TrainerCallback):
         control.should_save |= control.should_training_stop or state.global_step == state.max_steps
 
     def on_log(
-        self,
-        args: SFTConfig,
-        state: Any,
-        control: Any,
-        logs: dict[str, float],
-        train_dataloader: DataLoader,
-        **_: Any,
+        self, args: SFTConfig, state: Any, control: Any, logs: dict[str, float], train_dataloader: DataLoader, **_: Any
     ) -> None:
         if "loss" not in logs:
             return  # the summary at the end of training

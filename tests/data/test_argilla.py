@@ -171,7 +171,4 @@ def test_mistakes_name_the_item_and_the_field(tmp_path: Path, row: dict[str, Any
 
 
 def test_records_of_the_second_client_without_responses_are_counted(tmp_path: Path) -> None:
-    assert rankings_in(tmp_path, record() | {"responses": {}}) == (
-        [],
-        [("Argilla: a record without responses", 1)],
-    )
+    assert rankings_in(tmp_path, record() | {"responses": {}}) == ([], [("Argilla: a record without responses", 1)])

@@ -164,9 +164,7 @@ def test_blemishes_are_counted_as_of_published_layouts(tmp_path: Path) -> None:
 
 def test_what_was_read_is_written_back(tmp_path: Path) -> None:
     rankings, _ = rankings_in(
-        tmp_path,
-        task(TWO, annotation(pairwise("left"))),
-        task(LISTED, annotation(ranker(a1=["m1", "m2", "m3"]))),
+        tmp_path, task(TWO, annotation(pairwise("left"))), task(LISTED, annotation(ranker(a1=["m1", "m2", "m3"])))
     )
     write_jsonl(tmp_path / "out.jsonl", [ranking_row(r) for r in rankings])
     assert len(rankings) == 2 and read_rankings([str(tmp_path / "out.jsonl")], Drops()) == rankings

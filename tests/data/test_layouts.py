@@ -202,10 +202,7 @@ def test_nectar(tmp_path: Path) -> None:
 def test_shp(tmp_path: Path) -> None:
     texts, question = ("Blanch it for ten seconds first.", "Add lemon."), user("How do I keep basil green in pesto?")
     rows = [SHP, SHP | {"labels": 0}]
-    assert rankings_in(tmp_path, *rows) == (
-        [Ranking(question, texts, (1, 2)), Ranking(question, texts, (2, 1))],
-        [],
-    )
+    assert rankings_in(tmp_path, *rows) == ([Ranking(question, texts, (1, 2)), Ranking(question, texts, (2, 1))], [])
 
 
 def test_openassistant_trees(tmp_path: Path) -> None:

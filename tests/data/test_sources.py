@@ -12,14 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from rlhf.data.records import (
-    Demonstration,
-    Drops,
-    read_demonstrations,
-    read_prompts,
-    read_rankings,
-    read_texts,
-)
+from rlhf.data.records import Demonstration, Drops, read_demonstrations, read_prompts, read_rankings, read_texts
 from rlhf.data.sources import embedded_path, local_path, read_rows
 from rlhf.errors import UserError
 from support.data_files import error_of, user, write_lines

@@ -139,11 +139,7 @@ def test_of_a_reasoned_answer_only_what_follows_the_cue_is_left(
     ],
 )
 def test_response_ids_by_hand(
-    tiny_dir: str,
-    form: str,
-    text: str,
-    finished: bool,
-    expected: tuple[str, bool] | None,
+    tiny_dir: str, form: str, text: str, finished: bool, expected: tuple[str, bool] | None
 ) -> None:
     template = parse_template(FEW if form == "few" else THINK, "x", "x")
     tokenizer = load_tokenizer(tiny_dir, ModelSection(prompt_format="plain"))
@@ -153,9 +149,7 @@ def test_response_ids_by_hand(
     assert found
 
 
-def test_plain_turn_words_stop_nothing_where_tokens_mark_the_turns(
-    tiny_tokenizer: PreTrainedTokenizerBase,
-) -> None:
+def test_plain_turn_words_stop_nothing_where_tokens_mark_the_turns(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     text = "Ann: hello\nHuman: hello"
     ids = encode_response(tiny_tokenizer, text, False)
     assert response_ids(tiny_tokenizer, parse_template(FEW, "x", "x"), ids, text, False) == ids

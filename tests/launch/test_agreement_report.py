@@ -108,7 +108,7 @@ def test_what_the_labelling_page_writes_is_read(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rankings.jsonl", rows)
     found = match((r.labeler, r) for r in read_rankings([str(tmp_path / "rankings.jsonl")], Drops()))
     assert found.shared == [
-        SharedRankings(outputs.prompt.key, {"ann": [1, 2], "bob": [1, 1]}, {"ann": NOON, "bob": NOON}),
+        SharedRankings(outputs.prompt.key, {"ann": [1, 2], "bob": [1, 1]}, {"ann": NOON, "bob": NOON})
     ]
 
 

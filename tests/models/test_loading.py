@@ -154,11 +154,7 @@ def test_rows_that_are_already_there_are_not_resized(tiny_dir: str) -> None:
 
 
 def test_templates(tiny_dir: str, tmp_path: Path) -> None:
-    turns = [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "c"},
-    ]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
 
     def render(tokenizer) -> str:
         return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)

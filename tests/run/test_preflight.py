@@ -137,9 +137,7 @@ def test_hostfile_counts_machines(tmp_path: Path) -> None:
         read_hosts(str(hosts))
 
 
-def test_a_launcher_sets_the_process_count_and_the_recipe_must_else_agree(
-    tmp_path: Path,
-) -> None:
+def test_a_launcher_sets_the_process_count_and_the_recipe_must_else_agree(tmp_path: Path) -> None:
     assert as_launched(recipe(), None) == recipe() == as_launched(recipe(), 1)
     two = recipe("launch.processes=2")
     assert as_launched(two, 2) == two and as_launched(recipe(), 2) == two

@@ -52,9 +52,7 @@ def test_a_finished_stage_is_kept_when_its_change_is_accepted(capsys: pytest.Cap
     assert run_stage("sft", never, RECIPE) == 2  # nor does it change back unasked
 
 
-def test_an_interrupted_stage_takes_allowed_changes_and_refuses_others(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_an_interrupted_stage_takes_allowed_changes_and_refuses_others(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_stage("ppo", stop, RECIPE) == 143
     for change, key in (("ppo.batch_size=32", "ppo.batch_size"), ("run.seed=9", "run.seed")):
         assert run_stage("ppo", never, [*RECIPE, change, "--accept-change", key]) == 2

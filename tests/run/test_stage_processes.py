@@ -20,9 +20,7 @@ from support.stage_runs import RECIPE, never, stage_json, start, start_pair, tra
 pytestmark = pytest.mark.usefixtures("stage_folder")
 
 
-def test_a_killed_stage_is_taken_up_again_and_a_live_one_is_not_disturbed(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_killed_stage_is_taken_up_again_and_a_live_one_is_not_disturbed(capsys: pytest.CaptureFixture[str]) -> None:
     child = start("""
 import sys, time
 from rlhf.run.stage import run_stage

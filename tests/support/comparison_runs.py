@@ -73,10 +73,7 @@ def results_of(arm: str) -> dict[str, Any]:
     low = {"full": 0.4, "lora": 0.6, "prompt": 0.1}[arm]
     found = results(low, low + 0.2)
     found["comparisons"][0]["win_rate"] = low + 0.1
-    found["policies"] = {
-        "sft": policy(3.4, 0.5, 0.25, 0.0),
-        "ppo-ptx": policy(3.4, 0.5, 0.75, 1.5),
-    }
+    found["policies"] = {"sft": policy(3.4, 0.5, 0.25, 0.0), "ppo-ptx": policy(3.4, 0.5, 0.75, 1.5)}
     return found
 
 

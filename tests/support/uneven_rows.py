@@ -49,9 +49,7 @@ def main(arguments: list[str]) -> int:
     """Sample and score the cases below, the first process writes the results."""
     out, gather, where = arguments
     recipe = Recipe(
-        run=RunSection(device="cpu"),
-        model=ModelSection(name="tiny"),
-        launch=LaunchSection(gather=gather, frozen=where),
+        run=RunSection(device="cpu"), model=ModelSection(name="tiny"), launch=LaunchSection(gather=gather, frozen=where)
     )
     tokenizer = load_tokenizer("tiny")
     policy = frozen(recipe, torch.device("cpu"), lambda: load_policy("tiny", recipe.model, tokenizer=tokenizer))

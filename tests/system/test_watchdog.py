@@ -83,8 +83,7 @@ def test_a_killed_rank_is_named_with_its_phase_by_the_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "words"),
-    [("stop", "rank 1 gives no sign of life for 3 s"), ("sleep", "rank 1 makes no progress for 3 s")],
+    ("how", "words"), [("stop", "rank 1 gives no sign of life for 3 s"), ("sleep", "rank 1 makes no progress for 3 s")]
 )
 def test_a_hanging_rank_ends_the_stage_in_time(how: str, words: str) -> None:
     children = start_pair(WORK, "launch.timeout_s=3", DO=how)

@@ -12,12 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerBase, TrainerCallback
 
 from rlhf.config import ModelSection, Recipe, TrackingSection
 from rlhf.models.loading import load_policy, load_tokenizer
@@ -152,13 +147,7 @@ def test_sft_gradient(tiny_dir: str, tmp_path: Path) -> None:
             {
                 "run": {"device": "cpu"},
                 "model": {"name": "tiny"},
-                "sft": {
-                    "epochs": 1,
-                    "batch_size": 8,
-                    "micro_batch_size": size,
-                    "packing": False,
-                    "max_grad_norm": 1e9,
-                },
+                "sft": {"epochs": 1, "batch_size": 8, "micro_batch_size": size, "packing": False, "max_grad_norm": 1e9},
             }
         )
         folder, caught = tmp_path / str(size), []

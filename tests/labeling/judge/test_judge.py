@@ -301,12 +301,7 @@ def test_the_rank_stage_with_a_judge(tmp_path: Path, tiny_dir: str) -> None:
 def test_questions_over_the_limit_are_dropped_and_counted(tmp_path: Path, tiny_dir: str) -> None:
     # The question without prompt and outputs has 55 tokens on the tiny vocabulary, two outputs some 20.
     prompts = ["a?", "Say what the weather was like when you last went out to the sea. " * 4]
-    extra = [
-        "rank.labeler=judge",
-        "judge.template=pair-brief",
-        "judge.max_tokens=110",
-        "data.max_prompt_tokens=200",
-    ]
+    extra = ["rank.labeler=judge", "judge.template=pair-brief", "judge.max_tokens=110", "data.max_prompt_tokens=200"]
     assert start(tmp_path, tiny_dir, *extra, prompts=prompts) == 0
     text, summary, _ = outcome(tmp_path)
     assert summary["drops"]["question to the judge over judge.max_tokens"] == 1

@@ -130,11 +130,7 @@ def test_answers_are_kept_in_the_order_of_the_file_by_hand(tmp_path: Path) -> No
     assert item.details["shown"] == [2, 0, 1] and item.details["seconds"] == 4.5
     again = store.take_back("anna", store.last("anna"))
     assert [output["text"][7] for output in again.outputs] == ["2", "0", "1"]
-    assert again.answer == {
-        "ranks": [1, 2, 2],
-        "quality": [7, None, 3],
-        "flags": [[], ["opinion"], ["hallucination"]],
-    }
+    assert again.answer == {"ranks": [1, 2, 2], "quality": [7, None, 3], "flags": [[], ["opinion"], ["hallucination"]]}
 
 
 def test_rows_are_of_the_ranking_contract(tmp_path: Path) -> None:
