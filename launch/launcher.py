@@ -15,7 +15,8 @@ from rlhf.config import LaunchSection, Recipe
 from rlhf.errors import UserError
 from rlhf.plan import read_hosts, recipe_processes
 from rlhf.recipe import recipe_names
-from rlhf.run.folder import LOGS
+from rlhf.run.fingerprints import check_recipe, is_up_to_date, skip_message
+from rlhf.run.folder import LOGS, RunFolder
 from rlhf.stage_table import STAGES, is_ppo
 from rlhf.system.console import console
 from rlhf.system.signals import STOPPED
@@ -54,7 +55,12 @@ def how_ended(code: int, launched: bool) -> str:
 
 
 def start(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str], redo: Redo = NO_REDO) -> int:
-    """Run a stage program to its end and return its exit code, 128 + N when signal N ended it."""
+    """Run a stage program to its end and return its exit code, 128 + N when signal N ended it.
+
+    Raises UserError if the recipe has changed under what the run has done.
+    """
+    if redo == NO_REDO and is_skipped(stage, recipe):
+        return 0
     processes, logs = recipe_processes(recipe), Path(recipe.run.dir) / recipe.run.name / stage / LOGS
     line = command(stage, recipe, name_or_path, overrides, redo)
     if processes == 1:
@@ -66,6 +72,22 @@ def start(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str
         for text in last_phases(logs, processes):
             console.print(text, markup=False, soft_wrap=True)
     return code
+
+
+def is_skipped(stage: str, recipe: Recipe) -> bool:
+    """Return whether a stage is finished and unchanged, and say so: a program would need seconds to find that out.
+
+    Of machines that are given the same command each starts its programs, which decide together.
+    """
+    run = RunFolder(Path(recipe.run.dir) / recipe.run.name)
+    if recipe.launch.node_rank >= 0 or not run.is_done(stage):
+        return False
+    with run.lock():
+        if not is_up_to_date(recipe, run, stage):
+            return False
+        check_recipe(recipe, run, redo=None)
+    console.print(skip_message(run, stage), markup=False)
+    return True
 
 
 def command(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str], redo: Redo = NO_REDO) -> list[str]:

@@ -101,6 +101,11 @@ def is_up_to_date(recipe: Recipe, run: RunFolder, stage: str) -> bool:
     return not changes(record, recipe, stage, run, now) and not lost_outputs(run, stage, record)
 
 
+def skip_message(run: RunFolder, stage: str) -> str:
+    """Return the line that is shown for a stage that `is_up_to_date`."""
+    return f"{stage}: finished, recipe and inputs unchanged; skipped ({run.stage_dir(stage)})"
+
+
 def may_change(stage: str, key: str, done: bool) -> bool:
     """Return whether `--accept-change KEY` may keep the stage's work although the field has another value now.
 

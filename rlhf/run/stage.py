@@ -28,7 +28,7 @@ from rlhf.errors import UserError
 from rlhf.plan import as_launched, recipe_processes
 from rlhf.recipe import load_recipe
 from rlhf.run.checkpoints import Checkpoints
-from rlhf.run.fingerprints import ABSENT
+from rlhf.run.fingerprints import ABSENT, skip_message
 from rlhf.run.folder import LOGS, RunFolder
 from rlhf.run.preflight import check
 from rlhf.run.record import StageRecord, begin
@@ -189,9 +189,7 @@ def _run_stage(name: str, work: Work, argv: Sequence[str] | None) -> int:
     ):
         values = broadcast_from_main(lambda: begin(recipe, run, name, options["fresh"], options["accept_change"]))
         if values is None:
-            console.print(
-                f"{name}: finished, recipe and inputs unchanged; skipped ({run.stage_dir(name)})", markup=False
-            )
+            console.print(skip_message(run, name), markup=False)
             return 0
         return _run_work(recipe, StageRecord(run, name, values), work, device)
 
