@@ -1,22 +1,23 @@
 """PPO and PPO-ptx (Ouyang et al. 2022, section 3.5, equation 2): `python stages/ppo.py RECIPE [--variant ppo|ppo-ptx]`.
 
-One iteration, in the order of the functions below; the formulas are in rlhf/functional/ppo.py:
+One iteration, in the order of the functions below:
 
     rollout     sample a response to each of batch_size prompts from the policy
     score       log-probabilities under the reference, values and normalised reward-model scores of those episodes
     advantages  per-token rewards R_t (KL penalty, score at the last token), GAE, whitening
-    ppo_step    of a minibatch, the gradient of the clipped policy loss and of the clipped value loss
-    ptx_step    added to it, the gradient of ptx_coef x the negative log-likelihood of pretraining text
-    update      the optimiser steps, and after each of them the moving average (EMA) of the policy
-    log         metrics and a table of samples
-    checkpoint  everything that the next iteration depends on, sealed
+    update      for each minibatch of each epoch:
+        ppo_step    add up the gradients of the clipped policy loss and of the clipped value loss
+        ptx_step    add the gradient of ptx_coef x mean negative log-likelihood per token of pretraining text
+                    then an optimiser step, and after it the moving average (EMA) of the policy
+    log         write metrics and a table of samples
+    checkpoint  seal everything that the next iteration depends on
 
-`train` repeats this and adapts beta, the coefficient of the KL penalty. rlhf/training/ppo_networks.py loads the four
-networks: the reference is the SFT policy, and the value model starts from the reward model. The checks that a run makes
-of itself (ratio 1 and KL 0 at the start) are in rlhf/training/ppo_checks.py.
-
-Prompts, pretraining rows and sampling seeds are functions of (seed, counter): a checkpoint holds no position in them.
-Dropout is off. In float32 the decode loop gives the old log-probabilities, which the first minibatch checks.
+`train` repeats this and adapts beta, the coefficient of the KL penalty. The formulas are in rlhf/functional/ppo.py, the
+log-probabilities in rlhf/rollout/lm_head.py, the normalisation of scores in rlhf/rollout/scoring.py, the clipping of
+gradients in rlhf/training/clipped_adamw.py. rlhf/training/ppo_networks.py loads the four networks: the reference is the
+SFT policy, the value model starts from the reward model, dropout is off. rlhf/training/ppo_checks.py checks that the
+ratio is 1 at every first minibatch. Prompts, pretraining rows and sampling seeds are functions of (seed, counter), so a
+checkpoint needs no position in the data.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ from rlhf.run.stage import StageContext, exit_code, parse_stage_args, run_stage
 from rlhf.system.console import Progress
 from rlhf.system.distributed import broadcast_from_main, shard
 from rlhf.training.minibatch import TokenMeans, micro_batches
-from rlhf.training.policy_value import Networks, text_pairs
+from rlhf.training.policy_value import GroupNames, text_pairs
 from rlhf.training.ppo_checks import check_first_minibatch, check_kl
 from rlhf.training.ppo_metrics import mean_metrics, performance, sample_rows
 from rlhf.training.ppo_state import Ppo, build, load_checkpoint, save_checkpoint, save_policies
 
 
 def rollout(ppo: Ppo) -> Rollout:
-    """Sample one response for each prompt of this iteration, with its log-probabilities by the pass that trains."""
+    """Sample one response for each prompt of this iteration, with the log-probabilities of the training pass."""
     cfg, seed = ppo.recipe.ppo, ppo.recipe.run.seed
     first = ppo.iteration * cfg.batch_size
     chosen = shuffled_indices(len(ppo.prompts), seed, "prompts", first, cfg.batch_size)
@@ -68,7 +69,7 @@ def rollout(ppo: Ppo) -> Rollout:
         SamplingParams.from_recipe(ppo.recipe, cfg.temperature, ppo.stop_ids),
         seeds=[row_seed(seed, "ppo", first + i) for i in range(cfg.batch_size)],
     )
-    rescore(ppo.recipe, episodes, ppo.networks.policy, cfg.temperature)
+    rescore(ppo.recipe, episodes, ppo.networks.policy, cfg.temperature)  # no pass where they are already
     return episodes
 
 
@@ -84,7 +85,7 @@ def score(ppo: Ppo, episodes: Rollout) -> ScoredEpisodes:
 
 
 def advantages(ppo: Ppo, scored: ScoredEpisodes) -> Experience:
-    """Turn scores into per-token rewards, and these into advantages (whitened over the batch) and returns."""
+    """Turn scores into per-token rewards, and these into advantages, whitened over the batch, and plain returns."""
     cfg, s = ppo.recipe.ppo, scored
     rewards = per_token_rewards(
         s.logprobs, s.ref_logprobs, s.scores, s.lengths, s.finished, ppo.kl_coef, cfg.missing_eos_penalty
@@ -93,28 +94,28 @@ def advantages(ppo: Ppo, scored: ScoredEpisodes) -> Experience:
     if cfg.whiten_rewards:
         rewards = whiten(rewards, s.mask, shift_mean=False)
     raw_advantages, returns = gae(rewards, s.values, s.lengths, cfg.gamma, cfg.lam)
-    whitened = whiten(raw_advantages, s.mask)  # every process has the whole batch, so these are moments of all of it
+    whitened = whiten(raw_advantages, s.mask)  # by the mean and variance of all: every process holds the whole batch
     return Experience(**vars(s), rewards=rewards, totals=totals, advantages=whitened, returns=returns)
 
 
-def ppo_step(ppo: Ppo, experience: Experience, minibatch: Sequence[int], networks: Networks) -> dict[str, float]:
-    """Accumulate the gradient of the clipped policy loss, the clipped value loss or both over a minibatch of episodes.
+def ppo_step(ppo: Ppo, experience: Experience, minibatch: Sequence[int], groups: GroupNames) -> dict[str, float]:
+    """Add up the gradients of the clipped policy loss and the clipped value loss, of those in `groups`.
 
     Both are divided by the tokens of the whole minibatch, so that no split over micro-batches and processes changes the
-    gradient. Returns means over tokens, except ratio_max and ratio_error, which are the largest.
+    gradient. Returns means over tokens, and the maxima ratio_max and ratio_error (|ratio - 1|, which is not logged).
     """
     cfg, device, means = ppo.recipe.ppo, ppo.engine.device, TokenMeans()
     tokens = int(experience.mask[list(minibatch)].sum())
     for old in micro_batches(experience, minibatch, cfg.micro_batch_size, ppo.tokenizer.pad_token_id, device):
-        new = ppo.engine.model(networks, old.sequences, cfg.temperature)
+        new = ppo.engine.model(groups, old.sequences, cfg.temperature)
         loss = torch.zeros((), device=device)
-        if "policy" in networks:
+        if "policy" in groups:
             policy = policy_loss(old.unflatten(new.logprobs), old.logprobs, old.advantages, old.mask, cfg.clip)
             loss = loss + policy.loss
             means.add({"ppo/policy_loss": policy.loss, "ppo/clip_fraction": policy.clipped})
             means.add({"ppo/approx_kl": policy.approx_kl, "ppo/entropy": new.entropies.sum()})
             means.add_max({"ppo/ratio_max": policy.ratio_max, "ratio_error": policy.ratio_error})
-        if "value" in networks:
+        if "value" in groups:
             value = value_loss(old.unflatten(new.values), old.values, old.returns, old.mask, cfg.value_clip)
             loss = loss + cfg.vf_coef * value
             means.add({"ppo/value_loss": value})
@@ -139,35 +140,34 @@ def ptx_step(ppo: Ppo, step: int) -> dict[str, float]:
 
 
 def update(ppo: Ppo, experience: Experience) -> dict[str, float]:
-    """Take all optimiser steps of one iteration; returns the means of their metrics (of ratio_max the largest)."""
+    """Take all optimiser steps of one iteration; returns the means of their metrics, of ratio_max the maximum."""
     cfg, plan, history = ppo.recipe.ppo, ppo.plan, list[dict[str, float]]()
     lr_scale = lr_factor(ppo.iteration, plan.iterations, cfg.schedule, cfg.warmup_iterations, cfg.final_lr_fraction)
     first_step = ppo.iteration * plan.steps_per_iteration
     for step, minibatch in enumerate(minibatches(ppo), first_step):
         metrics, norms = dict[str, float](), dict[str, float]()
-        for networks in ppo.engine.groups_in_turn:  # one process: policy, then value; several: both at once
+        for groups in ppo.engine.groups_in_turn:  # one process: policy, then value; several: both at once
             with ppo.phases("train", step):
-                metrics |= ppo_step(ppo, experience, minibatch, networks)
-            if "policy" in networks:
+                metrics |= ppo_step(ppo, experience, minibatch, groups)
+            if "policy" in groups:
                 if step == first_step:
                     check_first_minibatch(ppo, experience, metrics["ratio_error"])
                 if ppo.ptx_coef > 0:
                     with ppo.phases("ptx", step), ppo.engine.added_norm("policy") as sizes:
                         metrics |= ptx_step(ppo, step)
-                    if sizes:
+                    if sizes:  # of the PPO part and of the ptx part; empty where the engine cannot tell them apart
                         metrics |= {"ppo/grad_norm_policy": sizes["before"], "ppo/grad_norm_ptx": sizes["added"]}
             with ppo.phases("optimizer", step):
-                result = ppo.engine.step(networks, lr_scale)
+                result = ppo.engine.step(groups, lr_scale)
                 norms |= result.grad_norms
-                if "policy" in networks and not result.non_finite:
+                if "policy" in groups and not result.non_finite:
                     update_ema(ppo)
-        # A network that is skipped because of another's gradient has no norm.
+        # The norm of all that a group was clipped by; nan for one that was skipped because of the other's gradient.
         metrics |= {"ppo/grad_norm": norms.get("policy", math.nan), "ppo/grad_norm_value": norms.get("value", math.nan)}
         if ppo.ptx_coef == 0:
             metrics["ppo/grad_norm_policy"] = metrics["ppo/grad_norm"]
         history.append(metrics)
-    state = {"ppo/lr": cfg.lr * lr_scale, "ppo/skipped_steps": float(ppo.engine.skipped_steps)}
-    return mean_metrics(history) | state
+    return mean_metrics(history) | {"ppo/lr": cfg.lr * lr_scale, "ppo/skipped_steps": float(ppo.engine.skipped_steps)}
 
 
 def minibatches(ppo: Ppo) -> Iterator[list[int]]:
@@ -181,7 +181,7 @@ def minibatches(ppo: Ppo) -> Iterator[list[int]]:
 
 
 def update_ema(ppo: Ppo) -> None:
-    """Update the moving average of the policy, which the first process keeps on its CPU; all processes must call."""
+    """Update the moving average of the policy, kept by the first process on its CPU; all processes must call."""
     if ppo.recipe.ppo.ema_decay > 0:
         for name, weight in ppo.policy_weights():
             if name in ppo.ema:
@@ -213,13 +213,13 @@ def train(ppo: Ppo, ctx: StageContext) -> dict[str, float]:
             with ppo.phases("score", ppo.iteration):
                 experience = advantages(ppo, score(ppo, episodes))
             metrics = summary(experience) | {"ppo/kl_coef": ppo.kl_coef} | update(ppo, experience)
-            if cfg.kl_control == "adaptive":  # else beta stays ppo.kl_coef
+            if cfg.kl_control == "adaptive":
                 kl, n = metrics["ppo/kl"], cfg.batch_size
                 ppo.kl_coef = adaptive_kl_coef(ppo.kl_coef, kl, cfg.kl_target, n, cfg.kl_horizon)
             ppo.end_iteration(metrics)
             # The log is written before the checkpoint that covers it: a resume cuts the rows after its checkpoint.
             log(ppo, ctx, episodes, experience)
-            check_kl(ppo)  # before the checkpoint, or the next attempt would resume after this check
+            check_kl(ppo)  # before the checkpoint, so that the next attempt repeats the check
             stopping = ctx.stop_requested
             last = ppo.iteration == ppo.plan.iterations
             if last or stopping or (cfg.save_every and ppo.iteration % cfg.save_every == 0):
@@ -239,7 +239,7 @@ def run(ctx: StageContext, variant: str) -> dict[str, Any]:
     ctx.tracker.truncate_after(ppo.iteration * ctx.recipe.ppo.batch_size)
     metrics = train(ppo, ctx)
     if ppo.iteration < ppo.plan.iterations:
-        return {}
+        return {}  # stopped before the end
     with ppo.phases("save"):
         save_policies(ppo, ctx.dir)
     return metrics

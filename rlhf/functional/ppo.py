@@ -104,7 +104,7 @@ def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: flo
 
 
 def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Scale to unit variance, and to zero mean unless `shift_mean` is False (then the mean is put back).
+    """Return (values - mean) / std, plus the mean where `shift_mean` is False.
 
     Moments are taken over the True positions; the variance is the population one. Padding is zero in the result.
     """
@@ -122,10 +122,10 @@ class PolicyLoss:
     """The policy loss of a micro-batch and its statistics, all scalars; only `loss` carries the gradient."""
 
     loss: Tensor  # sum over the real tokens
-    clipped: Tensor  # number of tokens whose clipped branch was the larger
+    clipped: Tensor  # number of tokens whose loss the clipping has changed
     ratio_max: Tensor
     ratio_error: Tensor  # largest |ratio - 1|
-    approx_kl: Tensor  # sum over tokens of k3, of KL(pi_old || pi)
+    approx_kl: Tensor  # sum over tokens of the k3 estimate of KL(pi_old || pi)
 
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> PolicyLoss:
@@ -191,7 +191,8 @@ def ptx_loss(token_nll: Tensor, mask: Tensor, ptx_coef: float) -> Tensor:
 def adaptive_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, horizon: int) -> float:
     """Return the next beta: beta (1 + clamp((KL - target) / target, -0.2, 0.2) episodes / horizon).
 
-    Ziegler et al. 2019, section 2.2. `kl` and `target` are in nats per response.
+    Ziegler et al. 2019, section 2.2, with episodes / horizon of their code for the gain K. `kl` and `target` are
+    in nats per response.
     """
     error = min(max((kl - target) / target, -0.2), 0.2)
     return kl_coef * (1 + error * episodes / horizon)

@@ -15,7 +15,7 @@ from rlhf.rollout.batches import Pair, SequenceBatch
 from rlhf.rollout.lm_head import head_chunks
 from rlhf.rollout.scoring import response_logprobs, response_values
 
-Networks = tuple[str, ...]  # of "policy" and "value"
+GroupNames = tuple[str, ...]  # ("policy",), ("value",) or both
 
 
 class PpoForward(NamedTuple):
@@ -44,7 +44,7 @@ class PolicyValue(nn.Module):
         self._ppo_chunks, self._ptx_chunks = (head_chunks(n) for n in max_tokens) if max_tokens else (0, 0)
 
     def forward(
-        self, what: Networks | Literal["ptx"], batch: SequenceBatch, temperature: float = 1.0
+        self, what: GroupNames | Literal["ptx"], batch: SequenceBatch, temperature: float = 1.0
     ) -> PpoForward | Tensor:
         """Run the named networks on the responses of a batch, or the policy on pretraining text.
 

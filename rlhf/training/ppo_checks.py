@@ -16,7 +16,7 @@ def check_first_minibatch(ppo: Ppo, experience: ScoredEpisodes, ratio_error: flo
         UserError: with the likely causes, when either is off by more than ppo.ratio_tolerance.
     """
     tolerance = ppo.recipe.ppo.ratio_tolerance
-    if ratio_error > tolerance:
+    if not ratio_error <= tolerance:  # so that nan does not pass, here and below
         raise UserError(
             f"the probability ratio is off by {ratio_error:.2g} before any update of iteration {ppo.iteration}",
             where="ppo.ratio_tolerance",
@@ -24,7 +24,7 @@ def check_first_minibatch(ppo: Ppo, experience: ScoredEpisodes, ratio_error: flo
             "weights or kernels, or bfloat16 with a tolerance meant for float32",
         )
     gap = float(torch.where(experience.mask, experience.logprobs - experience.ref_logprobs, 0.0).abs().max())
-    if ppo.iteration == 0 and gap > tolerance:
+    if ppo.iteration == 0 and not gap <= tolerance:
         raise UserError(
             f"policy and reference differ by {gap:.2g} nats on a token before the first update, so KL is not 0",
             where="ppo.ratio_tolerance",
@@ -38,7 +38,7 @@ def check_kl(ppo: Ppo) -> None:
     Raises:
         UserError: when it is.
     """
-    if ppo.metrics["ppo/kl"] > ppo.recipe.ppo.max_kl:
+    if not ppo.metrics["ppo/kl"] <= ppo.recipe.ppo.max_kl:
         raise UserError(
             f"KL to the reference reached {ppo.metrics['ppo/kl']:.1f} nats per response",
             where="ppo.max_kl",

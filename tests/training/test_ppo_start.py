@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from rlhf.models.peft.methods import add_adapter, trainable
 from rlhf.models.peft.shared_base import share_base
 from rlhf.rollout.batches import build_batch
 from rlhf.rollout.scoring import response_logprobs, token_logprobs
-from rlhf.training.ppo_checks import check_first_minibatch
+from rlhf.training.ppo_checks import check_first_minibatch, check_kl
 from rlhf.training.ppo_state import Ppo
 from stages.ppo import advantages, ppo_step, rollout, score
 from support.ppo_runs import ALL, BOTH, TEMPERATURE, make_ppo, network, with_ppo
@@ -81,6 +82,19 @@ def test_the_reference_of_an_adapter_stays_where_the_policy_started(tiny_tokeniz
     check_first_minibatch(dataclasses.replace(ppo, iteration=1), experience, metrics["ratio_error"])
     with pytest.raises(UserError, match="before the first update, so KL is not 0"):
         check_first_minibatch(ppo, experience, metrics["ratio_error"])
+
+
+def test_the_checks_do_not_let_nan_pass(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    ppo = start("llama", tiny_tokenizer, "")
+    experience = advantages(ppo, score(ppo, rollout(ppo)))
+    with pytest.raises(UserError, match="probability ratio is off by nan"):
+        check_first_minibatch(ppo, experience, math.nan)
+    experience.ref_logprobs[1, 0] = math.nan
+    with pytest.raises(UserError, match="policy and reference differ by nan nats"):
+        check_first_minibatch(ppo, experience, 0.0)
+    ppo.metrics["ppo/kl"] = math.nan
+    with pytest.raises(UserError, match="KL to the reference reached nan nats"):
+        check_kl(ppo)
 
 
 def test_dropout_left_on_is_found(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
