@@ -129,7 +129,7 @@ class Trainer(SFTTrainer):
 
 
 def trainer_config(recipe: Recipe, folder: Path) -> SFTConfig:
-    """Return TRL's settings for the recipe, with all that it does not name, so that no default of TRL's decides."""
+    """Return TRL's settings; what the recipe does not name is set here, so that none of TRL's defaults decides."""
     sft = recipe.sft
     schedule, options = _schedule(sft)
     with warnings.catch_warnings():

@@ -36,10 +36,9 @@ class ZeroEngine(Engine):
         connect()
         self.stage, self.process = zero_stage(recipe), dist.get_rank()
         if self.stage == 0 and recipe.model.dtype != "float32":
-            what = (
-                "over several processes needs float32 copies of the weights, which ZeRO 1 to 3 keep and ZeRO 0 does not"
-            )
-            raise UserError(f"{recipe.model.dtype} {what}", "launch.zero_stage", "set launch.zero_stage=1")
+            what = f"{recipe.model.dtype} over several processes needs float32 copies of the weights"
+            what += ", which ZeRO 1 to 3 keep and ZeRO 0 does not"
+            raise UserError(what, "launch.zero_stage", "set launch.zero_stage=1")
         model.to(device)
         self.adamw = self._make_adamw(lambda p: p)
         self.model, self._zero, *_ = deepspeed.initialize(model=model, optimizer=self.adamw, config=settings(recipe))
