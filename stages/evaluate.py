@@ -56,8 +56,7 @@ from rlhf.system.phases import phase
 def find_policies(run: RunFolder, ema: bool) -> dict[str, Path]:
     """Return the folders of the run's policies by name, SFT first; with `ema` also those of averaged weights.
 
-    Raises:
-        UserError: if there is no SFT policy, which everything is compared with.
+    Raises UserError if there is no SFT policy, which everything is compared with.
     """
     found = {"sft": run.require("sft", "model")}
     for name in reversed(PPO_VARIANTS):
@@ -130,9 +129,8 @@ def add_kl(recipe: Recipe, reference: nn.Module, answers: dict[str, Answers]) ->
     with Progress("KL to sft", total=sum(len(a.rollout) for a in others), unit="responses") as progress:
         for answer in others:
             pairs = answer.rollout.pairs()
-            reference_rows = token_logprobs(
-                reference, pairs, recipe.evaluate.temperature, recipe.ppo.score_tokens, progress.advance
-            )
+            how = (recipe.evaluate.temperature, recipe.ppo.score_tokens, progress.advance)
+            reference_rows = token_logprobs(reference, pairs, *how)
             for own, ref in zip(answer.rollout.logprobs, reference_rows, strict=True):
                 own = own[: len(ref)]
                 answer.kl.append(float(kl_k1(own, ref).sum()))
@@ -152,17 +150,13 @@ def answer_all(
     between two policies.
     """
     recipe = ctx.recipe
-
-    def load(name: str) -> nn.Module:
-        where = folders.get(name, recipe.model.name)  # the base, for what answers under a template
-        return load_frozen_policy(recipe, ctx.device, where, tokenizer)
-
     prompted = dict.fromkeys(recipe.evaluate.prompted_policies) if templates else {}
     answers: dict[str, Answers] = {}
     for name in [*(n for n in folders if n != "sft"), *(n for n in prompted if n == "base"), "sft"]:
         if ctx.stop_requested:
             return answers
-        policy = load(name)
+        where = folders.get(name, recipe.model.name)  # the base, for what answers under a template
+        policy = load_frozen_policy(recipe, ctx.device, where, tokenizer)
         if name in folders:
             answers[name] = sample_answers(recipe, name, policy, tokenizer, asked)
             answers[name].tax = measure_tax(recipe, name, policy, tokenizer, asked)

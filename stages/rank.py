@@ -47,8 +47,7 @@ TABLE_ROWS = 64
 def choose_prompts(ctx: StageContext, tokenizer: PreTrainedTokenizerBase, drops: Drops) -> list[Encoded[Prompt]]:
     """Return the prompts to rank, encoded, in an order that depends on their text alone.
 
-    Raises:
-        UserError: when no prompt is within the length limit.
+    Raises UserError if no prompt is within the length limit.
     """
     recipe, count = ctx.recipe, ctx.recipe.rank.prompts
     prompts = read_prompts(recipe.data.prompts, drops)
@@ -130,8 +129,7 @@ def items(prompts: Sequence[Encoded[Prompt]]) -> list[Prompt]:
 def distinct_outputs(prompts: Sequence[Prompt], samples: SampledOutputs, drops: Drops) -> list[Outputs]:
     """Return the distinct outputs of each prompt that has at least two; `drops` counts the others.
 
-    Raises:
-        UserError: when no prompt has two.
+    Raises UserError if no prompt has two.
     """
     found = []
     for prompt in prompts:
@@ -141,11 +139,8 @@ def distinct_outputs(prompts: Sequence[Prompt], samples: SampledOutputs, drops: 
         else:
             drops.add("prompt with fewer than two distinct outputs")
     if not found:
-        raise UserError(
-            "no prompt has two different outputs to rank",
-            where="rank",
-            fix="raise rank.temperature or rank.outputs_per_prompt, or look at the policy in rank/samples.jsonl",
-        )
+        fix = "raise rank.temperature or rank.outputs_per_prompt, or look at the policy in rank/samples.jsonl"
+        raise UserError("no prompt has two different outputs to rank", "rank", fix)
     return found
 
 

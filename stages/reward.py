@@ -47,22 +47,15 @@ SCALE_SAMPLE = 128  # ranked outputs, spread evenly, that the std of the scores 
 
 
 def load_groups(ctx: StageContext, tokenizer: PreTrainedTokenizerBase, drops: Drops) -> tuple[list[Group], list[Group]]:
-    """Return training and held-out groups; no prompt is in both.
-
-    Raises:
-        UserError: if there are no rankings, or none to train on.
-    """
+    """Return training and held-out groups; no prompt is in both. Raises UserError if there are no rankings."""
     recipe = ctx.recipe
     ranked = ctx.run.path / "rank" / "rankings.jsonl"
     paths = [str(ranked)] if ranked.exists() else []
     if recipe.rank.labeler != "file" or not paths:
         paths += recipe.data.rankings
     if not paths:
-        raise UserError(
-            "there are no rankings to learn from",
-            where=str(ranked),
-            fix="run the rank stage first, or set data.rankings",
-        )
+        fix = "run the rank stage first, or set data.rankings"
+        raise UserError("there are no rankings to learn from", str(ranked), fix)
     usable = []
     for ranking in read_rankings(paths, drops):
         if has_pairs(ranking.ranks, recipe.reward.ties):
@@ -100,8 +93,7 @@ def pass_loss(scores: Tensor, outputs: Pass, ties: TieHandling) -> Tensor:
 def step(engine: Engine, groups: Sequence[Group], recipe: Recipe, pad_id: int) -> tuple[float, list[PairCounts]]:
     """Accumulate the gradient of one batch of prompts; every prompt weighs the same, whatever its K, pass and process.
 
-    Returns:
-        this process's share of the loss, and the pair counts of its share of the prompts, both before the update.
+    Return this process's share of the loss, and the pair counts of its share of the prompts, both before the update.
     """
     module: ScoringModule = engine.module
     tokens, ties = recipe.reward.micro_tokens, recipe.reward.ties
@@ -137,8 +129,7 @@ def step(engine: Engine, groups: Sequence[Group], recipe: Recipe, pad_id: int) -
 def train(engine: Engine, groups: list[Group], ctx: StageContext, pad_id: int) -> int | None:
     """Make `reward.epochs` passes over the training prompts, from the newest checkpoint if there is one.
 
-    Returns:
-        the tokens seen; None when stopped early.
+    Return the tokens seen; None when stopped early.
     """
     cfg, seed = ctx.recipe.reward, ctx.recipe.run.seed
     total = cfg.epochs * len(groups)
@@ -169,18 +160,15 @@ def train(engine: Engine, groups: list[Group], ctx: StageContext, pad_id: int) -
 def normalise(model: nn.Module, demonstrations: list[Pair], ranked: list[Pair], scale: bool) -> dict[str, float]:
     """Store the bias that makes demonstrations score 0 on average, and optionally the std of ranked outputs.
 
-    Raises:
-        UserError: if the model scores all ranked outputs alike.
+    Raises UserError if the model scores all ranked outputs alike.
     """
     config = model.config
     config.reward_mean, config.reward_std = 0.0, 1.0
     mean = float(scores(model, demonstrations).mean())
     std = float(scores(model, ranked).std()) if scale else 1.0
     if not std > 1e-6:
-        raise UserError(
-            f"the reward model scores all ranked outputs alike (std {std:.2g})",
-            fix="it has learned nothing: look at reward/loss, raise reward.lr or check the rankings",
-        )
+        fix = "it has learned nothing: look at reward/loss, raise reward.lr or check the rankings"
+        raise UserError(f"the reward model scores all ranked outputs alike (std {std:.2g})", fix=fix)
     config.reward_mean, config.reward_std = mean, std
     return {"reward/mean": mean, "reward/std": std}
 

@@ -43,8 +43,7 @@ def load_demonstrations(
 ) -> tuple[list[Encoded[Demonstration]], list[Encoded[Demonstration]]]:
     """Return training and held-out demonstrations within the limits; no prompt is in both.
 
-    Raises:
-        UserError: if none is left to train on.
+    Raises UserError if none is left to train on.
     """
     data = recipe.data
     whole = read_demonstrations(data.demonstrations, drops)
@@ -54,11 +53,9 @@ def load_demonstrations(
         for part in split_by_prompt(whole, data.validation_fraction, recipe.run.seed)
     )
     if not train:
-        raise UserError(
-            f"no demonstration is left to train on ({drops.total} dropped)",
-            where="data.demonstrations",
-            fix="raise data.max_prompt_tokens or data.max_response_tokens, or add data",
-        )
+        what = f"no demonstration is left to train on ({drops.total} dropped)"
+        fix = "raise data.max_prompt_tokens or data.max_response_tokens, or add data"
+        raise UserError(what, "data.demonstrations", fix)
     return train, heldout
 
 
@@ -78,8 +75,7 @@ def mix_rows(
 def start_policy(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
     """Return the policy to train, which starts from `model.name`; on the device unless ZeRO-3 has partitioned it.
 
-    Raises:
-        UserError: if rows may be longer than the model's context.
+    Raises UserError if rows may be longer than the model's context.
     """
     torch.manual_seed(recipe.run.seed)
     model = recipe.model
@@ -120,16 +116,12 @@ def write_policy(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: P
 def run(ctx: StageContext) -> dict[str, Any]:
     """Run the stage, from demonstrations to the SFT policy; returns its headline metrics.
 
-    Raises:
-        UserError: if `model.name` is an adapter.
+    Raises UserError if `model.name` is an adapter.
     """
     recipe, drops = ctx.recipe, Drops()
     if has_adapter(recipe.model.name):
-        raise UserError(
-            f"{recipe.model.name} holds an adapter, and SFT starts from plain weights",
-            "model.name",
-            "name its base, or what `rlhf export` writes of it",
-        )
+        what = f"{recipe.model.name} holds an adapter, and SFT starts from plain weights"
+        raise UserError(what, "model.name", "name its base, or what `rlhf export` writes of it")
     base = resolve_model(recipe.model.name)
     if Path(base).is_dir():
         ctx.use(Path(base))

@@ -61,9 +61,8 @@ class LlamaDecoding:
     def drop_finished(self, unfinished: list[bool]) -> Tensor:
         """Drop the rows that are not `unfinished`, and return for each remaining slot the row that is now in it."""
         rows, moves, row_of_slot = compaction(unfinished)
-        self.buffers = [
-            KeysValues(*(compact_rows(held, rows, moves, self.end) for held in layer)) for layer in self.buffers
-        ]
+        kept = ((compact_rows(held, rows, moves, self.end) for held in layer) for layer in self.buffers)
+        self.buffers = [KeysValues(*layer) for layer in kept]
         order = torch.tensor(row_of_slot, device=self.device)
         self.positions, self.mask = self.positions[order], self.mask[order]
         return order
@@ -119,11 +118,5 @@ class ModelDecoding:
         return order
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        return self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": self.cache}
+        return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]

@@ -71,15 +71,14 @@ def pad_rows(rows: Sequence[Tensor], width: int) -> Tensor:
 def summary(experience: Experience) -> dict[str, float]:
     """Return the metrics of a batch that need no gradient; every mean is masked."""
     kl3 = masked_sum(kl_k3(experience.logprobs, experience.ref_logprobs), experience.mask) / len(experience.pairs)
+    explained = explained_variance(experience.values, experience.returns, experience.mask)
     found = {
         "ppo/reward_score": float(experience.scores.mean()),
         "ppo/reward_total": float(experience.totals.mean()),
         "ppo/kl": float(experience.kl_per_response().mean()),
         "ppo/kl_k3": float(kl3),
         "ppo/value_mean": float(masked_mean(experience.values, experience.mask)),
-        "ppo/value_explained_variance": float(
-            explained_variance(experience.values, experience.returns, experience.mask)
-        ),
+        "ppo/value_explained_variance": float(explained),
         "ppo/response_length": float(experience.mask.sum(1).float().mean()),
         "ppo/finished_fraction": float(experience.finished.float().mean()),
     }

@@ -52,10 +52,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def decode_cache(config: PretrainedConfig) -> tuple[DynamicCache, bool]:
-    """Return an empty cache for a model, and whether all its layers are PreallocatedLayers.
-
-    They are unless some layer has a sliding window or a recurrent state.
-    """
+    """Return an empty cache, and whether all layers are PreallocatedLayers (no sliding window, no recurrent state)."""
     cache = DynamicCache(config=config)
     plain = bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
     if plain:
@@ -66,9 +63,7 @@ def decode_cache(config: PretrainedConfig) -> tuple[DynamicCache, bool]:
 def compact_rows(held: Tensor, rows: int, moves: list[tuple[int, int]], tokens: int) -> Tensor:
     """Return the first `rows` rows of keys or values, after copying each row `from` over a row `to` that leaves.
 
-    Args:
-        held: [B, heads, capacity, size]; the first `tokens` positions are in use.
-        moves: pairs (to, from).
+    `held` is [B, heads, capacity, size], with its first `tokens` positions in use; `moves` are pairs (to, from).
     """
     for target, source in moves:
         held[target, :, :tokens] = held[source, :, :tokens]
@@ -78,9 +73,8 @@ def compact_rows(held: Tensor, rows: int, moves: list[tuple[int, int]], tokens: 
 def compaction(unfinished: list[bool]) -> tuple[int, list[tuple[int, int]], list[int]]:
     """Plan how the rows that are not `unfinished` leave.
 
-    Returns:
-        The number of rows that stay; the moves (to, from) that copy the last of them into the slots of those that
-        leave; and for each slot the row that is in it afterwards.
+    Return the number of rows that stay; the moves (to, from) that copy the last of them into the slots of those that
+    leave; and for each slot the row that is in it afterwards.
     """
     rows = sum(unfinished)
     free = [i for i in range(rows) if not unfinished[i]]

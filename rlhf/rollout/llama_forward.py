@@ -95,8 +95,7 @@ class LlamaForward:
     def hidden(self, ids: Tensor, layer_caches: list[KeysValues] | None = None) -> Tensor:
         """Return the last hidden states [B, L, H] of tokens [B, L] at positions 0 to L - 1, padded on the right.
 
-        Args:
-            layer_caches: a list to which every layer's keys and values are appended.
+        Every layer's keys and values are appended to `layer_caches`.
         """
         batch, length = ids.shape
         x = self.body.embed_tokens.weight[ids]
@@ -128,11 +127,9 @@ class LlamaForward:
     ) -> Tensor:
         """Return the last hidden states [H, columns_for(B)] of one new token [B] per sequence, at `positions` [B].
 
-        The columns past B are filling, which the caller drops; no product mixes columns.
-
-        Args:
-            buffers: the cache of every layer; the new keys and values are written at column `end`.
-            mask: [B, 1, 1, end + 1], added to the attention scores; None if every cached token is attended to.
+        The columns past B are filling, which the caller drops; no product mixes columns. New keys and values are
+        written at column `end` of every layer's cache, `buffers`. `mask` [B, 1, 1, end + 1] is added to the attention
+        scores; None if every cached token is attended to.
         """
         rows, columns = len(tokens), columns_for(len(tokens))
         spare = (0, columns - rows)
@@ -164,10 +161,7 @@ class LlamaForward:
         return [t[0, :, : self.size // 2] for t in self.body.rotary_emb(x, positions[None])]
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return x [.., features, columns] with its features normalised by their root mean square.
-
-        The norm is computed in float32, as transformers computes it.
-        """
+        """Return x [.., features, columns] with its features normalised by their root mean square, in float32."""
         wide = x.float()
         scale = torch.rsqrt(wide.square().mean(-2, keepdim=True) + self.eps)
         return (wide * scale).to(x.dtype) * weight[:, None]
@@ -209,10 +203,8 @@ def _slides(config: Any) -> bool:
 
 
 def _known(module: nn.Module) -> bool:
-    """Return whether a module computes what its class says.
-
-    It does not if it has hooks, an adapter other than a plain LoRA one, or a linear map that is more than its weight,
-    as in quantised models.
+    """Return whether a module computes what its class says: it has no hooks, no adapter but a plain LoRA one, and no
+    linear map that is more than its weight, as in quantised models.
     """
     if module._forward_hooks or module._forward_pre_hooks:
         return False

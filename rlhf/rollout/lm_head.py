@@ -13,6 +13,7 @@ Shapes: N positions, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,12 +100,7 @@ def vocabulary_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Return log-probabilities [N] of `targets` [N] under softmax((hidden W^T + b) / temperature), and entropies [N].
 
-    Both are float32 and in nats; the entropies carry no gradient.
-
-    Args:
-        hidden: [N, H].
-        weight: W [V, H], in the dtype of `hidden`.
-        bias: b [V] or None.
+    Both are float32 and in nats; the entropies carry no gradient. `hidden` is [N, H]; W [V, H] has its dtype; b is [V].
     """
     return VocabularyLogprobs.apply(hidden, weight, bias, targets, temperature)
 
@@ -127,24 +123,15 @@ def head_logprobs(
 
     The entropies carry no gradient. A plain head that this process holds whole is taken by slices of the vocabulary. A
     head that is more than its weight, or whose weight is gathered when it is called, is called on chunks of the
-    positions; with gradients each chunk is recomputed in the backward pass instead of kept.
-
-    Args:
-        head: the LM head.
-        hidden: hidden states [N, H].
-        targets: token ids [N].
-        temperature: divides the logits.
-        chunks: how many chunks there are; 0 for as many as the positions need. See `PolicyValue`.
+    positions; with gradients each chunk is recomputed in the backward pass instead of kept. `chunks` is their number, 0
+    for as many as the positions need (see `PolicyValue`). The temperature divides the logits.
     """
     if not chunks and type(head) is nn.Linear and head.weight.numel():
         return vocabulary_logprobs(hidden, head.weight, head.bias, targets, temperature)
-    logps, entropies = [], []
     chunks = chunks or head_chunks(len(hidden))
-    for h, t in zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True):
-        if torch.is_grad_enabled() and hidden.requires_grad and chunks > 1:
-            logp, entropy = checkpoint(_head_chunk, head, h, t, temperature, use_reentrant=False)
-        else:
-            logp, entropy = _head_chunk(head, h, t, temperature)
-        logps.append(logp)
-        entropies.append(entropy)
+    run = _head_chunk
+    if torch.is_grad_enabled() and hidden.requires_grad and chunks > 1:
+        run = partial(checkpoint, _head_chunk, use_reentrant=False)
+    parts = zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
+    logps, entropies = zip(*(run(head, h, t, temperature) for h, t in parts), strict=True)
     return torch.cat(logps), torch.cat(entropies)

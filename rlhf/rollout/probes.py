@@ -39,24 +39,15 @@ def write_probes(model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Se
 
 
 def check_probes(model: nn.Module, folder: Path) -> None:
-    """Score the stored probes again and compare.
-
-    Raises:
-        UserError: if there are none, or a score differs from the stored one by more than TOLERANCE.
-    """
+    """Score the stored probes again; raises UserError if there are none, or a score differs by more than TOLERANCE."""
     path = folder / FILE
     if not path.exists():
-        raise UserError(
-            "the reward model has no stored probe scores, so nothing shows that its head was loaded",
-            where=str(path),
-            fix="train it with the reward stage, which writes them",
-        )
+        what = "the reward model has no stored probe scores, so nothing shows that its head was loaded"
+        raise UserError(what, str(path), "train it with the reward stage, which writes them")
     rows = json.loads(path.read_text())
     again = scores(model, [(row["prompt_ids"], row["response_ids"]) for row in rows])
     for row, score in zip(rows, again.tolist(), strict=True):
         if not abs(score - row["score"]) <= TOLERANCE:
-            raise UserError(
-                f"the reward model scores a stored probe {score:.4f}; when it was saved it scored {row['score']:.4f}",
-                where=str(path),
-                fix="weights or head in this folder are not those that were trained: run the reward stage again",
-            )
+            what = f"the reward model scores a stored probe {score:.4f}; when it was saved it scored {row['score']:.4f}"
+            fix = "weights or head in this folder are not those that were trained: run the reward stage again"
+            raise UserError(what, str(path), fix)

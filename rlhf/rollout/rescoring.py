@@ -23,10 +23,8 @@ GAP_LIMIT = 0.1
 def rescore(recipe: Recipe, rollout: Rollout, policy: nn.Module, temperature: float) -> None:
     """Put the training pass's log-probabilities into a rollout of `ppo.rollout`, where another pass has sampled.
 
-    The rollout's `sampler_gap` is then the mean absolute gap between the two. All processes must call.
-
-    Raises:
-        UserError: if the gap to vLLM's is above GAP_LIMIT, because other weights must have sampled then.
+    The rollout's `sampler_gap` is then the mean absolute gap between the two. All processes must call. Raises UserError
+    if the gap to vLLM's is above GAP_LIMIT, because other weights must have sampled then.
     """
     if recipe.model.dtype == "float32" and recipe.ppo.rollout != "vllm":
         return

@@ -93,8 +93,7 @@ def sample_token(logits: Tensor, uniforms: Tensor | None, temperature: float = 1
         within = weights[torch.arange(len(logits), device=logits.device), block.squeeze(1)].double().cumsum(-1)
         tokens = (block * CDF_BLOCK + _searchsorted_clamped(within, target - before)).squeeze(1)
     chosen = (logits.gather(1, tokens[:, None]).float() - top).squeeze(1) / temperature
-    logprobs = chosen - blocks[:, -1].log().float()
-    return tokens, logprobs
+    return tokens, chosen - blocks[:, -1].log().float()
 
 
 def _searchsorted_clamped(cumulative: Tensor, target: Tensor) -> Tensor:
@@ -118,19 +117,12 @@ def sample(
     seeds: Sequence[int],
     advance: Callable[[int], None] | None = None,
 ) -> Rollout:
-    """Sample one response for each prompt (token ids); repeat a prompt to sample it several times.
+    """Sample one response for each prompt (token ids), in their order; repeat a prompt to sample it several times.
 
-    Several processes share the prompts between them. All must call, and all get every row.
-
-    Args:
-        seeds: one per row (`row_seed`). A row of the native engine depends on its seed, not on its batch mates.
-        advance: called with the number of responses finished, for progress.
-
-    Returns:
-        A rollout whose rows are in the order of `prompts`.
-
-    Raises:
-        UserError: if the policy's logits are not finite, or the vLLM server does not do what it is asked.
+    Several processes share the prompts between them. All must call, and all get every row. `seeds` has one per row
+    (`row_seed`); a row of the native engine depends on its seed, not on its batch mates. `advance` is called with the
+    number of responses finished, for progress. Raises UserError if the policy's logits are not finite, or the vLLM
+    server does not do what it is asked.
     """
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
@@ -183,9 +175,7 @@ def _decode_sharded(
 def decoding_for(policy: PreTrainedModel, max_new_tokens: int) -> LlamaDecoding | ModelDecoding:
     """Return the fastest way of decoding that covers the policy."""
     forward = llama_forward_for(policy)
-    if forward is None:
-        return ModelDecoding(policy)
-    return LlamaDecoding(forward, max_new_tokens, policy.device)
+    return LlamaDecoding(forward, max_new_tokens, policy.device) if forward else ModelDecoding(policy)
 
 
 def _decode_native(
@@ -225,19 +215,14 @@ def _decode_native(
 
 def _check_finite(logits: Tensor) -> None:
     if not bool(torch.isfinite(logits.amax(-1)).all()):
-        raise UserError(
-            "the policy's logits are not finite: there is nothing to sample from",
-            fix="it has diverged: go back to an earlier checkpoint with a lower learning rate, or use float32",
-        )
+        fix = "it has diverged: go back to an earlier checkpoint with a lower learning rate, or use float32"
+        raise UserError("the policy's logits are not finite: there is nothing to sample from", fix=fix)
 
 
 def _decode_generate(
     policy: PreTrainedModel, params: SamplingParams, pad_id: int, prompts: list[Sequence[int]], seeds: list[int]
 ) -> list[Response]:
-    """Sample one batch by transformers' generate, seeded by the batch's first row.
-
-    The log-probabilities come from a second, full forward pass.
-    """
+    """Sample one batch by transformers' generate, seeded by its first row; a second pass gives log-probabilities."""
     responses = _generate(policy, params, pad_id, prompts, seeds[0])
     pairs = list(zip(prompts, responses, strict=True))
     logprobs = token_logprobs(policy, pairs, params.temperature or 1.0, alone=True)

@@ -84,10 +84,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def gather_in_order(order: Sequence[int], mine: list[T]) -> list[T]:
-    """Return the results of all processes; the result at index order[i] is that of element i of `order`.
+    """Return the results of all processes, of which `mine` are those of this process's shard of `order`.
 
-    Args:
-        mine: the results of this process's shard of `order`.
+    The result at index order[i] is that of element i of `order`.
     """
     return [result for _, result in sorted(zip(order, gather_shards(mine), strict=True), key=lambda pair: pair[0])]
 
@@ -142,10 +141,8 @@ def token_logprobs(
 ) -> list[Tensor]:
     """Return log-probabilities of every response token: one float32 tensor [T_i] for each pair, on the CPU.
 
-    Args:
-        tokens: most tokens of a batch, padding included.
-        advance: called with the number of pairs done, for progress.
-        alone: compute all pairs in this process instead of sharing them between the processes.
+    `tokens` is the most tokens of a batch, padding included. `advance` is called with the number of pairs done.
+    `alone` computes all pairs in this process instead of sharing them between the processes.
     """
 
     def forward(batch: SequenceBatch) -> list[Tensor]:
@@ -172,10 +169,7 @@ def next_token_logprobs(
     tokens: int = 2048,
     advance: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
-    """Return for every context the log-probabilities [C] of the candidates as its next token, on the CPU.
-
-    One pass over a context gives them all.
-    """
+    """Return for every context the log-probabilities [C] of the candidates as its next token, on the CPU."""
 
     def forward(batch: SequenceBatch) -> list[Tensor]:
         return list(candidate_logprobs(policy, hidden_states(policy, batch)[batch.rows, batch.before], candidates))
@@ -194,33 +188,26 @@ def scores(
     reward_model: nn.Module, pairs: Sequence[Pair], tokens: int = 2048, advance: Callable[[int], None] | None = None
 ) -> Tensor:
     """Return normalised scores [B] of whole responses, in float32 on the CPU."""
-    rows = _over_batches(
-        reward_model,
-        pairs,
-        tokens,
-        lambda b: list(normalise_scores(reward_model, raw_scores(reward_model, b))),
-        advance,
-    )
-    return torch.stack(rows)
+
+    def forward(batch: SequenceBatch) -> list[Tensor]:
+        return list(normalise_scores(reward_model, raw_scores(reward_model, batch)))
+
+    return torch.stack(_over_batches(reward_model, pairs, tokens, forward, advance))
 
 
 def check_plain_head(policy: nn.Module) -> None:
     """Refuse a model whose logits are more than head(hidden), because soft caps or scales would silently be left out.
 
-    Raises:
-        UserError: if the two disagree on a probe of eight tokens.
+    Raises UserError if the two disagree on a probe of eight tokens.
     """
     with evaluating(policy):
         vocabulary = policy.get_output_embeddings().weight.shape[0]
         ids = (torch.arange(8, device=policy.device) * 7 + 3).remainder(vocabulary)[None]
         whole = policy(input_ids=ids, use_cache=False).logits.float()
-        ours = policy.get_output_embeddings()(
-            getattr(policy, policy.base_model_prefix)(ids, use_cache=False)[0]
-        ).float()
+        hidden = getattr(policy, policy.base_model_prefix)(ids, use_cache=False)[0]
+        ours = policy.get_output_embeddings()(hidden).float()
     if not torch.allclose(whole, ours, rtol=1e-3, atol=1e-3):
-        raise UserError(
-            f"{type(policy).__name__} changes its logits after the LM head (largest difference "
-            f"{(whole - ours).abs().max():.3g})",
-            where="model.name",
-            fix="use an architecture whose logits are the LM head's output (Llama, Qwen, GPT-2, GPT-NeoX, OPT, ...)",
-        )
+        gap = f"largest difference {(whole - ours).abs().max():.3g}"
+        what = f"{type(policy).__name__} changes its logits after the LM head ({gap})"
+        fix = "use an architecture whose logits are the LM head's output (Llama, Qwen, GPT-2, GPT-NeoX, OPT, ...)"
+        raise UserError(what, "model.name", fix)

@@ -6,8 +6,7 @@ its prompt. Attention alone needs whole sequences: queries, keys and values are 
 with its prompt before it, where causal attention is the usual one and needs no mask. The results at the prompt's tokens
 are equal in the rows of all its outputs, and those of the first row are taken.
 
-With 9 outputs of 48 tokens to a prompt of 40, 472 of 792 tokens remain. The scores are those of
-rlhf/rollout/scoring.py.
+With 9 outputs of 48 tokens to a prompt of 40, 472 of 792 tokens remain. Scores are those of rlhf/rollout/scoring.py.
 
 Shapes: T tokens in all, S outputs of at most L tokens with their prompt, h heads of width d.
 """
@@ -49,9 +48,7 @@ class SharedBatch:
 
 def build_shared(pairs: Sequence[Pair]) -> SharedBatch:
     """Return one batch of pairs; successive pairs with equal prompts share the prompt's tokens."""
-    ids: list[int] = []
-    positions: list[int] = []
-    rows: list[list[int]] = []
+    ids, positions, rows = list[int](), list[int](), list[list[int]]()
     shared: Sequence[int] | None = None
     start = 0  # index of the prompt's first token
     for prompt, response in pairs:
@@ -85,14 +82,9 @@ def shared_scores(reward_model: nn.Module, batch: SharedBatch) -> Tensor:
 
 def last_states(model: nn.Module, batch: SharedBatch) -> Tensor:
     """Return hidden states [S, H] at the last token of each response. Call it inside `share_prompts`."""
-    hidden = getattr(model, model.base_model_prefix)(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        shared_rows=batch.rows,
-        shared_first=batch.first,
-    ).last_hidden_state
-    return hidden[0, batch.last]
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    shared = {"shared_rows": batch.rows, "shared_first": batch.first}
+    return getattr(model, model.base_model_prefix)(**inputs, **shared).last_hidden_state[0, batch.last]
 
 
 @contextmanager

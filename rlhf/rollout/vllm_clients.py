@@ -20,11 +20,8 @@ START = "VLLM_SERVER_DEV_MODE=1 vllm serve FOLDER --dtype DTYPE --logprobs-mode 
 class Server:
     """A vLLM server over HTTP: completions by token ids, and the endpoints of its development mode.
 
-    Every method raises UserError if the server cannot be reached or refuses the request.
-
-    Args:
-        timeout_s: seconds that one request may take.
-        in_flight: requests that are open at once.
+    Every method raises UserError if the server cannot be reached or refuses the request. One request may take
+    `timeout_s` seconds, and `in_flight` of them are open at once.
     """
 
     def __init__(self, url: str, timeout_s: int, in_flight: int) -> None:
@@ -35,11 +32,8 @@ class Server:
         self.version()
         served = self._call("/v1/models")["data"][0]
         if (limit := served.get("max_model_len")) is not None and limit < tokens:
-            raise UserError(
-                f"the vLLM server takes rows of {limit} tokens, and the recipe has rows of {tokens}",
-                self.url,
-                f"start it with --max-model-len {tokens} or more",
-            )
+            what = f"the vLLM server takes rows of {limit} tokens, and the recipe has rows of {tokens}"
+            raise UserError(what, self.url, f"start it with --max-model-len {tokens} or more")
 
     def on_cpu(self) -> bool:
         """Return whether the server computes on a CPU."""
@@ -48,18 +42,14 @@ class Server:
     def load(self, folder: Path, version: str) -> None:
         """Have the server read the weights of a model folder, drop cached prefixes, and report `version` from then on.
 
-        Raises:
-            UserError: if another client is using the server.
+        Raises UserError if another client is using the server.
         """
         # The version changes before the weights do: a run that samples here meanwhile must find its version gone.
         self._call("/update_weight_version", {"new_version": f"loading-{version}"})
         self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
         if not self._call("/reset_prefix_cache", {})["success"]:
-            raise UserError(
-                "the vLLM server keeps prefixes of older weights: another client is using it",
-                self.url,
-                "have one run at a time use it",
-            )
+            what = "the vLLM server keeps prefixes of older weights: another client is using it"
+            raise UserError(what, self.url, "have one run at a time use it")
         self._call("/update_weight_version", {"new_version": version})
 
     def version(self) -> str:
@@ -72,22 +62,16 @@ class Server:
         requests: Sequence[dict[str, Any]],
         advance: Callable[[int], None] | None = None,
     ) -> list[Response]:
-        """Return one response for each prompt.
+        """Return one response for each prompt; `requests` are the other fields of its request.
 
-        Args:
-            requests: the other fields of the request for each prompt.
-            advance: called with 1 as each response arrives, for progress.
-
-        Raises:
-            UserError: if an answer is not one response with token ids and log-probabilities.
+        `advance` is called with 1 as each response arrives. Raises UserError if an answer is not one response with
+        token ids and log-probabilities.
         """
         responses: list[Response] = [([], [])] * len(prompts)
         pool = ThreadPoolExecutor(self.in_flight)
         try:
-            jobs = {
-                pool.submit(self._complete, list(prompt), request): i
-                for i, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
-            }
+            asked = enumerate(zip(prompts, requests, strict=True))
+            jobs = {pool.submit(self._complete, list(prompt), request): i for i, (prompt, request) in asked}
             for job in as_completed(jobs):
                 responses[jobs[job]] = job.result()
                 heartbeat()
@@ -103,11 +87,8 @@ class Server:
             (choice,) = answer["choices"]
             return list(choice["token_ids"]), [float(x) for x in choice["logprobs"]["token_logprobs"]]
         except (KeyError, TypeError, ValueError):
-            raise UserError(
-                "the server's answer is not one response with token ids and log-probabilities: " + str(answer)[:200],
-                self.url,
-                f"use vLLM 0.32 or newer, started with {START}",
-            ) from None
+            what = f"the server's answer is not one response with token ids and log-probabilities: {str(answer)[:200]}"
+            raise UserError(what, self.url, f"use vLLM 0.32 or newer, started with {START}") from None
 
     def _call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Send a GET request, or a POST request if there is a body, and return the JSON of the answer."""
@@ -120,12 +101,10 @@ class Server:
             if error.code == 404 and not path.startswith("/v1"):
                 what, fix = "the vLLM server takes no weights", f"start it with {START}"
             else:
-                what = (
-                    f"the vLLM server answers {path} with {error.code}: {error.read().decode(errors='replace')[:300]}"
-                )
-                fix = (
-                    "see its log; weights need the policy's shapes and a folder (launch.vllm_weights) that it can read"
-                )
+                said = error.read().decode(errors="replace")[:300]
+                what = f"the vLLM server answers {path} with {error.code}: {said}"
+                needs = "weights need the policy's shapes and a folder (launch.vllm_weights) that it can read"
+                fix = f"see its log; {needs}"
             raise UserError(what, self.url, fix) from None
         except (URLError, OSError, ValueError) as error:
             reason = getattr(error, "reason", error)

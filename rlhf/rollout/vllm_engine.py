@@ -50,10 +50,8 @@ def sample_vllm(
     """Push the policy and sample a response for each prompt, as `rlhf.rollout.sampling.sample` describes it.
 
     All processes must call: each gives its shards of the weights, the first talks to vLLM, and all get the responses.
-
-    Raises:
-        UserError: on the first process, if vLLM cannot be reached, does not take the weights, or answers otherwise
-            than asked. The others end with it.
+    Raises UserError on the first process, with which the others end, if vLLM cannot be reached, does not take the
+    weights, or answers otherwise than asked.
     """
     server = Server(params.launch.vllm_url, params.launch.timeout_s, params.batch_size)
     weights = full_state_dict(policy)
@@ -79,13 +77,9 @@ def _push(
     """Hand the weights to the server through a folder in `parent`, and return their version."""
     if getattr(policy.config, "tie_word_embeddings", False) and server.on_cpu():
         # Seen with 0.32: the head's packed copy of the embeddings keeps the values of the first weights.
-        raise UserError(
-            "vLLM on a CPU does not take new weights into a head that is tied to the embeddings",
-            "ppo.rollout",
-            "ppo.rollout=native, or vLLM on a GPU",
-        )
-    version = f"{_process}-{next(_pushes)}"
-    parent = parent.expanduser()
+        what = "vLLM on a CPU does not take new weights into a head that is tied to the embeddings"
+        raise UserError(what, "ppo.rollout", "ppo.rollout=native, or vLLM on a GPU")
+    version, parent = f"{_process}-{next(_pushes)}", parent.expanduser()
     if not parent.is_dir():
         raise UserError(f"there is no folder {parent}", "launch.vllm_weights", "name one that vLLM can read as well")
     folder = parent.resolve() / f"rlhf-{version}"
@@ -112,22 +106,18 @@ def _requests(params: SamplingParams, seeds: Sequence[int]) -> list[dict[str, An
 def _check_version(server: Server, version: str) -> None:
     """Raise UserError if the server no longer samples from the weights that were pushed."""
     if (now := server.version()) != version:
-        raise UserError(
-            f"vLLM was given weights {version} and ended the rollout with {now}",
-            "launch.vllm_url",
-            "one run at a time may use a server, and it must not be restarted during a rollout; run again",
-        )
+        what = f"vLLM was given weights {version} and ended the rollout with {now}"
+        fix = "one run at a time may use a server, and it must not be restarted during a rollout; run again"
+        raise UserError(what, "launch.vllm_url", fix)
 
 
 def _check_responses(responses: Sequence[Response], params: SamplingParams, vocabulary: int) -> None:
     """Raise UserError if a response has unknown tokens, too many, or does not end where it was asked to."""
     for ids, logprobs in responses:
         if ids and max(ids) >= vocabulary:
-            raise UserError(
-                f"vLLM sampled token {max(ids)}, and the policy has {vocabulary}",
-                "launch.vllm_url",
-                "start the server on a folder with the policy's vocabulary, such as RUN/sft/model",
-            )
+            what = f"vLLM sampled token {max(ids)}, and the policy has {vocabulary}"
+            fix = "start the server on a folder with the policy's vocabulary, such as RUN/sft/model"
+            raise UserError(what, "launch.vllm_url", fix)
         ended = bool(ids) and (ids[-1] in params.stop_ids or len(ids) == params.max_new_tokens)
         if not ended or len(ids) > params.max_new_tokens or len(ids) != len(logprobs):
             raise UserError(

@@ -20,21 +20,15 @@ CHUNK = 1 << 15  # elements whose squares are summed in float32
 
 
 class ClippedAdamW(torch.optim.AdamW):
-    """torch's AdamW, whose groups carry "name" and "max_grad_norm".
-
-    Attributes:
-        partitioned: whether each process holds a part of every gradient (ZeRO 1 to 3) instead of the whole.
-        grad_norms: norms of the last step by group name, before clipping.
-        non_finite: name of the first group whose norm was not finite; that call did not step.
-    """
+    """torch's AdamW, whose groups carry "name" and "max_grad_norm"."""
 
     def __init__(self, groups: list[dict[str, Any]], *, partitioned: bool = False, **options: Any) -> None:
         # The fused step makes one pass over memory, in a third of the time on a CPU. It needs contiguous tensors.
         contiguous = all(p.is_contiguous() for group in groups for p in group["params"])
         super().__init__(groups, fused=contiguous, **options)
-        self.partitioned = partitioned
-        self.grad_norms: dict[str, float] = {}
-        self.non_finite = ""
+        self.partitioned = partitioned  # whether each process has a part of every gradient (ZeRO 1 to 3)
+        self.grad_norms: dict[str, float] = {}  # of the last step by group name, before clipping
+        self.non_finite = ""  # name of the first group whose norm was not finite; that call did not step
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

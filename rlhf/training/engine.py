@@ -50,21 +50,14 @@ class StepResult:
 class Engine(ABC):
     """A model, its optimiser and the counts of skipped steps; the base of both engines.
 
-    Attributes:
-        stage: ZeRO stage, 0 where every process holds everything.
-        groups: the trained parameters.
-        device: where the model computes.
-        model: called for every pass with gradients.
-        adamw: the optimiser, made by the subclass.
-        process: rank of this process, which the names of the files that it writes contain.
-        skipped_steps: number of optimiser steps that were skipped for a non-finite gradient, over the whole run.
-        skipped_in_a_row: how many of the newest steps were skipped, without one that was not.
+    `skipped_steps` counts the optimiser steps that were skipped for a non-finite gradient over the whole run, and
+    `skipped_in_a_row` the newest ones without one between them that was not skipped.
     """
 
-    stage = 0
-    process = 0
-    model: nn.Module
-    adamw: ClippedAdamW
+    stage = 0  # of ZeRO; 0 where every process holds everything
+    process = 0  # rank of this process, which the names of the files that it writes contain
+    model: nn.Module  # called for every pass with gradients
+    adamw: ClippedAdamW  # made by the subclass
 
     def __init__(
         self,
@@ -104,23 +97,16 @@ class Engine(ABC):
         An optimiser step is one call for each entry of `groups_in_turn`, in that order, and the last call counts it.
         Groups are clipped apart, so it does not matter whether they are stepped in one call or in several, unless a
         gradient is not finite. That skips the groups of this call and of the later calls of this optimiser step;
-        groups of earlier calls have been stepped already.
-
-        Args:
-            groups: names of the groups that have gradients.
-            lr_factor: multiplies the learning rate of each group.
-
-        Raises:
-            UserError: after `max_skipped_steps` skipped steps in a row, naming the first bad tensor.
+        groups of earlier calls have been stepped already. `lr_factor` multiplies the learning rate of each group.
+        Raises UserError after `max_skipped_steps` skipped steps in a row, naming the first bad tensor.
         """
 
     @contextmanager
     def added_norm(self, group: str) -> Iterator[dict[str, float]]:
         """Measure what the passes of the block add to the gradients of a group, where that can be known.
 
-        Yields:
-            A dict that has the gradient norms "before" the block and of what it has "added" when the block has ended.
-            It stays empty where gradients are partitioned or not yet summed over processes.
+        When the block has ended, the dict has the gradient norms "before" it and of what it has "added". It stays empty
+        where gradients are partitioned or not yet summed over processes.
         """
         yield {}
 
@@ -155,20 +141,16 @@ class Engine(ABC):
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, on whatever number of processes and ZeRO stage.
 
-        Raises:
-            UserError: when the checkpoint holds other parameters than this recipe trains; nothing is loaded then.
+        Raises UserError, and loads nothing, if the checkpoint holds other parameters than this recipe trains.
         """
         state = json.loads((folder / "engine.json").read_text())
         saved, ours = state["shapes"], {name: list(shape) for name, shape in self._shapes().items()}
         for name in sorted(saved.keys() | ours.keys()):
             if saved.get(name) != ours.get(name):
                 shapes = [str(tuple(each[name])) if name in each else "not there" for each in (saved, ours)]
-                raise UserError(
-                    f"the checkpoint does not fit the recipe: parameter {name} is {shapes[0]} in it and {shapes[1]} "
-                    "here",
-                    where=str(folder),
-                    fix="redo the stage with --fresh, or take another run.name",
-                )
+                what = f"parameter {name} is {shapes[0]} in it and {shapes[1]} here"
+                fix = "redo the stage with --fresh, or take another run.name"
+                raise UserError(f"the checkpoint does not fit the recipe: {what}", str(folder), fix)
         with self._loading():
             for each, names in self.optimizer_tensors().items():
                 set_step_count(self.adamw, each, max(state["steps"][name] for name in names))
@@ -213,9 +195,8 @@ class Engine(ABC):
 
     def _steps(self) -> dict[str, int]:
         """Return the number of Adam steps that each parameter has had."""
-        return {
-            name: step_count(self.adamw, each) for each, names in self.optimizer_tensors().items() for name in names
-        }
+        tensors = self.optimizer_tensors().items()
+        return {name: step_count(self.adamw, each) for each, names in tensors for name in names}
 
     # --- what the subclasses share
 
@@ -223,12 +204,12 @@ class Engine(ABC):
         """Return the optimiser of all groups; `stepped` gives the tensor that is stepped for a parameter."""
         groups = [
             {
-                "params": [stepped(p) for p in group.parameters()],
-                "lr": group.lr,
-                "name": group.name,
-                "max_grad_norm": group.max_grad_norm,
+                "params": [stepped(p) for p in g.parameters()],
+                "lr": g.lr,
+                "name": g.name,
+                "max_grad_norm": g.max_grad_norm,
             }
-            for group in self.groups
+            for g in self.groups
         ]
         return ClippedAdamW(groups, partitioned=self.stage > 0, **self._adam)
 
@@ -243,12 +224,10 @@ class Engine(ABC):
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if bad else 0
         self.skipped_steps += bool(bad)
         if self.skipped_in_a_row >= self.max_skipped_steps:
-            raise UserError(
-                f"{self.skipped_in_a_row} optimiser steps in a row had a non-finite gradient; the first bad tensor is "
-                f"{bad}",
-                fix="lower the learning rate, use float32, or look for broken rows in the data; "
-                "the last checkpoint is from before these steps",
-            )
+            what = f"{self.skipped_in_a_row} optimiser steps in a row had a non-finite gradient"
+            fix = "lower the learning rate, use float32, or look for broken rows in the data"
+            fix += "; the last checkpoint is from before these steps"
+            raise UserError(f"{what}; the first bad tensor is {bad}", fix=fix)
 
 
 class LocalEngine(Engine):
@@ -258,12 +237,8 @@ class LocalEngine(Engine):
         super().__init__(groups, device, **options)
         self.model = model.to(device)
         # An update of 1e-5 is lost in a bfloat16 weight of 0.01: such weights are stepped in float32 copies.
-        self._copies = {
-            parameter: parameter.detach().float()
-            for group in groups
-            for parameter in group.parameters()
-            if parameter.dtype != torch.float32
-        }
+        parameters = [p for group in groups for p in group.parameters()]
+        self._copies = {p: p.detach().float() for p in parameters if p.dtype != torch.float32}
         self.adamw = self._make_adamw(lambda p: self._copies.get(p, p))
         self._bad = ""  # the first non-finite gradient of the current optimiser step
 

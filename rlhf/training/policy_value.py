@@ -27,14 +27,11 @@ class PpoForward(NamedTuple):
 
 
 class PolicyValue(nn.Module):
-    """The two trained networks of PPO.
+    """The two trained networks of PPO: a causal language model, and a model with a scalar head.
 
-    Args:
-        policy: a causal language model.
-        value: a model with a scalar head.
-        max_tokens: under ZeRO-3, which partitions the LM head, the most predicted tokens that a PPO and a pretraining
-            micro-batch can have; else None. Each call of the head gathers it from all processes, so that all must call
-            it equally often, however many tokens each of them has.
+    `max_tokens` are, under ZeRO-3, which partitions the LM head, the most predicted tokens that a PPO and a pretraining
+    micro-batch can have; else None. Each call of the head gathers it from all processes, so that all must call it
+    equally often, however many tokens each of them has.
     """
 
     def __init__(self, policy: nn.Module, value: nn.Module, max_tokens: tuple[int, int] | None = None) -> None:
@@ -48,8 +45,7 @@ class PolicyValue(nn.Module):
     ) -> PpoForward | Tensor:
         """Run the named networks on the responses of a batch, or the policy on pretraining text.
 
-        Returns:
-            A PpoForward; for "ptx" the negative log-likelihoods [N] of all tokens but the first of each row.
+        Return a PpoForward; for "ptx" the negative log-likelihoods [N] of all tokens but the first of each row.
         """
         if what == "ptx":
             return -response_logprobs(self.policy, batch, temperature, self._ptx_chunks)[0]

@@ -12,8 +12,7 @@ from rlhf.training.ppo_state import Ppo
 def check_first_minibatch(ppo: Ppo, experience: ScoredEpisodes, ratio_error: float) -> None:
     """Check that the ratio is 1 before the updates of an iteration, and the KL 0 before the first update of the run.
 
-    Raises:
-        UserError: with the likely causes, when either is off by more than ppo.ratio_tolerance.
+    Raises UserError, with the likely causes, if either is off by more than ppo.ratio_tolerance.
     """
     tolerance = ppo.recipe.ppo.ratio_tolerance
     if not ratio_error <= tolerance:  # so that nan does not pass, here and below
@@ -25,22 +24,14 @@ def check_first_minibatch(ppo: Ppo, experience: ScoredEpisodes, ratio_error: flo
         )
     gap = float(torch.where(experience.mask, experience.logprobs - experience.ref_logprobs, 0.0).abs().max())
     if ppo.iteration == 0 and not gap <= tolerance:
-        raise UserError(
-            f"policy and reference differ by {gap:.2g} nats on a token before the first update, so KL is not 0",
-            where="ppo.ratio_tolerance",
-            fix="likely causes: the reference is not the SFT model the policy started from, or dropout is on",
-        )
+        what = f"policy and reference differ by {gap:.2g} nats on a token before the first update, so KL is not 0"
+        fix = "likely causes: the reference is not the SFT model the policy started from, or dropout is on"
+        raise UserError(what, "ppo.ratio_tolerance", fix)
 
 
 def check_kl(ppo: Ppo) -> None:
-    """Check that the KL of the last iteration's responses to the reference is not beyond ppo.max_kl, in nats.
-
-    Raises:
-        UserError: when it is.
-    """
+    """Raise UserError if the KL of the last iteration's responses to the reference is beyond ppo.max_kl, in nats."""
     if not ppo.metrics["ppo/kl"] <= ppo.recipe.ppo.max_kl:
-        raise UserError(
-            f"KL to the reference reached {ppo.metrics['ppo/kl']:.1f} nats per response",
-            where="ppo.max_kl",
-            fix="lower ppo.lr or raise ppo.kl_coef; the sealed checkpoints of this run are kept",
-        )
+        what = f"KL to the reference reached {ppo.metrics['ppo/kl']:.1f} nats per response"
+        fix = "lower ppo.lr or raise ppo.kl_coef; the sealed checkpoints of this run are kept"
+        raise UserError(what, "ppo.max_kl", fix)

@@ -58,8 +58,7 @@ def performance(ppo: Ppo, pairs: Sequence[Pair]) -> dict[str, float]:
     measured, cfg = ppo.phases.collect(), ppo.recipe.ppo
     lengths = [(len(prompt), len(response)) for prompt, response in pairs]
     response_tokens, tokens = sum(response for _, response in lengths), sum(map(sum, lengths))
-    costs = iteration_costs(ppo, pairs, measured.batches)
-    seconds = measured.seconds
+    costs, seconds = iteration_costs(ppo, pairs, measured.batches), measured.seconds
     found = measured.metrics() | costs
     found["perf/rollout_tokens_per_s"] = response_tokens / seconds["rollout"]
     found["perf/train_tokens_per_s"] = tokens * cfg.epochs / seconds["train"]
@@ -115,9 +114,8 @@ def iteration_costs(ppo: Ppo, pairs: Sequence[Pair], batches: dict[str, PaddingC
     costs["perf/bytes_score"] = passes * (plain.weight_bytes + value.weight_bytes + reward.weight_bytes)
     costs["perf/flops_train"] = cfg.epochs * sum(cost.training(whole) for cost in (policy, value))
     # Where the networks take turns, each goes through every micro-batch by itself.
-    passes = (
-        batches["train"].number / len(ppo.engine.groups_in_turn) if "train" in batches else ppo.plan.steps_per_iteration
-    )
+    turns = len(ppo.engine.groups_in_turn)
+    passes = batches["train"].number / turns if "train" in batches else ppo.plan.steps_per_iteration
     costs["perf/bytes_train"] = passes * sum(_training_bytes(cost) for cost in (policy, value))
     costs |= {"perf/flops_ptx": 0.0, "perf/bytes_ptx": 0.0}
     if ppo.ptx_coef > 0:
@@ -163,8 +161,6 @@ def _scaled(work: PassSize, factor: float) -> PassSize:
 
 
 def _training_bytes(cost: ModelCost) -> float:
-    """Return the bytes of one micro-batch: weights read forward, and backward where the gradient passes; gradients
-    written.
-    """
+    """Return a micro-batch's bytes: weights read forward, and backward where gradients pass; gradients written."""
     each = cost.weight_bytes / max(1, cost.layers + cost.head)
     return cost.weight_bytes + (cost.through + cost.head_through) * each + cost.gradient_bytes

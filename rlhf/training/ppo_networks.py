@@ -40,9 +40,7 @@ class PpoNetworks:
 def load_networks(recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch.device) -> PpoNetworks:
     """Load the four networks, the frozen ones placed as launch.frozen says.
 
-    Raises:
-        UserError: see rlhf/models/loading.py; or if the recipe's PEFT method differs from that of the SFT or reward
-            model.
+    Raises UserError as rlhf/models/loading.py does, or if the recipe's PEFT method is not that of SFT or reward model.
     """
     if policies_share_base(recipe, zero_stage(recipe)):
         return _on_one_base(recipe, sft_dir, reward_dir, device)
@@ -78,9 +76,8 @@ def _on_one_base(recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch.
     scalar: list[PreTrainedModel] = []  # value and reward model, where they share the policy's base
     if reward_adapter and all_share_base(recipe, zero_stage(recipe)) and reward_adapter.base.hash == base_hash(base):
         check_method(reward_adapter, recipe.reward_peft)
-        scalar = [
-            share_base_with_scalar_head(policy, reward_adapter.keep_layers, section.trust_remote_code) for _ in range(2)
-        ]
+        options = (reward_adapter.keep_layers, section.trust_remote_code)
+        scalar = [share_base_with_scalar_head(policy, *options) for _ in range(2)]
     size = sum(p.numel() * p.element_size() for p in policy.parameters()) / 1e9
     if sft is not None:
         policy, reference = (attach_adapter(sft, model, _rounded(recipe)) for model in (policy, reference))
@@ -101,9 +98,8 @@ def _on_one_base(recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch.
 def policy_to_train(sft_dir: Path, model: ModelSection) -> PreTrainedModel:
     """Load a policy to train by the recipe's method; it computes what the model in the folder computes.
 
-    Raises:
-        UserError: if the model has another method, has one that cannot be merged while all weights are trained, or has
-            none and the recipe's would change what it computes.
+    Raises UserError if the model has another method, has one that cannot be merged while all weights are trained, or
+    has none and the recipe's would change what it computes.
     """
     peft, adapter = model.peft, find_adapter(sft_dir)
     if adapter is not None and peft.on:
@@ -111,19 +107,15 @@ def policy_to_train(sft_dir: Path, model: ModelSection) -> PreTrainedModel:
         return load_policy(sft_dir, model)
     policy = load_policy(sft_dir, model, merged=True)
     if adapter is not None and peft_of(policy) is not None:
-        raise UserError(
-            f"all weights are to be trained, and {why_not_mergeable(adapter.peft)}",
-            str(sft_dir),
-            f"set model.peft.method={adapter.peft.method}",
-        )
+        what = f"all weights are to be trained, and {why_not_mergeable(adapter.peft)}"
+        raise UserError(what, str(sft_dir), f"set model.peft.method={adapter.peft.method}")
     return add_fresh_adapter(peft, policy, sft_dir) if peft.on else policy
 
 
 def add_fresh_adapter(peft: PeftSection, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Add a new adapter to a trained plain model, which must still compute what it did.
+    """Add a new adapter to a trained plain model.
 
-    Raises:
-        UserError: for virtual tokens, which would change that.
+    Raises UserError for virtual tokens, which would change what it computes.
     """
     if peft.method in VIRTUAL_TOKEN_METHODS:
         raise UserError(
@@ -138,8 +130,7 @@ def add_fresh_adapter(peft: PeftSection, model: PreTrainedModel, folder: Path) -
 def value_to_train(reward_dir: Path, recipe: Recipe) -> PreTrainedModel:
     """Load the reward model as the value model, to train its adapter or all of its weights.
 
-    Raises:
-        UserError: if the reward model's method is not the recipe's.
+    Raises UserError if the reward model's method is not the recipe's.
     """
     peft, adapter = recipe.reward_peft, find_adapter(reward_dir)
     if adapter is not None and peft.on:
@@ -147,9 +138,6 @@ def value_to_train(reward_dir: Path, recipe: Recipe) -> PreTrainedModel:
         return load_reward_model(reward_dir, recipe.model)
     value = load_reward_model(reward_dir, recipe.model, merged=True)
     if adapter is not None and peft_of(value) is not None:
-        raise UserError(
-            f"all weights of the value model are to be trained, and {why_not_mergeable(adapter.peft)}",
-            str(reward_dir),
-            "set reward.peft.method=model",
-        )
+        what = f"all weights of the value model are to be trained, and {why_not_mergeable(adapter.peft)}"
+        raise UserError(what, str(reward_dir), "set reward.peft.method=model")
     return add_fresh_adapter(peft, value, reward_dir) if peft.on else value

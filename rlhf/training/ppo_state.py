@@ -1,7 +1,4 @@
-"""State of a PPO run: how it is built from the results of the earlier stages, its checkpoints and its results.
-
-The program that uses it is stages/ppo.py.
-"""
+"""State of a PPO run (stages/ppo.py): how it is built from the results of earlier stages, checkpoints and results."""
 
 from __future__ import annotations
 
@@ -80,13 +77,9 @@ class Ppo:
 
 
 def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
-    """Load the networks and the data of a PPO run, and put policy and value model under an engine.
+    """Load the networks and the data of a PPO run, with pretraining text for `ptx` (PPO-ptx), and make its engine.
 
-    Args:
-        ptx: whether to train on pretraining text too (PPO-ptx).
-
-    Raises:
-        UserError: if no prompt or no pretraining text is left, or the models do not fit the recipe.
+    Raises UserError if no prompt or no pretraining text is left, or the models do not fit the recipe.
     """
     cfg, plan = recipe.ppo, plan_ppo(recipe)
     if cfg.rollout == "vllm" and recipe.model.peft.method not in UNMERGEABLE:  # others are sampled natively
@@ -158,17 +151,12 @@ def _make_engine(recipe: Recipe, loaded: PpoNetworks) -> Engine:
     if recipe.launch.gradient_checkpointing:
         recompute_activations(networks.policy)
         recompute_activations(networks.value)
-    return make_engine(
-        networks,
-        [
-            ParamGroup("policy", networks.policy, cfg.lr, cfg.max_grad_norm),
-            ParamGroup("value", networks.value, cfg.value_lr, cfg.max_grad_norm),
-        ],
-        recipe,
-        betas=(0.9, cfg.adam_beta2),
-        eps=cfg.adam_eps,
-        max_skipped_steps=cfg.max_skipped_steps,
-    )
+    groups = [
+        ParamGroup("policy", networks.policy, cfg.lr, cfg.max_grad_norm),
+        ParamGroup("value", networks.value, cfg.value_lr, cfg.max_grad_norm),
+    ]
+    adam = {"betas": (0.9, cfg.adam_beta2), "eps": cfg.adam_eps}
+    return make_engine(networks, groups, recipe, **adam, max_skipped_steps=cfg.max_skipped_steps)
 
 
 def save_checkpoint(ppo: Ppo, checkpoints: Checkpoints) -> None:

@@ -25,12 +25,8 @@ def pair_counts(model: nn.Module, groups: Sequence[Group]) -> list[PairCounts]:
 
 def training_metrics(loss: float, counts: Sequence[PairCounts]) -> dict[str, float]:
     """Return loss, accuracy and mean margin of a step from every process's share; all processes must call."""
-    shares = (
-        loss,
-        sum(c.correct for c in counts),
-        sum(m for c in counts for m in c.margins),
-        sum(c.pairs for c in counts),
-    )
+    margins = sum(m for c in counts for m in c.margins)
+    shares = (loss, sum(c.correct for c in counts), margins, sum(c.pairs for c in counts))
     loss, correct, margin, pairs = sum_over_processes(shares)
     return {
         "reward/loss": loss,

@@ -68,30 +68,19 @@ class Group:
 
 @dataclass
 class Pass:
-    """Outputs that go through the model together: whole groups, or part of one group.
-
-    Attributes:
-        groups: the whole groups; empty for a part.
-        score_grads: [outputs] of a part, the derivative of the group's loss with respect to each score.
-    """
+    """Outputs that go through the model together: whole groups, or part of one group."""
 
     pairs: list[Pair]
-    groups: Sequence[Group] = ()
-    score_grads: Tensor | None = None
+    groups: Sequence[Group] = ()  # the whole groups; empty for a part
+    score_grads: Tensor | None = None  # [outputs] of a part, the derivative of the group's loss by each score
 
 
 class FirstRound(NamedTuple):
-    """What is known of groups that do not fit one pass before their second round, the same on every process.
+    """What is known of groups that do not fit one pass before their second round, the same on every process."""
 
-    Attributes:
-        passes: of the second round, for all processes together.
-        scores: raw scores of all outputs, group after group.
-        loss: sum of the groups' losses.
-    """
-
-    passes: list[Pass]
-    scores: list[float]
-    loss: float
+    passes: list[Pass]  # of the second round, for all processes together
+    scores: list[float]  # raw scores of all outputs, group after group
+    loss: float  # sum of the groups' losses
 
 
 def by_length(groups: Sequence[Group]) -> list[Group]:
@@ -130,8 +119,7 @@ def first_round(
 ) -> FirstRound:
     """Score the groups that do not fit one pass; processes share the work, and all of them must call.
 
-    Args:
-        score: returns raw scores of this process's parts, without gradients; it is not called for no groups.
+    `score` returns raw scores of this process's parts, without gradients; it is not called for no groups.
     """
     if not groups:
         return FirstRound([], [], 0.0)

@@ -28,12 +28,8 @@ def build_engine(recipe: Recipe, source: str) -> Engine:
     model.eval()
     if recipe.launch.gradient_checkpointing:
         recompute_activations(model)
-    return make_engine(
-        ScoringModule(model),
-        [ParamGroup("reward", model, cfg.lr, cfg.max_grad_norm)],
-        recipe,
-        weight_decay=cfg.weight_decay,
-    )
+    groups = [ParamGroup("reward", model, cfg.lr, cfg.max_grad_norm)]
+    return make_engine(ScoringModule(model), groups, recipe, weight_decay=cfg.weight_decay)
 
 
 def load_checkpoint(engine: Engine, checkpoints: Checkpoints) -> tuple[int, int]:

@@ -41,14 +41,10 @@ from rlhf.system.quiet import quiet_transformers
 
 
 class MicroBatches(Sampler[list[int]]):
-    """This process's micro-batches of row indices, step after step over all epochs.
+    """Yields this process's micro-batches of row indices, step after step over all epochs.
 
-    Index len(lengths) stands for the filling row, which trains nothing.
-
-    Args:
-        lengths: tokens of every row.
-        batch_size: rows of an optimiser step, over all processes.
-        micro_batch_size: rows of a forward pass on one process.
+    `lengths` are the tokens of every row; index len(lengths) stands for the filling row, which trains nothing.
+    `batch_size` is the rows of an optimiser step over all processes, `micro_batch_size` those of one forward pass.
     """
 
     def __init__(
@@ -84,12 +80,7 @@ class MicroBatches(Sampler[list[int]]):
 
 
 class Trainer(SFTTrainer):
-    """TRL's trainer on `MicroBatches`; its `num_train_epochs` is 1, since one pass of the loader makes all epochs.
-
-    Args:
-        epochs, batch_size: as in the recipe.
-        options: SFTTrainer's own.
-    """
+    """TRL's trainer on `MicroBatches`; its `num_train_epochs` is 1, since one pass of the loader makes all epochs."""
 
     def __init__(self, *, epochs: float, batch_size: int, **options: object) -> None:
         super().__init__(**options)
@@ -100,8 +91,7 @@ class Trainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the weights of a checkpoint; with an adapter only the trained ones, since the base is an input.
 
-        The trainer reads them with `strict=False`. Under ZeRO-3 `state_dict` may lack them: DeepSpeed's own files hold
-        them then.
+        The trainer reads them with `strict=False`. Under ZeRO-3 `state_dict` may lack them; DeepSpeed's files do not.
         """
         if peft_of(self.model) is None:
             super()._save(output_dir, state_dict)
@@ -139,10 +129,7 @@ class Trainer(SFTTrainer):
 
 
 def trainer_config(recipe: Recipe, folder: Path) -> SFTConfig:
-    """Return TRL's settings for the recipe.
-
-    Whatever the recipe does not name is set here, so that none of TRL's defaults decides anything.
-    """
+    """Return TRL's settings; what the recipe does not name is set here, so that none of TRL's defaults decides."""
     sft = recipe.sft
     schedule, options = _schedule(sft)
     with warnings.catch_warnings():
@@ -207,19 +194,17 @@ def deepspeed_file(recipe: Recipe) -> str | None:
 
 
 class Reporter(TrainerCallback):
-    """Logs metrics, shows a progress bar, seals checkpoints and stops the trainer cleanly.
+    """Logs every step's metrics by tokens seen, shows a progress bar, seals checkpoints and stops the trainer cleanly.
 
-    Args:
-        tracker: gets every step's metrics, by tokens seen.
-        stop_requested: asked after every step; when true a checkpoint is sealed and training ends.
-        layout: what `layout_of` returns, written into every checkpoint.
+    `stop_requested` is asked after every step; when true a checkpoint is sealed and training ends. `layout` is what
+    `layout_of` returns, written into every checkpoint.
     """
 
     def __init__(
         self, checkpoints: Checkpoints, tracker: Tracker, stop_requested: Callable[[], bool], layout: dict[str, int]
     ) -> None:
-        self.checkpoints, self.tracker, self.stop_requested = checkpoints, tracker, stop_requested
-        self.layout = layout
+        self.checkpoints, self.tracker, self.layout = checkpoints, tracker, layout
+        self.stop_requested = stop_requested
 
     def on_train_begin(self, args: SFTConfig, state: Any, control: Any, train_dataloader: DataLoader, **_: Any) -> None:
         seen = train_dataloader.batch_sampler.tokens_after(state.global_step)
@@ -242,11 +227,9 @@ class Reporter(TrainerCallback):
         if "loss" not in logs:
             return  # the summary at the end of training
         if not math.isfinite(logs["loss"]) or not math.isfinite(logs["grad_norm"]):
-            raise UserError(
-                f"loss {logs['loss']}, gradient norm {logs['grad_norm']} at step {state.global_step}",
-                where="sft.lr",
-                fix="lower the learning rate, use float32, or look for broken rows in the data",
-            )
+            what = f"loss {logs['loss']}, gradient norm {logs['grad_norm']} at step {state.global_step}"
+            fix = "lower the learning rate, use float32, or look for broken rows in the data"
+            raise UserError(what, "sft.lr", fix)
         names = {"sft/loss": "loss", "sft/lr": "learning_rate", "sft/grad_norm": "grad_norm"}
         names["sft/token_accuracy"] = "mean_token_accuracy"
         metrics = {ours: float(logs[theirs]) for ours, theirs in names.items()}
@@ -288,9 +271,7 @@ def layout_of(recipe: Recipe) -> dict[str, int]:
 def check_layout(recipe: Recipe, folder: Path) -> None:
     """Refuse a checkpoint that cannot be read here: DeepSpeed's own files can be read in the same layout only.
 
-    Raises:
-        UserError: if it was written by another number of processes or another ZeRO stage, and one of the two runs has
-            ZeRO.
+    Raises UserError if the number of processes or the ZeRO stage was another, and one of the two runs has ZeRO.
     """
     theirs, ours = json.loads((folder / "layout.json").read_text()), layout_of(recipe)
     if theirs == ours or theirs["zero_stage"] == ours["zero_stage"] == 0:
@@ -336,15 +317,10 @@ def train_sft(
     folder: Path,
     reporter: Reporter,
 ) -> Trainer:
-    """Train `policy` in place on `rows`, from the newest sealed checkpoint if there is one.
+    """Train `policy` in place on `rows`, from the newest sealed checkpoint if there is one, and return the trainer.
 
-    Args:
-        policy: a causal language model, with an adapter or without.
-        rows: what `demonstration_row` and `text_rows` return.
-        folder: the trainer's own files go to `trainer/` in it, which is removed at the end.
-
-    Returns:
-        the trainer, whose state holds the steps done and their losses.
+    `rows` are what `demonstration_row` and `text_rows` return. The trainer's own files go to `trainer/` in `folder`,
+    which is removed at the end.
     """
     trainer = build_trainer(policy, tokenizer, rows, recipe, folder / "trainer", reporter)
     sealed = broadcast_from_main(reporter.checkpoints.newest)

@@ -29,17 +29,11 @@ FILE_BYTES = 1 << 30  # about the size of a file, and of what is copied from a G
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [start, start + n) of a flattened parameter, and of its moments if it has any.
+    """Elements [start, start + n) of a flattened parameter, and of its moments if it has any."""
 
-    Attributes:
-        name: the parameter's name.
-        start: the first of its elements that this process holds.
-        tensors: by KIND, 1-D views of n float32 elements into the tensors that training works on.
-    """
-
-    name: str
-    start: int
-    tensors: dict[str, Tensor]
+    name: str  # of the parameter
+    start: int  # the first of its elements that this process holds
+    tensors: dict[str, Tensor]  # by KIND, 1-D views of n float32 elements into the tensors that training works on
 
 
 def write_fragments(folder: Path, fragments: Iterable[Fragment], process: int) -> None:
@@ -86,8 +80,7 @@ class FragmentReader:
     def read_into(self, target: Tensor, kind: str, name: str, start: int) -> None:
         """Fill a 1-D tensor of n elements with elements [start, start + n) of a flat tensor.
 
-        Raises:
-            UserError: if the files do not hold all of them.
+        Raises UserError if the files do not hold all of them.
         """
         stop, found = start + target.numel(), 0
         for first, last, path in self._ranges.get(f"{kind}/{name}", ()):
@@ -98,8 +91,5 @@ class FragmentReader:
                     target[low - start : high - start].copy_(values)
                 found += high - low
         if found != target.numel():
-            raise UserError(
-                f"the checkpoint holds {found} of {target.numel()} elements of {kind} {name} from {start} on",
-                str(self.folder),
-                "redo the stage with --fresh",
-            )
+            what = f"the checkpoint holds {found} of {target.numel()} elements of {kind} {name} from {start} on"
+            raise UserError(what, str(self.folder), "redo the stage with --fresh")

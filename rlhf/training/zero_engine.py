@@ -36,12 +36,9 @@ class ZeroEngine(Engine):
         connect()
         self.stage, self.process = zero_stage(recipe), dist.get_rank()
         if self.stage == 0 and recipe.model.dtype != "float32":
-            raise UserError(
-                f"{recipe.model.dtype} over several processes needs float32 copies of the weights, which ZeRO 1 to 3 "
-                "keep and ZeRO 0 does not",
-                "launch.zero_stage",
-                "set launch.zero_stage=1",
-            )
+            what = f"{recipe.model.dtype} over several processes needs float32 copies of the weights"
+            what += ", which ZeRO 1 to 3 keep and ZeRO 0 does not"
+            raise UserError(what, "launch.zero_stage", "set launch.zero_stage=1")
         model.to(device)
         self.adamw = self._make_adamw(lambda p: p)
         self.model, self._zero, *_ = deepspeed.initialize(model=model, optimizer=self.adamw, config=settings(recipe))
@@ -85,12 +82,10 @@ class ZeroEngine(Engine):
             yield from super().fragments()
             return
         for name, parameter in self.trainable().items():
-            partition = self.partition_of(parameter)
-            if partition is None:
-                continue
-            flat, start, offset, size = partition
-            tensors = self._with_moments(flat).items()
-            yield Fragment(name, start, {kind: tensor.narrow(0, offset, size) for kind, tensor in tensors})
+            if partition := self.partition_of(parameter):
+                flat, start, offset, size = partition
+                tensors = self._with_moments(flat).items()
+                yield Fragment(name, start, {kind: tensor.narrow(0, offset, size) for kind, tensor in tensors})
 
     def owned_fragments(self) -> Iterator[Fragment]:
         if self.stage > 0:
@@ -101,9 +96,8 @@ class ZeroEngine(Engine):
     def partition_of(self, parameter: Tensor) -> tuple[Tensor, int, int, int] | None:
         """Return this process's part of a partitioned parameter, None where it has no part.
 
-        Returns:
-            The flat float32 tensor that the optimiser steps; the index in the parameter of the first element that is in
-            it; the offset of that element in the flat tensor; and the number of elements.
+        It is (the flat float32 tensor that the optimiser steps, the index in the parameter of the first element that is
+        in it, the offset of that element in the flat tensor, the number of elements).
         """
         if self.stage < 3:
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
@@ -156,11 +150,8 @@ class _Gathered(Mapping[str, Tensor]):
 def make_engine(model: nn.Module, groups: list[ParamGroup], recipe: Recipe, **options: Any) -> Engine:
     """Return the engine for this number of processes, after switching the model to layers that keep fewer activations.
 
-    Args:
-        model: called for every pass.
-        groups: its trained parameters.
-        recipe: says where, and on several processes how, to train.
-        options: betas, eps, weight_decay, max_skipped_steps (see `Engine`).
+    The recipe says where, and on several processes how, to train. `options` are betas, eps, weight_decay and
+    max_skipped_steps (see `Engine`).
     """
     use_low_memory_layers(model)
     device = pick_device(recipe)
