@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake in the input: `what` is wrong, in one sentence, and the `fix`.
+    """A mistake in the input: `what` is wrong, in one sentence, `where`, and what to do about it (`fix`).
 
     `where` is file, line and field, or the dotted name of a recipe field. The command line prints `str(error)` without
     a traceback and exits with 2.

@@ -80,9 +80,10 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
 
 
 class Progress:
-    """Progress of a loop, as a context manager; `advance(n)` reports that n more units (in the plural) are done.
+    """Progress of a loop, as a context manager; `advance(n)` reports that n more units are done.
 
-    `total` is None if unknown. `initial` units, which a run did before it was resumed, do not count for the rate.
+    `unit` is a plural; `total` is None if unknown. The `initial` units, which a run did before it was resumed, do not
+    count for the rate.
     """
 
     def __init__(self, description: str, total: int | None = None, unit: str = "it", initial: int = 0) -> None:

@@ -105,7 +105,7 @@ def require_writable(path: str | Path) -> None:
 
 
 def require_disk(path: str | Path, need: int, what: str) -> None:
-    """Raise UserError if the disk of `path`, which need not exist yet, has no `need` bytes free for `what`."""
+    """Raise UserError if the disk of `path`, which need not exist yet, lacks `need` bytes for `what`."""
     folder = _nearest_existing(path)
     free = shutil.disk_usage(folder).free
     if need > free:
