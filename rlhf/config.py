@@ -60,7 +60,7 @@ class PeftSection(Section):
 
     @property
     def on(self) -> bool:
-        """True if a method is in use."""
+        """Return whether a method is in use."""
         return self.method != "none"
 
     @model_validator(mode="after")
@@ -362,18 +362,16 @@ class Recipe(Section):
 
     @property
     def reward_peft(self) -> PeftSection:
-        """The method of the reward model and the value model."""
+        """Return the method of the reward model and the value model."""
         return self.model.peft if self.reward.peft.method == "model" else PeftSection()
 
     @model_validator(mode="after")
     def _methods_fit(self) -> Recipe:
         method, launch = self.model.peft.method, self.launch
         if method in UNMERGEABLE and self.reward.peft.method == "none" and self.reward.model == "sft":
-            raise ValueError(
-                f"reward.peft.method is none: the reward model would start from SFT's weights, which {method} does not "
-                "change",
-                "set reward.peft.method=model, or name another reward.model",
-            )
+            start = f"SFT's weights, which {method} does not change"
+            fix = "set reward.peft.method=model, or name another reward.model"
+            raise ValueError(f"reward.peft.method is none: the reward model would start from {start}", fix)
         if self.reward_peft.on and 0 < self.reward.keep_layers < self.reward_peft.last_layers:
             raise ValueError(
                 f"reward.keep_layers is {self.reward.keep_layers}, and model.peft.last_layers is "
@@ -381,14 +379,10 @@ class Recipe(Section):
                 "lower model.peft.last_layers, keep more layers, or set reward.peft.method=none",
             )
         if method in VIRTUAL_TOKEN_METHODS and self.sft.packing:
-            raise ValueError(
-                f"sft.packing is true: with {method}, packed rows would share one set of virtual tokens",
-                "set sft.packing=false",
-            )
+            what = f"sft.packing is true: with {method}, packed rows would share one set of virtual tokens"
+            raise ValueError(what, "set sft.packing=false")
         if method in KV_PREFIX_METHODS and launch.gradient_checkpointing:
-            raise ValueError(
-                f"launch.gradient_checkpointing is true: it drops the keys and values that {method} puts before every "
-                "row",
-                "set launch.gradient_checkpointing=false, or take p_tuning or prompt",
-            )
+            dropped = f"the keys and values that {method} puts before every row"
+            fix = "set launch.gradient_checkpointing=false, or take p_tuning or prompt"
+            raise ValueError(f"launch.gradient_checkpointing is true: it drops {dropped}", fix)
         return self

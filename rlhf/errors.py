@@ -4,14 +4,10 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake in the input, reported once and clearly.
+    """A mistake in the input: `what` is wrong, in one sentence, `where`, and what to do about it (`fix`).
 
-    Args:
-        what: what is wrong, in one sentence.
-        where: file, line and field, or the dotted name of a recipe field.
-        fix: what to do about it.
-
-    The command line prints `str(error)` without a traceback and exits with 2.
+    `where` is file, line and field, or the dotted name of a recipe field. The command line prints `str(error)` without
+    a traceback and exits with 2.
     """
 
     def __init__(self, what: str, where: str | None = None, fix: str | None = None) -> None:

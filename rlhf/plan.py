@@ -62,11 +62,7 @@ class PpoPlan:
 
 
 def plan_sft(recipe: Recipe) -> SftPlan:
-    """Return the sizes of SFT.
-
-    Raises:
-        UserError: if sft.batch_size does not divide by processes x sft.micro_batch_size.
-    """
+    """Return the sizes of SFT; raise UserError if batch_size does not divide by processes x micro_batch_size."""
     cfg, processes = recipe.sft, recipe_processes(recipe)
     accumulation = _accumulation("sft", cfg.batch_size, cfg.micro_batch_size, processes)
     return SftPlan(processes, cfg.batch_size, cfg.micro_batch_size, accumulation)
@@ -79,28 +75,17 @@ def plan_rank(recipe: Recipe) -> RankPlan:
 
 
 def plan_reward(recipe: Recipe) -> RewardPlan:
-    """Return the sizes of reward-model training.
-
-    Raises:
-        UserError: if reward.batch_size does not divide by the number of processes.
-    """
+    """Return the sizes of reward-model training; raise UserError if batch_size does not divide by the processes."""
     size, processes = recipe.reward.batch_size, recipe_processes(recipe)
     return RewardPlan(processes, size, exact_div("reward.batch_size", size, "processes", processes))
 
 
 def plan_ppo(recipe: Recipe) -> PpoPlan:
-    """Return the sizes of PPO.
-
-    Raises:
-        UserError: if episodes, batch, minibatch, micro-batch or pretraining rows leave a remainder.
-    """
+    """Return the sizes of PPO; raise UserError if episodes, a kind of batch or pretraining rows leave a remainder."""
     cfg, processes = recipe.ppo, recipe_processes(recipe)
     if cfg.minibatch_size > cfg.batch_size:
-        raise UserError(
-            f"ppo.minibatch_size {cfg.minibatch_size} is larger than ppo.batch_size {cfg.batch_size}",
-            "ppo.minibatch_size",
-            f"a minibatch is a part of the batch: at most {cfg.batch_size}",
-        )
+        what = f"ppo.minibatch_size {cfg.minibatch_size} is larger than ppo.batch_size {cfg.batch_size}"
+        raise UserError(what, "ppo.minibatch_size", f"a minibatch is a part of the batch: at most {cfg.batch_size}")
     iterations = exact_div("ppo.episodes", cfg.episodes, "ppo.batch_size", cfg.batch_size)
     minibatches = exact_div("ppo.batch_size", cfg.batch_size, "ppo.minibatch_size", cfg.minibatch_size)
     per_process = exact_div("ppo.minibatch_size", cfg.minibatch_size, "processes", processes)
@@ -123,11 +108,7 @@ def plan_ppo(recipe: Recipe) -> PpoPlan:
 
 
 def exact_div(name: str, value: int, by_name: str, by: int) -> int:
-    """Return value / by.
-
-    Raises:
-        UserError: if it is not whole; it names both fields and the nearest values of each that divide.
-    """
+    """Return value / by; raise UserError with both names and the nearest values that divide if it is not whole."""
     if value % by == 0:
         return value // by
     below, above = value - value % by, value - value % by + by
@@ -148,15 +129,13 @@ def recipe_processes(recipe: Recipe) -> int:
 def read_hosts(path: str) -> list[str]:
     """Return the host names of a DeepSpeed hostfile (`host slots=N` on a line, # for comments) in order.
 
-    Raises:
-        UserError: for a file that cannot be read, another kind of line, or a file without hosts.
+    Raises UserError for a file that cannot be read, another kind of line, or a file without hosts.
     """
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise UserError(
-            f"cannot read the hostfile: {error}", "launch.hostfile", "give the path of a hostfile"
-        ) from None
+        what = f"cannot read the hostfile: {error}"
+        raise UserError(what, "launch.hostfile", "give the path of a hostfile") from None
     hosts = []
     for number, line in enumerate(lines, 1):
         words = line.partition("#")[0].split()
@@ -171,16 +150,10 @@ def read_hosts(path: str) -> list[str]:
 
 
 def as_launched(recipe: Recipe, processes: int | None) -> Recipe:
-    """Return the recipe for the number of processes that the launcher started.
+    """Return the recipe for the number of `processes` that the launcher started; results do not depend on it.
 
-    `rlhf run` starts as many as `launch` says, other launchers decide for themselves. Results do not depend on the
-    number.
-
-    Args:
-        processes: the launcher's number; None if the program was started without a launcher.
-
-    Raises:
-        UserError: without a launcher, if the recipe is for several processes.
+    `rlhf run` starts as many as `launch` says, other launchers decide for themselves. Raises UserError without a
+    launcher (None), if the recipe is for several processes.
     """
     if processes is None and recipe_processes(recipe) > 1:
         raise UserError(

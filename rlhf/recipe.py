@@ -31,14 +31,10 @@ RETIRED = {"launch.cuda_graphs": False}
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, apply the overrides in order and validate the result.
+    """Read a recipe (a name from `recipe_names` or a YAML file), apply the overrides in order and validate the result.
 
-    Args:
-        name_or_path: a name from `recipe_names`, or the path of a YAML file.
-        overrides: `section.field=value` strings; the value is YAML, but for text fields it is taken literally.
-
-    Raises:
-        UserError: for an unknown recipe or field, bad YAML, and a value of the wrong type or out of range.
+    Overrides are `section.field=value`; the value is YAML, but for text fields it is taken literally. Raises UserError
+    for an unknown recipe or field, bad YAML, and a value of the wrong type or out of range.
     """
     path = find_file(name_or_path, RECIPES, "recipe")
     values = read_yaml(path, "recipe", list(Recipe.model_fields))
@@ -126,11 +122,7 @@ def allowed(info: FieldInfo) -> str:
 def find_file(name_or_path: str, shipped: Path, kind: str) -> Path:
     """Return the file that a name means in the folder `shipped`, or the path itself.
 
-    Args:
-        kind: what the file contains, as in "recipe".
-
-    Raises:
-        UserError: if there is no such file.
+    `kind` is what the file contains, as in "recipe". Raises UserError if there is no such file.
     """
     names = [path.stem for path in sorted(shipped.glob("*.yaml"))]
     if name_or_path in names:
@@ -145,14 +137,9 @@ def find_file(name_or_path: str, shipped: Path, kind: str) -> Path:
 
 
 def read_yaml(path: Path, kind: str, sections: Sequence[str]) -> dict[str, Any]:
-    """Return the mapping in a YAML file.
+    """Return the mapping in a YAML file of a `kind`, as in "recipe"; a message names the `sections` that it may have.
 
-    Args:
-        kind: what the file contains, as in "recipe".
-        sections: keys that it may have, for the message about a file without a mapping.
-
-    Raises:
-        UserError: for a file that cannot be read, with the line that is not YAML.
+    Raises UserError for a file that cannot be read, with the line that is not YAML.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -167,9 +154,8 @@ def read_yaml(path: Path, kind: str, sections: Sequence[str]) -> dict[str, Any]:
         what = getattr(error, "problem", None) or "not readable"
         raise UserError(f"the {kind} is not valid YAML: {what}", where, "correct the line") from None
     except OmegaConfBaseException as error:
-        raise UserError(
-            f"the {kind} is not valid: {str(error).splitlines()[0]}", str(path), "correct the value"
-        ) from None
+        what = f"the {kind} is not valid: {str(error).splitlines()[0]}"
+        raise UserError(what, str(path), "correct the value") from None
     values = OmegaConf.to_container(config, resolve=False)
     lone_word = values == {text.strip(): None}  # OmegaConf reads a single word as a key
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values) or lone_word:
@@ -196,9 +182,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
     known = dict(fields())
     sections = {name.rpartition(".")[0] for name in known}
     if key in sections:
-        raise UserError(
-            f"{key} is a section, not a field", "the command line", f"set one of its fields: {', '.join(_members(key))}"
-        )
+        fix = f"set one of its fields: {', '.join(_members(key))}"
+        raise UserError(f"{key} is a section, not a field", "the command line", fix)
     if key not in known:
         raise _unknown(key, "the command line")
     value: Any = text
@@ -273,9 +258,8 @@ def _members(section: str) -> list[str]:
 def _invalid(error: ValidationError, path: str) -> UserError:
     first = error.errors()[0]
     rule = first.get("ctx", {}).get("error")
-    if (
-        isinstance(rule, ValueError) and len(rule.args) == 2
-    ):  # (what, fix) from a rule of a section about several fields
+    # (what, fix) comes from a rule of a section about several fields.
+    if isinstance(rule, ValueError) and len(rule.args) == 2:
         where = ".".join(map(str, first["loc"]))
         return UserError(rule.args[0], f"{where} in {path}" if where else path, rule.args[1])
     key = ".".join(part for part in first["loc"] if isinstance(part, str))

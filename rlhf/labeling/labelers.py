@@ -39,14 +39,10 @@ def make_labeler(
     if name == "judge":
         return JudgeLabeler(load_judge(recipe, log), recipe.judge.tie_margin)
     if name == "file":
-        raise UserError(
-            "rankings from files are read, nothing is labelled", "rank.labeler", "name the files in data.rankings"
-        )
-    raise UserError(
-        "people rank on the labelling page, which the rank stage serves",
-        where="rank.labeler",
-        fix="run the rank stage; or name files of rankings in data.rankings, with rank.labeler=file",
-    )
+        what = "rankings from files are read, nothing is labelled"
+        raise UserError(what, "rank.labeler", "name the files in data.rankings")
+    fix = "run the rank stage; or name files of rankings in data.rankings, with rank.labeler=file"
+    raise UserError("people rank on the labelling page, which the rank stage serves", "rank.labeler", fix)
 
 
 def labeler_files(name: str, recipe: Recipe) -> list[Path]:

@@ -25,6 +25,7 @@ class RewardModelLabeler:
         self.model, self.tokenizer = model, tokenizer
 
     def rank(self, prompt: Prompt, outputs: Sequence[Output], seed: int = 0) -> tuple[int, ...]:
+        """Return the ranks of the outputs by score; see `Labeler`."""
         ids = encode_prompt(self.tokenizer, prompt)
         # Equal outputs must tie, but rows of one batch differ in their last bits: each distinct output is scored once.
         distinct = list(dict.fromkeys(outputs))
@@ -33,6 +34,7 @@ class RewardModelLabeler:
         return ranks_of([by_output[output] for output in outputs])
 
     def prefers(self, prompt: Prompt, a: Output, b: Output, order_seed: int = 0) -> float:
+        """Return 1, 0 or 0.5 by the ranks of the two outputs; see `Labeler`."""
         return preference(self.rank(prompt, (a, b), order_seed))
 
 

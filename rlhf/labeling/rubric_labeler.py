@@ -24,16 +24,15 @@ class RubricLabeler:
 
     def utilities(self, prompt: Prompt, outputs: Sequence[Output], seed: int) -> list[float]:
         """Return one noisy score for each output."""
-        return [
-            rubric_score(prompt.text, output.text, output.finished)
-            + self.noise_sigma * _standard_normal(seed, prompt.key, i)
-            for i, output in enumerate(outputs)
-        ]
+        scores = [rubric_score(prompt.text, output.text, output.finished) for output in outputs]
+        return [s + self.noise_sigma * _standard_normal(seed, prompt.key, i) for i, s in enumerate(scores)]
 
     def rank(self, prompt: Prompt, outputs: Sequence[Output], seed: int) -> tuple[int, ...]:
+        """Return the ranks of the outputs by noisy score; see `Labeler`."""
         return ranks_of(self.utilities(prompt, outputs, seed), self.tie_margin)
 
     def prefers(self, prompt: Prompt, a: Output, b: Output, order_seed: int) -> float:
+        """Return 1, 0 or 0.5 by the ranks of the two outputs; see `Labeler`."""
         return preference(self.rank(prompt, (a, b), order_seed))
 
 

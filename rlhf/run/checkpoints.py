@@ -17,12 +17,10 @@ from rlhf.system.distributed import is_main_process
 
 
 class Checkpoints:
-    """The checkpoints of a stage: all processes write them, the first one seals them.
+    """The checkpoints in a stage's `checkpoints/`: all processes write them, the first one seals them.
 
-    Args:
-        folder: `checkpoints/` of the stage.
-        identity: hash that they carry, see rlhf/run/sealing.py.
-        before: called by the first process before it seals: puts on disk what a checkpoint must not outlive.
+    They carry the hash `identity` (rlhf/run/sealing.py). The first process calls `before` before it seals: it puts on
+    disk what a checkpoint must not outlive.
     """
 
     def __init__(self, folder: Path, identity: str = "", before: Callable[[], None] = lambda: None) -> None:
@@ -38,8 +36,7 @@ class Checkpoints:
     def save(self, step: int, write: Callable[[Path], object], barrier: Callable[[], None] | None = None) -> None:
         """Write step-NNNNNN and seal it in the background; for `write` and `barrier` see `write_aside`.
 
-        Raises:
-            OSError: if the checkpoint before could not be sealed, or this one cannot be written.
+        Raises OSError if the checkpoint before could not be sealed, or this one cannot be written.
         """
         self.wait()
         final = self.folder / f"step-{step:06d}"
@@ -50,11 +47,7 @@ class Checkpoints:
             self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is sealed.
-
-        Raises:
-            OSError: if it could not be sealed.
-        """
+        """Wait until the last checkpoint is sealed; raise OSError if it could not be."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -66,11 +59,8 @@ class Checkpoints:
         """Return perf/ values of the last seal: seconds in all and of hashing, and the size in GB."""
         if self.last is None:
             return {}
-        return {
-            "perf/seconds_seal": self.last.seconds,
-            "perf/seconds_hash": self.last.hash_seconds,
-            "perf/checkpoint_gb": self.last.bytes / 1e9,
-        }
+        seconds = {"perf/seconds_seal": self.last.seconds, "perf/seconds_hash": self.last.hash_seconds}
+        return seconds | {"perf/checkpoint_gb": self.last.bytes / 1e9}
 
     def _seal(self, staged: Path, final: Path) -> None:
         try:

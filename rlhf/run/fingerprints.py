@@ -47,10 +47,8 @@ def identity(recipe: Recipe, stage: str, inputs: dict[str, str]) -> str:
 def declared_inputs(recipe: Recipe, stage: str, run: RunFolder) -> dict[str, str]:
     """Return the hashes of the inputs that are known before the stage runs, "absent" for those that do not exist.
 
-    They include local and embedded data files; data on the Hub is identified by its name in the recipe alone.
-
-    Raises:
-        UserError: for a data file that does not exist.
+    They include local and embedded data files; data on the Hub is identified by its name in the recipe alone. Raises
+    UserError for a data file that does not exist.
     """
     inputs = {}
     for name in STAGES[stage].reads.data:
@@ -64,13 +62,9 @@ def declared_inputs(recipe: Recipe, stage: str, run: RunFolder) -> dict[str, str
 
 
 def changes(record: dict[str, Any], recipe: Recipe, stage: str, run: RunFolder, now: dict[str, str]) -> list[str]:
-    """Return the names of the inputs that have changed since the stage recorded them.
+    """Return the names of the inputs that have changed between the stage's `record` and `declared_inputs` now.
 
     An input that is gone does not count as changed: the stage's result is still valid without it.
-
-    Args:
-        record: stage.json of the earlier run.
-        now: result of `declared_inputs`.
     """
     found = [] if record.get("fingerprint") == fingerprint(recipe, stage) else ["the recipe"]
     before: dict[str, str] = record.get("inputs", {})
@@ -84,12 +78,8 @@ def changes(record: dict[str, Any], recipe: Recipe, stage: str, run: RunFolder, 
 
 def lost_outputs(run: RunFolder, stage: str, record: dict[str, Any]) -> list[str]:
     """Return the names of a finished stage's outputs that are gone or have another size."""
-    folder = run.stage_dir(stage)
-    return [
-        key
-        for key, size in record.get("outputs", {}).items()
-        if not (folder / key).exists() or size_of(folder / key) != size
-    ]
+    folder, outputs = run.stage_dir(stage), record.get("outputs", {})
+    return [key for key, n in outputs.items() if not (folder / key).exists() or size_of(folder / key) != n]
 
 
 def is_up_to_date(recipe: Recipe, run: RunFolder, stage: str) -> bool:
@@ -126,17 +116,11 @@ def check_accepted(keys: Sequence[str]) -> None:
 
 
 def check_recipe(recipe: Recipe, run: RunFolder, redo: str | None, accept: Sequence[str] = ()) -> None:
-    """Compare the recipe with the run's recipe.yaml, and write it there.
+    """Compare the recipe with the run's recipe.yaml, and write it there; raise UserError for a change not allowed.
 
-    Fields may change if no stage depends on them that is finished or has checkpoints.
-
-    Args:
-        redo: a stage that is done from scratch: only the stages before it count then. (The other variant of PPO is not
-            before it: its own fingerprint has it done again.)
-        accept: fields that may have changed nevertheless; the stages that depend on them record it in stage.json.
-
-    Raises:
-        UserError: for a change that is not allowed.
+    Fields may change if no stage depends on them that is finished or has checkpoints. With `redo`, a stage that is done
+    from scratch, only the stages before it count. (The other variant of PPO is not before it: its own fingerprint has
+    it done again.) Fields in `accept` may change nevertheless; stages that depend on them record it in stage.json.
     """
     check_accepted(accept)
     path = run.path / "recipe.yaml"
@@ -153,9 +137,8 @@ def check_recipe(recipe: Recipe, run: RunFolder, redo: str | None, accept: Seque
                 wanted.append(key)
                 lines.append(f"  {key}: {old} -> {new} ({_verdict(stages, fixed)})")
         if lines:
-            fix = (
-                f"give the changed run another name (run.name=...), or redo it with `rlhf run ... --from {affected[0]}`"
-            )
+            redone = f"redo it with `rlhf run ... --from {affected[0]}`"
+            fix = f"give the changed run another name (run.name=...), or {redone}"
             if not refused:
                 fix += ", or keep what is done with " + " ".join(f"--accept-change {key}" for key in wanted)
             raise UserError(

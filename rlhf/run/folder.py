@@ -45,11 +45,7 @@ class RunFolder:
         return self.path / stage / "model"
 
     def read_stage(self, stage: str) -> dict[str, Any] | None:
-        """Return the content of stage.json, None if the stage has never run.
-
-        Raises:
-            UserError: if the file cannot be read as JSON.
-        """
+        """Return the content of stage.json, None if the stage has never run; raise UserError if it is not JSON."""
         path = self.stage_dir(stage) / "stage.json"
         if not path.exists():
             return None
@@ -73,16 +69,12 @@ class RunFolder:
     def require(self, stage: str, what: str) -> Path:
         """Return the path <stage>/<what> of a finished stage, or of a folder made by hand, without stage.json.
 
-        Raises:
-            UserError: if the stage has not run or not finished: its files may be half written.
+        Raises UserError if the stage has not run or not finished: its files may be half written.
         """
         path, record = self.stage_dir(stage) / what, self.read_stage(stage)
         if record is not None and record.get("state") != "done":
-            raise UserError(
-                f"the {stage} stage has not finished (state: {record.get('state')})",
-                str(path),
-                f"run the {stage} stage again: it continues where it stopped",
-            )
+            what = f"the {stage} stage has not finished (state: {record.get('state')})"
+            raise UserError(what, str(path), f"run the {stage} stage again: it continues where it stopped")
         if not path.exists():
             raise UserError(f"there is no {stage}/{what} in this run", str(path), f"run the {stage} stage first")
         return path
@@ -119,10 +111,7 @@ class RunFolder:
         """Be the only writer of the run inside the block; the lock of a dead process of this machine is taken over.
 
         The system releases the file lock when its holder dies in any way. The process id in the file is checked as
-        well, for file systems without locks.
-
-        Raises:
-            UserError: if a live process, or a process of another machine, holds the lock.
+        well, for file systems without locks. Raises UserError if a live process, or another machine's, has the lock.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / "lock"
@@ -158,11 +147,8 @@ def _locked(path: Path) -> Iterator[Any]:
             owner = read_owner(file.read())
             if held or (owner and is_alive(owner)):
                 whose = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
-                raise UserError(
-                    f"the run is in use by {whose}",
-                    str(path),
-                    "wait for it or stop it, or take another run.name; delete the lock file if that process is gone",
-                )
+                fix = "wait for it or stop it, or take another run.name; delete the lock file if that process is gone"
+                raise UserError(f"the run is in use by {whose}", str(path), fix)
             yield file
             return
 
@@ -189,10 +175,9 @@ def is_alive(owner: dict[str, Any]) -> bool:
     if owner["host"] != socket.gethostname():
         return True
     try:
+        runs = psutil.Process(owner["pid"]).status() != psutil.STATUS_ZOMBIE
         # Process ids are used again: the same id with another start time is another process.
-        return psutil.Process(owner["pid"]).status() != psutil.STATUS_ZOMBIE and (
-            abs(_started(owner["pid"]) - owner["started"]) < 2
-        )
+        return runs and abs(_started(owner["pid"]) - owner["started"]) < 2
     except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         return False
 

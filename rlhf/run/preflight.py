@@ -14,11 +14,7 @@ from rlhf.stage_table import STAGES
 
 
 def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
-    """Check the rules between fields for the given stages (default: run.stages).
-
-    Raises:
-        UserError: for the first rule that is broken.
-    """
+    """Check the rules between fields for the given stages (default: run.stages); raise UserError if one is broken."""
     stages = list(recipe.run.stages if stages is None else stages)
     _check_order(stages)
     if recipe.launch.deepspeed_config and not Path(recipe.launch.deepspeed_config).expanduser().is_file():
@@ -111,10 +107,8 @@ def _ppo_rows(recipe: Recipe, variants: list[str]) -> list[tuple[str, str]]:
     ]
     if "ppo-ptx" in variants:
         ptx = f"{plan.ptx_rows_per_minibatch} pretraining rows of {cfg.ptx_tokens} tokens per step"
-        how = (
-            f"{cfg.ptx_examples_per_episode:g} x {cfg.minibatch_size}, {_count(plan.ptx_micro_batches, 'micro-batch')}"
-        )
-        rows.append(("ppo-ptx", f"{ptx} = {how}"))
+        how = f"{cfg.ptx_examples_per_episode:g} x {cfg.minibatch_size}"
+        rows.append(("ppo-ptx", f"{ptx} = {how}, {_count(plan.ptx_micro_batches, 'micro-batch')}"))
     return rows
 
 
@@ -125,15 +119,11 @@ def _check_launch(recipe: Recipe) -> None:
     elif launch.node_rank >= 0:
         raise UserError("launch.node_rank is an index into a hostfile", "launch.hostfile", "give the hostfile")
     if launch.node_rank >= machines:
-        raise UserError(
-            f"launch.node_rank {launch.node_rank} is none of the {machines} machines in the hostfile",
-            "launch.node_rank",
-            f"the first is 0, the last {machines - 1}",
-        )
+        what = f"launch.node_rank {launch.node_rank} is none of the {machines} machines in the hostfile"
+        raise UserError(what, "launch.node_rank", f"the first is 0, the last {machines - 1}")
     if launch.offload and not launch.deepspeed_config and launch.zero_stage < 2:
-        raise UserError(
-            f"ZeRO {launch.zero_stage} has no template with offload", "launch.offload", "set launch.zero_stage=2 or 3"
-        )
+        what = f"ZeRO {launch.zero_stage} has no template with offload"
+        raise UserError(what, "launch.offload", "set launch.zero_stage=2 or 3")
 
 
 def _check_order(stages: list[str]) -> None:
@@ -155,9 +145,8 @@ def _check_rank(recipe: Recipe) -> None:
     if cfg.labeler == "judge":
         check_judge(recipe.judge)
     if cfg.labeler == "reward_model" and not cfg.reward_model:
-        raise UserError(
-            "rank.labeler is reward_model, and no model is given", "rank.reward_model", "give a folder or a Hub name"
-        )
+        what = "rank.labeler is reward_model, and no model is given"
+        raise UserError(what, "rank.reward_model", "give a folder or a Hub name")
 
 
 def _check_ppo(recipe: Recipe, with_ptx: bool) -> None:
@@ -165,30 +154,24 @@ def _check_ppo(recipe: Recipe, with_ptx: bool) -> None:
     plan = plan_ppo(recipe)
     _need_data(recipe, "prompts", "PPO samples from it")
     if cfg.kl_control == "adaptive" and cfg.kl_coef == 0:
-        raise UserError(
-            "adaptive control multiplies ppo.kl_coef, and 0 stays 0", "ppo.kl_coef", "give an initial value, as 0.02"
-        )
+        what = "adaptive control multiplies ppo.kl_coef, and 0 stays 0"
+        raise UserError(what, "ppo.kl_coef", "give an initial value, as 0.02")
     if not with_ptx:
         return
     if cfg.ptx_coef == 0:
-        raise UserError(
-            "ppo-ptx needs ppo.ptx_coef above 0", "ppo.ptx_coef and run.stages", "set it, or run ppo instead"
-        )
+        where = "ppo.ptx_coef and run.stages"
+        raise UserError("ppo-ptx needs ppo.ptx_coef above 0", where, "set it, or run ppo instead")
     if plan.ptx_rows_per_minibatch == 0:
-        raise UserError(
-            "ppo-ptx needs ppo.ptx_examples_per_episode above 0", "ppo.ptx_examples_per_episode", "set it (paper: 8)"
-        )
+        where = "ppo.ptx_examples_per_episode"
+        raise UserError(f"ppo-ptx needs {where} above 0", where, "set it (paper: 8)")
     _need_data(recipe, "pretraining", "ppo-ptx trains on it")
 
 
 def _check_vllm(recipe: Recipe) -> None:
     url = recipe.launch.vllm_url
     if not url:
-        raise UserError(
-            "ppo.rollout is vllm, and no server is named",
-            "launch.vllm_url",
-            "start a server in an environment that has vllm and give its URL, or ppo.rollout=native",
-        )
+        fix = "start a server in an environment that has vllm and give its URL, or ppo.rollout=native"
+        raise UserError("ppo.rollout is vllm, and no server is named", "launch.vllm_url", fix)
     if not url.startswith(("http://", "https://")):
         raise UserError(f"{url} is no URL of a server", "launch.vllm_url", "give it as http://HOST:PORT")
 

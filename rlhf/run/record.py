@@ -38,15 +38,10 @@ NOT_OUTPUTS = ("stage.json", "metrics.jsonl", "wandb_id.txt", "tables", "checkpo
 
 
 def begin(recipe: Recipe, run: RunFolder, name: str, fresh: bool, accept: Sequence[str]) -> dict[str, Any] | None:
-    """Check the recipe against the run and write the stage.json of a new attempt.
+    """Check the recipe against the run; write the stage.json of a new attempt and return its content.
 
-    A result that no longer matches recipe and inputs is set aside first, and so is any result with `fresh`.
-
-    Returns:
-        The content of stage.json, or None if the stage is finished and unchanged.
-
-    Raises:
-        UserError: if the recipe has changed under what the run has done; see `check_recipe`.
+    Returns None if the stage is finished and unchanged. A result that no longer matches recipe and inputs is set aside
+    first, and so is any result with `fresh`. Raises UserError as `check_recipe` does.
     """
     check_recipe(recipe, run, name if fresh else None, accept)
     before = None if fresh else run.read_stage(name)
@@ -83,11 +78,7 @@ def begin(recipe: Recipe, run: RunFolder, name: str, fresh: bool, accept: Sequen
 
 
 class StageRecord:
-    """stage.json of the running attempt: every process keeps it, the first one writes it.
-
-    Args:
-        values: what `begin` returned.
-    """
+    """stage.json of the running attempt, with `values` of `begin`: every process keeps it, the first one writes it."""
 
     def __init__(self, run: RunFolder, name: str, values: dict[str, Any]) -> None:
         self.run, self.name, self.values = run, name, values
@@ -97,12 +88,12 @@ class StageRecord:
 
     @property
     def folder(self) -> Path:
-        """runs/<run>/<stage>."""
+        """Return runs/<run>/<stage>."""
         return self.run.stage_dir(self.name)
 
     @property
     def state(self) -> str:
-        """running, done, stopped or failed."""
+        """Return running, done, stopped or failed."""
         return self.values["state"]
 
     def finish(self, metrics: Mapping[str, Any], stop_requested: bool) -> None:

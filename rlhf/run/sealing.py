@@ -37,13 +37,10 @@ class Sealed:
 
 
 def write_aside(final_dir: Path, write: Callable[[Path], object], barrier: Callable[[], None] | None = None) -> Path:
-    """Have `write(folder)` fill a new folder beside `final_dir`, and return it for `seal`.
+    """Have `write(folder)` fill a new folder beside `final_dir`, .../checkpoints/step-NNNNNN, and return it for `seal`.
 
-    Args:
-        final_dir: `.../checkpoints/step-NNNNNN`.
-        write: writes files into the given folder.
-        barrier: waits for all processes. With it, all processes must call this, and each writes files of its own names
-            into the same folder. Without it, the calling process alone writes.
+    With `barrier`, which waits for all processes, all must call this, and each writes files of its own names into the
+    same folder. Without it, the calling process alone writes.
     """
     staged = final_dir.with_name(f"{TEMPORARY}{final_dir.name}")
     wait = barrier or (lambda: None)
@@ -65,10 +62,8 @@ def write_aside(final_dir: Path, write: Callable[[Path], object], barrier: Calla
 def seal(staged: Path, final_dir: Path, identity: str = "") -> Sealed:
     """Flush every file of `staged`, write its manifest last and rename it to `final_dir`.
 
-    A damaged checkpoint of that name is replaced, and one of another run is moved aside.
-
-    Raises:
-        ValueError: if there is nothing to seal, or the two are not in one folder (the rename must be a single step).
+    A damaged checkpoint of that name is replaced, and one of another run is moved aside. Raises ValueError if there is
+    nothing to seal, or the two are not in one folder (the rename must be a single step).
     """
     begin = time.perf_counter()
     if staged.parent.resolve() != final_dir.parent.resolve():
@@ -79,9 +74,8 @@ def seal(staged: Path, final_dir: Path, identity: str = "") -> Sealed:
     for file in files:
         fsync(file)
     hashing = time.perf_counter()
-    entries = {
-        file.relative_to(staged).as_posix(): {"bytes": file.stat().st_size, "sha256": hash_path(file)} for file in files
-    }
+    names = [file.relative_to(staged).as_posix() for file in files]
+    entries = {n: {"bytes": p.stat().st_size, "sha256": hash_path(p)} for n, p in zip(names, files, strict=True)}
     hash_seconds = time.perf_counter() - hashing
     manifest = staged / MANIFEST
     manifest.write_text(json.dumps({"of": identity, "files": entries}, indent=1) + "\n", encoding="utf-8")
@@ -102,10 +96,7 @@ def seal(staged: Path, final_dir: Path, identity: str = "") -> Sealed:
 def verify(folder: Path, contents: bool = True, identity: str = "") -> list[str]:
     """Return the problems of a sealed folder, empty if it is sound; files that its manifest does not name are ignored.
 
-    Args:
-        folder: a checkpoint.
-        contents: compare hashes as well as sizes.
-        identity: hash that it must carry; empty: any.
+    With `contents` hashes are compared as well as sizes. It must carry the hash `identity`; empty: any.
     """
     manifest = folder / MANIFEST
     try:
@@ -138,11 +129,9 @@ def verify(folder: Path, contents: bool = True, identity: str = "") -> list[str]
 
 
 def newest_sealed(checkpoints: Path, identity: str = "") -> Path | None:
-    """Return the newest sound checkpoint, None if there is none; others are skipped with a warning that says why.
+    """Return the newest sound checkpoint that carries the hash `identity` (empty: any), None if there is none.
 
-    Args:
-        checkpoints: the folder that contains them.
-        identity: hash that they must carry; empty: any.
+    Others are skipped with a warning that says why.
     """
     for folder in reversed(list_checkpoints(checkpoints)):
         problems = verify(folder, identity=identity)
@@ -157,10 +146,7 @@ def keep_last(checkpoints: Path, n: int, identity: str = "") -> None:
     """Remove checkpoints older than the newest n sound ones (by size), and the leftovers of interrupted writes.
 
     Damaged ones among the newest stay and do not count; those of another run are never touched. Only the first process
-    does anything.
-
-    Raises:
-        ValueError: if n is below 1.
+    does anything. Raises ValueError if n is below 1.
     """
     if n < 1:
         raise ValueError(f"cannot keep {n} checkpoints")

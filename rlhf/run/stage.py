@@ -69,28 +69,24 @@ class StageContext:
 
     @property
     def dir(self) -> Path:
-        """runs/<run>/<stage>."""
+        """Return runs/<run>/<stage>."""
         return self.record.folder
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Hashes, by path, of what the work has passed to `use`."""
+        """Return the hashes, by path, of what the work has passed to `use`."""
         return self.record.used
 
     @property
     def stop_requested(self) -> bool:
-        """True if the work should seal a checkpoint and return {}; asked between steps.
+        """Return whether the work should seal a checkpoint and return {}; asked between steps.
 
         In a distributed run all processes must ask at the same places, and all get the same answer.
         """
         return bool(self.signals.agreed())
 
     def use(self, path: Path) -> Path:
-        """Record the hash of a file or folder that the result depends on, and return the path.
-
-        Raises:
-            UserError: if it does not exist.
-        """
+        """Record the hash of a path that the result depends on, and return it; raise UserError if it does not exist."""
         key = self.run.key(path)
         if key not in self.inputs:
             if not Path(path).exists():
@@ -103,15 +99,9 @@ class StageContext:
 def parse_stage_args(argv: Sequence[str] | None, program: str) -> tuple[str, list[str], dict[str, Any]]:
     """Read `RECIPE [section.field=value ...] [--fresh] [--accept-change KEY]`, and `[--variant ppo|ppo-ptx]` for PPO.
 
-    Args:
-        argv: arguments without the name of the program, None for those of this process.
-        program: path of the program, such as `stages/ppo.py`.
-
-    Returns:
-        Recipe name or path, overrides, options {"fresh": bool, "accept_change": list, "variant": str or None}.
-
-    Raises:
-        SystemExit: after argparse has printed the help (0) or a usage error (2).
+    `argv` is without the program, which is a path such as `stages/ppo.py`; None: this process's arguments. Returns
+    recipe name or path, overrides, options {"fresh": bool, "accept_change": list, "variant": str or None}. Raises
+    SystemExit after argparse has printed the help (0) or a usage error (2).
     """
     stage = Path(program).stem
     parser = argparse.ArgumentParser(
@@ -122,17 +112,11 @@ def parse_stage_args(argv: Sequence[str] | None, program: str) -> tuple[str, lis
     )
     parser.add_argument("recipe", help="name from `rlhf recipes`, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="set fields, as sft.lr=1e-5")
-    parser.add_argument(
-        "--local_rank", type=int, help="given by the deepspeed launcher; ignored, since LOCAL_RANK says the same"
-    )
+    told = "given by the deepspeed launcher; ignored, since LOCAL_RANK says the same"
+    parser.add_argument("--local_rank", type=int, help=told)
     parser.add_argument("--fresh", action="store_true", help="redo from scratch; the earlier result moves to STAGE.old")
-    parser.add_argument(
-        "--accept-change",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="keep the result although this field of the recipe has changed",
-    )
+    kept = "keep the result although this field of the recipe has changed"
+    parser.add_argument("--accept-change", action="append", default=[], metavar="KEY", help=kept)
     if stage == "ppo":
         parser.add_argument("--variant", choices=PPO_VARIANTS, help="default: ppo-ptx where ppo.ptx_coef > 0")
     found = vars(parser.parse_intermixed_args(argv))
@@ -157,14 +141,10 @@ Work = Callable[[StageContext], dict[str, Any] | None]
 
 
 def run_stage(name: str, work: Work, argv: Sequence[str] | None = None) -> int:
-    """Run a stage from the command line and return the exit code of its program.
+    """Run a stage from the command line (see `parse_stage_args`) and return the exit code of its program.
 
-    Args:
-        name: sft, rank, reward, ppo-ptx, ppo or evaluate.
-        work: does the stage and returns its headline metrics, {} if it ended early because of `stop_requested`.
-        argv: see `parse_stage_args`.
-
-    Every exception except UserError is recorded in stage.json and passes through.
+    `work` does the stage and returns its headline metrics, {} if it ended early because of `stop_requested`. Every
+    exception except UserError is recorded in stage.json and passes through.
     """
     return exit_code(lambda: _run_stage(name, work, argv))
 

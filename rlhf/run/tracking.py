@@ -30,13 +30,9 @@ INIT_SECONDS, FINISH_SECONDS = 30, 60  # limits, because a server that does not 
 class Tracker:
     """The log of a stage's metrics and tables; processes other than the first log nothing.
 
-    Args:
-        stage_dir: runs/<run>/<stage>; wandb's files go to runs/<run>/wandb.
-        run_name: the wandb group.
-        stage: the wandb job type.
-        tracking: wandb=auto follows WANDB_MODE if set, else is online with a key (WANDB_API_KEY, netrc), else offline.
-        config: the resolved recipe, shown by wandb.
-        axis: what `step_value` counts.
+    wandb's files go to runs/<run>/wandb. `run_name` is its group, `stage` its job type, and it shows `config`, the
+    resolved recipe. wandb=auto follows WANDB_MODE if set, else is online with a key (WANDB_API_KEY, netrc), else
+    offline. `axis` is what `step_value` counts.
     """
 
     def __init__(
@@ -83,9 +79,7 @@ class Tracker:
     def truncate_after(self, step_value: int, again: Collection[str] = ()) -> None:
         """Drop the rows beyond `step_value` from the files: a resumed stage logs them again.
 
-        Args:
-            again: metrics and tables whose rows at `step_value` itself are dropped too, because they are logged after
-                the checkpoint.
+        Of the metrics and tables in `again`, logged after the checkpoint, rows at `step_value` itself are dropped too.
         """
         if not self._active:
             return
@@ -196,10 +190,8 @@ def _has_key() -> bool:
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     if not path.is_file():
         return False
-    found = _warn_on_error(
-        f"{path} cannot be read, so wandb stays offline", lambda: netrc.netrc(str(path)).authenticators(host)
-    )
-    return bool(found)
+    what = f"{path} cannot be read, so wandb stays offline"
+    return bool(_warn_on_error(what, lambda: netrc.netrc(str(path)).authenticators(host)))
 
 
 def _start_wandb(
@@ -214,17 +206,13 @@ def _start_wandb(
     options = {"project": tracking.project, "entity": tracking.entity or None, "group": run_name, "job_type": stage}
     options |= {"name": f"{run_name}-{stage}", "config": dict(config)}
     if mode == "online":
-        run = _warn_on_error(
-            "wandb cannot be reached, so this stage is tracked offline",
-            lambda: _init_wandb(stage_dir, axis, options | {"mode": "online"}),
-        )
+        what = "wandb cannot be reached, so this stage is tracked offline"
+        run = _warn_on_error(what, lambda: _init_wandb(stage_dir, axis, options | {"mode": "online"}))
         if run is not None:
             return run
         _warn_on_error("wandb's service did not end", _end_service)
-    return _warn_on_error(
-        "wandb does not work here, metrics go to metrics.jsonl alone",
-        lambda: _init_wandb(stage_dir, axis, options | {"mode": "offline"}),
-    )
+    what = "wandb does not work here, metrics go to metrics.jsonl alone"
+    return _warn_on_error(what, lambda: _init_wandb(stage_dir, axis, options | {"mode": "offline"}))
 
 
 def _init_wandb(stage_dir: Path, axis: str, options: Mapping[str, Any]) -> Any:
@@ -237,17 +225,11 @@ def _init_wandb(stage_dir: Path, axis: str, options: Mapping[str, Any]) -> Any:
         raise PermissionError(f"cannot write to {folder}")
     if not id_file.exists():
         write_atomic(id_file, uuid.uuid4().hex[:12] + "\n")
-    settings = wandb.Settings(
-        silent=True,
-        console="off",
-        save_code=False,
-        init_timeout=INIT_SECONDS,
-        login_timeout=INIT_SECONDS,  # on a terminal wandb asks for a key
-        finish_timeout=FINISH_SECONDS,
-    )
-    run = wandb.init(
-        **options, id=id_file.read_text().strip(), resume="allow", dir=str(folder.parent), settings=settings
-    )
+    # A limit for the login as well: on a terminal wandb asks for a key.
+    limits = {"init_timeout": INIT_SECONDS, "login_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS}
+    settings = wandb.Settings(silent=True, console="off", save_code=False, **limits)
+    run_id = id_file.read_text().strip()
+    run = wandb.init(**options, id=run_id, resume="allow", dir=str(folder.parent), settings=settings)
     run.define_metric(axis)
     run.define_metric("*", step_metric=axis)
     return run

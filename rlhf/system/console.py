@@ -68,10 +68,7 @@ def number(value: Any) -> str:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a table with its cells as they are (no markup) and columns of numbers aligned to the right.
-
-    The table has no header if all column names are empty.
-    """
+    """Print a table, cells as they are (no markup), numbers to the right; no header if all column names are empty."""
     rows = [list(row) for row in rows]
     view = Table(title=Text(title), title_justify="left", show_header=any(columns))
     for i, column in enumerate(columns):
@@ -85,16 +82,12 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> 
 class Progress:
     """Progress of a loop, as a context manager; `advance(n)` reports that n more units are done.
 
-    Args:
-        description: what the loop does.
-        total: number of units in all, None if it is unknown.
-        unit: what is counted, in the plural.
-        initial: units that a run did before it was resumed; they do not count for the rate.
+    `unit` is a plural; `total` is None if unknown. The `initial` units, which a run did before it was resumed, do not
+    count for the rate.
     """
 
     def __init__(self, description: str, total: int | None = None, unit: str = "it", initial: int = 0) -> None:
-        self.description, self.total, self.unit, self.done = description, total, unit, initial
-        self._initial = initial
+        self.description, self.total, self.unit, self.done, self._initial = description, total, unit, initial, initial
         self._task: bars.TaskID | None = None
         self._first: tuple[float, int] | None = None  # time and count at the first advance
 

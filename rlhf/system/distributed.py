@@ -44,12 +44,8 @@ def local_rank() -> int:
 def process_group(device: torch.device, timeout_s: int) -> Iterator[None]:
     """Join the processes that a launcher started in one group for the block; do nothing for a single process.
 
-    Args:
-        timeout_s: seconds to wait for the others, here and in collectives. Collectives wait a little longer, so that
-            the watchdog reports first.
-
-    Raises:
-        UserError: if the processes do not find each other in time.
+    `timeout_s` is how long to wait for the others, here and in collectives, which wait a little longer, so that the
+    watchdog reports first. Raises UserError if the processes do not find each other in time.
     """
     world_size = launcher_world_size() or 1
     if world_size == 1 or dist.is_initialized():
@@ -63,11 +59,10 @@ def process_group(device: torch.device, timeout_s: int) -> Iterator[None]:
     try:
         dist.init_process_group(**backend, timeout=timedelta(seconds=timeout_s + margin))
     except dist.DistError as error:
-        raise UserError(
-            f"the {world_size} processes did not find each other within {timeout_s} s: {str(error).splitlines()[0]}",
-            f"{os.environ.get('MASTER_ADDR')} port {os.environ.get('MASTER_PORT')}",
-            "start the stage on every machine, and check that all of them can reach this address and port",
-        ) from None
+        what = f"the {world_size} processes did not find each other within {timeout_s} s: {str(error).splitlines()[0]}"
+        where = f"{os.environ.get('MASTER_ADDR')} port {os.environ.get('MASTER_PORT')}"
+        fix = "start the stage on every machine, and check that all of them can reach this address and port"
+        raise UserError(what, where, fix) from None
     yield
     dist.barrier()  # the launcher ends all processes as soon as one exits with a code other than 0
     # This is not reached after an error: the others may hang in a collective then, and the launcher ends them.
@@ -77,8 +72,7 @@ def process_group(device: torch.device, timeout_s: int) -> Iterator[None]:
 def broadcast_from_main(make: Callable[[], T]) -> T:
     """Call `make` on the first process and return its result on all of them.
 
-    Raises:
-        SystemExit: (2) on the other processes if `make` raises on the first one, where its own error passes through.
+    If `make` raises, its error passes through on the first process, and the others raise SystemExit(2).
     """
     answer: list = [None, False]
     failure: BaseException | None = None
@@ -107,7 +101,7 @@ def is_main_process() -> bool:
 
 
 def processes() -> int:
-    """How many processes work together, 1 without a group."""
+    """Return how many processes work together, 1 without a group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -171,10 +165,8 @@ def sum_over_processes(values: Sequence[float]) -> list[float]:
 def pick_device(recipe: Recipe) -> torch.device:
     """Return the device of this process: run.device, where `auto` takes the GPU of its local rank if there is one.
 
-    Apple's GPUs are not used, because they have no float64, which sampling needs.
-
-    Raises:
-        UserError: for run.device=cuda without a CUDA device.
+    Apple's GPUs are not used, because they have no float64, which sampling needs. Raises UserError for run.device=cuda
+    without a CUDA device.
     """
     if recipe.run.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device", "run.device", "set run.device=cpu, or check the driver and PyTorch")

@@ -28,8 +28,7 @@ def publish(partial: Path, final: Path) -> None:
 def hash_path(path: str | Path) -> str:
     """Return the SHA-256 (hex) of a file's content, or of the names and contents of all files below a folder.
 
-    Raises:
-        FileNotFoundError: if the path does not exist.
+    Raises FileNotFoundError if the path does not exist.
     """
     path = Path(path)
     if path.is_file():
@@ -50,11 +49,7 @@ def size_of(path: str | Path) -> int:
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a stage's JSON file, None if there is no file.
-
-    Raises:
-        UserError: for a file that is not JSON.
-    """
+    """Return the content of a stage's JSON file, None if there is none; raise UserError for a file that is not JSON."""
     if not path.exists():
         return None
     try:
@@ -64,12 +59,9 @@ def read_json(path: Path) -> Any:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a stage's JSONL file, [] if there is no file.
+    """Return the rows of a stage's JSONL file, [] if there is no file; raise UserError for a line that is not JSON.
 
     A last line without a newline is left out: it is being written, or was cut off when the run was killed.
-
-    Raises:
-        UserError: for a line that is not JSON.
     """
     if not path.exists():
         return []
@@ -105,39 +97,20 @@ def fsync(path: Path) -> None:
 
 
 def require_writable(path: str | Path) -> None:
-    """Check that files can be written below a folder, which need not exist yet.
-
-    Raises:
-        UserError: if the folder is read-only or belongs to another user.
-    """
+    """Raise UserError if files cannot be written below a folder, which need not exist yet."""
     folder = _nearest_existing(path)
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(
-            "the folder cannot be written to",
-            str(folder),
-            "it is read-only or belongs to another user: change that, or choose another place with run.dir=FOLDER",
-        )
+        fix = "it is read-only or belongs to another user: change that, or choose another place with run.dir=FOLDER"
+        raise UserError("the folder cannot be written to", str(folder), fix)
 
 
 def require_disk(path: str | Path, need: int, what: str) -> None:
-    """Check that the disk has room for `need` bytes.
-
-    Args:
-        path: where they will be written; it need not exist yet.
-        need: bytes.
-        what: what they are for, as in "a checkpoint".
-
-    Raises:
-        UserError: if fewer bytes are free.
-    """
+    """Raise UserError if the disk of `path`, which need not exist yet, lacks `need` bytes for `what`."""
     folder = _nearest_existing(path)
     free = shutil.disk_usage(folder).free
     if need > free:
-        raise UserError(
-            f"{what} needs about {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
-            str(folder),
-            "free some space, or choose another place with run.dir=FOLDER",
-        )
+        wrong = f"{what} needs about {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
+        raise UserError(wrong, str(folder), "free some space, or choose another place with run.dir=FOLDER")
 
 
 def _nearest_existing(path: str | Path) -> Path:

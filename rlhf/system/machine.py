@@ -42,10 +42,8 @@ def recent_peak_gb(device: torch.device) -> float:
 def reset_peak(device: torch.device, forget: bool = False) -> bool:
     """Reset the counter of `recent_peak_gb`; return False if the system cannot (then the peak covers the whole run).
 
-    On Linux this resets the kernel's own counter, so ru_maxrss also starts again.
-
-    Args:
-        forget: leave the peak since the last reset out of `peak_memory_gb`.
+    On Linux this resets the kernel's own counter, so ru_maxrss also starts again. With `forget` the peak since the last
+    reset is left out of `peak_memory_gb`.
     """
     if not forget:
         _highest[device.type] = peak_memory_gb(device)

@@ -29,9 +29,6 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Return the memory that is free now to the system, once, before a phase that needs other memory.
-
-    Without glibc this does nothing.
-    """
+    """Return the memory that is free now to the system, before a phase that needs other memory; glibc alone does it."""
     if has_glibc():
         ctypes.CDLL(None).malloc_trim(0)

@@ -57,9 +57,8 @@ def count_batch(tokens: int, slots: int) -> None:
 class PhaseTimer:
     """Announces and measures the phases of a loop: `with phases("score", step): ...`. A phase may come several times.
 
-    Args:
-        device: its memory is measured, and its queued work belongs to the phase that queued it.
-        names: phases that every result of `collect` has, also if they took no time.
+    The memory of `device` is measured, and its queued work belongs to the phase that queued it. Every result of
+    `collect` has the phases in `names`, also if they took no time.
     """
 
     def __init__(self, device: torch.device, names: tuple[str, ...] = ()) -> None:
@@ -69,10 +68,7 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, name: str, step: int | None = None) -> Iterator[None]:
-        """Announce a phase (rlhf/system/phases.py), and add the time and memory of the block to it.
-
-        Phases do not nest.
-        """
+        """Announce a phase (rlhf/system/phases.py; phases do not nest), and add time and memory of the block to it."""
         phase(name, step)
         if self._since is None:
             self._since = time.perf_counter()
@@ -94,9 +90,8 @@ class PhaseTimer:
     def collect(self) -> PhaseMeasurements:
         """Return the measurements since the last call, and begin new ones."""
         done, now = self._measured, time.perf_counter()
-        done.seconds["other"] = max(
-            0.0, now - (now if self._since is None else self._since) - sum(done.seconds.values())
-        )
+        since = now if self._since is None else self._since
+        done.seconds["other"] = max(0.0, now - since - sum(done.seconds.values()))
         self._begin()
         return done
 

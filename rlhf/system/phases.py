@@ -1,7 +1,4 @@
-"""The phase that this process is in, for the log and for the watchdog (rlhf/system/watchdog.py).
-
-rlhf/system/phase_timer.py also measures the phases of PPO.
-"""
+"""The phase that this process is in, for the log and for rlhf/system/watchdog.py; phase_timer.py measures PPO's."""
 
 from __future__ import annotations
 

@@ -71,14 +71,9 @@ class RankLog:
 
 @contextmanager
 def own_log(folder: Path, processes: int) -> Iterator[None]:
-    """Write what this process prints inside the block to its log file, and report an error that leaves the block.
+    """Write what this process prints inside the block to its log file in `folder`; report an error that leaves it.
 
-    Args:
-        folder: logs/ of the stage.
-        processes: number of processes; with one, the block runs without a log.
-
-    Raises:
-        SystemExit: (2) in place of a UserError, (1) in place of other exceptions, after the report.
+    A single process has no log. After the report SystemExit is raised: (2) in place of a UserError, (1) of others.
     """
     global _open
     if processes == 1:

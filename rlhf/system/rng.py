@@ -1,7 +1,4 @@
-"""State of the random generators of this process: those of Python, numpy, torch and the GPU.
-
-rng-<process>.pt    in a checkpoint, one for every process
-"""
+"""State of this process's random generators, of Python, numpy, torch and the GPU: rng-<process>.pt in a checkpoint."""
 
 from __future__ import annotations
 

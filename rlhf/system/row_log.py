@@ -16,12 +16,8 @@ from rlhf.system.distributed import is_main_process
 def complete_rows(path: Path, fields: Collection[str], lost: str) -> list[dict[str, Any]]:
     """Return the rows of a log, [] if there is no file; report a last line that a kill cut off, and remove it.
 
-    Args:
-        fields: fields that every row has, by which a file of other rows is recognised.
-        lost: what happens to the work of a line that was cut off, in words.
-
-    Raises:
-        UserError: for a file that `append_rows` did not write, which is left as it is.
+    Every row has `fields`, by which a file of other rows is recognised: it is left as it is, and UserError raised.
+    `lost` says in words what happens to the work of a line that was cut off.
     """
     *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
     rows = [_row(line, path, number, fields) for number, line in enumerate(lines, 1)]
@@ -45,11 +41,8 @@ def _row(line: bytes, path: Path, number: int, fields: Collection[str]) -> dict[
 
 
 def _foreign_line(path: Path, number: int) -> UserError:
-    return UserError(
-        "this line was not written by this work, and nothing is added to a file of another kind",
-        f"{path}, line {number}",
-        "name another file, or move this one away",
-    )
+    what = "this line was not written by this work, and nothing is added to a file of another kind"
+    return UserError(what, f"{path}, line {number}", "name another file, or move this one away")
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

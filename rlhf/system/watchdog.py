@@ -47,13 +47,9 @@ class Peer:
 
 
 class Watchdog:
-    """The thread that writes this process's report and reads those of the others.
+    """The thread that writes this process's report to `folder`, logs/ of the stage, and `reads` those of the others.
 
-    Args:
-        folder: logs/ of the stage.
-        processes: number of processes.
-        timeout: the stage ends after so many seconds without a sign of life of one process, or without progress of all.
-        reads: whether this process reads the reports of the others.
+    The stage ends after `timeout` seconds without a sign of life of one process, or without progress of all.
     """
 
     def __init__(self, folder: Path, stage: str, rank: int, processes: int, timeout: float, reads: bool) -> None:

@@ -72,11 +72,8 @@ def drop_too_long_for_any(
         else:
             drops.add(f"prompt with a question over judge.max_tokens by template {too_long.template.name}")
     if not kept:
-        raise UserError(
-            "no pair that people ordered is short enough for every template",
-            "the files of rankings",
-            "give others, or raise judge.max_tokens",
-        )
+        what = "no pair that people ordered is short enough for every template"
+        raise UserError(what, "the files of rankings", "give others, or raise judge.max_tokens")
     return kept
 
 
@@ -97,11 +94,8 @@ def measure_judge(
     seconds, asked = time.perf_counter() - begin, judge.asked - before
     answered = [item for item in items if judge.all_answered(judge.both_order_questions(item.triples))]
     if not answered:
-        raise UserError(
-            "the endpoint refuses a question of every prompt as too long",
-            f"template {judge.template.name}",
-            "take a shorter template, or a model with a longer context",
-        )
+        what, where = "the endpoint refuses a question of every prompt as too long", f"template {judge.template.name}"
+        raise UserError(what, where, "take a shorter template, or a model with a longer context")
     return {
         "template": judge.template.name,
         "kind": judge.template.kind,

@@ -95,12 +95,10 @@ class EndpointReader:
         self.answers += len(readings)
         self.unlabelled += sum(reading.bounded == len(template.labels) for reading in readings)
         if self.answers >= MAX_UNLABELLED and self.unlabelled == self.answers:
-            raise UserError(
-                f"in none of {self.answers} answers a label ({', '.join(template.labels)}) was among the likeliest "
-                "tokens: every pair would tie",
-                f"judge.template {template.name}, judge.endpoint {self.url}, model {self.model}",
-                "take labels of one token, such as A and B, or another template or model",
-            )
+            labels = f"a label ({', '.join(template.labels)}) was among the likeliest tokens"
+            what = f"in none of {self.answers} answers {labels}: every pair would tie"
+            where = f"judge.template {template.name}, judge.endpoint {self.url}, model {self.model}"
+            raise UserError(what, where, "take labels of one token, such as A and B, or another template or model")
 
     def _ask(self, template: Template, fields: Fields) -> LabelReading:
         try:
@@ -117,11 +115,9 @@ class EndpointReader:
         choice = self._complete(messages, 1, {"logprobs": True, "top_logprobs": self.top_logprobs})
         tokens = choice.logprobs.content if choice.logprobs else None
         if not tokens or not tokens[0].top_logprobs:
-            raise UserError(
-                "the endpoint gave no log-probabilities of its answer",
-                f"judge.endpoint {self.url}, model {self.model}",
-                "take a model that gives them (models that reason on their own do not)",
-            )
+            where = f"judge.endpoint {self.url}, model {self.model}"
+            fix = "take a model that gives them (models that reason on their own do not)"
+            raise UserError("the endpoint gave no log-probabilities of its answer", where, fix)
         logprobs, bounded = read_labels({t.token: t.logprob for t in tokens[0].top_logprobs}, template.labels)
         return LabelReading(logprobs, reasoning, bounded)
 
@@ -137,11 +133,8 @@ class EndpointReader:
             raise _explained(error, self.url, self.model) from None  # the text of the cause may hold the key
         choices = getattr(answer, "choices", None)  # an HTML page comes as a string
         if not choices:
-            raise UserError(
-                "the endpoint's answer has no choices",
-                f"judge.endpoint {self.url}",
-                "correct the URL, which mostly ends in /v1, or look at the server's log",
-            )
+            fix = "correct the URL, which mostly ends in /v1, or look at the server's log"
+            raise UserError("the endpoint's answer has no choices", f"judge.endpoint {self.url}", fix)
         return choices[0]
 
 

@@ -122,11 +122,8 @@ class Judge:
         """Return the labels' normalised (and calibrated) log-probabilities; raise UserError for a refused question."""
         read = self.readings(questions, advance)
         if any(reading.refused for reading in read):
-            raise UserError(
-                "a question is too long for the endpoint's model",
-                "judge.endpoint",
-                "take a model with a longer context, a shorter template, or lower data.max_prompt_tokens",
-            )
+            fix = "take a model with a longer context, a shorter template, or lower data.max_prompt_tokens"
+            raise UserError("a question is too long for the endpoint's model", "judge.endpoint", fix)
         if self.content_free:
             return [calibrated(reading.logprobs, self.content_free) for reading in read]
         return [normalise_labels(reading.logprobs) for reading in read]
@@ -241,12 +238,9 @@ def check_context_fits(recipe: Recipe) -> None:
         fix = f"raise it to {longest}, or take a shorter template"
         if longest > (positions or longest):
             fix = f"take a shorter template, or another model: this one has positions for {positions}"
-        raise UserError(
-            f"questions to the judge may have {longest} tokens: {empty} of template {template.name}, "
-            f"{data.max_prompt_tokens} of the prompt and {outputs} x {data.max_response_tokens} of responses",
-            "judge.max_tokens",
-            fix,
-        )
+        texts = f"{data.max_prompt_tokens} of the prompt and {outputs} x {data.max_response_tokens} of responses"
+        what = f"questions to the judge may have {longest} tokens: {empty} of template {template.name}, {texts}"
+        raise UserError(what, "judge.max_tokens", fix)
 
 
 def warn_if_over_context(recipe: Recipe) -> None:
@@ -295,11 +289,7 @@ def batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
 
 def _read_log(path: Path | None, identity: str) -> dict[str, LabelReading]:
     """Return the answers in the log that were given under this identity."""
-    rows = (
-        complete_rows(path, ("judge", "question", *LabelReading._fields), "its question is asked again") if path else []
-    )
-    return {
-        row["question"]: LabelReading(tuple(row["logprobs"]), row["reasoning"], row["bounded"])
-        for row in rows
-        if row["judge"] == identity
-    }
+    fields = ("judge", "question", *LabelReading._fields)
+    rows = complete_rows(path, fields, "its question is asked again") if path else []
+    mine = [row for row in rows if row["judge"] == identity]
+    return {row["question"]: LabelReading(tuple(row["logprobs"]), row["reasoning"], row["bounded"]) for row in mine}

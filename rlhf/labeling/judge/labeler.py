@@ -50,9 +50,11 @@ class JudgeLabeler:
         return len(texts) == 1 or self.judge.all_answered(self.judge.questions_for(prompt.text, texts))
 
     def rank(self, prompt: Prompt, outputs: Sequence[Output], seed: int = 0) -> tuple[int, ...]:
+        """Return the ranks of the outputs by utility; see `Labeler`."""
         return ranks_of(self.utilities(prompt, outputs), self.tie_margin)
 
     def prefers(self, prompt: Prompt, a: Output, b: Output, order_seed: int = 0) -> float:
+        """Return 1, 0 or 0.5 by the ranks of the two outputs; see `Labeler`."""
         return preference(self.rank(prompt, (a, b)))
 
     def drop_too_long(self, outputs: Sequence[Outputs], drops: Drops) -> list[Outputs]:
@@ -67,14 +69,11 @@ class JudgeLabeler:
         judge = self.judge
         sure = label_mass_summary(list(judge.answers.values()), len(judge.template.labels))
         if without := sure["answers_without_label"]:
-            warn(
-                f"{without} of the judge's {sure['answers']} answers had no label among the likeliest tokens: there it "
-                "decided nothing"
-            )
+            which = f"{without} of the judge's {sure['answers']} answers"
+            warn(f"{which} had no label among the likeliest tokens: there it decided nothing")
         groups = [list(pairs.values()) for pairs in self.pairs.values()]
         bias = position_bias(groups) if groups else {}
-        found = {"judge_template": judge.template.name}
-        found |= {f"judge_{name}": value for name, value in sure.items()}
+        found = {"judge_template": judge.template.name} | {f"judge_{name}": value for name, value in sure.items()}
         return found | {f"position_{name}": value for name, value in bias.items()}
 
 

@@ -44,6 +44,7 @@ class LabelReading(NamedTuple):
 
     @property
     def refused(self) -> bool:
+        """Return whether the endpoint refused the question as too long."""
         return not self.logprobs
 
     @property
@@ -83,11 +84,8 @@ class LocalReader:
     ) -> list[LabelReading]:
         """Read as `Reader.read` says. Raises UserError for a question over the limit, before any question is asked."""
         if not all(self.question_fits(template, fields) for fields in questions):
-            raise UserError(
-                f"a question to the judge has more than {self.max_tokens} tokens",
-                "judge.max_tokens",
-                "raise it, up to the positions of the model, or take a shorter template",
-            )
+            fix = "raise it, up to the positions of the model, or take a shorter template"
+            raise UserError(f"a question to the judge has more than {self.max_tokens} tokens", "judge.max_tokens", fix)
         found: list[LabelReading] = []
         # Reasoning takes long, so it is sampled for a few questions at a time to show progress.
         size = MAX_ROWS if template.reasons else max(1, len(questions))
@@ -141,12 +139,9 @@ def label_ids(
     `prompt` ends before the assistant's turn. A label follows `said` after a blank, or directly where that is empty.
     """
     blank = " " if speaks_after_colon(tokenizer) else ""
-    full = [
-        tokenizer(blank + (f"{said} {label}" if said else label), add_special_tokens=False, split_special_tokens=True)[
-            "input_ids"
-        ]
-        for label in labels
-    ]
+    texts = [blank + (f"{said} {label}" if said else label) for label in labels]
+    encoded = (tokenizer(text, add_special_tokens=False, split_special_tokens=True) for text in texts)
+    full = [each["input_ids"] for each in encoded]
     shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*full, strict=False)))
     return [*prompt, *full[0][:shared]], [ids[shared:] for ids in full]
 

@@ -50,12 +50,10 @@ def candidate_templates(
     """
     short = [ranking for ranking in example_rankings(pool) if _words(ranking) <= EXAMPLE_WORDS]
     if shots and len(short) < max(shots):
-        raise UserError(
-            f"{max(shots)} demonstrations are to be drawn, and the pool has {len(short)} (of {len(pool)} rankings: "
-            f"without those where all outputs tie or with more than {EXAMPLE_WORDS} words)",
-            "--shots",
-            "draw fewer, or give more rankings",
-        )
+        without = f"without those where all outputs tie or with more than {EXAMPLE_WORDS} words"
+        has = f"the pool has {len(short)} (of {len(pool)} rankings: {without})"
+        what = f"{max(shots)} demonstrations are to be drawn, and {has}"
+        raise UserError(what, "--shots", "draw fewer, or give more rankings")
     found = []
     for template in templates:
         found.append(template)

@@ -69,10 +69,8 @@ def validation_error(given: Submission, k: int, label: LabelSection) -> str:
         return f"ranks are {k} numbers from 1 that leave none out"
     if label.quality == "required" and len(given.quality) != k:
         return "the quality of every output is asked for"
-    for name, entries, asked in (
-        ("quality", given.quality, label.quality != "off"),
-        ("flags", given.flags, label.flags),
-    ):
+    lists = (("quality", given.quality, label.quality != "off"), ("flags", given.flags, label.flags))
+    for name, entries, asked in lists:
         if entries and (not asked or len(entries) != k):
             return f"{name} has {len(entries)} entries, and {k if asked else 0} are asked for"
     if not all((q is None and label.quality != "required") or q in range(1, QUALITY + 1) for q in given.quality):

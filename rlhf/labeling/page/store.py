@@ -58,6 +58,7 @@ class Counts(NamedTuple):
 
     @property
     def complete(self) -> bool:
+        """Return whether enough rankings are in."""
         return self.rankings >= self.wanted
 
 
@@ -70,6 +71,7 @@ class LabelStore:
         self._db = open_labels(self.path)
 
     def close(self) -> None:
+        """Close the file."""
         with self._lock:
             self._db.close()
 
@@ -96,18 +98,11 @@ class LabelStore:
         """Make these the prompts to rank, in this order; rankings of others stay in the file but no longer count."""
         keys = [task_key(each) for each in outputs]
         shared = shared_tasks(keys, self.label.overlap, self.seed)
-        rows = [
-            (
-                key,
-                place,
-                key in shared,
-                json.dumps([message._asdict() for message in each.prompt.messages]),
-                each.prompt.use_case,
-                json.dumps(each.responses),
-                json.dumps(each.finished),
-            )
-            for place, (key, each) in enumerate(zip(keys, outputs, strict=True))
-        ]
+        rows = []
+        for place, (key, each) in enumerate(zip(keys, outputs, strict=True)):
+            messages = json.dumps([message._asdict() for message in each.prompt.messages])
+            responses, finished = json.dumps(each.responses), json.dumps(each.finished)
+            rows.append((key, place, key in shared, messages, each.prompt.use_case, responses, finished))
         with self._write() as db:
             db.execute("UPDATE tasks SET current = 0")
             db.executemany(
@@ -126,10 +121,8 @@ class LabelStore:
         with self._write() as db:
             if not besides:
                 db.execute("UPDATE labelers SET invited = 0")
-            db.executemany(
-                "INSERT INTO labelers VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET invited = 1",
-                [(name,) for name in names],
-            )
+            query = "INSERT INTO labelers VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET invited = 1"
+            db.executemany(query, [(name,) for name in names])
 
     def known(self) -> list[str]:
         """Return the names of all labelers, invited or not, in alphabetical order."""
@@ -158,6 +151,7 @@ class LabelStore:
         return found[0]["value"] if found else None
 
     def keep_setting(self, name: str, value: str) -> None:
+        """Store a setting in place of its earlier value."""
         with self._write() as db:
             db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, value))
 
@@ -211,11 +205,8 @@ class LabelStore:
         row = self._read("SELECT * FROM tasks JOIN claims ON task = key WHERE key = ? AND labeler = ?", key, labeler)[0]
         responses, finished, shown = (json.loads(row[name]) for name in ("responses", "finished", "shown"))
         outputs = [{"text": responses[i], "finished": finished[i]} for i in shown]
-        before = self._read(
-            "SELECT kind, answer FROM submissions WHERE task = ? AND labeler = ? ORDER BY number DESC LIMIT 1",
-            key,
-            labeler,
-        )
+        query = "SELECT kind, answer FROM submissions WHERE task = ? AND labeler = ? ORDER BY number DESC LIMIT 1"
+        before = self._read(query, key, labeler)
         answer = None
         if before and before[0]["kind"] == "ranking":
             kept = json.loads(before[0]["answer"])
@@ -230,9 +221,8 @@ class LabelStore:
         with self._write() as db:
             claim = db.execute("SELECT task, shown FROM claims WHERE id = ? AND labeler = ?", (given.task, labeler))
             if (row := claim.fetchone()) is None:
-                raise UnknownTask(
-                    "this prompt was not given to you here; it may be of another run, or of earlier labels"
-                )
+                what = "this prompt was not given to you here"
+                raise UnknownTask(f"{what}; it may be of another run, or of earlier labels")
             key, shown = row["task"], json.loads(row["shown"])
             if wrong := validation_error(given, len(shown), self.label):
                 raise InvalidSubmission(wrong)
@@ -350,6 +340,5 @@ def _answer(given: Submission, shown: Sequence[int]) -> str:
         return json.dumps({"reason": given.reason, "note": given.note})
     position = {output: i for i, output in enumerate(shown)}
     lists = {"ranks": given.ranks, "quality": given.quality, "flags": given.flags}
-    return json.dumps(
-        {name: [values[position[i]] for i in range(len(shown))] if values else [] for name, values in lists.items()}
-    )
+    order = [position[i] for i in range(len(shown))]
+    return json.dumps({name: [values[i] for i in order] if values else [] for name, values in lists.items()})

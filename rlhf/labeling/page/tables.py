@@ -66,9 +66,8 @@ def open_labels(path: Path) -> sqlite3.Connection:
             db.execute(f"PRAGMA {setting}")
         _make_tables(db, path)
     except sqlite3.DatabaseError as error:
-        fix = (
-            "see that the folder can be written to; if the file is damaged, put it aside: its rankings are in it alone"
-        )
+        damaged = "if the file is damaged, put it aside: its rankings are in it alone"
+        fix = f"see that the folder can be written to; {damaged}"
         raise UserError(f"the labels cannot be opened: {error}", str(path), fix) from None
     return db
 
