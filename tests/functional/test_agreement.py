@@ -101,12 +101,8 @@ def test_agreement_of_three_labelers_by_hand() -> None:
     assert [(c.prompt, c.first, c.second) for c in compared] == [
         ("p", "a", "b"), ("p", "a", "c"), ("p", "b", "c"), ("q", "a", "c"),
     ]  # fmt: skip
-    assert [c.tally for c in compared] == [
-        Tally(2, 1, 0, 0, 0),
-        Tally(2, 0, 0, 1, 0),
-        Tally(2, 0, 0, 1, 0),
-        Tally(0, 1, 0, 0, 0),
-    ]
+    expected = [Tally(2, 1, 0, 0, 0), Tally(2, 0, 0, 1, 0), Tally(2, 0, 0, 1, 0), Tally(0, 1, 0, 0, 0)]
+    assert [c.tally for c in compared] == expected
     # untied: 6 of 3 + 2 + 2 + 1 = 8; strict: 6 of 10; half: 6 + 2 / 2 = 7 of 10
     assert [pairwise(compared, ties).value for ties in agreement.CONVENTIONS] == pytest.approx([6 / 8, 6 / 10, 7 / 10])
     assert pairwise(compared).counted == 8 and pairwise(compared).prompts == 2

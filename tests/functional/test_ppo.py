@@ -75,32 +75,24 @@ def test_per_token_rewards_by_hand(junk: float) -> None:
     # row 3: -0.1 x 1, -0.1 x -2 + 0.5 - 0.25
     assert_rows(got, [[-0.05, 0.1, 1.75], [-1.05], [-0.1, 0.45]])
     # Without the penalty: 2 and 0.5 whole.
-    assert_rows(
-        ppo.per_token_rewards(logprobs, reference, scores, lengths, finished, 0.1),
-        [[-0.05, 0.1, 2.0], [-1.05], [-0.1, 0.7]],
-    )
+    got = ppo.per_token_rewards(logprobs, reference, scores, lengths, finished, 0.1)
+    assert_rows(got, [[-0.05, 0.1, 2.0], [-1.05], [-0.1, 0.7]])
 
 
 @junk
 def test_the_rewards_of_a_response_add_up_to_score_minus_beta_kl(junk: float) -> None:
     ours, reference, scores = draws(1), draws(2), [0.3, -1.2, 2.0, 0.0]
-    got = ppo.per_token_rewards(
-        padded(ours, junk),
-        padded(reference, junk),
-        torch.tensor(scores).double(),
-        torch.tensor(LENGTHS),
-        torch.ones(4, dtype=torch.bool),
-        0.02,
-    )
+    grids, lengths = (padded(ours, junk), padded(reference, junk)), torch.tensor(LENGTHS)
+    finished = torch.ones(4, dtype=torch.bool)
+    got = ppo.per_token_rewards(*grids, torch.tensor(scores).double(), lengths, finished, 0.02)
     for i, row in enumerate(got):
         kl = sum(a - b for a, b in zip(ours[i], reference[i], strict=True))
         assert float(row.sum()) == pytest.approx(scores[i] - 0.02 * kl, abs=1e-7)
 
 
 def test_rewards_keep_the_type_of_the_logprobs() -> None:
-    got = ppo.per_token_rewards(
-        torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([1.0]).double(), torch.tensor([2]), torch.tensor([True]), 0.1
-    )
+    zeros, score = torch.zeros(1, 2), torch.tensor([1.0]).double()
+    got = ppo.per_token_rewards(zeros, zeros, score, torch.tensor([2]), torch.tensor([True]), 0.1)
     assert got.dtype == torch.float32 and got.tolist() == [[0.0, 1.0]]
 
 
@@ -111,13 +103,8 @@ def test_rewards_keep_the_type_of_the_logprobs() -> None:
 def test_gae_by_hand(junk: float) -> None:
     # gamma = lambda = 0.5. Row 1: delta_3 = 3 + 0 + 1 = 4; delta_2 = 2 - 0.5 - 1 = 0.5; delta_1 = 1 + 0.5 - 0.5 = 1;
     # A_3 = 4; A_2 = 0.5 + 0.25 x 4 = 1.5; A_1 = 1 + 0.25 x 1.5 = 1.375. Row 2: A_1 = 2 - 0.5.
-    advantages, returns = ppo.gae(
-        padded([[1.0, 2.0, 3.0], [2.0]], junk),
-        padded([[0.5, 1.0, -1.0], [0.5]], junk),
-        torch.tensor([3, 1]),
-        gamma=0.5,
-        lam=0.5,
-    )
+    rewards, values = padded([[1.0, 2.0, 3.0], [2.0]], junk), padded([[0.5, 1.0, -1.0], [0.5]], junk)
+    advantages, returns = ppo.gae(rewards, values, torch.tensor([3, 1]), gamma=0.5, lam=0.5)
     assert_rows(advantages, [[1.375, 1.5, 4.0], [1.5]])
     assert_rows(returns, [[1.875, 2.5, 3.0], [2.0]])
 
@@ -211,9 +198,8 @@ def test_policy_loss_of_a_batch_is_the_sum_over_real_tokens(junk: float) -> None
     old_rows = [[-1.0] * len(cases) for cases in split]
     mask = mask_of(old_rows)
     new = padded([[-1.0 + math.log(c[1]) for c in cases] for cases in split], junk).requires_grad_()
-    got = ppo.policy_loss(
-        new, padded(old_rows, junk), padded([[c[0] for c in cases] for cases in split], junk), mask, 0.2
-    )
+    advantages = padded([[c[0] for c in cases] for cases in split], junk)
+    got = ppo.policy_loss(new, padded(old_rows, junk), advantages, mask, 0.2)
     assert got.loss.item() == pytest.approx(-0.625)
     assert float(got.clipped) == 2.0
     assert float(got.ratio_max) == pytest.approx(1.5)

@@ -197,18 +197,10 @@ def test_k_of_two_is_the_loss_of_trls_reward_trainer(tmp_path: Path, tiny_tokeni
     from trl import RewardConfig, RewardTrainer
 
     torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_labels=1,
-        pad_token_id=tiny_tokenizer.pad_token_id,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-        initializer_range=0.3,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "num_labels": 1, "vocab_size": len(tiny_tokenizer)}
+    ids = {"pad_token_id": tiny_tokenizer.pad_token_id, "eos_token_id": tiny_tokenizer.eos_token_id}
+    config = LlamaConfig(**sizes, **ids, initializer_range=0.3)
     model = LlamaForSequenceClassification(config).eval()
     rng = random.Random(4)
 
@@ -217,9 +209,8 @@ def test_k_of_two_is_the_loss_of_trls_reward_trainer(tmp_path: Path, tiny_tokeni
 
     rows = [(tokens(1, 6), tokens(1, 9), tokens(1, 9)) for _ in range(6)]
     dataset = Dataset.from_list([{"chosen_ids": x + best, "rejected_ids": x + worst} for x, best, worst in rows])
-    args = RewardConfig(
-        output_dir=str(tmp_path), use_cpu=True, report_to="none", bf16=False, gradient_checkpointing=False
-    )
+    options = {"use_cpu": True, "report_to": "none", "bf16": False, "gradient_checkpointing": False}
+    args = RewardConfig(output_dir=str(tmp_path), **options)
     trainer = RewardTrainer(model=model, args=args, train_dataset=dataset, processing_class=tiny_tokenizer)
 
     def gradient() -> torch.Tensor:

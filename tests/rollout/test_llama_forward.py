@@ -18,17 +18,8 @@ from rlhf.rollout.scoring import hidden_states
 from support.rollout_runs import PROMPTS, run
 from support.small_models import EOS, PAIRS, by_hand, gpt2, llama
 
-SHAPE = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "eos_token_id": EOS,
-}
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPE |= {"num_hidden_layers": 3, "vocab_size": 50, "pad_token_id": 0, "eos_token_id": EOS, "initializer_range": 0.3}
 
 
 def mistral(window: int | None = None) -> torch.nn.Module:

@@ -100,18 +100,8 @@ def test_a_model_with_more_than_a_head_is_refused():
 
     torch.manual_seed(0)
     scoring.check_plain_head(llama())
-    model = Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=50,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            final_logit_softcapping=0.5,
-            initializer_range=0.5,
-        )
-    )
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=0.5, initializer_range=0.5))
     with pytest.raises(UserError, match="changes its logits after the LM head"):
         scoring.check_plain_head(model)

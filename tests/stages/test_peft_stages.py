@@ -167,9 +167,8 @@ def test_the_folder_holds_the_adapter_alone(cell: Cell, name: str) -> None:
     for folder in ["model"] + ["ema"] * (name in VARIANTS):
         files = {file.name for file in (stage.folder / folder).iterdir()}
         assert {"adapter.safetensors", "adapter.json", "tokenizer.json"} <= files
-        assert not {file for file in files if file == "config.json" or file.endswith((".safetensors", ".bin"))} - {
-            "adapter.safetensors"
-        }
+        of_models = {file for file in files if file == "config.json" or file.endswith((".safetensors", ".bin"))}
+        assert of_models == {"adapter.safetensors"}
         weights = load_file(stage.folder / folder / "adapter.safetensors")
         named = dict(stage.models[which].named_parameters())
         assert weights.keys() == {key for key in named if cell.is_own(key)}
@@ -196,12 +195,8 @@ def test_it_reloads_to_the_same_outputs(cell: Cell, name: str, pairs: list[Pair]
 
 # What a checkpoint holds depends on the method and not on the base: every method once, on alternating bases, and PPO
 # with the pretraining loss, which has PPO's whole state; without it once.
-RESUMED = [
-    (f"{(GPT2, LLAMA)[i % 2]}-{method}", name)
-    for i, method in enumerate(SETTINGS)
-    for name in ("sft", "reward", "ppo-ptx")
-]
-RESUMED.append(("gpt2-lora", "ppo"))
+ALTERNATING = [f"{(GPT2, LLAMA)[i % 2]}-{method}" for i, method in enumerate(SETTINGS)]
+RESUMED = [(cell, name) for cell in ALTERNATING for name in ("sft", "reward", "ppo-ptx")] + [("gpt2-lora", "ppo")]
 
 
 @pytest.mark.parametrize(("which", "name"), RESUMED)
@@ -363,9 +358,8 @@ def test_another_base_and_another_set_of_weights_are_refused(cells: dict[str, Ce
     cell.stage("reward")
     loads = {"sft": load_policy, "reward": load_reward_model}
     other = shutil.copytree(cell.base, tmp_path / "base")
-    save_file(
-        cell.plain | {"transformer.ln_f.bias": cell.plain["transformer.ln_f.bias"] + 1e-3}, other / "model.safetensors"
-    )
+    moved = {"transformer.ln_f.bias": cell.plain["transformer.ln_f.bias"] + 1e-3}
+    save_file(cell.plain | moved, other / "model.safetensors")
     for name, load in loads.items():
         folder = shutil.copytree(cell.runs / "run" / name / "model", tmp_path / name / "model")
         load(folder, cell.section)
