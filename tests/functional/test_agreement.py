@@ -19,9 +19,8 @@ nan = pytest.approx(math.nan, nan_ok=True)
 
 
 def item(prompt: str, times: dict[str, int] | None = None, **ranks: tuple[int, ...]) -> agreement.SharedRankings:
-    return agreement.SharedRankings(
-        prompt, ranks, {name: NOON + timedelta(minutes=m) for name, m in (times or {}).items()}
-    )
+    moments = {name: NOON + timedelta(minutes=m) for name, m in (times or {}).items()}
+    return agreement.SharedRankings(prompt, ranks, moments)
 
 
 # Pairs of outputs
@@ -226,9 +225,8 @@ def test_alpha_of_any_data(units: list[list[int]]) -> None:
     value = agreement.alpha_ordinal(units)
     assert value == pytest.approx(alpha_by_definition(units), nan_ok=True)
     # Only the order of values counts, and not who gave them.
-    assert agreement.alpha_ordinal([[v**3 - 7 for v in reversed(unit)] for unit in units]) == pytest.approx(
-        value, nan_ok=True
-    )
+    others = [[v**3 - 7 for v in reversed(unit)] for unit in units]
+    assert agreement.alpha_ordinal(others) == pytest.approx(value, nan_ok=True)
 
 
 def test_positions_by_hand() -> None:

@@ -72,9 +72,8 @@ def test_wilson_interval() -> None:
     assert statistics.wilson_interval(0, 10) == pytest.approx((0, 0, 0.27753), abs=1e-5)
     assert statistics.wilson_interval(10, 10) == pytest.approx((1, 0.72247, 1), abs=1e-5)
     # Rounding does not take an end past 0 or 1, as it would for some n.
-    assert all(
-        statistics.wilson_interval(0, n).low == 0 and statistics.wilson_interval(n, n).high == 1 for n in range(1, 200)
-    )
+    ends = [(statistics.wilson_interval(0, n).low, statistics.wilson_interval(n, n).high) for n in range(1, 200)]
+    assert all(low == 0 and high == 1 for low, high in ends)
     for k, n in [(0, 0), (-1, 3), (4, 3)]:
         with pytest.raises(ValueError):
             statistics.wilson_interval(k, n)
@@ -130,11 +129,8 @@ def test_cluster_bootstrap() -> None:
 
 
 def test_an_end_that_is_nan_is_written_as_none() -> None:
-    assert statistics.with_interval("flips", cluster_bootstrap([[0.0], [1.0]])) == {
-        "flips": 0.5,
-        "flips_low": 0,
-        "flips_high": 1,
-    }
+    flips = statistics.with_interval("flips", cluster_bootstrap([[0.0], [1.0]]))
+    assert flips == {"flips": 0.5, "flips_low": 0, "flips_high": 1}
     assert statistics.with_interval("x", cluster_bootstrap([[2.0]])) == {"x": 2.0, "x_low": None, "x_high": None}
 
 

@@ -112,9 +112,8 @@ def test_each_stage_starts_where_the_one_before_ended(cell: Cell) -> None:
     start = cell.stage("reward").start["reward"]
     assert not start["score.weight"].any()
     if cell.method in KV_PREFIX_METHODS:  # of fewer layers
-        assert torch.equal(
-            peft_stages.tokens_by_hand(cell, start), peft_stages.tokens_by_hand(cell, policy)[:, : 2 * 2]
-        )
+        ours, of_policy = peft_stages.tokens_by_hand(cell, start), peft_stages.tokens_by_hand(cell, policy)
+        assert torch.equal(ours, of_policy[:, : 2 * 2])
     else:
         others = start.keys() - {"score.weight"}
         assert others == {key for key in policy if cell.kind == GPT2 or not key.startswith("model.layers.2.")}
@@ -344,11 +343,8 @@ def test_bitfit_is_refused_without_biases(
 def test_virtual_tokens_take_positions_of_the_context(
     bases: dict[str, Path], data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokens = [
-        "model.peft.method=prompt",
-        f"model.peft.virtual_tokens={peft_stages.TOKENS}",
-        "data.max_response_tokens=76",
-    ]
+    virtual_tokens = f"model.peft.virtual_tokens={peft_stages.TOKENS}"
+    tokens = ["model.peft.method=prompt", virtual_tokens, "data.max_response_tokens=76"]
     assert sft.main([*SMALL, *data, f"model.name={bases[GPT2]}", *tokens, f"run.dir={tmp_path}"]) == 2
     assert "rows may have 124 tokens and 5 virtual ones, and gpt2 has positions for 128" in capsys.readouterr().err
 
