@@ -209,7 +209,8 @@ def test_openassistant_trees_may_be_deep(tmp_path: Path) -> None:
     assert len(rankings) == 101 and len(rankings[-1].prompt.messages) == 201 and drops == []
 
 
-BAD_TREE = {"prompt": reply("x", "prompter", None, reply("y", "assistant", 0), reply("z", "assistant", 1, text=3))}
+NUMBER = {"text": 3, "role": "assistant", "rank": 1}
+BAD_TREE = {"prompt": reply("x", "prompter", None, reply("y", "assistant", 0), NUMBER)}
 MISTAKES = [
     ({"chosen": "hello", "rejected": "bye"}, "chosen", "there is no `prompt`, and `chosen` is not a dialogue"),
     ({k: v for k, v in HH.items() if k != "rejected"}, "rejected", "the field `rejected` is missing"),
