@@ -40,15 +40,8 @@ def test_operations_of_a_model_worked_out_by_hand() -> None:
 
 
 def test_shape_comes_from_a_config() -> None:
-    config = SimpleNamespace(
-        num_hidden_layers=2,
-        hidden_size=4,
-        intermediate_size=6,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=3,
-        vocab_size=10,
-    )
+    sizes = {"num_hidden_layers": 2, "hidden_size": 4, "intermediate_size": 6, "vocab_size": 10}
+    config = SimpleNamespace(**sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=3)
     assert Shape.of(config) == SMALL
     assert Shape.of(SimpleNamespace(**(vars(config) | {"head_dim": None}))).head_dim == 2
 

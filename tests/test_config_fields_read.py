@@ -11,12 +11,8 @@ from rlhf.config import METHODS_OF_SETTING, PeftSection, Recipe
 from rlhf.recipe import fields
 from support.paths import ROOT
 
-SOURCES = [
-    path
-    for folder in ("rlhf", "stages", "launch")
-    for path in sorted((ROOT / folder).rglob("*.py"))
-    if path != ROOT / "rlhf" / "config.py"
-]
+FILES = (path for folder in ("rlhf", "stages", "launch") for path in sorted((ROOT / folder).rglob("*.py")))
+SOURCES = [path for path in FILES if path != ROOT / "rlhf" / "config.py"]
 # Functions that only show fields, which does not count as reading them.
 DISPLAY = {"plan_rows", "_ppo_rows", "_judge"}
 
@@ -109,9 +105,8 @@ def test_every_setting_of_a_method_says_which_methods_read_it() -> None:
 
 def test_the_reward_models_method_is_read_through_the_recipe() -> None:
     """Its field has the name of `model.peft.method`, whose reads would stand for its own above."""
-    assert any(
-        isinstance(node, ast.Attribute) and node.attr == "reward_peft" for tree in TREES for node in ast.walk(tree)
-    )
+    nodes = (node for tree in TREES for node in ast.walk(tree))
+    assert any(isinstance(node, ast.Attribute) and node.attr == "reward_peft" for node in nodes)
     recipe = Recipe.model_validate({"model": {"peft": {"method": "lora"}}})
     assert recipe.reward_peft == recipe.model.peft
     apart = Recipe.model_validate({"model": {"peft": {"method": "lora"}}, "reward": {"peft": {"method": "none"}}})

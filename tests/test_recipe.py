@@ -151,9 +151,8 @@ def test_yaml_round_trip(recipe_file: Path, tmp_path: Path) -> None:
 
 def test_hash_and_changed_keys_leave_out_what_changes_no_result(recipe_file: Path) -> None:
     old = load_recipe(str(recipe_file))
-    moved = load_recipe(
-        str(recipe_file), ["run.dir=elsewhere", "run.name=x", "tracking.wandb=disabled", "run.stages=[sft]"]
-    )
+    elsewhere = ["run.dir=elsewhere", "run.name=x", "tracking.wandb=disabled", "run.stages=[sft]"]
+    moved = load_recipe(str(recipe_file), elsewhere)
     assert recipe_hash(old) == recipe_hash(moved)
     assert changed_keys(old, moved) == []
     new = load_recipe(str(recipe_file), ["run.seed=2", "model.peft.rank=8"])

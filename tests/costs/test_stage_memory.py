@@ -9,17 +9,10 @@ import pytest
 from transformers import LlamaConfig
 
 from rlhf.config import PeftSection, Recipe
+from rlhf.costs import fit_to_card
 from rlhf.costs.activation_memory import PassShape, scoring_pass, training_pass
 from rlhf.costs.cards import find_card
 from rlhf.costs.communication import exchange_seconds, gathering_traffic, training_traffic
-from rlhf.costs.fit_to_card import (
-    fits_card,
-    micro_batches,
-    settings_that_fit,
-    settings_to_try,
-    with_processes,
-    with_settings,
-)
 from rlhf.costs.model_memory import Sharding, trained_state
 from rlhf.costs.model_shapes import ModelSpec, Shapes, count, shapes_of
 from rlhf.costs.stage_memory import stage_memory
@@ -149,15 +142,15 @@ def test_four_networks_on_one_base_are_counted_once() -> None:
 
 def test_settings_that_fit_are_the_first_that_do() -> None:
     recipe, shapes = large("launch.zero_stage=0")
-    assert not fits_card(recipe, shapes, H100)
-    found = settings_that_fit(recipe, shapes, H100)
-    assert found is not None and fits_card(with_settings(recipe, found), shapes, H100)
+    assert not fit_to_card.fits_card(recipe, shapes, H100)
+    found = fit_to_card.settings_that_fit(recipe, shapes, H100)
+    assert found is not None and fit_to_card.fits_card(fit_to_card.with_settings(recipe, found), shapes, H100)
     base = {field: value for field, value in found.items() if field.startswith("launch.") or "peft" in field}
-    tried = list(settings_to_try(recipe))
-    smallest = list(micro_batches(recipe))[-1]
+    tried = list(fit_to_card.settings_to_try(recipe))
+    smallest = list(fit_to_card.micro_batches(recipe))[-1]
     for earlier in tried[: tried.index(base)]:
-        assert not fits_card(with_settings(recipe, earlier | smallest), shapes, H100)
-    assert settings_that_fit(*large("launch.zero_stage=0"), replace(H100, memory=3e9)) is None
+        assert not fit_to_card.fits_card(fit_to_card.with_settings(recipe, earlier | smallest), shapes, H100)
+    assert fit_to_card.settings_that_fit(*large("launch.zero_stage=0"), replace(H100, memory=3e9)) is None
 
 
 def test_arithmetic_by_hand() -> None:
@@ -182,7 +175,7 @@ def test_traffic_by_hand() -> None:
     assert gathering_traffic(load_recipe("tiny", ["launch.processes=2"]), TINY, 7, partitioned=True) == size
     assert gathering_traffic(recipe, TINY, 7, partitioned=False) == 0
     assert exchange_seconds(recipe, H100, 1e9) == pytest.approx(0.5 * 1e9 / (450e9 * 0.7))
-    sixteen = with_processes(recipe, 16)
+    sixteen = fit_to_card.with_processes(recipe, 16)
     assert exchange_seconds(sixteen, H100, 1e9) == pytest.approx(15 / 16 * 1e9 / (50e9 * 0.7))
     assert exchange_seconds(load_recipe("tiny"), H100, 1e9) == 0
 
@@ -191,7 +184,7 @@ def test_what_cannot_be_planned_is_told() -> None:
     with pytest.raises(UserError, match="h100-80g"):
         find_card("h100")
     with pytest.raises(UserError, match="--count"):
-        with_processes(load_recipe("tiny"), 0)
+        fit_to_card.with_processes(load_recipe("tiny"), 0)
     with pytest.raises(UserError, match="nowhere"):
         shapes_of(load_recipe("tiny", ["model.name=./nowhere"]))
 

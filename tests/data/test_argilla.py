@@ -62,10 +62,8 @@ def test_records_of_the_first_client(tmp_path: Path) -> None:
 
 def test_a_page_of_the_server(tmp_path: Path) -> None:
     times = {"inserted_at": "2026-05-01T11:00:00", "updated_at": "2026-05-01T12:00:00.457543"}
-    page = {
-        "items": [record(response("ann", ranks(1, 2, 3), **times)), record(response(None, ranks(1, 1, 1)))],
-        "total": 2,
-    }
+    items = [record(response("ann", ranks(1, 2, 3), **times)), record(response(None, ranks(1, 1, 1)))]
+    page = {"items": items, "total": 2}
     expected = [Ranking(PROMPT, TEXTS, (1, 2, 3), labeler="ann", time=NOON), Ranking(PROMPT, TEXTS, (1, 1, 1))]
     assert rankings_in(tmp_path, page) == (expected, [])
     path = write_lines(tmp_path / "pages.jsonl", page, {"items": [], "total": 2})
@@ -104,12 +102,10 @@ def test_rows_from_parquet(tmp_path: Path) -> None:
     answers = [{"user_id": "ann", "value": ranks(2, 1, 3), "status": "submitted"}]
     value = datasets.List({"rank": datasets.Value("uint8"), "value": datasets.Value("string")})
     text = datasets.Value("string")
-    features = {name: text for name in FIELDS} | {
-        "ranking": datasets.List({"user_id": text, "value": value, "status": text})
-    }
-    table = datasets.Dataset.from_dict(
-        {name: [words] for name, words in FIELDS.items()} | {"ranking": [answers]}, features=datasets.Features(features)
-    )
+    answer = datasets.List({"user_id": text, "value": value, "status": text})
+    features = datasets.Features({name: text for name in FIELDS} | {"ranking": answer})
+    columns = {name: [words] for name, words in FIELDS.items()} | {"ranking": [answers]}
+    table = datasets.Dataset.from_dict(columns, features=features)
     table.to_parquet(tmp_path / "a.parquet")
     assert read_rankings([str(tmp_path / "a.parquet")], Drops()) == [Ranking(PROMPT, TEXTS, (2, 1, 3), labeler="ann")]
 
@@ -129,13 +125,10 @@ def test_options_stand_for_fields(tmp_path: Path, names: list[str], options: str
 
 
 def test_a_chat_is_a_prompt_of_messages(tmp_path: Path) -> None:
-    chat = [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello."},
-        {"role": "user", "content": "Where?"},
-    ]
+    turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Where?")]
+    chat = [{"role": role, "content": content} for role, content in turns]
     (found,) = rankings_in(tmp_path, record(response("ann", ranks(1, 2, 3)), fields=FIELDS | {"prompt": chat}))[0]
-    assert found.prompt.messages == tuple(Message(**turn) for turn in chat)
+    assert found.prompt.messages == tuple(Message(*turn) for turn in turns)
 
 
 def test_an_optional_field_that_is_empty_is_counted(tmp_path: Path) -> None:

@@ -125,11 +125,8 @@ def test_lengths_and_tokens_are_held_to_what_is_promised() -> None:
         "corpus": [{"text": "one two three"}],
     }
     problems, sizes = data_check.check_lengths(rows, lambda t: len(t.split()))
-    assert [p.split(":")[0] for p in problems] == [
-        "demonstrations.jsonl, line 1",
-        "demonstrations.jsonl, line 2",
-        "corpus.jsonl",
-    ]
+    places = [p.split(":")[0] for p in problems]
+    assert places == ["demonstrations.jsonl, line 1", "demonstrations.jsonl, line 2", "corpus.jsonl"]
     assert ["demonstrations", "response", 2, 4, 40, 77, 114, 151, 155] in sizes
 
 
@@ -147,12 +144,8 @@ def test_rankings_match_their_prompts_and_the_second_pass_its_outputs() -> None:
     rows["rankings_second"] = [row | {"responses": ["a", "b", "c", "d"]}]
     rows["rankings"] = [row | {"prompt": "q"}, row | {"ranks": [1, 3, 3, 4]}, row | {"responses": ["a"], "ranks": [1]}]
     problems, _ = data_check.check_rankings(rows)
-    for part in (
-        "line 1: the prompt is not in",
-        "line 2: ranks [1, 3, 3, 4] leave",
-        "line 3: 1 outputs",
-        "not the outputs",
-    ):
+    parts = ("line 1: the prompt is not in", "line 2: ranks [1, 3, 3, 4] leave", "line 3: 1 outputs", "not the outputs")
+    for part in parts:
         assert any(part in problem for problem in problems), part
 
 

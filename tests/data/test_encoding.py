@@ -17,10 +17,8 @@ def test_a_prompt_ends_where_the_assistant_begins(tiny_tokenizer) -> None:
 
 
 def test_turns(tiny_tokenizer) -> None:
-    prompt = Prompt(
-        (Message("system", "Be short."), Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
-    )
-    assert tiny_tokenizer.decode(encode_prompt(tiny_tokenizer, prompt)) == (
+    turns = (Message("system", "Be short."), Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
+    assert tiny_tokenizer.decode(encode_prompt(tiny_tokenizer, Prompt(turns))) == (
         "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
         "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -70,22 +68,15 @@ def test_prompts_over_the_limit_are_dropped_and_counted(tiny_tokenizer) -> None:
 
 def test_demonstrations_count_eos_in_the_response(tiny_tokenizer) -> None:
     demonstration = Demonstration(user("Say yes."), "Yes, it is.")
-    prompt, response = (
-        len(encode_prompt(tiny_tokenizer, demonstration.prompt)),
-        len(encode_response(tiny_tokenizer, "Yes, it is.")),
-    )
+    prompt = len(encode_prompt(tiny_tokenizer, demonstration.prompt))
+    response = len(encode_response(tiny_tokenizer, "Yes, it is."))
     drops = Drops()
     (row,) = fit_demonstrations([demonstration], tiny_tokenizer, prompt, response, prompt + response, drops)
     assert row.responses == [encode_response(tiny_tokenizer, "Yes, it is.")] and drops.total == 0
     for limits in ((prompt - 1, 99, 999), (99, response - 1, 999), (99, 99, prompt + response - 1)):
         assert fit_demonstrations([demonstration], tiny_tokenizer, *limits, drops) == []
-    assert sorted(drops.table()) == sorted(
-        [
-            (f"prompt over {prompt - 1} tokens", 1),
-            (f"response over {response - 1} tokens", 1),
-            (f"prompt and response over {prompt + response - 1} tokens", 1),
-        ]
-    )
+    limits = {"prompt": prompt - 1, "response": response - 1, "prompt and response": prompt + response - 1}
+    assert sorted(drops.table()) == sorted((f"{part} over {limit} tokens", 1) for part, limit in limits.items())
 
 
 def test_a_ranking_goes_with_its_longest_output(tiny_tokenizer) -> None:

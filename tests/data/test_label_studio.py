@@ -124,13 +124,9 @@ def test_items_left_in_the_list_are_counted(tmp_path: Path) -> None:
         task(LISTED, annotation(ranker(place1=["m2"], place2=["m3"]))),
         task(LISTED, annotation(ranker(_=[], place1=[]))),
     ]
-    assert rankings_in(tmp_path, *rows) == (
-        [],
-        [
-            ("Label Studio: an annotation that leaves items unranked", 2),
-            ("Label Studio: an annotation that ranks nothing", 1),
-        ],
-    )
+    unranked, empty = ("leaves items unranked", 2), ("ranks nothing", 1)
+    drops = [(f"Label Studio: an annotation that {what}", count) for what, count in (unranked, empty)]
+    assert rankings_in(tmp_path, *rows) == ([], drops)
 
 
 @pytest.mark.parametrize(
@@ -156,16 +152,14 @@ def test_names_of_the_two_answers(tmp_path: Path, left: str, right: str) -> None
 
 def test_blemishes_are_counted_as_of_published_layouts(tmp_path: Path) -> None:
     empty, same = TWO | {"answer1": ""}, TWO | {"answer1": TWO["answer2"]}
-    assert rankings_in(tmp_path, *(task(data, annotation(pairwise("left"))) for data in (empty, same))) == (
-        [],
-        [("Label Studio: an empty response", 1), ("Label Studio: equal responses ranked apart", 1)],
-    )
+    drops = [("Label Studio: an empty response", 1), ("Label Studio: equal responses ranked apart", 1)]
+    tasks = [task(data, annotation(pairwise("left"))) for data in (empty, same)]
+    assert rankings_in(tmp_path, *tasks) == ([], drops)
 
 
 def test_what_was_read_is_written_back(tmp_path: Path) -> None:
-    rankings, _ = rankings_in(
-        tmp_path, task(TWO, annotation(pairwise("left"))), task(LISTED, annotation(ranker(a1=["m1", "m2", "m3"])))
-    )
+    tasks = [task(TWO, annotation(pairwise("left"))), task(LISTED, annotation(ranker(a1=["m1", "m2", "m3"])))]
+    rankings, _ = rankings_in(tmp_path, *tasks)
     write_jsonl(tmp_path / "out.jsonl", [ranking_row(r) for r in rankings])
     assert len(rankings) == 2 and read_rankings([str(tmp_path / "out.jsonl")], Drops()) == rankings
 

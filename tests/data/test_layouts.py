@@ -38,10 +38,8 @@ SUMMARY = {
     "split": "train",
     "extra": {"confidence": 7},
 }
-NEWS = SUMMARY | {
-    "info": {"id": "n1", "post": None, "title": "Bridge shut", "article": "The bridge is shut."},
-    "choice": 0,
-}
+ARTICLE = {"id": "n1", "post": None, "title": "Bridge shut", "article": "The bridge is shut."}
+NEWS = SUMMARY | {"info": ARTICLE, "choice": 0}
 WEBGPT = {
     "question": {"dataset": "eli5", "id": "q9", "full_text": "Why is the sea salty?"},
     "quotes_0": {"title": ["Sea"], "extract": ["Rivers carry salt."]},
@@ -124,11 +122,8 @@ OASST = {
 
 
 def test_hh_rlhf(tmp_path: Path) -> None:
-    prompt = (
-        Message("user", "My bike chain keeps slipping."),
-        Message("assistant", "In which gear?"),
-        Message("user", "The third."),
-    )
+    first, last = Message("user", "My bike chain keeps slipping."), Message("user", "The third.")
+    prompt = (first, Message("assistant", "In which gear?"), last)
     chosen, rejected = "Then the derailleur needs a small turn.\n\nTry a quarter.", "Buy a new bike."
     assert rankings_in(tmp_path, HH) == ([Ranking(Prompt(prompt), (chosen, rejected), (1, 2))], [])
 
@@ -160,23 +155,17 @@ def test_summarize_from_feedback(tmp_path: Path) -> None:
         "POST: My flatmate leaves the tap running.\nI pay the bill.\n\nTL;DR:"
     )
     texts = ("Flatmate wastes water.", "Flatmate lets the tap run and I pay for it.")
-    assert rankings_in(tmp_path, SUMMARY, NEWS) == (
-        [
-            Ranking(user(post), texts, (2, 1), labeler="w1"),
-            Ranking(user("Article:\nThe bridge is shut.\n\nTL;DR:"), texts, (1, 2), labeler="w1"),
-        ],
-        [],
-    )
+    first = Ranking(user(post), texts, (2, 1), labeler="w1")
+    second = Ranking(user("Article:\nThe bridge is shut.\n\nTL;DR:"), texts, (1, 2), labeler="w1")
+    assert rankings_in(tmp_path, SUMMARY, NEWS) == ([first, second], [])
 
 
 def test_webgpt(tmp_path: Path) -> None:
     tie = WEBGPT | {"score_0": 0.0, "score_1": 0.0}
     texts = (WEBGPT["answer_0"], WEBGPT["answer_1"])
     question = user("Why is the sea salty?")
-    assert rankings_in(tmp_path, WEBGPT, tie) == (
-        [Ranking(question, texts, (2, 1)), Ranking(question, texts, (1, 1))],
-        [],
-    )
+    expected = [Ranking(question, texts, (2, 1)), Ranking(question, texts, (1, 1))]
+    assert rankings_in(tmp_path, WEBGPT, tie) == (expected, [])
 
 
 def test_ultrafeedback(tmp_path: Path) -> None:
@@ -187,10 +176,8 @@ def test_ultrafeedback(tmp_path: Path) -> None:
     question = user("Name a prime above 10.")
     # fine-grained 4.5, 1.25, 4.5, 5.0; without one of them all go by overall 7, 10, 8, 8.5
     rankings = [Ranking(question, texts, (2, 3, 2, 1)), Ranking(question, texts, (4, 1, 3, 2))]
-    assert rankings_in(tmp_path, ULTRA, coarse, none) == (
-        rankings,
-        [("UltraFeedback: fewer than 2 ranked responses", 1)],
-    )
+    drops = [("UltraFeedback: fewer than 2 ranked responses", 1)]
+    assert rankings_in(tmp_path, ULTRA, coarse, none) == (rankings, drops)
 
 
 def test_nectar(tmp_path: Path) -> None:
@@ -209,13 +196,9 @@ def test_openassistant_trees(tmp_path: Path) -> None:
     first = Message("user", "What is a fugue?")
     best = "Voices that take up one theme in turn."
     nested = Prompt((first, Message("assistant", best), Message("user", "And a canon?")))
-    assert rankings_in(tmp_path, OASST) == (
-        [
-            Ranking(Prompt((first,)), ("A song.", best, "Music."), (3, 1, 2)),
-            Ranking(nested, ("Strict imitation.", "The same theme, note for note."), (2, 1)),
-        ],
-        [],
-    )
+    outer = Ranking(Prompt((first,)), ("A song.", best, "Music."), (3, 1, 2))
+    inner = Ranking(nested, ("Strict imitation.", "The same theme, note for note."), (2, 1))
+    assert rankings_in(tmp_path, OASST) == ([outer, inner], [])
 
 
 def test_openassistant_trees_may_be_deep(tmp_path: Path) -> None:
@@ -226,6 +209,8 @@ def test_openassistant_trees_may_be_deep(tmp_path: Path) -> None:
     assert len(rankings) == 101 and len(rankings[-1].prompt.messages) == 201 and drops == []
 
 
+NUMBER = {"text": 3, "role": "assistant", "rank": 1}
+BAD_TREE = {"prompt": reply("x", "prompter", None, reply("y", "assistant", 0), NUMBER)}
 MISTAKES = [
     ({"chosen": "hello", "rejected": "bye"}, "chosen", "there is no `prompt`, and `chosen` is not a dialogue"),
     ({k: v for k, v in HH.items() if k != "rejected"}, "rejected", "the field `rejected` is missing"),
@@ -242,15 +227,7 @@ MISTAKES = [
     (SHP | {"labels": 2}, "labels", "`labels` is 2"),
     ({k: v for k, v in SHP.items() if k != "labels"}, "labels", "the field `labels` is missing"),
     ({"prompt": reply("x", "user")}, "prompt.role", "the role is 'user'"),
-    (
-        {
-            "prompt": reply(
-                "x", "prompter", None, reply("y", "assistant", 0), {"text": 3, "role": "assistant", "rank": 1}
-            )
-        },
-        "prompt.replies[1].text",
-        "is a number, not a string",
-    ),
+    (BAD_TREE, "prompt.replies[1].text", "is a number, not a string"),
 ]
 
 
@@ -260,15 +237,11 @@ def test_mistakes_name_the_published_field(tmp_path: Path, row: dict[str, Any], 
 
 
 def test_own_ranks_go_before_published_keys(tmp_path: Path) -> None:
-    row = {
-        "prompt": "q",
-        "responses": ["x", "y"],
-        "ranks": [2, 1],
-        "answers": [],
-        "instruction": "i",
-        "completions": [],
-    }
-    assert rankings_in(tmp_path, row) == ([Ranking(user("q"), ("x", "y"), (2, 1))], [])
+    own, published = {"prompt": "q", "responses": ["x", "y"], "ranks": [2, 1]}, {"answers": [], "instruction": "i"}
+    assert rankings_in(tmp_path, own | published | {"completions": []}) == (
+        [Ranking(user("q"), ("x", "y"), (2, 1))],
+        [],
+    )
 
 
 def test_scores_to_ranks() -> None:
@@ -276,18 +249,10 @@ def test_scores_to_ranks() -> None:
     assert ranks_of_scores([]) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "end"),
-    [
-        ("answer12", "12"),
-        ("Response B ", "b"),
-        ("b", "b"),
-        ("text_left", "left"),
-        ("prompt", ""),
-        ("id-x", "x"),
-        ("", ""),
-    ],
-)
+ENDINGS = {"answer12": "12", "Response B ": "b", "b": "b", "text_left": "left", "prompt": "", "id-x": "x", "": ""}
+
+
+@pytest.mark.parametrize(("name", "end"), ENDINGS.items())
 def test_endings_of_names(name: str, end: str) -> None:
     assert ending(name) == end
 
@@ -300,11 +265,8 @@ def test_an_option_names_a_field_by_its_whole_name_before_its_ending() -> None:
 
 
 def test_split_transcript() -> None:
-    assert split_transcript("Human: a\n\nAssistant: b \n\nHuman:c") == [
-        ("Human", "a"),
-        ("Assistant", "b"),
-        ("Human", "c"),
-    ]
+    turns = [("Human", "a"), ("Assistant", "b"), ("Human", "c")]
+    assert split_transcript("Human: a\n\nAssistant: b \n\nHuman:c") == turns
     assert split_transcript("Human: a\nAssistant: b") == [("Human", "a\nAssistant: b")]
     for text in ("", "a", "Assistant: a\n\nHuman: b", "a\n\nHuman: b"):
         assert split_transcript(text) is None

@@ -7,17 +7,9 @@ from pathlib import Path
 import pytest
 
 from rlhf.config import JudgeSection
+from rlhf.data import prompt_template
 from rlhf.data.few_shot import check_judge, examples_from, judge_template
-from rlhf.data.prompt_template import (
-    FOLDERS,
-    Example,
-    load_template,
-    parse_template,
-    template_names,
-    template_text,
-    with_examples,
-    write_template,
-)
+from rlhf.data.prompt_template import FOLDERS, load_template, parse_template, template_names
 from rlhf.data.records import Prompt, Ranking
 from rlhf.errors import UserError
 
@@ -43,11 +35,8 @@ def fields(**more: str) -> dict[str, str]:
 def test_messages_are_the_demonstrations_and_then_the_question() -> None:
     template = parse_template(PAIR, "t.txt", "mine")
     assert template.name == "mine"
-    assert template.messages(fields()) == (
-        ("user", "Q p\n1 f\n2 s"),
-        ("assistant", "Better: B"),
-        ("user", "Q ask\n1 one\n2 two"),
-    )
+    turns = (("user", "Q p\n1 f\n2 s"), ("assistant", "Better: B"), ("user", "Q ask\n1 one\n2 two"))
+    assert template.messages(fields()) == turns
 
 
 def test_reasoning_is_on_lines_of_its_own_before_the_cue() -> None:
@@ -71,9 +60,9 @@ def test_a_demonstration_about_the_prompt_that_is_asked_about_is_left_out() -> N
 def test_what_is_shipped_is_read_and_written_back_equal(folder: str, name: str, tmp_path: Path) -> None:
     template = load_template(name, folder)
     assert template.name == name
-    write_template(template, tmp_path / "copy.txt", ["chosen by a test"])
+    prompt_template.write_template(template, tmp_path / "copy.txt", ["chosen by a test"])
     assert load_template(str(tmp_path / "copy.txt"), folder) == template
-    assert template_text(template, ["x"]).startswith("# x\nname: ")
+    assert prompt_template.template_text(template, ["x"]).startswith("# x\nname: ")
     if template.kind == "pair" and template.examples:
         answers = [example.answer for example in template.examples]
         assert answers.count("A") == answers.count("B")
@@ -147,29 +136,21 @@ def test_examples_of_pairs_by_hand() -> None:
     template = load_template("pair-zero-shot")
     rankings = [ranking(f"p{i}", "xyz", (2, 1, 3)) for i in range(4)]
     # Best is y, worst is z; which comes first follows A B B A.
-    assert [(e.fields["first"], e.fields["second"], e.answer) for e in examples_from(rankings, template)] == [
-        ("y", "z", "A"),
-        ("z", "y", "B"),
-        ("z", "y", "B"),
-        ("y", "z", "A"),
-    ]
-    assert with_examples(template, examples_from(rankings, template)).form == "few-shot"
-    assert with_examples(load_template("pair-few-shot"), []).form == "zero-shot"
+    found = [(e.fields["first"], e.fields["second"], e.answer) for e in examples_from(rankings, template)]
+    assert found == [("y", "z", "A"), ("z", "y", "B"), ("z", "y", "B"), ("y", "z", "A")]
+    assert prompt_template.with_examples(template, examples_from(rankings, template)).form == "few-shot"
+    assert prompt_template.with_examples(load_template("pair-few-shot"), []).form == "zero-shot"
 
 
 def test_examples_of_points_by_hand() -> None:
     template = load_template("points-zero-shot")
     # Places 1, 4, 9 are best, middle, worst of 7 points: 7, 4, 1; by turns the best, the worst, the middle.
     rankings = [ranking(f"p{i}", "xyz", (9, 1, 4)) for i in range(3)] + [ranking("q", "xy", (5, 5 - 1))]
-    assert [(e.fields["response"], e.answer) for e in examples_from(rankings, template)] == [
-        ("y", "7"),
-        ("x", "1"),
-        ("z", "4"),
-        ("y", "7"),
-    ]
+    found = [(e.fields["response"], e.answer) for e in examples_from(rankings, template)]
+    assert found == [("y", "7"), ("x", "1"), ("z", "4"), ("y", "7")]
     # Of four ranks the second is a third of the way down: 6 x 1/3 = 2 below 7.
     four = [ranking("p", "wxyz", (1, 2, 3, 4))] * 3
-    assert examples_from(four, template)[2] == Example({"prompt": "p", "response": "y"}, "3")
+    assert examples_from(four, template)[2] == prompt_template.Example({"prompt": "p", "response": "y"}, "3")
 
 
 def test_the_recipe_s_section_is_checked_before_anything_is_loaded(tmp_path: Path) -> None:

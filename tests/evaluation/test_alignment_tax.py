@@ -27,9 +27,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-    )
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=258, hidden_size=32, intermediate_size=64, **layers)
     # Wide logits: a fresh model is close to uniform and would hide a wrong position.
     network = LlamaForCausalLM(config).eval()
     torch.nn.init.normal_(network.lm_head.weight, std=1.0)
@@ -76,9 +75,8 @@ def test_encode_question_splits_after_the_context(tokenizer: PreTrainedTokenizer
 
 def test_cloze_accuracy_equals_an_explicit_loop(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     words = ["red", "αβγδεζ", "tea", "ΩΩ", "blue sky", "λ"]
-    questions = [
-        Cloze(f"Question {i}: the colour is", tuple(words[(i + j) % 6] for j in range(4)), i % 4) for i in range(12)
-    ]
+    choices = [tuple(words[(i + j) % 6] for j in range(4)) for i in range(12)]
+    questions = [Cloze(f"Question {i}: the colour is", choices[i], i % 4) for i in range(12)]
     right = right_sum = right_characters = 0
     for question in questions:
         sums = []

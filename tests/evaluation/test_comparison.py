@@ -16,6 +16,8 @@ from rlhf.functional.statistics import Interval
 from rlhf.run.folder import _started
 from support.comparison_runs import BAD, by_arm, hand_made
 
+SAMPLES, RESULTS = "evaluate/samples.jsonl", "evaluate/results.json"
+
 
 @pytest.fixture
 def comparison(tmp_path: Path) -> Comparison:
@@ -69,11 +71,8 @@ def test_the_rubric_judges_an_arm_against_the_references_sft_policy(comparison: 
 def test_words_claim_no_more_than_the_interval_allows(comparison: Comparison) -> None:
     full, lora, prompt = arm_results(comparison)
     assert (full.finding, lora.finding, prompt.finding) == ("learned nothing", "learned", "got worse")
-    assert (full.preference, lora.preference, prompt.preference) == (
-        "no clear difference",
-        "preferred",
-        "SFT preferred",
-    )
+    preferences = [arm.preference for arm in (full, lora, prompt)]
+    assert preferences == ["no clear difference", "preferred", "SFT preferred"]
     assert (full.standing, lora.standing) == ("", "no clear difference")
     words = ("up", "none", "down")
     assert finding(Interval(0.2, 0.0, 0.4), 0.0, 20, words) == "none"  # it reaches the start
@@ -122,21 +121,11 @@ def test_states_of_an_unfinished_arm(comparison: Comparison) -> None:
 @pytest.mark.parametrize(
     ("file", "before", "after", "words"),
     [
-        (
-            "evaluate/samples.jsonl",
-            '"ppo-ptx": "Rain',
-            '"ppo": "Rain',
-            ["samples.jsonl, line 1", "no response of ppo-ptx"],
-        ),
-        ("evaluate/samples.jsonl", '"scores"', '"score', ["samples.jsonl, line 1", "not JSON"]),
-        ("evaluate/results.json", '"b": "sft"', '"b": "x"', ["results.json", "no comparison of ppo-ptx with sft"]),
-        (
-            "evaluate/results.json",
-            '"reward_score": 0.75',
-            '"reward": 0.75',
-            ["results.json", "(KeyError: 'reward_score')"],
-        ),
-        ("evaluate/results.json", '{"labeler"', '{labeler"', ["results.json", "not JSON"]),
+        (SAMPLES, '"ppo-ptx": "Rain', '"ppo": "Rain', ["samples.jsonl, line 1", "no response of ppo-ptx"]),
+        (SAMPLES, '"scores"', '"score', ["samples.jsonl, line 1", "not JSON"]),
+        (RESULTS, '"b": "sft"', '"b": "x"', ["results.json", "no comparison of ppo-ptx with sft"]),
+        (RESULTS, '"reward_score": 0.75', '"reward": 0.75', ["results.json", "(KeyError: 'reward_score')"]),
+        (RESULTS, '{"labeler"', '{labeler"', ["results.json", "not JSON"]),
         ("ppo-ptx/metrics.jsonl", '"step": 32}', "32", ["metrics.jsonl, line 3", "not JSON"]),
         ("sft/model/adapter.safetensors", None, "x", ["adapter.safetensors", "weights cannot be read"]),
         ("sft/stage.json", None, "x", ["stage.json cannot be read"]),

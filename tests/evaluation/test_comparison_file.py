@@ -68,43 +68,35 @@ def test_a_recipe_file_is_looked_for_beside_the_comparison(
     assert read_comparison(str(file)).load("full").model.name == "tiny"
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "words"),
-    [
-        ("recipe: tiny", "recipe: tny", ["there is no recipe 'tny'", "line 2, recipe", "did you mean tiny?"]),
-        ("recipe: tiny", "recipe: [tiny]", ["recipe is ['tiny']", "line 2, recipe"]),
-        (
-            "reference: full",
-            "reference: whole",
-            ["reference whole is not an arm", "line 3, reference", "full, lora, prompt"],
-        ),
-        ("reference: full\n", "", ["reference is None", "my.yaml, reference"]),
-        ("arms:", "ways:", ["unknown section ways", "line 8, ways", "rename it to arms"]),
-        ("common:", "comon:", ["unknown section comon", "line 4, comon", "recipe, reference, common, arms"]),
-        (
-            "sft.packing: false",
-            "sft.pack: false",
-            ["unknown field sft.pack", "line 6, common: sft.pack", "sft.packing"],
-        ),
-        ("sft.packing: false", "sft.packing: 7", ["sft.packing is 7", "line 6, common: sft.packing"]),
-        ("sft.lr: 5.0e-3", "sft.lrr: 5.0e-3", ["unknown field sft.lrr", "line 10, arms: lora: sft.lrr", "sft.lr?"]),
-        ("ppo.lr: 0.01", "ppo.lr: fast", ["ppo.lr is 'fast'", "line 13, arms: prompt: ppo.lr", "a number, above 0"]),
-        ("ppo.lr: 0.01", "ppo: {lr: 0.01}", ["ppo is a section", "line 13, arms: prompt: ppo"]),
-        ("ppo.lr: 0.01", "run.name: x", ["run.name is the same", "line 13, arms: prompt: run.name"]),
-        ("ppo.lr: 0.01", "evaluate.prompts: 9", ["evaluate.prompts is the same", "under common"]),
-        ("ppo.lr: 0.01", "reward.lr: 0.1", ["reward.lr is the same", "line 13"]),
-        ("sft.packing: false", "sft.packing: true", ["sft.packing is true", "line 11, arms: prompt"]),
-        (
-            "reward.peft.method: none",
-            "reward.peft.method: model",
-            ["share one reward model", "reward.peft.method=none"],
-        ),
-        ("  lora: {", "  lo/ra: {", ["'lo/ra' cannot be the name of a folder", "line 10"]),
-        ("  lora: {model", "  lora: [model", ["not valid YAML", "line 10"]),
-        ("  lora: {model.peft.method: lora, sft.lr: 5.0e-3}", "  lora: 3", ["lora is 3", "line 10, arms: lora"]),
-        ("run.name: three", "run.stages: [sft, reward, ppo]", ["run.stages lacks evaluate"]),
-    ],
-)
+REFUSALS = [
+    ("recipe: tiny", "recipe: tny", ["there is no recipe 'tny'", "line 2, recipe", "did you mean tiny?"]),
+    ("recipe: tiny", "recipe: [tiny]", ["recipe is ['tiny']", "line 2, recipe"]),
+    (
+        "reference: full",
+        "reference: whole",
+        ["reference whole is not an arm", "line 3, reference", "full, lora, prompt"],
+    ),
+    ("reference: full\n", "", ["reference is None", "my.yaml, reference"]),
+    ("arms:", "ways:", ["unknown section ways", "line 8, ways", "rename it to arms"]),
+    ("common:", "comon:", ["unknown section comon", "line 4, comon", "recipe, reference, common, arms"]),
+    ("sft.packing: false", "sft.pack: false", ["unknown field sft.pack", "line 6, common: sft.pack", "sft.packing"]),
+    ("sft.packing: false", "sft.packing: 7", ["sft.packing is 7", "line 6, common: sft.packing"]),
+    ("sft.lr: 5.0e-3", "sft.lrr: 5.0e-3", ["unknown field sft.lrr", "line 10, arms: lora: sft.lrr", "sft.lr?"]),
+    ("ppo.lr: 0.01", "ppo.lr: fast", ["ppo.lr is 'fast'", "line 13, arms: prompt: ppo.lr", "a number, above 0"]),
+    ("ppo.lr: 0.01", "ppo: {lr: 0.01}", ["ppo is a section", "line 13, arms: prompt: ppo"]),
+    ("ppo.lr: 0.01", "run.name: x", ["run.name is the same", "line 13, arms: prompt: run.name"]),
+    ("ppo.lr: 0.01", "evaluate.prompts: 9", ["evaluate.prompts is the same", "under common"]),
+    ("ppo.lr: 0.01", "reward.lr: 0.1", ["reward.lr is the same", "line 13"]),
+    ("sft.packing: false", "sft.packing: true", ["sft.packing is true", "line 11, arms: prompt"]),
+    ("reward.peft.method: none", "reward.peft.method: model", ["share one reward model", "reward.peft.method=none"]),
+    ("  lora: {", "  lo/ra: {", ["'lo/ra' cannot be the name of a folder", "line 10"]),
+    ("  lora: {model", "  lora: [model", ["not valid YAML", "line 10"]),
+    ("  lora: {model.peft.method: lora, sft.lr: 5.0e-3}", "  lora: 3", ["lora is 3", "line 10, arms: lora"]),
+    ("run.name: three", "run.stages: [sft, reward, ppo]", ["run.stages lacks evaluate"]),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "words"), REFUSALS)
 def test_refusals_name_file_line_and_field(file: Path, before: str, after: str, words: list[str]) -> None:
     assert before in FILE_TEXT
     file.write_text(FILE_TEXT.replace(before, after, 1))
@@ -122,9 +114,8 @@ def test_a_file_without_arms_and_an_unknown_comparison(file: Path, tmp_path: Pat
     with pytest.raises(UserError, match="there is no comparison 'peff'[\\s\\S]*did you mean peft"):
         read_comparison("peff")
     file.write_text("- recipe\n")
-    with pytest.raises(
-        UserError, match="a comparison is a mapping of sections[\\s\\S]*recipe, reference, common, arms"
-    ):
+    words = "a comparison is a mapping of sections[\\s\\S]*recipe, reference, common, arms"
+    with pytest.raises(UserError, match=words):
         read_comparison(str(file))
 
 
@@ -146,9 +137,8 @@ def test_shipped_comparisons_are_whole(name: str) -> None:
 def test_peft_has_every_method_that_its_model_can_take() -> None:
     comparison = read_comparison("peft")
     methods = [comparison.load(arm).model.peft.method for arm in comparison.arms]
-    assert sorted(methods) == sorted(
-        ["none", "lora", "dora", "prefix", "p_tuning", "p_tuning_v2", "prompt", "adapter", "ia3"]
-    )
+    expected = ["none", "lora", "dora", "prefix", "p_tuning", "p_tuning_v2", "prompt", "adapter", "ia3"]
+    assert sorted(methods) == sorted(expected)
     budgets = {
         (r.sft.epochs, r.sft.batch_size, r.ppo.episodes, r.ppo.batch_size, r.ppo.minibatch_size, r.run.seed)
         for r in map(comparison.load, comparison.arms)

@@ -33,12 +33,8 @@ def comparison(tmp_path: Path) -> Comparison:
 def test_the_page_is_one_file_with_every_arm(comparison: Comparison) -> None:
     found = arm_results(comparison)
     html = write_page(comparison, found).read_text()
-    assert (
-        html.count("<svg") == 2
-        and "<script" not in html
-        and "<link" not in html
-        and "http" not in html.split("<svg")[0]
-    )
+    assert html.count("<svg") == 2 and "<script" not in html and "<link" not in html
+    assert "http" not in html.split("<svg")[0]
     for arm in comparison.arms:
         assert f"<td>{arm}" in html
     assert "learned nothing" in html and "83 – 100\u00a0%" not in html and "84 – 100\u00a0%" in html
@@ -65,9 +61,8 @@ def test_the_verdict_names_the_best_and_who_learned_nothing(comparison: Comparis
     assert text.startswith("Highest held-out score: full, 0.75 with 100\u00a0% of the weights trained. ")
     assert "PPO raised the score of lora. It lowered that of prompt. Learned nothing: full." in text
     best = [found[0], ArmResult(**vars(found[1]) | {"score": 2.0}), found[2]]
-    assert "lora, 2.00 with 8.5\u00a0% of the weights trained: no clear difference from full (+0.25, −" in verdict(
-        best, "full"
-    )
+    text = verdict(best, "full")
+    assert "lora, 2.00 with 8.5\u00a0% of the weights trained: no clear difference from full (+0.25, −" in text
 
 
 def test_a_run_of_a_comparison_shows_it_in_its_report(comparison: Comparison) -> None:
@@ -100,17 +95,8 @@ def test_counts_and_shares() -> None:
 
 def test_labels_cover_nothing() -> None:
     # Nine points of which five are nearly one, as LoRA and DoRA are, in a chart of 260 x 140 with labels of 50 x 10.
-    anchors = [
-        (100.0, 70.0),
-        (102.0, 72.0),
-        (101.0, 69.0),
-        (103.0, 71.0),
-        (99.0, 73.0),
-        (10, 5),
-        (250, 5),
-        (10, 135),
-        (250, 70),
-    ]
+    anchors = [(100.0, 70.0), (102.0, 72.0), (101.0, 69.0), (103.0, 71.0), (99.0, 73.0)]
+    anchors += [(10, 5), (250, 5), (10, 135), (250, 70)]
     markers = [(x - 4, y - 4, x + 4, y + 4) for x, y in anchors]
     boxes = place(anchors, [(50.0, 10.0)] * 9, markers, (0, 0, 260, 140))
     for i, box in enumerate(boxes):

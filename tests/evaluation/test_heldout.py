@@ -17,15 +17,14 @@ def test_held_out_means_held_out(tmp_path: Path) -> None:
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return f"data.{name.removesuffix('.jsonl')}=[{path}]"
 
+    asked = [{"prompt": f"Name a {what}."} for what in ("river", "hill", "bay", "sea")]
     recipe = load_recipe(
         "tiny",
         [
             write("prompts.jsonl", {"prompt": "Name a river."}),
             write("demonstrations.jsonl", {"prompt": "Name a hill.", "response": "Arthur's Seat."}),
             write("rankings.jsonl", {"prompt": "Name a bay.", "responses": ["Baffin Bay.", "No."], "ranks": [1, 2]}),
-            write(
-                "prompts_heldout.jsonl", *({"prompt": f"Name a {what}."} for what in ("river", "hill", "bay", "sea"))
-            ),
+            write("prompts_heldout.jsonl", *asked),
             write("pretraining.jsonl", {"text": "Tea is a drink."}),
             write("pretraining_heldout.jsonl", {"text": "Tea is a drink."}, {"text": "Bread is a food."}),
         ],

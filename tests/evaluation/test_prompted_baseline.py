@@ -47,9 +47,8 @@ PROMPTS = [Prompt.from_text(text) for text in ("Name a river.", "Boil an egg, pl
 
 
 def recipe(**evaluate: object) -> Recipe:
-    return Recipe.model_validate(
-        {"model": {"name": "tiny"}, "data": {"max_response_tokens": 6}, "evaluate": {"reasoning_tokens": 5} | evaluate}
-    )
+    sections = {"model": {"name": "tiny"}, "data": {"max_response_tokens": 6}}
+    return Recipe.model_validate(sections | {"evaluate": {"reasoning_tokens": 5} | evaluate})
 
 
 @pytest.fixture
@@ -62,11 +61,8 @@ def policy(tiny_policy: PreTrainedModel) -> PreTrainedModel:
 
 def test_the_examples_are_turns_before_the_dialogue() -> None:
     few, think = parse_template(FEW, "f", "few"), parse_template(THINK, "t", "think")
-    assert prompted_messages(few, PROMPTS[0]).messages == (
-        ("user", "Q: one?"),
-        ("assistant", "1"),
-        ("user", "Q: Name a river."),
-    )
+    expected = (("user", "Q: one?"), ("assistant", "1"), ("user", "Q: Name a river."))
+    assert prompted_messages(few, PROMPTS[0]).messages == expected
     turns = (Message("system", "s"), Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
     assert prompted_messages(think, Prompt(turns)).messages == (
         ("system", "s"),
@@ -116,10 +112,8 @@ def test_of_a_reasoned_answer_only_what_follows_the_cue_is_left(
     thoughts = draw(policy, tiny_tokenizer, rows, 5, [row_seed(seed, "reasoning") for seed in (7, 8, 9)])
     words = [text.strip() for text in thoughts.texts(tiny_tokenizer)]
     assert answers.reasoning == words and all(words)
-    rows = [
-        row + tiny_tokenizer(f"{said}\nSo:", add_special_tokens=False)["input_ids"]
-        for row, said in zip(rows, words, strict=True)
-    ]
+    ends = [tiny_tokenizer(f"{said}\nSo:", add_special_tokens=False)["input_ids"] for said in words]
+    rows = [row + end for row, end in zip(rows, ends, strict=True)]
     expected = draw(policy, tiny_tokenizer, rows, 6, [7, 8, 9])
     assert answers.texts == [text.lstrip() for text in expected.texts(tiny_tokenizer)]
     assert not any(said in text for said, text in zip(words, answers.texts, strict=True))

@@ -49,22 +49,10 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "my-run"
     put(folder / "recipe.yaml", "run:\n  name: my-run\n")
     put(folder / "sft" / "stage.json", {"state": "finished", "seconds": 65, "metrics": {"sft/loss": 1.5}})
-    put(
-        folder / "sft" / "metrics.jsonl", [{"step": 100 * i, "axis": "tokens", "sft/loss": 2 - i / 9} for i in range(9)]
-    )
-    put(
-        folder / "reward" / "stage.json",
-        {
-            "state": "finished",
-            "seconds": 5000,
-            "metrics": {
-                "reward/accuracy": 0.68,
-                "reward/accuracy_low": 0.62,
-                "reward/accuracy_high": 0.74,
-                "reward/margin": 0.9,
-            },
-        },
-    )
+    losses = [{"step": 100 * i, "axis": "tokens", "sft/loss": 2 - i / 9} for i in range(9)]
+    put(folder / "sft" / "metrics.jsonl", losses)
+    metrics = {"reward/accuracy": 0.68, "reward/accuracy_low": 0.62, "reward/accuracy_high": 0.74, "reward/margin": 0.9}
+    put(folder / "reward" / "stage.json", {"state": "finished", "seconds": 5000, "metrics": metrics})
     put(folder / "reward" / "calibration.json", [{"confidence": 0.6, "accuracy": 0.4, "n": 9}])
     points = [
         {"step": 64 * i, "axis": "episodes", "ppo/reward_score": i / 40, "ppo/kl": i / 8, "ppo/ptx_loss": 3.4}
@@ -105,10 +93,8 @@ def test_charts_follow_the_page_and_share_no_wrong_id(run: Path) -> None:
     assert "var(--ptx)" in html and "#0a0003" not in html and "#010101" not in html
     defined = set(re.findall(r' id="([^"]+)"', html))
     assert set(re.findall(r"url\(#([^)]+)\)", html)) <= defined
-    charts = [
-        line_chart({"ppo": ([0, 1], [1, 2])}, "episodes"),
-        calibration_chart([{"confidence": 0.7, "accuracy": 0.7, "n": 3}]),
-    ]
+    calibration = [{"confidence": 0.7, "accuracy": 0.7, "n": 3}]
+    charts = [line_chart({"ppo": ([0, 1], [1, 2])}, "episodes"), calibration_chart(calibration)]
     for chart in charts:
         assert chart.startswith("<svg") and chart.rstrip().endswith("</svg>")
         assert "width=" not in chart[: chart.index(">")] and "DejaVu" not in chart

@@ -75,10 +75,8 @@ class Life:
     def profile(self) -> dict[str, Any]:
         """Phases with their durations, and the phase of every event."""
         ends = [begin for _, begin in self.phases[1:]] + [time.monotonic()]
-        return {
-            "phases": [(name, end - begin) for (name, begin), end in zip(self.phases, ends, strict=True)],
-            "events": self.events,
-        }
+        phases = [(name, end - begin) for (name, begin), end in zip(self.phases, ends, strict=True)]
+        return {"phases": phases, "events": self.events}
 
     def _told(self, phase: Any) -> Any:
         def told(name: str, step: int | None = None) -> None:

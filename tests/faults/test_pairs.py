@@ -42,22 +42,18 @@ class Pair:
     slowest: float = 0.0  # seconds from a kill to the end of `rlhf`
 
     def attempt(self, run: str, kill: tuple[int, int, float] | None = None) -> int:
-        """Run `rlhf ppo`; returns its exit code.
+        """Run `rlhf ppo` and return its exit code.
 
-        Args:
-            kill: rank, the number of its phase or step, and seconds into that; None to let it end.
+        `kill` is a rank, the number of its phase or step, and seconds into that; None lets the run end.
         """
         sizes = [*SIZES, f"run.dir={self.folder}", f"run.name={run}", "ppo.micro_batch_size=4"]
         sizes += ["launch.processes=2", f"launch.zero_stage={self.zero}"]
         log = self.folder / f"{run}.txt"
         before = {self.report(run, rank).get("pid") for rank in (0, 1)}
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+        command = [sys.executable, "-m", "launch.cli", "ppo", *sizes]
         with log.open("w") as output:
-            parent = subprocess.Popen(
-                [sys.executable, "-m", "launch.cli", "ppo", *sizes],
-                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+            parent = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
         if kill is None:
             return parent.wait(timeout=600)
         rank, beat, delay = kill
@@ -120,7 +116,6 @@ def test_kills_of_a_random_rank(tmp_path: Path, zero: int) -> None:
         assert not found, (run, found)
         identical += 1
     where = ", ".join(f"{place} {n}" for place, n in sorted(pair.kills.items()))
-    print(
-        f"\nZeRO {zero}, FAULTS_SEED={SEED}: {pair.kills.total()} kills in {runs} runs, {identical} identical ({where})"
-    )
+    kills = f"{pair.kills.total()} kills in {runs} runs"
+    print(f"\nZeRO {zero}, FAULTS_SEED={SEED}: {kills}, {identical} identical ({where})")
     print(f"down within {pair.slowest:.1f} s of a kill")

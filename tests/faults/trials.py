@@ -22,13 +22,8 @@ from support.paths import ROOT, TESTS
 STAGES = {"sft": "sft", "rank": "rank", "reward": "reward", "ppo": "ppo-ptx"}  # module: folder
 # Many steps and a checkpoint after each; dropout, an average and a moving KL coefficient, so that all state matters.
 SIZES = [
-    *(
-        "tiny",
-        "tracking.wandb=disabled",
-        "run.device=cpu",
-        "data.max_response_tokens=24",
-        "data.validation_fraction=0.3",
-    ),
+    *("tiny", "tracking.wandb=disabled", "run.device=cpu"),
+    *("data.max_response_tokens=24", "data.validation_fraction=0.3"),
     *("sft.save_every=1", "sft.dropout=0.1", "sft.batch_size=8", "sft.micro_batch_size=4", "sft.epochs=1"),
     *("rank.prompts=24", "rank.outputs_per_prompt=3", "rank.batch_size=6"),
     *("reward.save_every=1", "reward.batch_size=2"),
@@ -52,13 +47,9 @@ class Server:
 
     def __init__(self) -> None:
         env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self.process = subprocess.Popen(
-            [sys.executable, str(TESTS / "faults" / "attempts.py")],
-            env=os.environ | env,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        command = [sys.executable, str(TESTS / "faults" / "attempts.py")]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, env=os.environ | env, text=True, **pipes)
 
     def run(self, **job: Any) -> int:
         """The exit code of an attempt, -9 for one that was killed."""

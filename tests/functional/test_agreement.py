@@ -11,32 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.functional.agreement import (
-    CONVENTIONS,
-    HEADLINE,
-    LabelerPair,
-    SharedRankings,
-    Tally,
-    agreement_counts,
-    alpha,
-    alpha_ordinal,
-    kendall,
-    labeler_pairs,
-    pairs_of_labeler,
-    pairwise,
-    positions,
-    ratio,
-    tally,
-    tau_b,
-    time_windows,
-)
+from rlhf.functional import agreement
+from rlhf.functional.agreement import Tally, agreement_counts, kendall, labeler_pairs, pairwise, ratio, tally, tau_b
 
 NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
 nan = pytest.approx(math.nan, nan_ok=True)
 
 
-def item(prompt: str, times: dict[str, int] | None = None, **ranks: tuple[int, ...]) -> SharedRankings:
-    return SharedRankings(prompt, ranks, {name: NOON + timedelta(minutes=m) for name, m in (times or {}).items()})
+def item(prompt: str, times: dict[str, int] | None = None, **ranks: tuple[int, ...]) -> agreement.SharedRankings:
+    moments = {name: NOON + timedelta(minutes=m) for name, m in (times or {}).items()}
+    return agreement.SharedRankings(prompt, ranks, moments)
 
 
 # Pairs of outputs
@@ -56,7 +40,7 @@ def test_pairs_by_hand() -> None:
 
 def test_conventions_of_ties_by_hand() -> None:
     counts = Tally(concordant=6, discordant=2, first_ties=3, second_ties=1, both_tie=4)
-    assert HEADLINE == "untied"
+    assert agreement.HEADLINE == "untied"
     assert agreement_counts(counts) == agreement_counts(counts, "untied") == (6, 8)
     assert agreement_counts(counts, "strict") == (10, 16)
     assert agreement_counts(counts, "half") == (12, 16)  # 6 + 4 + (3 + 1) / 2
@@ -116,21 +100,17 @@ def test_agreement_of_three_labelers_by_hand() -> None:
     assert [(c.prompt, c.first, c.second) for c in compared] == [
         ("p", "a", "b"), ("p", "a", "c"), ("p", "b", "c"), ("q", "a", "c"),
     ]  # fmt: skip
-    assert [c.tally for c in compared] == [
-        Tally(2, 1, 0, 0, 0),
-        Tally(2, 0, 0, 1, 0),
-        Tally(2, 0, 0, 1, 0),
-        Tally(0, 1, 0, 0, 0),
-    ]
+    expected = [Tally(2, 1, 0, 0, 0), Tally(2, 0, 0, 1, 0), Tally(2, 0, 0, 1, 0), Tally(0, 1, 0, 0, 0)]
+    assert [c.tally for c in compared] == expected
     # untied: 6 of 3 + 2 + 2 + 1 = 8; strict: 6 of 10; half: 6 + 2 / 2 = 7 of 10
-    assert [pairwise(compared, ties).value for ties in CONVENTIONS] == pytest.approx([6 / 8, 6 / 10, 7 / 10])
+    assert [pairwise(compared, ties).value for ties in agreement.CONVENTIONS] == pytest.approx([6 / 8, 6 / 10, 7 / 10])
     assert pairwise(compared).counted == 8 and pairwise(compared).prompts == 2
     # tau-b: 1/3, 2/sqrt(6), 2/sqrt(6), -1
     assert kendall(compared).value == pytest.approx((1 / 3 + 4 / math.sqrt(6) - 1) / 4)
     # A ranking that ties everything has no tau-b.
     assert kendall(labeler_pairs([*shared, item("r", a=(1, 1), b=(1, 2))])) == kendall(compared)
     # b meets a and c on p: 2 + 2 of 3 + 2
-    assert pairwise(pairs_of_labeler(compared, "b")).value == pytest.approx(4 / 5)
+    assert pairwise(agreement.pairs_of_labeler(compared, "b")).value == pytest.approx(4 / 5)
 
 
 def test_interval_and_standard_error_by_hand() -> None:
@@ -186,11 +166,11 @@ def test_windows_by_hand() -> None:
         item("5", {"a": 30, "b": 5}, a=(1, 2), b=(1, 2)),
     ]
     compared = labeler_pairs(shared)
-    assert [[c.prompt for c in part] for part in time_windows(compared, 2)] == [["2", "4"], ["1", "5"]]
-    assert [[c.prompt for c in part] for part in time_windows(compared, 9)] == [["2"], ["4"], ["1"], ["5"]]
-    assert [pairwise(part).value for part in time_windows(compared, 2)] == [0.5, 1.0]
-    assert time_windows(compared[2:3], 3) == []
-    assert compared[2] == LabelerPair("3", "a", "b", Tally(1, 0, 0, 0, 0), None)
+    assert [[c.prompt for c in part] for part in agreement.time_windows(compared, 2)] == [["2", "4"], ["1", "5"]]
+    assert [[c.prompt for c in part] for part in agreement.time_windows(compared, 9)] == [["2"], ["4"], ["1"], ["5"]]
+    assert [pairwise(part).value for part in agreement.time_windows(compared, 2)] == [0.5, 1.0]
+    assert agreement.time_windows(compared[2:3], 3) == []
+    assert compared[2] == agreement.LabelerPair("3", "a", "b", Tally(1, 0, 0, 0, 0), None)
 
 
 # Krippendorff's alpha
@@ -210,17 +190,17 @@ def units_of(observers: list[list[int | None]]) -> list[list[int]]:
 
 
 def test_alpha_of_the_published_example() -> None:
-    assert alpha_ordinal(units_of(OBSERVERS)) == pytest.approx(0.815, abs=5e-4)
+    assert agreement.alpha_ordinal(units_of(OBSERVERS)) == pytest.approx(0.815, abs=5e-4)
 
 
 def test_alpha_by_hand() -> None:
     # Values 1, 2, 3 come 3, 1, 2 times, so their middles are 1.5, 3.5, 5; distances 4 (12), 12.25 (13), 2.25 (23).
     # Observed 2 * 4 / 6; expected 2 (3*1*4 + 3*2*12.25 + 1*2*2.25) / (6*5) = 6.
-    assert alpha_ordinal([[1, 1], [1, 2], [3, 3], [2]]) == pytest.approx(1 - (8 / 6) / 6)
-    assert alpha_ordinal([[1, 1], [3, 3], [2, 2]]) == 1
-    assert alpha_ordinal([[1, 2], [2, 1]]) == pytest.approx(1 - (2 * 2 * 4 / 4) / (2 * 2 * 2 * 4 / 12))
-    assert alpha_ordinal([[1], [2]]) == nan
-    assert alpha_ordinal([[2, 2], [2, 2]]) == nan
+    assert agreement.alpha_ordinal([[1, 1], [1, 2], [3, 3], [2]]) == pytest.approx(1 - (8 / 6) / 6)
+    assert agreement.alpha_ordinal([[1, 1], [3, 3], [2, 2]]) == 1
+    assert agreement.alpha_ordinal([[1, 2], [2, 1]]) == pytest.approx(1 - (2 * 2 * 4 / 4) / (2 * 2 * 2 * 4 / 12))
+    assert agreement.alpha_ordinal([[1], [2]]) == nan
+    assert agreement.alpha_ordinal([[2, 2], [2, 2]]) == nan
 
 
 def alpha_by_definition(units: list[list[float]]) -> float:
@@ -242,28 +222,29 @@ def alpha_by_definition(units: list[list[float]]) -> float:
 @settings(deadline=None)
 @given(st.lists(st.lists(st.integers(1, 5), max_size=4), max_size=8))
 def test_alpha_of_any_data(units: list[list[int]]) -> None:
-    value = alpha_ordinal(units)
+    value = agreement.alpha_ordinal(units)
     assert value == pytest.approx(alpha_by_definition(units), nan_ok=True)
     # Only the order of values counts, and not who gave them.
-    assert alpha_ordinal([[v**3 - 7 for v in reversed(unit)] for unit in units]) == pytest.approx(value, nan_ok=True)
+    others = [[v**3 - 7 for v in reversed(unit)] for unit in units]
+    assert agreement.alpha_ordinal(others) == pytest.approx(value, nan_ok=True)
 
 
 def test_positions_by_hand() -> None:
-    assert positions((1, 4, 4)) == positions((1, 2, 2)) == [0, 0.75, 0.75]  # midranks 1, 2.5, 2.5
-    assert positions((2, 1, 3, 4, 5)) == [0.25, 0, 0.5, 0.75, 1]
-    assert positions((3, 3)) == [0.5, 0.5]
+    assert agreement.positions((1, 4, 4)) == agreement.positions((1, 2, 2)) == [0, 0.75, 0.75]  # midranks 1, 2.5, 2.5
+    assert agreement.positions((2, 1, 3, 4, 5)) == [0.25, 0, 0.5, 0.75, 1]
+    assert agreement.positions((3, 3)) == [0.5, 0.5]
 
 
 def test_alpha_of_rankings_by_hand() -> None:
     # Units (0,0) (1,1) (0,1) (1,0): each value 4 times, distance 4^2. Observed 4*16/8, expected 2*4*4*16/(8*7).
     shared = [item("p", a=(1, 2), b=(1, 2)), item("q", a=(1, 2), b=(2, 1))]
-    assert alpha(shared) == pytest.approx(1 - 8 / (512 / 56)) == pytest.approx(0.125)
+    assert agreement.alpha(shared) == pytest.approx(1 - 8 / (512 / 56)) == pytest.approx(0.125)
     # Three labelers of whom one missed the second prompt, two sizes of K.
     shared = [item("p", a=(1, 2, 3), b=(1, 3, 3), c=(2, 1, 3)), item("q", a=(1, 2), c=(2, 1))]
     units = [[0, 0, 0.5], [0.5, 0.75, 0], [1, 0.75, 1], [0, 1], [1, 0]]
-    assert alpha(shared) == pytest.approx(alpha_by_definition(units))
+    assert agreement.alpha(shared) == pytest.approx(alpha_by_definition(units))
     with pytest.raises(ValueError):
-        alpha([item("p", a=(1, 2), b=(1, 2, 3))])
+        agreement.alpha([item("p", a=(1, 2), b=(1, 2, 3))])
 
 
 def test_where_prompts_agree_alike_the_interval_is_wilsons_over_them() -> None:

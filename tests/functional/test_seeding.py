@@ -24,12 +24,8 @@ def test_any_cut_of_the_stream_gives_the_same_indices() -> None:
 
 def test_passes_seeds_and_names_have_orders_of_their_own() -> None:
     first = shuffled_indices(50, 1, "prompts", 0, 50)
-    others = [
-        shuffled_indices(50, 1, "prompts", 50, 50),
-        shuffled_indices(50, 2, "prompts", 0, 50),
-        shuffled_indices(50, 1, "ptx", 0, 50),
-        list(range(50)),
-    ]
+    streams = ((1, "prompts", 50), (2, "prompts", 0), (1, "ptx", 0))
+    others = [*(shuffled_indices(50, *stream, 50) for stream in streams), list(range(50))]
     assert all(sorted(other) == sorted(first) and other != first for other in others)
     assert shuffled_indices(50, 1, "prompts", 0, 50) == first
 

@@ -8,18 +8,8 @@ import random
 import numpy as np
 import pytest
 
-from rlhf.functional.statistics import (
-    bootstrap_interval,
-    cluster_bootstrap,
-    distinct_n,
-    length_matched_win_rate,
-    length_statistics,
-    mean_interval,
-    prompt_means,
-    wilson_interval,
-    win_rate,
-    with_interval,
-)
+from rlhf.functional import statistics
+from rlhf.functional.statistics import bootstrap_interval, cluster_bootstrap, distinct_n, mean_interval, win_rate
 
 nan = pytest.approx(math.nan, nan_ok=True)
 SHARES = [0.1, 0.9, 0.35, 0.6, 0.2, 0.75, 0.5, 0.05]
@@ -77,15 +67,16 @@ def test_mean_interval_against_all_resamples() -> None:
 
 def test_wilson_interval() -> None:
     # z = 1.96: 8 of 10 is (0.8 + 0.19207) / 1.38415 +- ...; the published interval is (0.4902, 0.9433).
-    assert wilson_interval(8, 10) == pytest.approx((0.8, 0.4902, 0.9433), abs=5e-5)
+    assert statistics.wilson_interval(8, 10) == pytest.approx((0.8, 0.4902, 0.9433), abs=5e-5)
     # k = 0: the upper end is z^2 / (n + z^2) = 3.8415 / 13.8415.
-    assert wilson_interval(0, 10) == pytest.approx((0, 0, 0.27753), abs=1e-5)
-    assert wilson_interval(10, 10) == pytest.approx((1, 0.72247, 1), abs=1e-5)
+    assert statistics.wilson_interval(0, 10) == pytest.approx((0, 0, 0.27753), abs=1e-5)
+    assert statistics.wilson_interval(10, 10) == pytest.approx((1, 0.72247, 1), abs=1e-5)
     # Rounding does not take an end past 0 or 1, as it would for some n.
-    assert all(wilson_interval(0, n).low == 0 and wilson_interval(n, n).high == 1 for n in range(1, 200))
+    ends = [(statistics.wilson_interval(0, n).low, statistics.wilson_interval(n, n).high) for n in range(1, 200)]
+    assert all(low == 0 and high == 1 for low, high in ends)
     for k, n in [(0, 0), (-1, 3), (4, 3)]:
         with pytest.raises(ValueError):
-            wilson_interval(k, n)
+            statistics.wilson_interval(k, n)
 
 
 def test_win_rate_interval() -> None:
@@ -109,19 +100,19 @@ def test_win_rate_interval() -> None:
 
 
 def test_length_matched_win_rate() -> None:
-    assert prompt_means([[1.0, 0.5], [0.0, 0.5]]) == [0.75, 0.25]
+    assert statistics.prompt_means([[1.0, 0.5], [0.0, 0.5]]) == [0.75, 0.25]
     wins = [[1.0, 0.0], [1.0, 0.5], [0.0, 0.0]]
     # |10 - 8| = 2 <= 0.2 * 10 stays, 10 against 7 goes; 5 against 5 and 0.2 * 6 = 1.2 >= 1 stay; 1 against 9 goes.
-    rate, n = length_matched_win_rate(wins, [[10, 10], [5, 6], [1, 1]], [[8, 7], [5, 5], [9, 9]])
+    rate, n = statistics.length_matched_win_rate(wins, [[10, 10], [5, 6], [1, 1]], [[8, 7], [5, 5], [9, 9]])
     assert n == 3
     assert rate is not None
     assert rate.mean == pytest.approx((1.0 + 0.75) / 2)  # the first prompt keeps its win, the second (1 + 0.5) / 2
-    assert length_matched_win_rate([[1.0]], [[10]], [[2]]) == (None, 0)
+    assert statistics.length_matched_win_rate([[1.0]], [[10]], [[2]]) == (None, 0)
     ones = [[1]] * len(SHARES)
-    assert length_matched_win_rate([[x] for x in SHARES], ones, ones) == (win_rate(SHARES), len(SHARES))
+    assert statistics.length_matched_win_rate([[x] for x in SHARES], ones, ones) == (win_rate(SHARES), len(SHARES))
     for lengths in ([], [[1, 2]]):
         with pytest.raises(ValueError):
-            length_matched_win_rate([[1.0]], [[1]], lengths)
+            statistics.length_matched_win_rate([[1.0]], [[1]], lengths)
 
 
 def test_cluster_bootstrap() -> None:
@@ -138,8 +129,9 @@ def test_cluster_bootstrap() -> None:
 
 
 def test_an_end_that_is_nan_is_written_as_none() -> None:
-    assert with_interval("flips", cluster_bootstrap([[0.0], [1.0]])) == {"flips": 0.5, "flips_low": 0, "flips_high": 1}
-    assert with_interval("x", cluster_bootstrap([[2.0]])) == {"x": 2.0, "x_low": None, "x_high": None}
+    flips = statistics.with_interval("flips", cluster_bootstrap([[0.0], [1.0]]))
+    assert flips == {"flips": 0.5, "flips_low": 0, "flips_high": 1}
+    assert statistics.with_interval("x", cluster_bootstrap([[2.0]])) == {"x": 2.0, "x_low": None, "x_high": None}
 
 
 def test_distinct_n() -> None:
@@ -150,6 +142,6 @@ def test_distinct_n() -> None:
 
 
 def test_length_statistics() -> None:
-    assert length_statistics(range(1, 12)) == {"mean": 6, "p10": 2, "median": 6, "p90": 10}
+    assert statistics.length_statistics(range(1, 12)) == {"mean": 6, "p10": 2, "median": 6, "p90": 10}
     with pytest.raises(ValueError):
-        length_statistics([])
+        statistics.length_statistics([])

@@ -6,16 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import (
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+import transformers
 
 from rlhf.config import VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.models.peft.methods import add_adapter, trainable
@@ -27,28 +18,19 @@ from rlhf.rollout.scoring import hidden_states
 from support.rollout_runs import PROMPTS, run
 from support.small_models import EOS, PAIRS, by_hand, gpt2, llama
 
-SHAPE = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "eos_token_id": EOS,
-}
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPE |= {"num_hidden_layers": 3, "vocab_size": 50, "pad_token_id": 0, "eos_token_id": EOS, "initializer_range": 0.3}
 
 
 def mistral(window: int | None = None) -> torch.nn.Module:
     torch.manual_seed(0)
-    return MistralForCausalLM(MistralConfig(sliding_window=window, **SHAPE)).eval()
+    return transformers.MistralForCausalLM(transformers.MistralConfig(sliding_window=window, **SHAPE)).eval()
 
 
 def qwen2() -> torch.nn.Module:
     """With biases on queries, keys and values, none of them zero."""
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE)).eval()
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SHAPE)).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
@@ -58,7 +40,7 @@ def qwen2() -> torch.nn.Module:
 def qwen3() -> torch.nn.Module:
     """With norms on queries and keys, heads of another size than H / heads, and norms that are not all one."""
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(head_dim=16, **SHAPE)).eval()
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(head_dim=16, **SHAPE)).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -114,7 +96,7 @@ def test_with_gradients_the_model_itself_runs():
 
 
 def test_a_reward_models_body_is_covered():
-    model, batch = llama(LlamaForSequenceClassification), build_batch(PAIRS, 0)
+    model, batch = llama(transformers.LlamaForSequenceClassification), build_batch(PAIRS, 0)
     with torch.no_grad():
         assert torch.allclose(llama_forward_for(model).hidden(batch.input_ids), theirs(model, batch), atol=2e-5)
 
@@ -167,7 +149,7 @@ def hooked() -> torch.nn.Module:
 
 def namesake() -> torch.nn.Module:
     """A model's own code may call its class as it likes."""
-    return llama(type("LlamaForCausalLM", (LlamaForCausalLM,), {}))
+    return llama(type("LlamaForCausalLM", (transformers.LlamaForCausalLM,), {}))
 
 
 def other_linear() -> torch.nn.Module:
@@ -200,7 +182,7 @@ def test_other_models_are_left_to_their_own_forward(make):
 
 def test_the_weights_are_the_models_own():
     """No copy: what an update changes is seen at once."""
-    model = llama(LlamaForCausalLM)
+    model = llama(transformers.LlamaForCausalLM)
     inference = llama_forward_for(model)
     assert inference.layers[0].q.weight.data_ptr() == model.model.layers[0].self_attn.q_proj.weight.data_ptr()
     assert inference.head.weight.data_ptr() == model.lm_head.weight.data_ptr()

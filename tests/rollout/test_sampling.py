@@ -85,9 +85,8 @@ def test_a_draw_by_hand():
 
 
 def test_temperature_divides_the_logits():
-    tokens, logprobs = sample_token(
-        torch.log(torch.tensor([[1.0, 9.0]])), torch.tensor([0.26], dtype=torch.float64), 2.0
-    )
+    logits, uniforms = torch.log(torch.tensor([[1.0, 9.0]])), torch.tensor([0.26], dtype=torch.float64)
+    tokens, logprobs = sample_token(logits, uniforms, 2.0)
     assert (tokens.tolist(), logprobs.exp().tolist()) == ([1], [pytest.approx(0.75)])  # 1 : 3, where it was 1 : 9
 
 

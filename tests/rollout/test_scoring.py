@@ -7,16 +7,8 @@ import torch
 from transformers import LlamaForSequenceClassification
 
 from rlhf.errors import UserError
-from rlhf.rollout import lm_head
+from rlhf.rollout import lm_head, scoring
 from rlhf.rollout.batches import build_batch, token_budget_batches
-from rlhf.rollout.scoring import (
-    check_plain_head,
-    raw_scores,
-    response_logprobs,
-    response_values,
-    scores,
-    token_logprobs,
-)
 from support.small_models import EOS, PAIRS, by_hand, gpt2, llama
 
 
@@ -26,7 +18,7 @@ def test_logprobs_match_an_unpadded_loop(make, pad):
     model = make()
     batch = build_batch(PAIRS, pad)
     with torch.no_grad():
-        flat, _ = response_logprobs(model, batch, 0.7)
+        flat, _ = scoring.response_logprobs(model, batch, 0.7)
     expected = [x for prompt, response in PAIRS for x in by_hand(model, prompt, response, 0.7)]
     assert torch.allclose(flat, torch.tensor(expected), atol=1e-5)
 
@@ -34,7 +26,7 @@ def test_logprobs_match_an_unpadded_loop(make, pad):
 def test_results_come_back_in_order_whatever_the_batches():
     model = llama()
     for budget in (1, 8, 10_000):
-        rows = token_logprobs(model, PAIRS, 1.0, tokens=budget)
+        rows = scoring.token_logprobs(model, PAIRS, 1.0, tokens=budget)
         for (prompt, response), row in zip(PAIRS, rows, strict=True):
             assert torch.allclose(row, torch.tensor(by_hand(model, prompt, response, 1.0)), atol=1e-5)
 
@@ -44,7 +36,7 @@ def test_calls_of_the_head_and_recomputation_change_nothing(monkeypatch):
     for chunk, chunks in ((1000, 1), (2, 5), (1000, 0)):  # one call, several, none
         monkeypatch.setattr(lm_head, "HEAD_CHUNK", chunk)
         model = llama()
-        flat, entropy = response_logprobs(model, build_batch(PAIRS, 0), 1.0, chunks)
+        flat, entropy = scoring.response_logprobs(model, build_batch(PAIRS, 0), 1.0, chunks)
         flat.sum().backward()
         grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         results.append((flat.detach(), entropy, grads))
@@ -55,7 +47,7 @@ def test_calls_of_the_head_and_recomputation_change_nothing(monkeypatch):
 
 def test_entropy_is_that_of_the_softmax():
     model = llama()
-    _, entropy = response_logprobs(model, build_batch(PAIRS[:1], 0), 1.0)
+    _, entropy = scoring.response_logprobs(model, build_batch(PAIRS[:1], 0), 1.0)
     with torch.no_grad():
         p = model(torch.tensor([[5, 6, 7, 8, 9, EOS]])).logits[0, 2].double().softmax(0)
     assert float(entropy[0]) == pytest.approx(float(-(p * p.log()).sum()), abs=1e-5)
@@ -65,7 +57,7 @@ def test_entropy_is_that_of_the_softmax():
 def test_score_is_read_at_the_last_response_token(pad):
     model = llama(LlamaForSequenceClassification, num_labels=1)
     with torch.no_grad():
-        got = raw_scores(model, build_batch(PAIRS, pad))
+        got = scoring.raw_scores(model, build_batch(PAIRS, pad))
         for (prompt, response), score in zip(PAIRS, got, strict=True):
             hidden = model.model(torch.tensor([prompt + response])).last_hidden_state[0, -1]
             assert float(score) == pytest.approx(float(model.score(hidden)), abs=1e-5)
@@ -74,7 +66,7 @@ def test_score_is_read_at_the_last_response_token(pad):
 def test_the_model_sees_that_an_answer_ended_though_pad_equals_eos():
     model = llama(LlamaForSequenceClassification, num_labels=1)
     model.config.reward_mean, model.config.reward_std = 0.0, 1.0
-    ended, cut = scores(model, [([5, 6], [7, EOS]), ([5, 6], [7])]).tolist()
+    ended, cut = scoring.scores(model, [([5, 6], [7, EOS]), ([5, 6], [7])]).tolist()
     assert abs(ended - cut) > 1e-3
 
 
@@ -83,7 +75,7 @@ def test_values_are_those_before_each_token_and_normalised():
     model.config.reward_mean, model.config.reward_std = 0.5, 2.0
     prompt, response = PAIRS[0]
     with torch.no_grad():
-        got = response_values(model, build_batch([PAIRS[0]], 0))
+        got = scoring.response_values(model, build_batch([PAIRS[0]], 0))
         hidden = model.model(torch.tensor([prompt + response])).last_hidden_state[0]
         expected = (model.score(hidden[2:5]).squeeze(-1) - 0.5) / 2.0
     assert torch.allclose(got, expected, atol=1e-5)
@@ -107,19 +99,9 @@ def test_a_model_with_more_than_a_head_is_refused():
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
-    check_plain_head(llama())
-    model = Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=50,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            final_logit_softcapping=0.5,
-            initializer_range=0.5,
-        )
-    )
+    scoring.check_plain_head(llama())
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=0.5, initializer_range=0.5))
     with pytest.raises(UserError, match="changes its logits after the LM head"):
-        check_plain_head(model)
+        scoring.check_plain_head(model)

@@ -7,20 +7,8 @@ import random
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    BloomConfig,
-    BloomForSequenceClassification,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    GPTNeoConfig,
-    GPTNeoForSequenceClassification,
-    GPTNeoXConfig,
-    GPTNeoXForSequenceClassification,
-    LlamaConfig,
-    LlamaForSequenceClassification,
-    MistralConfig,
-    MistralForSequenceClassification,
-)
+from transformers import AutoModelForSequenceClassification as AutoModel
+from transformers import BloomConfig, GPT2Config, GPTNeoConfig, GPTNeoXConfig, LlamaConfig, MistralConfig
 
 from rlhf.config import PeftSection
 from rlhf.models.peft.methods import add_adapter
@@ -38,15 +26,15 @@ def make(name: str, **more: object) -> nn.Module:
     torch.manual_seed(2)
     gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
     neo = {"hidden_size": 32, "num_heads": 4, "num_layers": 2, "attention_types": [[["global", "local"], 1]]}
-    config, kind = {
-        "llama": (LlamaConfig(**COMMON, **GROUPED, **WIDE, **more), LlamaForSequenceClassification),
-        "gpt2": (GPT2Config(**COMMON, **gpt2, **WIDE), GPT2ForSequenceClassification),
-        "gpt-neox": (GPTNeoXConfig(**COMMON, **LAYERS, **WIDE), GPTNeoXForSequenceClassification),
-        "mistral": (MistralConfig(**COMMON, **GROUPED, **WIDE, sliding_window=8), MistralForSequenceClassification),
-        "gpt-neo": (GPTNeoConfig(**COMMON, **neo, **WIDE), GPTNeoForSequenceClassification),
-        "bloom": (BloomConfig(**COMMON, hidden_size=32, n_layer=2, n_head=4, **WIDE), BloomForSequenceClassification),
+    config = {
+        "llama": LlamaConfig(**COMMON, **GROUPED, **WIDE, **more),
+        "gpt2": GPT2Config(**COMMON, **gpt2, **WIDE),
+        "gpt-neox": GPTNeoXConfig(**COMMON, **LAYERS, **WIDE),
+        "mistral": MistralConfig(**COMMON, **GROUPED, **WIDE, sliding_window=8),
+        "gpt-neo": GPTNeoConfig(**COMMON, **neo, **WIDE),
+        "bloom": BloomConfig(**COMMON, hidden_size=32, n_layer=2, n_head=4, **WIDE),
     }[name]
-    return kind(config).eval()
+    return AutoModel.from_config(config).eval()
 
 
 def groups(seed: int = 0) -> list[Pair]:

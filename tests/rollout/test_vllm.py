@@ -40,9 +40,8 @@ PROMPTS = [[5, 6, 7], [10], [15, 16, 17, 18, 19], [3, 4], [5, 6, 7]]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerBase) -> Path:
     """A Llama as vLLM's CPU build takes it: heads of 32 numbers, and a head of its own (rollout/vllm_engine.py)."""
-    config = tiny.config(
-        eos_token_id=tiny_tokenizer.eos_token_id, pad_token_id=tiny_tokenizer.pad_token_id, head_dim=32
-    )
+    ids = {"eos_token_id": tiny_tokenizer.eos_token_id, "pad_token_id": tiny_tokenizer.pad_token_id}
+    config = tiny.config(**ids, head_dim=32)
     config.tie_word_embeddings = False
     torch.manual_seed(1)
     path = tmp_path_factory.mktemp("served") / "model"
@@ -174,12 +173,9 @@ def test_a_request_asks_for_the_plain_softmax(folder: Path, policy: PreTrainedMo
     body = double.bodies[0]
     assert (body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (1.0, -1, 0.0, 1.0)
     assert len({body["seed"] for body in double.bodies}) == len(PROMPTS)
-    assert double.paths[:4] == [
-        "/update_weight_version",  # the old one is gone before its weights are
-        "/collective_rpc",
-        "/reset_prefix_cache",
-        "/update_weight_version",
-    ]
+    # The old version is gone before its weights are.
+    pushed = ["/update_weight_version", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version"]
+    assert double.paths[:4] == pushed
 
 
 @pytest.mark.parametrize(

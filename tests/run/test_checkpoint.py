@@ -40,9 +40,8 @@ def test_a_sealed_folder_has_every_file_with_size_and_hash(tmp_path: Path) -> No
     manifest = json.loads((final / "manifest.json").read_text())
     assert manifest["files"].keys() == {"engine/trainable.bin", "state.json"}
     # echo -n "weights 40" | sha256sum
-    digest = subprocess.run(
-        ["sha256sum", final / "engine" / "trainable.bin"], capture_output=True, text=True, check=True
-    )
+    command = ["sha256sum", final / "engine" / "trainable.bin"]
+    digest = subprocess.run(command, capture_output=True, text=True, check=True)
     assert manifest["files"]["engine/trainable.bin"] == {"bytes": 10, "sha256": digest.stdout.split()[0]}
     assert verify(final) == []
     assert newest_sealed(tmp_path) == final
@@ -182,22 +181,17 @@ import torch.distributed as dist
 from rlhf.run.checkpoints import Checkpoints
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meet", rank=int(os.environ["RANK"]), world_size=2)
 checkpoints = Checkpoints(Path(sys.argv[1]) / "checkpoints")
+name = f"rng-{os.environ['RANK']}.bin"
 for step in (1, 2, 3):
-    checkpoints.save(
-        step, lambda staged: (staged / f"rng-{os.environ['RANK']}.bin").write_text("state"), barrier=dist.barrier
-    )
+    checkpoints.save(step, lambda staged: (staged / name).write_text("state"), barrier=dist.barrier)
 checkpoints.wait()
 dist.barrier()
 assert checkpoints.newest().name == "step-000003"
 dist.destroy_process_group()
 """
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path)],
-            env=os.environ | {"PYTHONPATH": str(ROOT), "RANK": str(rank), "OMP_NUM_THREADS": "1"},
-        )
-        for rank in (0, 1)
-    ]
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    children = [subprocess.Popen(command, env=env | {"RANK": str(rank)}) for rank in (0, 1)]
     assert [child.wait(timeout=120) for child in children] == [0, 0]
     assert names(tmp_path / "checkpoints") == ["step-000002", "step-000003"]
     assert names(tmp_path / "checkpoints" / "step-000003") == ["manifest.json", "rng-0.bin", "rng-1.bin"]
@@ -207,10 +201,8 @@ def test_another_runs_checkpoint_is_neither_used_nor_removed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ours, theirs = write_step(tmp_path, 10, identity="ours"), write_step(tmp_path, 30, identity="theirs")
-    assert (
-        verify(theirs, identity="ours") == [OF_ANOTHER_RUN]
-        and verify(theirs, identity="theirs") == verify(theirs) == []
-    )
+    assert verify(theirs, identity="ours") == [OF_ANOTHER_RUN]
+    assert verify(theirs, identity="theirs") == verify(theirs) == []
     assert newest_sealed(tmp_path, "ours") == ours
     assert OF_ANOTHER_RUN in capsys.readouterr().err
     for step in (20, 30, 40):

@@ -100,10 +100,8 @@ def test_the_lock_names_its_holder_and_goes_away_afterwards(tmp_path: Path) -> N
 
 def test_a_live_owner_is_an_error_and_a_killed_one_is_taken_over(tmp_path: Path) -> None:
     child = hold(tmp_path)
-    with (
-        pytest.raises(UserError, match=rf"in use by process {child.pid} on {socket.gethostname()}"),
-        RunFolder(tmp_path).lock(),
-    ):
+    in_use = rf"in use by process {child.pid} on {socket.gethostname()}"
+    with pytest.raises(UserError, match=in_use), RunFolder(tmp_path).lock():
         raise AssertionError("two writers")
     assert json.loads((tmp_path / "lock").read_text())["pid"] == child.pid  # still theirs
     child.send_signal(signal.SIGKILL)

@@ -37,37 +37,19 @@ from rlhf.rollout.sampling_params import SamplingParams
 from rlhf.rollout.scoring import scores, token_logprobs, token_values
 from rlhf.training.ppo_state import build
 from stages import ppo, sft
-from support.peft_stages import (
-    ANSWERS,
-    CELLS,
-    GPT2,
-    LLAMA,
-    QUESTIONS,
-    RANKED,
-    SETTINGS,
-    SMALL,
-    STAGES,
-    TOKENS,
-    VARIANTS,
-    Cell,
-    documents,
-    logprobs_by_hand,
-    make_bases,
-    plain,
-    tokens_by_hand,
-    write_data,
-)
+from support import peft_stages
+from support.peft_stages import ANSWERS, CELLS, GPT2, LLAMA, QUESTIONS, RANKED, SETTINGS, SMALL, STAGES, VARIANTS, Cell
 from support.stage_runs import assert_same
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return write_data(tmp_path_factory.mktemp("data"))
+    return peft_stages.write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return make_bases(tmp_path_factory.mktemp("bases"))
+    return peft_stages.make_bases(tmp_path_factory.mktemp("bases"))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +100,7 @@ def test_the_method_is_trained_and_the_base_is_not(cell: Cell, name: str) -> Non
         assert own == stage.start[which].keys()
         still = [key for key in own if torch.equal(named[key], stage.start[which][key])]
         assert not still, f"{which}: not trained"
-        of_base = {plain(key): weight for key, weight in named.items() if key not in own}
+        of_base = {peft_stages.plain(key): weight for key, weight in named.items() if key not in own}
         changed = [key for key, weight in of_base.items() if not torch.equal(weight, cell.plain[key])]
         assert not changed, which
         cut = "model.layers.2." if which in ("reward", "value") else "none"  # Llama's, by reward.keep_layers
@@ -130,7 +112,8 @@ def test_each_stage_starts_where_the_one_before_ended(cell: Cell) -> None:
     start = cell.stage("reward").start["reward"]
     assert not start["score.weight"].any()
     if cell.method in KV_PREFIX_METHODS:  # of fewer layers
-        assert torch.equal(tokens_by_hand(cell, start), tokens_by_hand(cell, policy)[:, : 2 * 2])
+        ours, of_policy = peft_stages.tokens_by_hand(cell, start), peft_stages.tokens_by_hand(cell, policy)
+        assert torch.equal(ours, of_policy[:, : 2 * 2])
     else:
         others = start.keys() - {"score.weight"}
         assert others == {key for key in policy if cell.kind == GPT2 or not key.startswith("model.layers.2.")}
@@ -183,9 +166,8 @@ def test_the_folder_holds_the_adapter_alone(cell: Cell, name: str) -> None:
     for folder in ["model"] + ["ema"] * (name in VARIANTS):
         files = {file.name for file in (stage.folder / folder).iterdir()}
         assert {"adapter.safetensors", "adapter.json", "tokenizer.json"} <= files
-        assert not {file for file in files if file == "config.json" or file.endswith((".safetensors", ".bin"))} - {
-            "adapter.safetensors"
-        }
+        of_models = {file for file in files if file == "config.json" or file.endswith((".safetensors", ".bin"))}
+        assert of_models == {"adapter.safetensors"}
         weights = load_file(stage.folder / folder / "adapter.safetensors")
         named = dict(stage.models[which].named_parameters())
         assert weights.keys() == {key for key in named if cell.is_own(key)}
@@ -212,12 +194,8 @@ def test_it_reloads_to_the_same_outputs(cell: Cell, name: str, pairs: list[Pair]
 
 # What a checkpoint holds depends on the method and not on the base: every method once, on alternating bases, and PPO
 # with the pretraining loss, which has PPO's whole state; without it once.
-RESUMED = [
-    (f"{(GPT2, LLAMA)[i % 2]}-{method}", name)
-    for i, method in enumerate(SETTINGS)
-    for name in ("sft", "reward", "ppo-ptx")
-]
-RESUMED.append(("gpt2-lora", "ppo"))
+ALTERNATING = [f"{(GPT2, LLAMA)[i % 2]}-{method}" for i, method in enumerate(SETTINGS)]
+RESUMED = [(cell, name) for cell in ALTERNATING for name in ("sft", "reward", "ppo-ptx")] + [("gpt2-lora", "ppo")]
 
 
 @pytest.mark.parametrize(("which", "name"), RESUMED)
@@ -274,7 +252,7 @@ def test_both_engines_take_the_likeliest_tokens(cell: Cell) -> None:
     cell.stage("sft")
     folder = cell.runs / "run" / "sft" / "model"
     policy, tokenizer = load_policy(folder, cell.section), load_tokenizer(str(folder))
-    texts = [" ".join(text.split()[: 2 + 3 * i]) for i, text in enumerate(documents()[:8])]
+    texts = [" ".join(text.split()[: 2 + 3 * i]) for i, text in enumerate(peft_stages.documents()[:8])]
     prompts = [list(tokenizer(text)["input_ids"]) for text in texts]
     both = [SamplingParams(24, 0.0, stop_ids(tokenizer, policy), engine) for engine in ("native", "generate")]
     ours, theirs = (sampling.sample(policy, tokenizer, prompts, each, seeds=[0] * len(prompts)) for each in both)
@@ -294,11 +272,11 @@ def test_the_four_networks_have_one_base(cell: Cell, variant: str) -> None:
             if cell.is_own(key):
                 own.append(weight.data_ptr())
             else:
-                base.setdefault(plain(key), set()).add(weight.data_ptr())
+                base.setdefault(peft_stages.plain(key), set()).add(weight.data_ptr())
     assert len(base) == len([key for key in cell.plain if not cell.is_own(key)])
     for model in networks:
         for key, buffer in model.named_buffers():
-            base.setdefault(plain(key), set()).add(buffer.data_ptr())
+            base.setdefault(peft_stages.plain(key), set()).add(buffer.data_ptr())
     assert all(len(places) == 1 for places in base.values())
     assert len(set(own)) == len(own) == 2 * sum(map(len, stage.start.values()))
     # The reference and the reward model stay what SFT and the reward stage have left.
@@ -317,8 +295,8 @@ def test_virtual_tokens_stand_before_every_row(virtual: Cell, pairs: list[Pair])
     cache behind prompts that are padded on the left."""
     policy = load_policy(virtual.stage("sft").folder / "model", virtual.section)
     base = AutoModelForCausalLM.from_pretrained(virtual.base)
-    made = tokens_by_hand(virtual, virtual.stage("sft").weights)
-    expected = [logprobs_by_hand(virtual, base, made, pair) for pair in pairs]
+    made = peft_stages.tokens_by_hand(virtual, virtual.stage("sft").weights)
+    expected = [peft_stages.logprobs_by_hand(virtual, base, made, pair) for pair in pairs]
     without = token_logprobs(base, pairs)
     assert min(float((a - b).abs().max()) for a, b in zip(expected, without, strict=True)) > 0.1
     assert gap(token_logprobs(policy, pairs), expected) < 1e-4
@@ -365,7 +343,8 @@ def test_bitfit_is_refused_without_biases(
 def test_virtual_tokens_take_positions_of_the_context(
     bases: dict[str, Path], data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokens = ["model.peft.method=prompt", f"model.peft.virtual_tokens={TOKENS}", "data.max_response_tokens=76"]
+    virtual_tokens = f"model.peft.virtual_tokens={peft_stages.TOKENS}"
+    tokens = ["model.peft.method=prompt", virtual_tokens, "data.max_response_tokens=76"]
     assert sft.main([*SMALL, *data, f"model.name={bases[GPT2]}", *tokens, f"run.dir={tmp_path}"]) == 2
     assert "rows may have 124 tokens and 5 virtual ones, and gpt2 has positions for 128" in capsys.readouterr().err
 
@@ -375,9 +354,8 @@ def test_another_base_and_another_set_of_weights_are_refused(cells: dict[str, Ce
     cell.stage("reward")
     loads = {"sft": load_policy, "reward": load_reward_model}
     other = shutil.copytree(cell.base, tmp_path / "base")
-    save_file(
-        cell.plain | {"transformer.ln_f.bias": cell.plain["transformer.ln_f.bias"] + 1e-3}, other / "model.safetensors"
-    )
+    moved = {"transformer.ln_f.bias": cell.plain["transformer.ln_f.bias"] + 1e-3}
+    save_file(cell.plain | moved, other / "model.safetensors")
     for name, load in loads.items():
         folder = shutil.copytree(cell.runs / "run" / name / "model", tmp_path / name / "model")
         load(folder, cell.section)

@@ -14,6 +14,7 @@ from rlhf.labeling.outputs import Outputs, RankResult, SampledOutputs
 from rlhf.labeling.rubric import rubric_score
 from rlhf.labeling.summary import centred_correlation, summarise
 from stages import rank
+from support.data_files import write_lines
 from support.rank_stage_runs import PROMPTS, outcome, start
 
 
@@ -77,20 +78,13 @@ def test_an_interrupted_stage_ends_as_one_that_was_not(tmp_path: Path, tiny_dir:
 
 
 def test_rankings_from_a_file_are_copied(tmp_path: Path, tiny_dir: str) -> None:
-    file = tmp_path / "ranked.jsonl"
-    file.write_text(
-        json.dumps({"prompt": "a?", "responses": ["x", "y", "z"], "ranks": [2, 1, 2]})
-        + "\n"
-        + json.dumps({"prompt": "b?", "chosen": "good", "rejected": "bad"})
-        + "\n"
-    )
+    ranked = {"prompt": "a?", "responses": ["x", "y", "z"], "ranks": [2, 1, 2]}
+    file = write_lines(tmp_path / "ranked.jsonl", ranked, {"prompt": "b?", "chosen": "good", "rejected": "bad"})
     assert start(tmp_path, tiny_dir, "rank.labeler=file", f"data.rankings=['{file}']") == 0
     stage = tmp_path / "runs" / "t" / "rank"
     rows = [json.loads(line) for line in (stage / "rankings.jsonl").read_text().splitlines()]
-    assert [(r["prompt"], r["responses"], r["ranks"]) for r in rows] == [
-        ("a?", ["x", "y", "z"], [2, 1, 2]),
-        ("b?", ["good", "bad"], [1, 2]),
-    ]
+    expected = [("a?", ["x", "y", "z"], [2, 1, 2]), ("b?", ["good", "bad"], [1, 2])]
+    assert [(r["prompt"], r["responses"], r["ranks"]) for r in rows] == expected
     summary = json.loads((stage / "summary.json").read_text())
     # Pairs: 3 of the first prompt, one of them tied; 1 of the second.
     assert (summary["prompts"], summary["outputs"], summary["pairs"], summary["tie_fraction"]) == (2, 5, 3, 0.25)

@@ -63,6 +63,7 @@ class Spec:
     tokens: int = 0
 
 
+RANKED = ("prompt", "responses", "ranks", "finished", "use_case")
 SPECS = {
     "demonstrations": Spec(
         ("prompt", "response", "use_case"),
@@ -73,20 +74,8 @@ SPECS = {
     ),
     "prompts": Spec(("prompt", "use_case"), 300, False, ("prompt",), lambda p: read_prompts(p, Drops())),
     "prompts_heldout": Spec(("prompt", "use_case"), 128, True, ("prompt",), lambda p: read_prompts(p, Drops())),
-    "rankings": Spec(
-        ("prompt", "responses", "ranks", "finished", "use_case"),
-        150,
-        False,
-        ("prompt", "responses"),
-        lambda p: read_rankings(p, Drops()),
-    ),
-    "rankings_second": Spec(
-        ("prompt", "responses", "ranks", "finished", "use_case"),
-        40,
-        False,
-        ("prompt", "responses"),
-        lambda p: read_rankings(p, Drops()),
-    ),
+    "rankings": Spec(RANKED, 150, False, ("prompt", "responses"), lambda p: read_rankings(p, Drops())),
+    "rankings_second": Spec(RANKED, 40, False, ("prompt", "responses"), lambda p: read_rankings(p, Drops())),
     "corpus": Spec(("text", "kind", "title"), 100, False, ("text",), lambda p: read_texts(p, Drops()), 40_000),
     "corpus_heldout": Spec(("text", "kind", "title"), 15, True, ("text",), lambda p: read_texts(p, Drops()), 5_000),
     "cloze": Spec(("context", "choices", "answer"), 200, True, ("context",), read_cloze),
@@ -117,11 +106,8 @@ def texts_of(rows: Rows) -> list[Text]:
 def check_schema(folder: Path) -> tuple[Rows, list[str]]:
     """Rows of every file and the problems of its keys, its rows and their number; a file that fails is left out."""
     rows: Rows = {}
-    problems = [
-        f"{path.name}: not listed in tests/tools/data_check.py"
-        for path in folder.glob("*.jsonl")
-        if path.stem not in SPECS
-    ]
+    unlisted = [path.name for path in folder.glob("*.jsonl") if path.stem not in SPECS]
+    problems = [f"{name}: not listed in tests/tools/data_check.py" for name in unlisted]
     for name, spec in SPECS.items():
         path = folder / f"{name}.jsonl"
         try:
@@ -133,9 +119,8 @@ def check_schema(folder: Path) -> tuple[Rows, list[str]]:
         for line, row in enumerate(rows[name], start=1):
             for key in row.keys() - set(spec.keys):
                 near = difflib.get_close_matches(key, spec.keys, n=1)
-                problems.append(
-                    f"{path.name}, line {line}: unknown key `{key}`" + (f", meant {near[0]}?" if near else "")
-                )
+                meant = f", meant {near[0]}?" if near else ""
+                problems.append(f"{path.name}, line {line}: unknown key `{key}`{meant}")
             problems += [f"{path.name}, line {line}: no key `{key}`" for key in spec.keys if key not in row]
         if len(items) != len(rows[name]):
             problems.append(f"{path.name}: {len(rows[name]) - len(items)} exact duplicates")
@@ -252,6 +237,7 @@ def check_rankings(rows: Rows) -> tuple[list[str], list[tuple[str, Any]]]:
             pairs.append(agreement(by_prompt[prompt]["ranks"], row["ranks"]))
     ranks = [row["ranks"] for row in first]
     lengths = [[len(words(text)) for text in row["responses"]] for row in first]
+    positions = [range(len(r)) for r in ranks]
     tied, ordered = sum(len(tied_pairs(r)) for r in ranks), sum(len(ordered_pairs(r)) for r in ranks)
     agreeing, comparable = (sum(c) for c in zip(*pairs, strict=True)) if pairs else (0, 0)
     figures = [
@@ -259,10 +245,7 @@ def check_rankings(rows: Rows) -> tuple[list[str], list[tuple[str, Any]]]:
         ("pairs in order, tied", f"{ordered}, {tied} ({tied / max(1, tied + ordered):.1%})"),
         ("finished outputs", f"{np.mean([f for row in first for f in row['finished']]):.1%}" if first else "none"),
         ("correlation of rank with length in words", centred_correlation(ranks, lengths) if first else None),
-        (
-            "correlation of rank with position",
-            centred_correlation(ranks, [range(len(r)) for r in ranks]) if first else None,
-        ),
+        ("correlation of rank with position", centred_correlation(ranks, positions) if first else None),
         ("second pass: prompts", len(pairs)),
         ("second pass: agreement on pairs untied in both", f"{agreeing / max(1, comparable):.1%} of {comparable}"),
     ]
@@ -271,11 +254,8 @@ def check_rankings(rows: Rows) -> tuple[list[str], list[tuple[str, Any]]]:
 
 def check_cloze(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Questions without four different choices; an answer's place that is much more frequent than another's."""
-    problems = [
-        f"cloze.jsonl, line {n}: not four different choices"
-        for n, r in enumerate(rows, 1)
-        if len(set(r["choices"])) != 4
-    ]
+    unlike_four = [n for n, r in enumerate(rows, 1) if len(set(r["choices"])) != 4]
+    problems = [f"cloze.jsonl, line {n}: not four different choices" for n in unlike_four]
     places = Counter(row["answer"] for row in rows)
     if rows and max(places.values()) > 0.32 * len(rows):
         problems.append(f"cloze.jsonl: the answers' places are {dict(sorted(places.items()))}")
@@ -328,10 +308,9 @@ def check(folder: Path, against: Path | None, count: Callable[[str], int]) -> li
         problems += check_against(texts, against)
 
     table("words of each text", ["file", "field", "texts", "min", "25 %", "50 %", "75 %", "max", "tokens"], lengths)
-    uses = [
-        [use, *(sum(r["use_case"] == use for r in rows[name]) for name in USE_FILES if name in rows)] for use in TABLE_1
-    ]
-    table("use cases", ["use case", *(name for name in USE_FILES if name in rows)], uses)
+    files = [name for name in USE_FILES if name in rows]
+    uses = [[use, *(sum(r["use_case"] == use for r in rows[name]) for name in files)] for use in TABLE_1]
+    table("use cases", ["use case", *files], uses)
     ranks.append(("pairs of sampled outputs of different prompts that share 13 words", sampled))
     table("rankings", ["figure", "value"], ranks)
     return problems

@@ -65,14 +65,8 @@ def measure_cloze() -> None:
             ]
         with Progress("cloze", total=sum(len(q.choices) for q in asked), unit="choices") as progress:
             result = cloze_accuracy(model, tokenizer, asked, advance=progress.advance)
-        rows.append(
-            [
-                "as written" if not shuffle else f"shuffled, seed {shuffle}",
-                result.n,
-                *result.accuracy,
-                result.accuracy_sum.mean,
-            ]
-        )
+        choices = f"shuffled, seed {shuffle}" if shuffle else "as written"
+        rows.append([choices, result.n, *result.accuracy, result.accuracy_sum.mean])
     table("cloze accuracy (chance 0.25)", ["choices", "questions", "per byte", "low", "high", "summed"], rows)
 
 
@@ -85,23 +79,17 @@ def stage(name: str, run: Path, arguments: Sequence[str]) -> dict[str, float]:
 
 def measure_sft(runs: Path, arguments: Sequence[str]) -> None:
     """Held-out demonstration loss before and after SFT, for every seed: another split, another order."""
-    rows = []
+    rows, keys = [], ("heldout_demonstrations", "validation_loss_before", "validation_loss")
     for seed in SEEDS:
         metrics = stage("sft", runs / f"sft-seed{seed}", [f"run.seed={seed}", *arguments])
-        rows.append(
-            [seed]
-            + [metrics[f"sft/{key}"] for key in ("heldout_demonstrations", "validation_loss_before", "validation_loss")]
-        )
+        rows.append([seed, *(metrics[f"sft/{key}"] for key in keys)])
     table("loss on held-out demonstrations, nats per token", ["seed", "held out", "before", "after"], rows)
 
 
 def length_scores(train: Sequence[Ranking], test: Sequence[Ranking]) -> list[list[float]]:
     """What length alone can do: longer is better, or shorter is, whichever the training pairs say."""
-    longer = sum(
-        np.sign(len(r.responses[i].split()) - len(r.responses[j].split()))
-        for r in train
-        for i, j in ordered_pairs(r.ranks)
-    )
+    pairs = [(r.responses[i].split(), r.responses[j].split()) for r in train for i, j in ordered_pairs(r.ranks)]
+    longer = sum(np.sign(len(better) - len(worse)) for better, worse in pairs)
     sign = 1.0 if longer >= 0 else -1.0
     return [[sign * len(text.split()) for text in r.responses] for r in test]
 
@@ -144,14 +132,11 @@ def measure_rewards(runs: Path, arguments: Sequence[str]) -> None:
             write_jsonl(run / "train.jsonl", [ranking_row(r) for r in train])
             own = ["rank.labeler=file", f"data.rankings=[{run / 'train.jsonl'}]", "data.validation_fraction=0"]
             stage("reward", run, [*own, f"run.seed={seed}", "reward.save_every=0", *REWARD, *arguments])
-            model, tokenizer = (
-                load_reward_model(run / "reward" / "model", ModelSection()),
-                load_tokenizer(str(run / "reward" / "model")),
-            )
+            folder = run / "reward" / "model"
+            model, tokenizer = load_reward_model(folder, ModelSection()), load_tokenizer(str(folder))
             fitted = fit_rankings(test, tokenizer, 4096, Drops())
-            counted = pair_counts(
-                model, [Group([(f.prompt, ids) for ids in f.responses], f.item.ranks) for f in fitted]
-            )
+            groups = [Group([(f.prompt, ids) for ids in f.responses], f.item.ranks) for f in fitted]
+            counted = pair_counts(model, groups)
             scored = {"length alone": length_scores(train, test), "position alone": position_scores(train, test)}
             for i, ranking in enumerate(test):
                 found["reward model"][ranking.prompt.key].append(counted[i])
@@ -165,10 +150,8 @@ def measure_rewards(runs: Path, arguments: Sequence[str]) -> None:
     pairs = sum(c.pairs for c in pooled["reward model"])
     print(f"{len(rankings)} prompts, {pairs} pairs, every prompt held out once a seed")
     for name in ("length alone", "position alone"):
-        print(
-            f"reward model less {name}: "
-            + "{:+.1%} [{:+.1%}, {:+.1%}]".format(*difference(pooled["reward model"], pooled[name]))
-        )
+        gain, low, high = difference(pooled["reward model"], pooled[name])
+        print(f"reward model less {name}: {gain:+.1%} [{low:+.1%}, {high:+.1%}]")
 
 
 def difference(a: Sequence[PairCounts], b: Sequence[PairCounts]) -> tuple[float, float, float]:

@@ -280,16 +280,8 @@ def in_fork(module: str, mutant: Mutant | None) -> str:
 
 def preload() -> None:
     """Import what the tests import, other than the modules under test and what depends on them."""
-    for name in (
-        "torch",
-        "numpy",
-        "transformers",
-        "datasets",
-        "rlhf.rollout.sampling",
-        "rlhf.rollout.scoring",
-        "rlhf.models.loading",
-        "rlhf.models.tiny",
-    ):
+    names = ["torch", "numpy", "transformers", "datasets", "rlhf.rollout.sampling", "rlhf.rollout.scoring"]
+    for name in [*names, "rlhf.models.loading", "rlhf.models.tiny"]:
         importlib.import_module(name)
     import torch
 

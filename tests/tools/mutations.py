@@ -17,27 +17,11 @@ COMPARISONS = {
     ast.NotEq: [ast.Eq],
 }
 # Calls by their last name: another function in its place, ...
-RENAMED = {
-    "maximum": "minimum",
-    "minimum": "maximum",
-    "max": "min",
-    "min": "max",
-    "expm1": "exp",
-    "exp": "expm1",
-    "rsqrt": "sqrt",
-    "logsigmoid": "sigmoid",
-    "masked_sum": "masked_mean",
-    "masked_mean": "masked_sum",
-    "mean": "sum",
-    "sum": "mean",
-    "zeros_like": "ones_like",
-    "zeros": "ones",
-    "new_zeros": "new_ones",
-    "triu": "tril",
-    "kl_k1": "kl_k3",
-    "kl_k3": "kl_k1",
-    "var": "std",
-}
+RENAMED = {"maximum": "minimum", "max": "min", "expm1": "exp", "masked_sum": "masked_mean", "mean": "sum"}
+RENAMED |= {"kl_k1": "kl_k3"}
+RENAMED |= {second: first for first, second in RENAMED.items()}  # each of these for the other; those below one way
+RENAMED |= {"rsqrt": "sqrt", "logsigmoid": "sigmoid", "zeros_like": "ones_like", "zeros": "ones"}
+RENAMED |= {"new_zeros": "new_ones", "triu": "tril", "var": "std"}
 # ... nothing but its receiver, ...
 METHODS_DROPPED = {"clamp", "abs", "exp", "float", "double", "detach", "mul_", "split", "argsort", "scatter_add"}
 # ... or nothing but its first argument.

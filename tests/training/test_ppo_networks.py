@@ -206,9 +206,8 @@ def test_four_adapters_on_one_base(method: str, run: Path) -> None:
     assert networks.bases.endswith(" GB for policy, reference, value and reward model")
     for other in (networks.reference, networks.value, networks.reward):
         assert same_base(networks.policy, other)
-    check_starts(
-        networks, load_policy(run / f"sft-{method}", SECTION), value_to_train(run / f"reward-{method}", recipe(method))
-    )
+    sft = load_policy(run / f"sft-{method}", SECTION)
+    check_starts(networks, sft, value_to_train(run / f"reward-{method}", recipe(method)))
 
 
 @pytest.mark.parametrize("zero", [2, 3])

@@ -16,17 +16,9 @@ from rlhf.training.engine import LocalEngine, ParamGroup
 from rlhf.training.ranking_passes import Group, ScoringModule, by_length, random_outputs, whole_passes
 from stages.reward import step as reward_step
 
-CONFIG = LlamaConfig(
-    vocab_size=200,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    num_labels=1,
-    pad_token_id=0,
-    initializer_range=0.2,
-)
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "num_labels": 1, "vocab_size": 200}
+CONFIG = LlamaConfig(**SIZES, pad_token_id=0, initializer_range=0.2)
 
 
 def rankings(ks: list[int], seed: int = 0) -> list[Group]:

@@ -39,14 +39,9 @@ ANSWERS = [
 
 def make_recipe(**sft: Any) -> Recipe:
     options = {"epochs": 1, "batch_size": 8, "micro_batch_size": 8, "lr": 1e-3, "packing": False, **sft}
-    return Recipe.model_validate(
-        {
-            "model": {"name": "tiny"},
-            "run": {"seed": 3, "device": "cpu"},
-            "data": {"max_prompt_tokens": 48, "max_response_tokens": 48},
-            "sft": options,
-        }
-    )
+    data = {"max_prompt_tokens": 48, "max_response_tokens": 48}
+    run = {"seed": 3, "device": "cpu"}
+    return Recipe.model_validate({"model": {"name": "tiny"}, "run": run, "data": data, "sft": options})
 
 
 def make_tracker(folder: Path) -> Tracker:
@@ -268,16 +263,13 @@ def test_the_whole_stage(tmp_path, capsys) -> None:
         {"prompt": f"{question} ({n})", "response": answer} for question, answer in ANSWERS for n in range(5)
     ]
     long = {"prompt": "Say yes.", "response": "yes " * 60}
-    (tmp_path / "demonstrations.jsonl").write_text("\n".join(map(json.dumps, [*demonstrations, long])))
+    file = tmp_path / "demonstrations.jsonl"
+    file.write_text("\n".join(map(json.dumps, [*demonstrations, long])))
+    limits = {"max_prompt_tokens": 48, "max_response_tokens": 48, "validation_fraction": 0.3}
     recipe = {
         "run": {"name": "t", "dir": str(tmp_path / "runs"), "seed": 3, "device": "cpu"},
         "model": {"name": "tiny", "peft": {"method": "lora", "rank": 4}},
-        "data": {
-            "demonstrations": [str(tmp_path / "demonstrations.jsonl")],
-            "max_prompt_tokens": 48,
-            "max_response_tokens": 48,
-            "validation_fraction": 0.3,
-        },
+        "data": {"demonstrations": [str(file)], **limits},
         "sft": {"epochs": 4, "batch_size": 4, "micro_batch_size": 4, "lr": 0.01, "packing": False},
         "tracking": {"wandb": "disabled"},
     }

@@ -25,22 +25,8 @@ from rlhf.training.ranking_passes import Group, ScoringModule
 from rlhf.training.sft_trainer import Reporter, build_trainer
 from stages.ppo import advantages, ppo_step, ptx_step, rollout, score
 from stages.reward import step as reward_step
-from support.ppo_runs import (
-    ALL,
-    BOTH,
-    CLIP,
-    EPISODES,
-    PTX_COEF,
-    REWARD_MEAN,
-    REWARD_STD,
-    TEMPERATURE,
-    VALUE_CLIP,
-    VF_COEF,
-    make_ppo,
-    network,
-    tokens,
-    with_ppo,
-)
+from support import ppo_runs
+from support.ppo_runs import ALL, BOTH, CLIP, TEMPERATURE, VALUE_CLIP, make_ppo, network, tokens, with_ppo
 
 SPLITS = [1, 2, 4]  # micro-batch sizes held against one forward of all eight
 
@@ -55,7 +41,7 @@ def moved(ppo: Ppo) -> Experience:
     """Episodes of the policy, as if it had changed since: ratios and values on both sides of their clips."""
     experience = advantages(ppo, score(ppo, rollout(ppo)))
     lengths = experience.mask.sum(1).tolist()
-    assert len(set(lengths)) > 3 and 0 < int(experience.finished.sum()) < EPISODES, lengths
+    assert len(set(lengths)) > 3 and 0 < int(experience.finished.sum()) < ppo_runs.EPISODES, lengths
     generator = torch.Generator().manual_seed(7)
 
     def noise(size: float) -> Tensor:
@@ -208,7 +194,7 @@ def test_ppo_step_is_the_token_loop(ppo: Ppo) -> None:
             p = torch.softmax(ppo.networks.policy(torch.tensor([ids])).logits[0].double() / TEMPERATURE, -1)
             entropy += float(-(p * p.log()).sum(-1)[len(prompt) - 1 : -1].sum())
         hidden = ppo.networks.value.model(torch.tensor([ids])).last_hidden_state[0]
-        values = (ppo.networks.value.score(hidden).squeeze(-1) - REWARD_MEAN) / REWARD_STD
+        values = (ppo.networks.value.score(hidden).squeeze(-1) - ppo_runs.REWARD_MEAN) / ppo_runs.REWARD_STD
         for t in range(len(response)):
             old, advantage = float(experience.logprobs[i, t]), float(experience.advantages[i, t])
             ratio = (logprobs[t] - old).exp()
@@ -227,7 +213,7 @@ def test_ppo_step_is_the_token_loop(ppo: Ppo) -> None:
                 value_sum = value_sum + 0.5 * (near - float(target)) ** 2
             else:
                 value_sum = value_sum + 0.5 * (v - target) ** 2
-    ((policy_sum + VF_COEF * value_sum) / count).backward()
+    ((policy_sum + ppo_runs.VF_COEF * value_sum) / count).backward()
     assert distance(policy_gradient, take_gradient(ppo.engine, "policy")) < 1e-4
     assert distance(value_gradient, take_gradient(ppo.engine, "value")) < 1e-4
     assert metrics == pytest.approx(
@@ -251,7 +237,7 @@ def test_ptx_step_is_the_mean_over_pretraining_tokens(ppo: Ppo) -> None:
     # Eight rows a step and eight rows in all: every row once. Pretraining text is scored at temperature 1.
     nll = torch.cat([text_nll(ppo.networks.policy, row) for row in ppo.ptx_rows])
     assert loss == pytest.approx(nll.mean().item(), rel=1e-4)
-    (PTX_COEF * nll.mean()).backward()
+    (ppo_runs.PTX_COEF * nll.mean()).backward()
     assert distance(got, take_gradient(ppo.engine)) < 1e-4
 
 
@@ -275,7 +261,7 @@ def test_the_gradient_of_ppo_ptx_is_the_sum_of_both(ppo: Ppo) -> None:
 def test_ptx_coef_scales_its_gradient_and_not_its_metric(ppo: Ppo) -> None:
     loss = ptx_step(ppo, step=0)["ppo/ptx_loss"]
     once = take_gradient(ppo.engine)
-    tenfold = dataclasses.replace(ppo, ptx_coef=10 * PTX_COEF)
+    tenfold = dataclasses.replace(ppo, ptx_coef=10 * ppo_runs.PTX_COEF)
     assert ptx_step(tenfold, step=0)["ppo/ptx_loss"] == loss
     assert distance(take_gradient(ppo.engine), 10 * once) < 1e-5
     ptx_step(dataclasses.replace(ppo, ptx_coef=0.0), step=0)
