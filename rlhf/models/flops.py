@@ -21,17 +21,11 @@ from rlhf.models.placement import full_shape
 
 
 class PassSize(NamedTuple):
-    """The size of a pass, without padding.
+    """The size of a pass, without padding."""
 
-    Attributes:
-        tokens: tokens that go through the layers.
-        heads: positions that go through the head.
-        attended_pairs: pairs of a token with itself or one before it, over all rows.
-    """
-
-    tokens: float
-    heads: float
-    attended_pairs: float
+    tokens: float  # that go through the layers
+    heads: float  # positions that go through the head
+    attended_pairs: float  # pairs of a token with itself or one before it, over all rows
 
 
 def pass_size(lengths: Sequence[tuple[int, int]]) -> PassSize:
@@ -42,34 +36,20 @@ def pass_size(lengths: Sequence[tuple[int, int]]) -> PassSize:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """The sizes that the cost of a model's passes depends on, in weights unless said otherwise.
+    """The sizes that the cost of a model's passes depends on, in weights unless said otherwise."""
 
-    Attributes:
-        layers: weights of all matrices that every token is multiplied by.
-        head: weights of the LM head or scalar head.
-        attention: channels of the query heads, summed over the layers.
-        through: the part of `layers` that the gradient passes through to something trained before it.
-        trained: the part of `layers` that is trained.
-        head_through, head_trained: the same parts of `head`.
-        attention_through: the part of `attention` in layers that the gradient passes through.
-        weight_bytes: bytes of matrices and head, which a pass reads.
-        kv_bytes: bytes of one token's keys and values.
-        parameters: trained parameters of any kind, which the optimiser steps.
-        gradient_bytes: bytes of their gradients.
-    """
-
-    layers: int
-    head: int
-    attention: int
-    through: int
-    trained: int
-    head_through: int
+    layers: int  # weights of all matrices that every token is multiplied by
+    head: int  # weights of the LM head or scalar head
+    attention: int  # channels of the query heads, summed over the layers
+    through: int  # the part of `layers` that the gradient passes through to something trained before it
+    trained: int  # the part of `layers` that is trained
+    head_through: int  # the same parts of `head`
     head_trained: int
-    attention_through: int
-    weight_bytes: int
-    kv_bytes: int
-    parameters: int
-    gradient_bytes: int
+    attention_through: int  # the part of `attention` in layers that the gradient passes through
+    weight_bytes: int  # bytes of matrices and head, which a pass reads
+    kv_bytes: int  # bytes of one token's keys and values
+    parameters: int  # trained parameters of any kind, which the optimiser steps
+    gradient_bytes: int  # bytes of their gradients
 
     def forward(self, work: PassSize) -> float:
         """Return the FLOPs of a forward pass."""
@@ -128,8 +108,7 @@ class _Matrix(NamedTuple):
 def _layer_matrices(model: PreTrainedModel, head_weight: Tensor, virtual: bool) -> list[_Matrix]:
     """Return all matrices that every token is multiplied by, in the order of the forward pass; the head is not one.
 
-    Args:
-        virtual: whether trained virtual tokens precede the first layer, so that the gradient passes through them all.
+    `virtual`: trained virtual tokens precede the first layer, so that the gradient passes through all matrices.
     """
     found, reached = [], virtual
     for name, module in model.named_modules():
