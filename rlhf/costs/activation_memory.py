@@ -166,14 +166,8 @@ def _decode_step(model: PreTrainedModel, memory: LiveBytes, rows: int, cached: i
     memory.peak = before
     ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
     mask = torch.ones(rows, max(cached, tokens), dtype=torch.long, device=device)
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1)[:, -tokens:],
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
+    given = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+    logits = model(**given, position_ids=(mask.cumsum(1) - 1)[:, -tokens:], logits_to_keep=1).logits[:, -1]
     sample_token(logits, torch.zeros(rows, dtype=torch.float64, device=device))
     kept = 0 if cached else sum(t.numel() * t.element_size() for each in cache.layers for t in (each.keys, each.values))
     return memory.peak - before - kept
