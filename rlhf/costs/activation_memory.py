@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
-from rlhf.costs.model_shapes import ModelSpec, build, kv_heads
-from rlhf.models.layers import decoder_layers
+from rlhf.costs.model_shapes import ModelSpec, build
+from rlhf.models.layers import decoder_layers, kv_heads
 from rlhf.models.low_memory_layers import use_low_memory_layers
 from rlhf.rollout.batches import build_batch
 from rlhf.rollout.lm_head import head_chunks

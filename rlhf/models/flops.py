@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf.config import VIRTUAL_TOKEN_METHODS
+from rlhf.models.layers import kv_heads
 from rlhf.models.peft.methods import peft_of
 from rlhf.models.placement import full_shape
 
@@ -80,7 +81,8 @@ def model_cost(model: PreTrainedModel) -> ModelCost:
     matrices = _layer_matrices(model, head_weight, virtual)
     trained = [p for p in model.parameters() if p.requires_grad]
     first = min((m.layer for m in matrices if m.through or m.trained), default=config.num_hidden_layers)
-    queries, keys = _widths(config)
+    heads, size = kv_heads(config)
+    queries = config.num_attention_heads * size
     return ModelCost(
         layers=sum(m.weights for m in matrices),
         head=head,
@@ -91,7 +93,7 @@ def model_cost(model: PreTrainedModel) -> ModelCost:
         head_trained=head if head_weight.requires_grad else 0,
         attention_through=queries * (config.num_hidden_layers - first),
         weight_bytes=sum(m.bytes for m in matrices) + head * head_weight.element_size(),
-        kv_bytes=2 * keys * config.num_hidden_layers * next(model.parameters()).element_size(),
+        kv_bytes=2 * heads * size * config.num_hidden_layers * next(model.parameters()).element_size(),
         parameters=sum(full_shape(p).numel() for p in trained),
         gradient_bytes=sum(full_shape(p).numel() * p.element_size() for p in trained),
     )
@@ -126,10 +128,3 @@ def _layer_matrices(model: PreTrainedModel, head_weight: Tensor, virtual: bool) 
 def _layer(name: str) -> int:
     """Return the number of the layer that a module is in, 0 if it is in none."""
     return next((int(part) for part in name.split(".") if part.isdigit()), 0)
-
-
-def _widths(config: PretrainedConfig) -> tuple[int, int]:
-    """Return the channels of all query heads, and of all key heads, in a layer."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return config.num_attention_heads * size, keys * size

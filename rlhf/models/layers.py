@@ -1,9 +1,9 @@
-"""Find and cut the transformer layers of a model, whatever its architecture calls their list."""
+"""Find, cut and size the transformer layers of a model, whatever its architecture calls their list."""
 
 from __future__ import annotations
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from rlhf.errors import UserError
 
@@ -15,6 +15,12 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
             return module
     fix = "use a decoder architecture with one list of layers (Llama, Qwen, GPT-2, GPT-NeoX, OPT, ...)"
     raise UserError(f"the transformer layers of {type(model).__name__} were not found", "model.name", fix)
+
+
+def kv_heads(config: PretrainedConfig) -> tuple[int, int]:
+    """Return the number of heads that have keys and values, and the width of one."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def cut_layers(model: PreTrainedModel, keep: int) -> None:

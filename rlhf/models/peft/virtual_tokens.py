@@ -26,6 +26,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from rlhf.config import KV_PREFIX_METHODS, VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.errors import UserError
+from rlhf.models.layers import kv_heads
 from rlhf.models.placement import full_shape
 
 
@@ -147,8 +148,7 @@ def _heads(config: PretrainedConfig) -> tuple[int, int]:
     if getattr(config, "multi_query", False) and not hasattr(config, "num_key_value_heads"):
         what = f"the number of key-value heads of {config.model_type} is not known"
         raise UserError(what, "model.peft.method", "take p_tuning or prompt, whose tokens are embeddings")
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return kv_heads(config)
 
 
 def _encoder(config: PretrainedConfig, embeddings: nn.Module, peft: PeftSection, channels: int) -> Any:
