@@ -132,9 +132,9 @@ def policy_spec(recipe: Recipe, shapes: Shapes, trained: bool = True, sft: bool 
 
 def reward_spec(recipe: Recipe, shapes: Shapes, trained: bool = True) -> ModelSpec:
     """Return the reward model, as it is trained or plain; the value model is built like the trained one."""
-    keep, adapter = recipe.reward.keep_layers, kept_adapter(recipe.reward_peft, trained)
-    partitioned, model = sharding_of(recipe).stage == 3, recipe.model
-    return ModelSpec(shapes.reward, model.dtype, model.attention, True, keep, adapter, partitioned)
+    model, keep, adapter = recipe.model, recipe.reward.keep_layers, kept_adapter(recipe.reward_peft, trained)
+    spec = ModelSpec(shapes.reward, model.dtype, model.attention, scalar=True, keep_layers=keep, peft=adapter)
+    return replace(spec, partitioned=sharding_of(recipe).stage == 3)
 
 
 def kept_adapter(peft: PeftSection, trained: bool) -> PeftSection | None:

@@ -266,7 +266,7 @@ class TrainingLoop:
 
     def always(self) -> Components:
         sharding, states = self.sharding, self._states.items()
-        parts = [Component(f"weights: {name}", state.weights, sharding.offload_weights) for name, state in states]
+        parts = [Component(f"weights: {name}", state.weights, host=sharding.offload_weights) for name, state in states]
         parts.append(Component("optimiser state", self._total("optimiser"), host=sharding.offload))
         if sharding.stage == 3:
             parts.append(Component("gradients", self._total("gradients"), host=sharding.offload))

@@ -144,12 +144,10 @@ def _ia3_config(model: PreTrainedModel, linear: list[str], transposed: bool) -> 
 
     attention, inner = named((*KEYS_AND_VALUES, *WITH_QUERIES)), named(FEED_FORWARD_OUTPUT)
     if not attention or not inner:
-        missing = "keys and values" if not attention else "the feed-forward layer's output"
-        what = (
-            f"ia3 scales keys, values and inner activations, and no linear map of {model.config.model_type} is known "
-        )
+        missing, kind = "the feed-forward layer's output" if attention else "keys and values", model.config.model_type
+        what = f"ia3 scales keys, values and inner activations, and no linear map of {kind} is known to make {missing}"
         fix = "take lora, or another architecture (Llama, Mistral, Qwen, Gemma, GPT-2, GPT-NeoX, OPT, BLOOM, Phi, ...)"
-        raise UserError(f"{what} to make {missing}", "model.peft.method=ia3", fix)
+        raise UserError(what, "model.peft.method=ia3", fix)
     return IA3Config(target_modules=[*attention, *inner], feedforward_modules=inner, fan_in_fan_out=transposed)
 
 
