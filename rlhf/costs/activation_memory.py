@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
-from rlhf.costs.model_shapes import ModelSpec, build, kv_heads
-from rlhf.models.layers import decoder_layers
+from rlhf.costs.model_shapes import ModelSpec, build
+from rlhf.models.layers import decoder_layers, kv_heads
 from rlhf.models.low_memory_layers import use_low_memory_layers
 from rlhf.rollout.batches import build_batch
 from rlhf.rollout.lm_head import head_chunks
@@ -166,14 +166,8 @@ def _decode_step(model: PreTrainedModel, memory: LiveBytes, rows: int, cached: i
     memory.peak = before
     ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
     mask = torch.ones(rows, max(cached, tokens), dtype=torch.long, device=device)
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1)[:, -tokens:],
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
+    given = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+    logits = model(**given, position_ids=(mask.cumsum(1) - 1)[:, -tokens:], logits_to_keep=1).logits[:, -1]
     sample_token(logits, torch.zeros(rows, dtype=torch.float64, device=device))
     kept = 0 if cached else sum(t.numel() * t.element_size() for each in cache.layers for t in (each.keys, each.values))
     return memory.peak - before - kept

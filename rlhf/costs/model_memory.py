@@ -126,26 +126,15 @@ def policy_spec(recipe: Recipe, shapes: Shapes, trained: bool = True, sft: bool 
     peft, sharding = recipe.model.peft, sharding_of(recipe)
     # SFT of all weights loads float32 weights, which DeepSpeed converts.
     whole = sft and peft.method in TRAINS_BASE_WEIGHTS and sharding.processes == 1
-    return ModelSpec(
-        shapes.policy,
-        "float32" if whole else recipe.model.dtype,
-        recipe.model.attention,
-        peft=kept_adapter(peft, trained),
-        partitioned=sharding.stage == 3,
-    )
+    dtype, adapter = "float32" if whole else recipe.model.dtype, kept_adapter(peft, trained)
+    return ModelSpec(shapes.policy, dtype, recipe.model.attention, peft=adapter, partitioned=sharding.stage == 3)
 
 
 def reward_spec(recipe: Recipe, shapes: Shapes, trained: bool = True) -> ModelSpec:
     """Return the reward model, as it is trained or plain; the value model is built like the trained one."""
-    return ModelSpec(
-        shapes.reward,
-        recipe.model.dtype,
-        recipe.model.attention,
-        scalar=True,
-        keep_layers=recipe.reward.keep_layers,
-        peft=kept_adapter(recipe.reward_peft, trained),
-        partitioned=sharding_of(recipe).stage == 3,
-    )
+    model, keep, adapter = recipe.model, recipe.reward.keep_layers, kept_adapter(recipe.reward_peft, trained)
+    spec = ModelSpec(shapes.reward, model.dtype, model.attention, scalar=True, keep_layers=keep, peft=adapter)
+    return replace(spec, partitioned=sharding_of(recipe).stage == 3)
 
 
 def kept_adapter(peft: PeftSection, trained: bool) -> PeftSection | None:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from rlhf.config import VIRTUAL_TOKEN_METHODS, PeftSection, Recipe
 from rlhf.models import smollm2, tiny
-from rlhf.models.layers import cut_layers, decoder_layers
+from rlhf.models.layers import cut_layers, decoder_layers, kv_heads
 from rlhf.models.peft.methods import add_adapter
 from rlhf.models.resolve import not_loaded, resolve_model
 from rlhf.system.quiet import quiet_transformers
@@ -113,12 +113,6 @@ def build(spec: ModelSpec) -> nn.Module:
         if spec.peft:
             add_adapter(model, spec.peft, spec.partitioned)
     return model.eval()
-
-
-def kv_heads(config: PretrainedConfig) -> tuple[int, int]:
-    """Return the number of heads that have keys and values, and the width of one."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 @lru_cache(maxsize=64)

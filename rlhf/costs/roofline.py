@@ -84,19 +84,13 @@ def phase_costs(row: MetricsRow) -> list[PhaseCost]:
     """Return the phases that took time, in the order of the iteration."""
     seconds = {phase: row.get(f"perf/seconds_{phase}") or 0.0 for phase in WITH_OTHER}
     total = sum(seconds.values())
-    return [
-        PhaseCost(
-            phase,
-            seconds[phase],
-            seconds[phase] / total,
-            row.get(f"perf/{phase}_tokens_per_s"),
-            bounds_of(row, phase) if phase in PARTS else (),
-            row.get(f"memory/{phase}_gb"),
-            row.get(f"perf/padding_{phase}"),
-        )
-        for phase in WITH_OTHER
-        if seconds[phase]
-    ]
+    costs = []
+    for phase, took in seconds.items():
+        if took:
+            bounds = bounds_of(row, phase) if phase in PARTS else ()
+            rate, padding = row.get(f"perf/{phase}_tokens_per_s"), row.get(f"perf/padding_{phase}")
+            costs.append(PhaseCost(phase, took, took / total, rate, bounds, row.get(f"memory/{phase}_gb"), padding))
+    return costs
 
 
 def worst_phase(costs: Sequence[PhaseCost]) -> PhaseCost | None:

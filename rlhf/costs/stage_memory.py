@@ -175,12 +175,10 @@ def _ppo(recipe: Recipe, shapes: Shapes, on_gpu: bool, ptx: bool) -> tuple[Compo
     reference_part, reference_added = frozen_weights(plain, recipe, "weights: reference")
     shared = policies_share_base(recipe, sharding.stage)
     if shared:
-        reference_part = Component("weights: reference", float(count(policy).trained_bytes))
-        reference_added = 0.0
+        reference_part, reference_added = Component(reference_part.name, float(count(policy).trained_bytes)), 0.0
     # Under ZeRO-3 the trained policy and value model are gathered too.
-    policy_added, value_added = (
-        gathered_bytes(spec, recipe) if sharding.stage == 3 else 0.0 for spec in (plain, reward)
-    )
+    gathered = sharding.stage == 3
+    policy_added, value_added = (gathered_bytes(spec, recipe) if gathered else 0.0 for spec in (plain, reward))
     rows = min(cfg.rollout_batch_size, plan.batch_per_process)
     phases["sampling"] = _sampling(plain, recipe, rows, rows, policy_added)
     scoring = max(
@@ -267,11 +265,8 @@ class TrainingLoop:
         return Component("reduction buffers", max(state.reduction for state in self._states.values()))
 
     def always(self) -> Components:
-        sharding = self.sharding
-        parts = [
-            Component(f"weights: {name}", state.weights, host=sharding.offload_weights)
-            for name, state in self._states.items()
-        ]
+        sharding, states = self.sharding, self._states.items()
+        parts = [Component(f"weights: {name}", state.weights, host=sharding.offload_weights) for name, state in states]
         parts.append(Component("optimiser state", self._total("optimiser"), host=sharding.offload))
         if sharding.stage == 3:
             parts.append(Component("gradients", self._total("gradients"), host=sharding.offload))

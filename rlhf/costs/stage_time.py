@@ -82,7 +82,8 @@ def _lengths(recipe: Recipe) -> tuple[int, int]:
 
 def _sft(recipe: Recipe, shapes: Shapes, card: Card) -> StageTime:
     spec, length = policy_spec(recipe, shapes, sft=True), min(recipe.sft.max_tokens, sum(_lengths(recipe)))
-    known = _known_demonstrations(recipe)
+    whole = _known_rows(recipe.data.demonstrations, read_demonstrations)
+    known = round(whole * (1 - recipe.data.validation_fraction))
     rows = known or THOUSAND
     tokens = rows * recipe.sft.epochs * length / (1 - recipe.sft.pretraining_mix) / recipe_processes(recipe)
     flops = training_flops(spec, tokens, length, recipe.launch.gradient_checkpointing)
@@ -101,8 +102,7 @@ def _rank(recipe: Recipe, shapes: Shapes, card: Card) -> StageTime:
     spec = policy_spec(recipe, shapes, trained=False)
     rows = (known or THOUSAND) * cfg.outputs_per_prompt
     sampling = SamplingWork(rows, cfg.batch_size, recipe.launch.frozen == "partitioned", -(-rows // cfg.batch_size))
-    parts = _sampling(spec, recipe, card, sampling)
-    return StageTime("rank", parts, 0 if known else THOUSAND)
+    return StageTime("rank", _sampling(spec, recipe, card, sampling), 0 if known else THOUSAND)
 
 
 def _reward(recipe: Recipe, shapes: Shapes, card: Card) -> StageTime:
@@ -131,9 +131,9 @@ def _ppo(recipe: Recipe, shapes: Shapes, card: Card, stage: str) -> StageTime:
     tokens, context = plan.batch_per_process * (prompt + response), prompt + response
     passes = [plain, reward, reward] + ([plain] if recipe.model.dtype != "float32" else [])
     trained = sum(training_flops(spec, tokens * cfg.epochs, context, recompute) for spec in (policy, value))
-    partitioned, parts = recipe.launch.frozen == "partitioned", {}
+    partitioned = recipe.launch.frozen == "partitioned"
     sampling = SamplingWork(cfg.batch_size, cfg.rollout_batch_size, sharding_of(recipe).stage == 3)
-    parts |= _sampling(plain, recipe, card, sampling)
+    parts = _sampling(plain, recipe, card, sampling)
     parts["scoring"] = sum(forward_flops(spec, tokens, context) for spec in passes) / (speed * FORWARD)
     parts["PPO steps"] = trained / (speed * TRAINING)
     batches = tokens / cfg.score_tokens
@@ -183,15 +183,8 @@ def _sampling(spec: ModelSpec, recipe: Recipe, card: Card, work: SamplingWork) -
     batches = -(-rows // shape.rows)
     traffic = gathering_traffic(recipe, spec, batches * (1 + response), work.partitioned)
     traffic *= work.gathers if recipe.launch.gather == "once" else 1
-    return {
-        "sampling": decode_seconds(spec, shape, card) * batches,
-        "gathering": exchange_seconds(recipe, card, traffic),
-    }
-
-
-def _known_demonstrations(recipe: Recipe) -> int:
-    whole = _known_rows(recipe.data.demonstrations, read_demonstrations)
-    return round(whole * (1 - recipe.data.validation_fraction))
+    sampling = decode_seconds(spec, shape, card) * batches
+    return {"sampling": sampling, "gathering": exchange_seconds(recipe, card, traffic)}
 
 
 def _known_rows(sources: list[str], read: Callable[[list[str], Drops], list[Any]]) -> int:

@@ -112,11 +112,8 @@ def as_dicts(found: Sequence[ArmResult]) -> list[dict[str, Any]]:
     def plain(value: Any) -> Any:
         return value._asdict() if isinstance(value, Interval) else value
 
-    return [
-        {key: plain(getattr(row, key)) for key in asdict(row)}
-        | {"finding": row.finding, "preference": row.preference, "standing": row.standing}
-        for row in found
-    ]
+    shown = ("finding", "preference", "standing")
+    return [{key: plain(getattr(row, key)) for key in (*asdict(row), *shown)} for row in found]
 
 
 # --- what the stages wrote -------------------------------------------------------------------------------------------

@@ -98,9 +98,8 @@ def read_comparison(name_or_path: str, overrides: Sequence[str] = ()) -> Compari
         if not isinstance(values.get(key), str):
             raise UserError(f"{key} is {values.get(key)!r}", lines.where(key), f"give the name of a {key}")
     common = _mapping(values.get("common", {}), lines, "common")
-    arms = {
-        arm: _mapping(given, lines, "arms", arm) for arm, given in _mapping(values.get("arms"), lines, "arms").items()
-    }
+    sections = _mapping(values.get("arms"), lines, "arms")
+    arms = {arm: _mapping(given, lines, "arms", arm) for arm, given in sections.items()}
     if values["reference"] not in arms:
         what = f"the reference {values['reference']} is not an arm of this comparison"
         raise UserError(what, lines.where("reference"), f"take one of {', '.join(arms)}")

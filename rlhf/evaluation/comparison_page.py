@@ -108,12 +108,8 @@ def charts(rows: Sequence[ArmResult], reference: str) -> list[dict[str, Any]]:
         ("Reward", f"held-out score, difference to SFT of {reference}", "gain_reference", 0.0),
         ("Win rate", f"over SFT of {reference}", "win_rate_reference", 0.5),
     ):
-        points = [
-            LabelledPoint(row.arm, row.trained, *interval)
-            for row in rows
-            if row.trained and (interval := getattr(row, key)) is not None
-        ]
-        if points:
+        known = [row for row in rows if row.trained and getattr(row, key) is not None]
+        if points := [LabelledPoint(row.arm, row.trained, *getattr(row, key)) for row in known]:
             svg = named_points_chart(points, start, "trained weights", share=start == 0.5)
             found.append({"title": title, "unit": unit, "svg": Markup(svg)})
     return found

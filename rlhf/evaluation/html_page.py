@@ -29,7 +29,7 @@ def render(template: str, filters: Mapping[str, Callable[..., Any]], /, **values
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A rounded number with a true minus sign; a dash for what is not known."""
+    """Return a rounded number with a true minus sign; a dash for what is not known."""
     if value is None:
         return "–"
     text = f"{value:.{digits}f}"

@@ -70,9 +70,8 @@ def answer_prompted(
         seeds = [row_seed(seed, "reasoning") for seed in asked.seeds]
         drawn = sample(policy, tokenizer, rows, reasoning, seeds=seeds, advance=advance)
         thoughts = [_reasoning_text(tokenizer, template, text) for text in drawn.texts(tokenizer)]
-        rows = [
-            [*row, *_reasoning_ids(tokenizer, template, thought)] for row, thought in zip(rows, thoughts, strict=True)
-        ]
+        reasoned = [_reasoning_ids(tokenizer, template, thought) for thought in thoughts]
+        rows = [[*row, *ids] for row, ids in zip(rows, reasoned, strict=True)]
     drawn = sample(policy, tokenizer, rows, params, seeds=asked.seeds, advance=advance)
     responses = _responses(tokenizer, template, drawn)
     rollout = pad_rollout(asked.ids, responses, int(tokenizer.pad_token_id), set(params.stop_ids))

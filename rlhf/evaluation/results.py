@@ -89,17 +89,12 @@ def policy_row(answer: Answers) -> dict[str, Any]:
 
 def comparison_row(pair: PairWins, answers: Mapping[str, Answers], cfg: EvaluateSection) -> dict[str, Any]:
     """Return one pair's row of results.json: the win rate of a over b, and that among pairs of like length."""
-    lengths = [
-        group_by_prompt(answers[name].rollout.lengths.tolist(), cfg.samples_per_prompt) for name in (pair.a, pair.b)
-    ]
+    flat = [answers[name].rollout.lengths.tolist() for name in (pair.a, pair.b)]
+    lengths = [group_by_prompt(row, cfg.samples_per_prompt) for row in flat]
     rate = win_rate(prompt_means(pair.wins), cfg.bootstrap, pair.seed)
     matched, n = length_matched_win_rate(pair.wins, *lengths, resamples=cfg.bootstrap, seed=pair.seed)
-    return {
-        "a": pair.a,
-        "b": pair.b,
-        **_win_rate_fields(rate, len(pair.wins)),
-        "length_matched": _win_rate_fields(matched, n) if matched else None,
-    }
+    fields = {"a": pair.a, "b": pair.b, **_win_rate_fields(rate, len(pair.wins))}
+    return fields | {"length_matched": _win_rate_fields(matched, n) if matched else None}
 
 
 def _win_rate_fields(rate: Interval, n: int) -> dict[str, float]:

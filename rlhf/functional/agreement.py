@@ -75,11 +75,8 @@ class AgreementEstimate(NamedTuple):
 def tally(first: Sequence[int], second: Sequence[int]) -> Tally:
     """Count the pairs of outputs that two rankings order alike, order differently, or tie.
 
-    Args:
-        first, second: [K] ranks of the same outputs in the same order; only order and equality of ranks count.
-
-    Raises:
-        ValueError: if they differ in length.
+    Both are [K] ranks of the same outputs in the same order; only order and equality of ranks count. Raises ValueError
+    if they differ in length.
     """
     counts = dict.fromkeys(Tally._fields, 0)
     for (a1, a2), (b1, b2) in combinations(list(zip(first, second, strict=True)), 2):
@@ -141,8 +138,7 @@ def pairs_of_labeler(compared: Iterable[LabelerPair], name: str) -> list[Labeler
 def time_windows(compared: Iterable[LabelerPair], count: int) -> list[list[LabelerPair]]:
     """Sort the comparisons that have a time by it and cut them into at most `count` parts of equal size.
 
-    Parts have equal size and not equal duration, since labels come in bursts and the intervals of the parts should be
-    of similar width.
+    Not of equal duration: labels come in bursts, and the intervals of the parts should be of similar width.
     """
     timed = sorted((c for c in compared if c.time is not None), key=lambda c: c.time)
     edges = np.linspace(0, len(timed), min(count, len(timed)) + 1).round().astype(int)
@@ -163,10 +159,8 @@ def ratio(
     ratio's place in `span` as the share. The standard error is that of a ratio of prompt totals, linearised:
     sqrt(m / (m - 1) sum (a - r b)^2) / sum b with m prompts (Cochran 1977, section 6).
 
-    Args:
-        parts: (prompt, numerator, denominator); a prompt may have several.
-        shares: whether a prompt whose denominator is 1 has a numerator of 0 or 1.
-        span: the least and the greatest ratio that a prompt can have.
+    `parts` are (prompt, numerator, denominator); a prompt may have several. With `shares` a prompt whose denominator is
+    1 has a numerator of 0 or 1. `span` is the least and the greatest ratio that a prompt can have.
     """
     sums: dict[str, list[float]] = {}
     for prompt, above, below in parts:
@@ -209,13 +203,9 @@ def alpha_ordinal(units: Iterable[Sequence[float]]) -> float:
     """Return Krippendorff's alpha of ordinal data (Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability").
 
     1 - observed / expected disagreement: 1 is perfect, 0 is chance. The distance of two values is the squared number of
-    values in all data from one to the other, where values equal to either end count half.
-
-    Args:
-        units: for each unit the values that its labelers gave; a unit with a single value does not count.
-
-    Returns:
-        Alpha; nan if no unit has two values, or if all values are equal.
+    values in all data from one to the other, where values equal to either end count half. `units` has for each unit the
+    values that its labelers gave; a unit with a single value does not count. Alpha is nan if no unit has two values, or
+    if all values are equal.
     """
     paired = [list(unit) for unit in units if len(unit) > 1]
     if not paired:

@@ -44,10 +44,7 @@ def calibrated(logprobs: Sequence[float], content_free: Sequence[Sequence[float]
     """Return log-probabilities after contextual calibration (Zhao et al. 2021, arXiv 2102.09690, section 5).
 
     Probabilities are p / p_cf, normalised to sum to 1; p_cf is the mean probability over content-free inputs.
-
-    Args:
-        logprobs: log-probability of each label.
-        content_free: [inputs][labels], log-probabilities of the labels for inputs without content.
+    `logprobs` has one entry for each label; `content_free` is [inputs][labels], for inputs without content.
     """
     # The sum in place of the mean: the normalisation takes out the factor.
     free = np.logaddexp.reduce([normalise_labels(row) for row in content_free], axis=0)
@@ -67,8 +64,7 @@ def expected_points(logprobs: Sequence[float]) -> float:
 def win_log_odds(a: Sequence[float], b: Sequence[float]) -> float:
     """Return the log-odds that points drawn from a's distribution exceed points drawn from b's; a tie counts half.
 
-    Args:
-        a, b: log-probabilities of the labels, from worst to best.
+    `a` and `b` are log-probabilities of the labels, from worst to best.
     """
     joint = np.add.outer(normalise_labels(a), normalise_labels(b))
     tied = np.logaddexp.reduce(np.diag(joint)) + math.log(0.5)
@@ -78,12 +74,9 @@ def win_log_odds(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def mean_wins(preferences: Sequence[Sequence[float]]) -> list[float]:
-    """Return for each output the mean probability that it is better than another one.
+    """Return for each output the mean probability that it is better than another one: Borda's count of probabilities.
 
-    This is Borda's count with probabilities in place of votes.
-
-    Args:
-        preferences: [K, K] log-odds that i is better than j; the diagonal is not read.
+    `preferences` is [K, K], the log-odds that i is better than j; the diagonal is not read.
     """
     k = len(preferences)
     return [sum(sigmoid(preferences[i][j]) for j in range(k) if j != i) / (k - 1) for i in range(k)]
@@ -107,8 +100,7 @@ def brier(log_odds_of_right: Sequence[float]) -> float:
 def calibration_error(reliability: Sequence[dict[str, float]]) -> float:
     """Return the expected calibration error (Naeini et al. 2015): mean |accuracy - confidence| of bins, by pairs.
 
-    Args:
-        reliability: the rows of `rlhf.functional.ranking.calibration`.
+    `reliability` are the rows of `rlhf.functional.ranking.calibration`.
     """
     pairs = sum(row["n"] for row in reliability)
     return sum(row["n"] * abs(row["accuracy"] - row["confidence"]) for row in reliability) / pairs

@@ -56,7 +56,7 @@ def per_token_rewards(
 ) -> Tensor:
     """Return R_t = -beta (log pi_old(a_t) - log pi_ref(a_t)) + [t = T] (r(x, y) - penalty if y has no EOS).
 
-    This is the reward of the paper's equation 2 (section 3.5), written per token.
+    This is the reward of the paper's equation 2 (section 3.5), written per token: [B, R], zero on padding.
 
     Args:
         logprobs, ref_logprobs: [B, R], log-probabilities of the sampled tokens: of the sampling policy pi_old, and of
@@ -65,10 +65,6 @@ def per_token_rewards(
         lengths: [B], the T of each response.
         finished: [B] bool, whether the response ended with EOS.
         kl_coef: beta, per nat.
-        missing_eos_penalty: subtracted from the score of a response without EOS.
-
-    Returns:
-        [B, R], zero on padding.
     """
     mask = length_mask(lengths, logprobs.shape[1])
     rewards = torch.where(mask, -kl_coef * kl_k1(logprobs, ref_logprobs), torch.zeros_like(logprobs))
@@ -81,12 +77,8 @@ def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: flo
 
     delta_t = R_t + gamma V_{t+1} - V_t with V_{T+1} = 0, and A_t = sum_l (gamma lam)^l delta_{t+l}.
 
-    Args:
-        rewards, values: [B, R]; V_t is the value of the state in which token t is chosen.
-        lengths: [B], the T of each response.
-
-    Returns:
-        Advantages A_t [B, R] and returns A_t + V_t [B, R], both zero on padding.
+    `rewards` and `values` are [B, R]; V_t is the value of the state in which token t is chosen. `lengths` [B] are the T
+    of the responses. Advantages A_t and returns A_t + V_t are [B, R], both zero on padding.
     """
     mask = length_mask(lengths, rewards.shape[1])
     zeros = torch.zeros_like(rewards)
@@ -131,11 +123,8 @@ class PolicyLoss:
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> PolicyLoss:
     """Return the clipped surrogate loss summed over tokens (Schulman et al. 2017, equation 7).
 
-    max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip)) with ratio = pi(a_t) / pi_old(a_t).
-
-    Args:
-        logprobs, old_logprobs: [B, R], log-probabilities of the sampled tokens under pi and pi_old.
-        advantages, mask: [B, R].
+    max(-A ratio, -A clamp(ratio, 1 - clip, 1 + clip)) with ratio = pi(a_t) / pi_old(a_t). All tensors are [B, R];
+    `logprobs` and `old_logprobs` are those of the sampled tokens under pi and pi_old.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
     ratio = log_ratio.exp()
@@ -155,11 +144,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     """Return the clipped value loss summed over tokens.
 
     0.5 max((V - G)^2, (clamp(V, V_old - clip, V_old + clip) - G)^2), as in OpenAI's PPO code (baselines, ppo2); the
-    papers do not clip values.
-
-    Args:
-        values, old_values: [B, R], V now and V_old at the time of sampling.
-        returns: [B, R], the targets G of `gae`.
+    papers do not clip values. All tensors are [B, R]: V now, V_old at the time of sampling, the returns G of `gae`.
     """
     # Masked first: behind a square, nan or inf on padding would come back as a nan gradient.
     values, old_values, returns = (torch.where(mask, x, torch.zeros_like(x)) for x in (values, old_values, returns))
@@ -174,9 +159,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
         return torch.zeros((), dtype=values.dtype)
     target, error = returns[mask], (returns - values)[mask]
     variance = target.var(unbiased=False)
-    return torch.where(
-        variance > 0, 1 - error.var(unbiased=False) / variance.clamp(min=1e-12), torch.zeros_like(variance)
-    )
+    explained = 1 - error.var(unbiased=False) / variance.clamp(min=1e-12)
+    return torch.where(variance > 0, explained, torch.zeros_like(variance))
 
 
 def ptx_loss(token_nll: Tensor, mask: Tensor, ptx_coef: float) -> Tensor:

@@ -46,15 +46,9 @@ def has_pairs(ranks: Sequence[int], ties: TieHandling) -> bool:
 def ranking_loss(scores: Tensor, ranks: Sequence[Sequence[int]], ties: TieHandling = "drop") -> RankingLoss:
     """Return the sum over prompts of -(1/P) sum log sigmoid(r_w - r_l) over the P pairs of a prompt (equation 1).
 
-    Every prompt has the same weight, for any K.
-
-    Args:
-        scores: [sum K_g], one score per output, prompt after prompt.
-        ranks: G rank lists whose lengths are the K_g.
-        ties: "drop" leaves tied pairs out; "half" trains them to probability one half and counts them in the mean.
-
-    Raises:
-        ValueError: if the number of scores is not the number of ranks.
+    Every prompt has the same weight, for any K. `scores` [sum K_g] has one score per output, prompt after prompt;
+    `ranks` are G rank lists whose lengths are the K_g. `ties`: "drop" leaves tied pairs out; "half" trains them to
+    probability one half and counts them in the mean. Raises ValueError if the numbers of scores and ranks differ.
     """
     sizes = [len(group) for group in ranks]
     if scores.shape != (sum(sizes),):

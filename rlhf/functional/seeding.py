@@ -13,11 +13,8 @@ from torch import Tensor
 def shuffled_indices(n: int, seed: int, name: str, start: int, count: int) -> list[int]:
     """Return positions [start, start + count) of an endless stream of passes over range(n), each shuffled anew.
 
-    Args:
-        name: kind of rows ("prompts", "ptx", ...), so that the streams of one run differ.
-
-    Raises:
-        ValueError: if n is below 1.
+    `name` is the kind of rows ("prompts", "ptx", ...), so that the streams of one run differ. Raises ValueError if n is
+    below 1.
     """
     if n < 1:
         raise ValueError(f"no rows to draw {name} from")

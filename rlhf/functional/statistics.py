@@ -33,11 +33,8 @@ def bootstrap_interval(
     """Return sum(numerators) / sum(denominators) and its percentile bootstrap interval over prompts (Efron 1979).
 
     Each resample draws n prompts with replacement; the ends are the 2.5 % and 97.5 % quantiles of the resamples'
-    ratios. A resample whose denominators are all 0 is left out. Everything is nan if all denominators are 0.
-
-    Args:
-        numerators, denominators: [n], one of each per prompt; no denominator is negative.
-        seed: of the draws, so that the same arguments give the same interval.
+    ratios. A resample whose denominators are all 0 is left out. Everything is nan if all denominators are 0. There is
+    one numerator and one denominator per prompt, both [n]; no denominator is negative.
     """
     a, b = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     if b.sum() == 0:
@@ -54,8 +51,7 @@ def bootstrap_interval(
 def wilson_interval(k: float, n: int) -> Interval:
     """Return the share k / n of n independent cases and its score interval (Wilson 1927).
 
-    Raises:
-        ValueError: unless 0 <= k <= n and n > 0.
+    Raises ValueError unless 0 <= k <= n and n > 0.
     """
     if not 0 <= k <= n or n == 0:
         raise ValueError(f"{k} of {n} is not a proportion")
@@ -67,27 +63,17 @@ def wilson_interval(k: float, n: int) -> Interval:
 
 
 def mean_interval(values: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """Return the mean of one value per prompt and its bootstrap interval.
-
-    Raises:
-        ValueError: if there are no values.
-    """
+    """Return the mean of one value per prompt and its bootstrap interval; raise ValueError if there are no values."""
     if not len(values):
         raise ValueError("a mean needs at least one value")
     return bootstrap_interval(values, np.ones(len(values)), seed, resamples)
 
 
 def win_rate(wins: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """Return the mean of per-prompt wins and its bootstrap interval.
+    """Return the mean of per-prompt wins, each in [0, 1], and its bootstrap interval.
 
     Where all prompts have the same value, resampling shows no spread, however few prompts there are. The interval is
-    then Wilson's.
-
-    Args:
-        wins: one value in [0, 1] for each prompt.
-
-    Raises:
-        ValueError: if there are no prompts.
+    then Wilson's. Raises ValueError if there are no prompts.
     """
     values = np.asarray(wins, dtype=np.float64)
     if not len(values):
@@ -127,11 +113,8 @@ def length_matched_win_rate(
 ) -> tuple[Interval | None, int]:
     """Return the win rate among pairs whose lengths differ by at most `tolerance` of the longer, and their number.
 
-    Labelers tend to like longer answers; a win rate that falls here was partly due to length. The interval is over the
-    prompts that still have a pair; it is None if no pair is left.
-
-    Args:
-        wins, lengths_a, lengths_b: [prompts][samples]; lengths in tokens.
+    Labelers tend to like longer answers; a win rate that falls here was partly due to length. Wins and lengths, in
+    tokens, are [prompts][samples]. The interval is over the prompts that still have a pair; it is None if none is left.
     """
     kept = []
     for row, row_a, row_b in zip(wins, lengths_a, lengths_b, strict=True):
@@ -150,11 +133,7 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 
 
 def length_statistics(lengths: Sequence[int]) -> dict[str, float]:
-    """Return the mean and the 10th, 50th and 90th percentile of token lengths.
-
-    Raises:
-        ValueError: if there are no lengths.
-    """
+    """Return the mean and the 10th, 50th and 90th percentile of token lengths; raise ValueError if there are none."""
     if not len(lengths):
         raise ValueError("length statistics need at least one length")
     p10, p50, p90 = (float(p) for p in np.percentile(lengths, [10, 50, 90]))

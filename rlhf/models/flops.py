@@ -13,25 +13,20 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf.config import VIRTUAL_TOKEN_METHODS
+from rlhf.models.layers import kv_heads
 from rlhf.models.peft.methods import peft_of
 from rlhf.models.placement import full_shape
 
 
 class PassSize(NamedTuple):
-    """The size of a pass, without padding.
+    """The size of a pass, without padding."""
 
-    Attributes:
-        tokens: tokens that go through the layers.
-        heads: positions that go through the head.
-        attended_pairs: pairs of a token with itself or one before it, over all rows.
-    """
-
-    tokens: float
-    heads: float
-    attended_pairs: float
+    tokens: float  # that go through the layers
+    heads: float  # positions that go through the head
+    attended_pairs: float  # pairs of a token with itself or one before it, over all rows
 
 
 def pass_size(lengths: Sequence[tuple[int, int]]) -> PassSize:
@@ -42,34 +37,20 @@ def pass_size(lengths: Sequence[tuple[int, int]]) -> PassSize:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """The sizes that the cost of a model's passes depends on, in weights unless said otherwise.
+    """The sizes that the cost of a model's passes depends on, in weights unless said otherwise."""
 
-    Attributes:
-        layers: weights of all matrices that every token is multiplied by.
-        head: weights of the LM head or scalar head.
-        attention: channels of the query heads, summed over the layers.
-        through: the part of `layers` that the gradient passes through to something trained before it.
-        trained: the part of `layers` that is trained.
-        head_through, head_trained: the same parts of `head`.
-        attention_through: the part of `attention` in layers that the gradient passes through.
-        weight_bytes: bytes of matrices and head, which a pass reads.
-        kv_bytes: bytes of one token's keys and values.
-        parameters: trained parameters of any kind, which the optimiser steps.
-        gradient_bytes: bytes of their gradients.
-    """
-
-    layers: int
-    head: int
-    attention: int
-    through: int
-    trained: int
-    head_through: int
+    layers: int  # weights of all matrices that every token is multiplied by
+    head: int  # weights of the LM head or scalar head
+    attention: int  # channels of the query heads, summed over the layers
+    through: int  # the part of `layers` that the gradient passes through to something trained before it
+    trained: int  # the part of `layers` that is trained
+    head_through: int  # the same parts of `head`
     head_trained: int
-    attention_through: int
-    weight_bytes: int
-    kv_bytes: int
-    parameters: int
-    gradient_bytes: int
+    attention_through: int  # the part of `attention` in layers that the gradient passes through
+    weight_bytes: int  # bytes of matrices and head, which a pass reads
+    kv_bytes: int  # bytes of one token's keys and values
+    parameters: int  # trained parameters of any kind, which the optimiser steps
+    gradient_bytes: int  # bytes of their gradients
 
     def forward(self, work: PassSize) -> float:
         """Return the FLOPs of a forward pass."""
@@ -100,7 +81,8 @@ def model_cost(model: PreTrainedModel) -> ModelCost:
     matrices = _layer_matrices(model, head_weight, virtual)
     trained = [p for p in model.parameters() if p.requires_grad]
     first = min((m.layer for m in matrices if m.through or m.trained), default=config.num_hidden_layers)
-    queries, keys = _widths(config)
+    heads, size = kv_heads(config)
+    queries = config.num_attention_heads * size
     return ModelCost(
         layers=sum(m.weights for m in matrices),
         head=head,
@@ -111,7 +93,7 @@ def model_cost(model: PreTrainedModel) -> ModelCost:
         head_trained=head if head_weight.requires_grad else 0,
         attention_through=queries * (config.num_hidden_layers - first),
         weight_bytes=sum(m.bytes for m in matrices) + head * head_weight.element_size(),
-        kv_bytes=2 * keys * config.num_hidden_layers * next(model.parameters()).element_size(),
+        kv_bytes=2 * heads * size * config.num_hidden_layers * next(model.parameters()).element_size(),
         parameters=sum(full_shape(p).numel() for p in trained),
         gradient_bytes=sum(full_shape(p).numel() * p.element_size() for p in trained),
     )
@@ -128,8 +110,7 @@ class _Matrix(NamedTuple):
 def _layer_matrices(model: PreTrainedModel, head_weight: Tensor, virtual: bool) -> list[_Matrix]:
     """Return all matrices that every token is multiplied by, in the order of the forward pass; the head is not one.
 
-    Args:
-        virtual: whether trained virtual tokens precede the first layer, so that the gradient passes through them all.
+    `virtual`: trained virtual tokens precede the first layer, so that the gradient passes through all matrices.
     """
     found, reached = [], virtual
     for name, module in model.named_modules():
@@ -147,10 +128,3 @@ def _layer_matrices(model: PreTrainedModel, head_weight: Tensor, virtual: bool) 
 def _layer(name: str) -> int:
     """Return the number of the layer that a module is in, 0 if it is in none."""
     return next((int(part) for part in name.split(".") if part.isdigit()), 0)
-
-
-def _widths(config: PretrainedConfig) -> tuple[int, int]:
-    """Return the channels of all query heads, and of all key heads, in a layer."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return config.num_attention_heads * size, keys * size

@@ -60,18 +60,14 @@ def load_policy(
     """Return a causal language model in eval mode, fit to its tokenizer.
 
     An adapter's folder gives the base with the adapter on it, whatever `model.peft` says. The generation config keeps
-    special ids only, so sampling is from the plain softmax.
+    special ids only, so sampling is from the plain softmax. `dropout` is the probability of residual dropout; all other
+    dropout is 0. Without a `tokenizer` the one beside the model is taken. Raises UserError if the model does not exist,
+    is a reward model, lacks weights, or is an adapter of another base.
 
     Args:
         name_or_dir: anything `resolve_model` takes.
-        model: the recipe's model section.
-        dropout: probability of residual dropout; all other dropout is 0.
-        tokenizer: the one beside the model if None.
         merged: merge an adapter into the weights if its method allows that, for a model that is not trained.
         round_to_model_dtype: round the weights of an adapter to the dtype of the model, as DeepSpeed does in training.
-
-    Raises:
-        UserError: if the model does not exist, is a reward model, lacks weights, or is an adapter of another base.
     """
     if adapter := find_adapter(name_or_dir):
         if adapter.scalar:
@@ -86,9 +82,7 @@ def load_policy(
     set_dropout(config, dropout, where)
     policy, missing = load_plain(AutoModelForCausalLM, where, model, config)
     if missing:
-        raise UserError(
-            f"weights are missing: {_few(missing)}", where=where, fix="name a complete causal language model"
-        )
+        raise UserError(f"weights are missing: {_few(missing)}", where, fix="name a complete causal language model")
     policy.base_name, policy.kept_layers = base_name(name_or_dir), 0
     return fit_to_tokenizer(policy, tokenizer or load_tokenizer(where, model))
 
@@ -104,25 +98,21 @@ def new_reward_model(
 
     A zero head has no random ranking to unlearn, which matters if rankings are few. The normal head is drawn from the
     global generator with std 1/sqrt(d + 1), d the hidden size, as in Stiennon et al. and Huang et al. 2024
-    (arXiv 2403.17031). `reward_mean` 0 and `reward_std` 1 go into the config.
+    (arXiv 2403.17031). `reward_mean` 0 and `reward_std` 1 go into the config. Raises UserError if the model does not
+    exist, lacks weights other than the head, or has fewer layers than asked for; or if the policy's method differs from
+    `peft`, or cannot be merged.
 
     Args:
         policy_dir: anything `resolve_model` takes. A reward model keeps its head and its number of layers. A policy's
             adapter becomes the reward model's own adapter in the layers that are kept; without `peft` it is merged.
-        model: the recipe's model section.
         keep_layers: keep only the first N transformer layers; 0 keeps all.
         peft: the method that the reward model is trained by; None, or the method none, trains all weights.
-
-    Raises:
-        UserError: if the model does not exist, lacks weights other than the head, or has fewer layers than asked for;
-            or if the policy's method differs from `peft`, or cannot be merged.
     """
     peft = None if peft is None or not peft.on else peft
     if adapter := find_adapter(policy_dir):
         tokenizer = load_tokenizer(adapter.folder, model)
-        reward = _load_scalar(
-            adapter.base.name, base_settings(adapter, model), adapter.keep_layers, head_init, tokenizer
-        )
+        settings = base_settings(adapter, model)
+        reward = _load_scalar(adapter.base.name, settings, adapter.keep_layers, head_init, tokenizer)
         if keep_layers:
             cut_layers(reward, keep_layers)
             reward.kept_layers = keep_layers
@@ -166,12 +156,8 @@ def _load_scalar(
 def load_reward_model(name_or_dir: str | Path, model: ModelSection, merged: bool = False) -> PreTrainedModel:
     """Return a trained reward model without dropout, in eval mode; `reward_mean` and `reward_std` default to 0 and 1.
 
-    Args:
-        merged: see `load_policy`.
-
-    Raises:
-        UserError: if the model does not exist, lacks its head or other weights, has a head of more than one score, or
-            is an adapter of another base.
+    For `merged` see `load_policy`. Raises UserError if the model does not exist, lacks its head or other weights, has a
+    head of more than one score, or is an adapter of another base.
     """
     if adapter := find_adapter(name_or_dir):
         if not adapter.scalar:
@@ -187,11 +173,8 @@ def load_reward_model(name_or_dir: str | Path, model: ModelSection, merged: bool
         raise _no_reward_model(f"{(config.architectures or ['unknown'])[0]}, {config.num_labels} labels", where)
     reward, missing = load_plain(AutoModelForSequenceClassification, where, model, config)
     if missing:
-        raise UserError(
-            f"the reward model's head or other weights were not loaded: {_few(missing)}",
-            where=where,
-            fix="save the reward model again; scores of a random head mean nothing",
-        )
+        what = f"the reward model's head or other weights were not loaded: {_few(missing)}"
+        raise UserError(what, where, fix="save the reward model again; scores of a random head mean nothing")
     scalar_head(reward, where)
     for name, default in (("reward_mean", 0.0), ("reward_std", 1.0)):
         if not hasattr(reward.config, name):
@@ -209,14 +192,10 @@ def save_model(
 ) -> None:
     """Write a plain Hugging Face folder (safetensors), or only the adapter if there is one on the model.
 
-    The folder appears whole or not at all, and `model` is not changed. Call it on the first process only: transformers
-    writes no weights on the others.
-
-    Args:
-        tokenizer: saved beside the model, with its chat template.
-        folder: an older model in it is replaced.
-        state_dict: the model's weights under its own names, for weights that are partitioned over processes.
-        merged: write a plain folder in any case, with the adapter merged into the weights.
+    The folder, with the tokenizer and its chat template, appears whole or not at all, and replaces an older model in
+    it; `model` is not changed. Call it on the first process only: transformers writes no weights on the others.
+    `state_dict` has the model's weights under its own names, if they are partitioned over processes. With `merged` the
+    folder is plain in any case, with the adapter merged into the weights.
     """
     folder = Path(folder)
     weights = model.state_dict() if state_dict is None else state_dict
@@ -233,31 +212,21 @@ def save_model(
 
 
 def check_context(model: PreTrainedModel, tokens: int, field: str) -> None:
-    """Check that the rows of a recipe fit the model's context.
+    """Check that rows of up to `tokens` tokens, as `field` of the recipe allows, fit the model's context.
 
-    Args:
-        tokens: the length of the longest row that `field` of the recipe allows.
-
-    Raises:
-        UserError: if the model has too few positions, or layers whose attention window would lose virtual tokens.
+    Raises UserError if the model has too few positions, or layers whose attention window would lose virtual tokens.
     """
     limit, virtual = getattr(model.config, "max_position_embeddings", None), positions_taken(peft_of(model))
     if limit and tokens + virtual > limit:
         more = f" and {virtual} virtual ones" if virtual else ""
-        raise UserError(
-            f"rows may have {tokens} tokens{more}, and {model.config.model_type} has positions for {limit}",
-            where=field,
-            fix="lower it, or take a model with a longer context",
-        )
+        what = f"rows may have {tokens} tokens{more}, and {model.config.model_type} has positions for {limit}"
+        raise UserError(what, where=field, fix="lower it, or take a model with a longer context")
     window = attention_window(model.config)
     if virtual and 0 < window < tokens + virtual:
         # Otherwise padding would decide how many virtual tokens a short row still sees.
-        raise UserError(
-            f"rows may have {tokens} tokens and {virtual} virtual ones, and layers of {model.config.model_type} see "
-            f"{window} alone",
-            where=field,
-            fix="lower it, or take a method without virtual tokens, as lora",
-        )
+        what = f"rows may have {tokens} tokens and {virtual} virtual ones, and layers of {model.config.model_type} see "
+        what += f"{window} alone"
+        raise UserError(what, where=field, fix="lower it, or take a method without virtual tokens, as lora")
 
 
 def recompute_activations(model: nn.Module) -> None:
@@ -275,11 +244,8 @@ def _not_a_policy(what: str, where: str) -> UserError:
 
 
 def _no_reward_model(what: str, where: str) -> UserError:
-    return UserError(
-        f"this is no reward model ({what})",
-        where=where,
-        fix="name a sequence-classification folder with one label, such as RUN/reward/model",
-    )
+    fix = "name a sequence-classification folder with one label, such as RUN/reward/model"
+    return UserError(f"this is no reward model ({what})", where, fix)
 
 
 def _few(names: list[str]) -> str:

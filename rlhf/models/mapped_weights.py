@@ -43,9 +43,8 @@ def drop_resident_pages(model: nn.Module) -> int:
     for region in regions:
         if not region.written and any(region.start <= address < region.end for address in addresses):
             size = region.end - region.start
-            refused = ctypes.CDLL(None).madvise(
-                ctypes.c_void_p(region.start), ctypes.c_size_t(size), mmap.MADV_DONTNEED
-            )
+            start, length = ctypes.c_void_p(region.start), ctypes.c_size_t(size)
+            refused = ctypes.CDLL(None).madvise(start, length, mmap.MADV_DONTNEED)
             dropped += 0 if refused else size
     return dropped
 

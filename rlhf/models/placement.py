@@ -26,17 +26,11 @@ from rlhf.system.distributed import any_rank, is_main_process
 
 @dataclass(frozen=True)
 class Placement:
-    """What `materialized` does with a model; the default is for a whole model that stays where it is.
+    """What `materialized` does with a model; the default is for a whole model that stays where it is."""
 
-    Attributes:
-        by_layer: gather a partitioned model's transformer layers one at a time, for models that no process can hold.
-        onload_to: the device that a model on the CPU is moved to while it is needed.
-        drop_after_use: drop a frozen model's mapped weights from the CPU's memory after use.
-    """
-
-    by_layer: bool = False
-    onload_to: torch.device | None = None
-    drop_after_use: bool = False
+    by_layer: bool = False  # gather a partitioned model's layers one at a time, for models that no process can hold
+    onload_to: torch.device | None = None  # where a model on the CPU is moved to while it is needed
+    drop_after_use: bool = False  # drop a frozen model's mapped weights from the CPU's memory after use
 
 
 def is_partitioned(parameter: Tensor) -> bool:

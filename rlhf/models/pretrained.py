@@ -26,21 +26,14 @@ RESIDUAL_DROPOUT = ("resid_pdrop", "resid_dropout", "residual_dropout", "hidden_
 
 
 def load_config(where: str, model: ModelSection) -> PretrainedConfig:
-    """Return the config of a causal model.
-
-    Raises:
-        UserError: if it cannot be read, or the model is not causal.
-    """
+    """Return the config of a causal model; raise UserError if it cannot be read, or the model is not causal."""
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise not_loaded("model", where, error) from error
     if not getattr(config, "is_causal", True):
-        raise UserError(
-            "its attention sees what comes after a token (is_causal is false)",
-            where=where,
-            fix="name a causal language model; nothing here could sample from this one",
-        )
+        fix = "name a causal language model; nothing here could sample from this one"
+        raise UserError("its attention sees what comes after a token (is_causal is false)", where, fix)
     return config
 
 
@@ -52,8 +45,7 @@ def load_plain(
 ) -> tuple[PreTrainedModel, list[str]]:
     """Return the model in eval mode, and the names of weights that `where` lacks (tied ones do not count).
 
-    Raises:
-        UserError: if the model cannot be loaded.
+    Raises UserError if the model cannot be loaded.
     """
     try:
         with quiet_transformers():
@@ -76,18 +68,11 @@ def is_classifier(config: PretrainedConfig) -> bool:
 
 
 def scalar_head(reward: PreTrainedModel, where: str) -> nn.Linear:
-    """Return the head [1, H] of a reward model.
-
-    Raises:
-        UserError: if its head is not one linear map to one score.
-    """
+    """Return the head [1, H] of a reward model; raise UserError if it is not one linear map to one score."""
     head = getattr(reward, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1 or head.bias is not None:
-        raise UserError(
-            f"{type(reward).__name__} has no plain `score` head",
-            where=where,
-            fix="use a decoder architecture (Llama, Qwen, GPT-2, GPT-NeoX, OPT, ...)",
-        )
+        fix = "use a decoder architecture (Llama, Qwen, GPT-2, GPT-NeoX, OPT, ...)"
+        raise UserError(f"{type(reward).__name__} has no plain `score` head", where, fix)
     return head
 
 
@@ -107,9 +92,8 @@ def set_dropout(config: PretrainedConfig, rate: float, where: str) -> None:
 def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Give a model embedding rows for every token and the tokenizer's special ids; return it.
 
-    Its generation config keeps special ids only.
-
-    A new row is the mean of the others: a token that was never trained is as unlikely as the average one.
+    A new row is the mean of the others: a token that was never trained is as unlikely as the average one. The
+    generation config keeps special ids only.
     """
     rows = full_shape(model.get_input_embeddings().weight)[0]
     if len(tokenizer) > rows:
@@ -124,8 +108,7 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     eos = model.config.eos_token_id or tokenizer.eos_token_id
     if getattr(model, "generation_config", None) is not None:
         eos = model.generation_config.eos_token_id or eos
-        model.generation_config = GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id
-        )
+        bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
+        model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model

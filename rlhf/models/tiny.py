@@ -89,12 +89,8 @@ def tiny_dir() -> Path:
 
 def tiny_gpt2_dir(folder: Path) -> Path:
     """Write a tiny GPT-2 (absolute positions, biases, dropout in its config) to `folder`, and return the folder."""
-    _save(
-        folder,
-        lambda ids: GPT2LMHeadModel(
-            GPT2Config(vocab_size=VOCABULARY, n_positions=512, n_embd=64, n_layer=2, n_head=4, **ids)
-        ),
-    )
+    shape = {"vocab_size": VOCABULARY, "n_positions": 512, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    _save(folder, lambda ids: GPT2LMHeadModel(GPT2Config(**shape, **ids)))
     return folder
 
 

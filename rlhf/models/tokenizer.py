@@ -29,14 +29,9 @@ VERBATIM = "%s{%% for message in messages %%}{{ message['content'] }}{%% endfor 
 def load_tokenizer(name_or_dir: str | Path, model: ModelSection = DEFAULT) -> PreTrainedTokenizerBase:
     """Load a tokenizer with a pad token other than EOS and a chat template, both of which are saved along with it.
 
-    In a folder of the run both are there already, and loading it changes neither.
-
-    Args:
-        name_or_dir: anything `resolve_model` takes.
-        model: the recipe's section; it gives the prompt format, and says whether code from the Hub may run.
-
-    Raises:
-        UserError: if there is no such tokenizer or it has no EOS token.
+    In a folder of the run both are there already, and loading it changes neither. `name_or_dir` is anything
+    `resolve_model` takes; `model` gives the prompt format, and says whether code from the Hub may run. Raises UserError
+    if there is no such tokenizer or it has no EOS token.
     """
     where = resolve_model(name_or_dir)
     try:
@@ -57,11 +52,7 @@ def load_tokenizer(name_or_dir: str | Path, model: ModelSection = DEFAULT) -> Pr
 
 
 def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> None:
-    """Check that two tokenizers give the same meaning to every id.
-
-    Raises:
-        UserError: naming the first difference in special ids, vocabulary or merges.
-    """
+    """Raise UserError, naming the first difference in special ids, vocabulary or merges, if two tokenizers differ."""
     names = f"{a.name_or_path} and {b.name_or_path}"
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
         if getattr(a, name) != getattr(b, name):
@@ -91,8 +82,5 @@ def _merges(tokenizer: PreTrainedTokenizerBase) -> list[list[str] | str]:
 
 
 def _tokenizers_differ(what: str, names: str) -> UserError:
-    return UserError(
-        f"two models of this run have different tokenizers: {what}",
-        where=names,
-        fix="start the reward model from the SFT model, or from a model of the same family",
-    )
+    fix = "start the reward model from the SFT model, or from a model of the same family"
+    return UserError(f"two models of this run have different tokenizers: {what}", names, fix)

@@ -36,8 +36,7 @@ def config_path(recipe: Recipe) -> Path:
 def settings(recipe: Recipe) -> dict[str, Any]:
     """Return DeepSpeed's settings for our loops: the recipe's JSON with what the loops decide filled in.
 
-    Raises:
-        UserError: when the user's own file sets what the recipe decides, or a layout that checkpoints do not know.
+    Raises UserError if the user's own file sets what the recipe decides, or a layout that checkpoints do not know.
     """
     path = config_path(recipe)
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -46,11 +45,8 @@ def settings(recipe: Recipe) -> dict[str, Any]:
             raise UserError(f"{key} is the recipe's to say", str(path), f"take {key} out of the DeepSpeed file")
     zero = found.get("zero_optimization", {})
     if zero.get("round_robin_gradients") or "nvme" in _devices(zero):
-        raise UserError(
-            "round_robin_gradients and state on NVMe have a layout that checkpoints do not support",
-            str(path),
-            "take them out of zero_optimization; offloading to cpu is known",
-        )
+        what = "round_robin_gradients and state on NVMe have a layout that checkpoints do not support"
+        raise UserError(what, str(path), "take them out of zero_optimization; offloading to cpu is known")
     if zero.get("stage", 0) != 2:
         zero["overlap_comm"] = False  # DeepSpeed overlaps on ZeRO 2 alone where the caller owns the boundary
     if zero.get("stage", 0) == 3:
@@ -85,13 +81,9 @@ def trained(recipe: Recipe, load: Callable[[], Model]) -> Model:
 
 
 def frozen(recipe: Recipe, device: torch.device, load: Callable[[], Model], drop_after_use: bool = False) -> Model:
-    """Load a model that only samples or scores, without gradients, and place it as `launch.frozen` says.
+    """Load a model that only samples or scores, on `device` and without gradients; place it as `launch.frozen` says.
 
-    Args:
-        recipe: its launch section says where the weights are kept.
-        device: where the model computes.
-        load: builds the model.
-        drop_after_use: on a CPU, drop its pages between passes where its weights are mapped from a file.
+    With `drop_after_use` its weights that are mapped from a file are dropped from a CPU's memory between passes.
     """
     how = recipe.launch.frozen
     with _loading(recipe, how == "partitioned"):
@@ -108,11 +100,7 @@ def frozen(recipe: Recipe, device: torch.device, load: Callable[[], Model], drop
 def load_frozen_policy(
     recipe: Recipe, device: torch.device, where: str | Path, tokenizer: PreTrainedTokenizerBase
 ) -> PreTrainedModel:
-    """Load a policy that only samples or scores (see `frozen`), with its adapter merged where the method allows it.
-
-    Args:
-        where: anything `load_policy` takes.
-    """
+    """Load a policy that only samples or scores (see `frozen`), with its adapter merged where the method allows it."""
     return frozen(recipe, device, lambda: load_policy(where, recipe.model, tokenizer=tokenizer, merged=True))
 
 

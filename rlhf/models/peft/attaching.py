@@ -22,10 +22,7 @@ def base_name(name: str | Path) -> str:
 
 
 def base_settings(adapter: AdapterFolder, model: ModelSection) -> ModelSection:
-    """Return the settings to load an adapter's base with.
-
-    Code that the base brings is run only if the recipe names that very base.
-    """
+    """Return the settings to load an adapter's base with; its code is run only if the recipe names that very base."""
     trusted = model.trust_remote_code and adapter.base.name == base_name(model.name)
     return model.model_copy(update={"trust_remote_code": trusted})
 
@@ -35,8 +32,7 @@ def attach_or_merge(
 ) -> PreTrainedModel:
     """Put an adapter on the base that it was trained on, or merge it if `merged` and its method allows that.
 
-    Raises:
-        UserError: if `model` is another base, or the file cannot be read.
+    Raises UserError if `model` is another base, or the file cannot be read.
     """
     adapter.check_base()
     if not merged or why_not_mergeable(adapter.peft):
@@ -50,11 +46,8 @@ def attach_adapter(
 ) -> PreTrainedModel:
     """Put an adapter on a plain model of its base, in place, trainable; the model also gets its normalisation.
 
-    Args:
-        round_to_model_dtype: see `load_policy`.
-
-    Raises:
-        UserError: if the file holds other weights than the method trains.
+    For `round_to_model_dtype` see `load_policy`. Raises UserError if the file holds other weights than the method
+    trains.
     """
     # The weights that are drawn here are replaced, so the run's random stream must not advance.
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -64,11 +57,7 @@ def attach_adapter(
 
 
 def merge_adapter(adapter: AdapterFolder, model: PreTrainedModel) -> None:
-    """Merge an adapter into the weights of its base, in place.
-
-    Raises:
-        UserError: if its method cannot be merged.
-    """
+    """Merge an adapter into the weights of its base, in place; raise UserError if its method cannot be merged."""
     if reason := why_not_mergeable(adapter.peft):
         raise UserError(f"the adapter would have to be merged, and {reason}", str(adapter.folder), "train it as one")
     merge_into(model, adapter.tensors(), adapter.peft)
@@ -77,11 +66,9 @@ def merge_adapter(adapter: AdapterFolder, model: PreTrainedModel) -> None:
 def check_method(adapter: AdapterFolder, peft: PeftSection) -> None:
     """Raise UserError unless the adapter is of this method and these settings."""
     if adapter.peft != peft:
-        raise UserError(
-            f"the model is an adapter of {settings_of(adapter.peft)}, and the recipe trains {settings_of(peft)}",
-            str(adapter.folder),
-            "run the SFT stage again with this recipe, or set model.peft as it was",
-        )
+        what = f"the model is an adapter of {settings_of(adapter.peft)}, and the recipe trains {settings_of(peft)}"
+        fix = "run the SFT stage again with this recipe, or set model.peft as it was"
+        raise UserError(what, str(adapter.folder), fix)
 
 
 def _normalised_as(adapter: AdapterFolder, model: PreTrainedModel) -> PreTrainedModel:

@@ -22,10 +22,7 @@ FEED_FORWARD = ("mlp", "feed_forward", "ffn")  # names of the layer in various a
 class Bottleneck(nn.Module):
     """A feed-forward layer with an adapter after it; the layer is called `base_layer`, as in peft's modules.
 
-    Args:
-        base_layer: takes and returns [..., hidden].
-        hidden, width: sizes of the two maps, hidden to width and back.
-        like: a tensor on the device that the adapter is made on.
+    It takes and returns [..., hidden]. The adapter's maps, hidden to width and back, are on the device of `like`.
     """
 
     def __init__(self, base_layer: nn.Module, hidden: int, width: int, like: Tensor) -> None:
@@ -46,23 +43,18 @@ class Bottleneck(nn.Module):
 def add_bottlenecks(layers: Sequence[nn.Module], hidden: int, width: int) -> None:
     """Put an adapter of `width` into each of the transformer layers, in place.
 
-    Raises:
-        UserError: if a layer has no feed-forward layer of its own, or one that adds the residual itself.
+    Raises UserError if a layer has no feed-forward layer of its own, or one that adds the residual itself.
     """
     for layer in layers:
         name = next((name for name in FEED_FORWARD if isinstance(getattr(layer, name, None), nn.Module)), None)
         if name is None:
-            raise UserError(
-                f"{type(layer).__name__} has no feed-forward layer called {', '.join(FEED_FORWARD[:-1])} or "
-                f"{FEED_FORWARD[-1]} to put an adapter behind",
-                "model.peft.method=adapter",
-                "take lora, or an architecture that has one (Llama, Mistral, Qwen, GPT-2, GPT-NeoX, Phi, ...)",
-            )
+            names = f"{', '.join(FEED_FORWARD[:-1])} or {FEED_FORWARD[-1]}"
+            what = f"{type(layer).__name__} has no feed-forward layer called {names} to put an adapter behind"
+            fix = "take lora, or an architecture that has one (Llama, Mistral, Qwen, GPT-2, GPT-NeoX, Phi, ...)"
+            raise UserError(what, "model.peft.method=adapter", fix)
         inner = getattr(layer, name)
         if "residual" in inspect.signature(inner.forward).parameters:
-            raise UserError(
-                f"{type(inner).__name__} adds the residual itself, and an adapter goes before that",
-                "model.peft.method=adapter",
-                "take lora, or an architecture whose layers add it themselves (Llama, Mistral, Qwen, GPT-2, ...)",
-            )
+            what = f"{type(inner).__name__} adds the residual itself, and an adapter goes before that"
+            fix = "take lora, or an architecture whose layers add it themselves (Llama, Mistral, Qwen, GPT-2, ...)"
+            raise UserError(what, "model.peft.method=adapter", fix)
         setattr(layer, name, Bottleneck(inner, hidden, width, next(inner.parameters())))

@@ -64,11 +64,7 @@ class AdapterFolder:
         return self.folder / WEIGHTS
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the trained weights by name.
-
-        Raises:
-            UserError: if the file cannot be read.
-        """
+        """Return the trained weights by name; raise UserError if the file cannot be read."""
         try:
             return load_file(self.path)
         except (OSError, SafetensorError) as error:
@@ -77,12 +73,9 @@ class AdapterFolder:
     def check_base(self) -> None:
         """Raise UserError unless the base is the one that the adapter was trained on."""
         if (now := base_hash(self.base.name)) != self.base.hash:
-            raise UserError(
-                f"the adapter was trained on {self.base.name} with hash {self.base.hash[:12]}, and the model of that "
-                f"name has {now[:12]}",
-                str(self.folder),
-                "bring the base back as it was, or run the stage again",
-            )
+            trained_on = f"the adapter was trained on {self.base.name} with hash {self.base.hash[:12]}"
+            what = f"{trained_on}, and the model of that name has {now[:12]}"
+            raise UserError(what, str(self.folder), "bring the base back as it was, or run the stage again")
 
 
 def has_adapter(folder: str | Path) -> bool:
@@ -93,8 +86,7 @@ def has_adapter(folder: str | Path) -> bool:
 def find_adapter(folder: str | Path) -> AdapterFolder | None:
     """Return the adapter in a folder, or None if it holds none.
 
-    Raises:
-        UserError: if the record is not one that `save_adapter` writes, or its base is an adapter itself.
+    Raises UserError if the record is not one that `save_adapter` writes, or its base is an adapter itself.
     """
     if not has_adapter(folder):
         return None
@@ -102,9 +94,8 @@ def find_adapter(folder: str | Path) -> AdapterFolder | None:
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
-            raise UserError(
-                f"format {record['format']} of adapters is not known here, {FORMAT} is", str(path), "update rlhf"
-            )
+            what = f"format {record['format']} of adapters is not known here, {FORMAT} is"
+            raise UserError(what, str(path), "update rlhf")
         found = AdapterFolder(
             folder=path.parent,
             peft=PeftSection(**record["peft"]),
@@ -120,20 +111,15 @@ def find_adapter(folder: str | Path) -> AdapterFolder | None:
     except (ValueError, KeyError, TypeError) as error:
         raise _broken(path, f"{type(error).__name__}: {error}".splitlines()[0]) from error
     if has_adapter(found.base.name):
-        raise UserError(
-            f"the base {found.base.name} is an adapter itself, and an adapter needs plain weights",
-            str(path),
-            "merge that one (rlhf export), and train on what it writes",
-        )
+        what = f"the base {found.base.name} is an adapter itself, and an adapter needs plain weights"
+        raise UserError(what, str(path), "merge that one (rlhf export), and train on what it writes")
     return found
 
 
 def save_adapter(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the adapter on a model into an existing folder; call it on one process.
+    """Write the adapter on a model that rlhf/models/loading.py loaded into an existing folder; call it on one process.
 
-    Args:
-        model: loaded by rlhf/models/loading.py, which notes its base on it.
-        weights: the model's whole weights by name; frozen ones may be missing.
+    `weights` are the model's whole weights by name; frozen ones may be missing.
     """
     peft, config = peft_of(model), model.config
     assert peft is not None
@@ -153,13 +139,9 @@ def save_adapter(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: 
 
 @torch.no_grad()
 def load_adapter_weights(model: PreTrainedModel, adapter: AdapterFolder, partly: bool = False) -> None:
-    """Copy the weights of a folder into the adapter on a model.
+    """Copy the weights of a folder into the adapter on a model; raise UserError if they do not hold the same weights.
 
-    Args:
-        partly: for a reward model that starts from a policy: it has a head of its own, and may have fewer layers.
-
-    Raises:
-        UserError: if the folder and the model do not hold the same weights.
+    `partly` is for a reward model that starts from a policy: it has a head of its own, and may have fewer layers.
     """
     stored, ours = adapter.tensors(), trainable(model)
     if not partly and (other := sorted(stored.keys() ^ ours.keys())):
@@ -176,11 +158,7 @@ def load_adapter_weights(model: PreTrainedModel, adapter: AdapterFolder, partly:
 
 
 def base_hash(name: str) -> str:
-    """Return the SHA-256 (hex) of the config and the weights of a model on this machine.
-
-    Raises:
-        UserError: if the model is not on this machine.
-    """
+    """Return the SHA-256 (hex) of a model's config and weights; raise UserError if it is not on this machine."""
     where = resolve_model(name)
     folder = Path(where)
     if not folder.is_dir():

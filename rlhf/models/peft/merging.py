@@ -47,8 +47,7 @@ def why_not_mergeable(peft: PeftSection) -> str:
 def merged_linear(base: LinearWeights, parts: Mapping[str, Tensor], peft: PeftSection) -> LinearWeights:
     """Return a linear map with an adapter merged into it, computed in float32 on the CPU, in the map's own dtype.
 
-    Args:
-        parts: the adapter's tensors by their names in PARTS.
+    `parts` are the adapter's tensors by their names in PARTS.
     """
     weight = base.weight.detach().cpu().float()
     bias = base.bias
@@ -69,11 +68,7 @@ def merged_linear(base: LinearWeights, parts: Mapping[str, Tensor], peft: PeftSe
 def merged_state_dict(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of the plain model that computes what `model` does with its method; `model` is not changed.
 
-    Args:
-        state: the model's whole weights under its own names.
-
-    Raises:
-        ValueError: if the method cannot be merged.
+    `state` has the model's whole weights under its own names. Raises ValueError if the method cannot be merged.
     """
     peft = peft_of(model)
     if peft is None:
@@ -96,8 +91,7 @@ def merged_state_dict(model: PreTrainedModel, state: Mapping[str, Tensor]) -> di
 def merge_into(model: PreTrainedModel, tensors: Mapping[str, Tensor], peft: PeftSection) -> None:
     """Merge an adapter's tensors into the weights of a plain model, in place; layers that it lacks are skipped.
 
-    Raises:
-        ValueError: if the method cannot be merged.
+    Raises ValueError if the method cannot be merged.
     """
     if reason := why_not_mergeable(peft):
         raise ValueError(reason)

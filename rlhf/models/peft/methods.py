@@ -43,10 +43,8 @@ def add_adapter(model: PreTrainedModel, peft: PeftSection, round_to_model_dtype:
 
     What the method adds is trained, and the scalar head of a reward model; everything else is frozen. New weights are
     drawn from torch's global generator. They are float32, or the model's dtype with `round_to_model_dtype` and under
-    ZeRO-3, which joins trained parameters of one dtype only (its optimiser steps float32 copies).
-
-    Raises:
-        UserError: if the architecture has nothing for the method to work on, or fewer layers than `peft.last_layers`.
+    ZeRO-3, which joins trained parameters of one dtype only (its optimiser steps float32 copies). Raises UserError if
+    the architecture has nothing for the method to work on, or fewer layers than `peft.last_layers`.
     """
     if peft_of(model) is not None:
         raise ValueError("the model has a method already")
@@ -81,11 +79,8 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def _chosen_layers(model: PreTrainedModel, peft: PeftSection) -> Sequence[nn.Module]:
     layers = decoder_layers(model)
     if peft.last_layers > len(layers):
-        raise UserError(
-            f"the last {peft.last_layers} layers are to be trained, and the model has {len(layers)}",
-            where="model.peft.last_layers",
-            fix=f"give 1 to {len(layers)}, or 0 for all",
-        )
+        what = f"the last {peft.last_layers} layers are to be trained, and the model has {len(layers)}"
+        raise UserError(what, "model.peft.last_layers", fix=f"give 1 to {len(layers)}, or 0 for all")
     return layers[len(layers) - peft.last_layers :] if peft.last_layers else layers
 
 
@@ -103,22 +98,16 @@ def _train_biases(model: PreTrainedModel, parts: Sequence[nn.Module]) -> None:
             module.bias = nn.Parameter(bias.detach().clone())
     if not found:
         where = "" if parts[0] is model else f" in its last {len(parts)} layers"
-        raise UserError(
-            f"bitfit trains bias vectors, and {type(model).__name__} has none{where}",
-            "model.peft.method=bitfit",
-            f"take ia3, which is as small, or an architecture with biases: {WITH_BIASES}",
-        )
+        what = f"bitfit trains bias vectors, and {type(model).__name__} has none{where}"
+        fix = f"take ia3, which is as small, or an architecture with biases: {WITH_BIASES}"
+        raise UserError(what, "model.peft.method=bitfit", fix)
 
 
 def _inject(model: PreTrainedModel, layers: Sequence[nn.Module], peft: PeftSection) -> None:
     from peft import inject_adapter_in_model
 
-    inside = {id(module) for layer in layers for module in layer.modules()}
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if id(module) in inside and isinstance(module, (nn.Linear, Conv1D))
-    }
+    inside = {module for layer in layers for module in layer.modules() if isinstance(module, (nn.Linear, Conv1D))}
+    linear = {name: module for name, module in model.named_modules() if module in inside}
     transposed = any(isinstance(module, Conv1D) for module in linear.values())
     if peft.method == "ia3":
         config = _ia3_config(model, list(linear), transposed)
@@ -145,10 +134,8 @@ def _lora_config(linear: list[str], transposed: bool, peft: PeftSection) -> Any:
 def _ia3_config(model: PreTrainedModel, linear: list[str], transposed: bool) -> Any:
     """Return the config that scales keys, values and the MLP's inner activations (Liu et al. 2022, arXiv 2205.05638).
 
-    The maps are found by name: peft's own table names queries instead of keys for half of its architectures.
-
-    Raises:
-        UserError: if no map of the architecture is known to make them.
+    The maps are found by name: peft's own table names queries instead of keys for half of its architectures. Raises
+    UserError if no map of the architecture is known to make them.
     """
     from peft import IA3Config
 
@@ -157,13 +144,10 @@ def _ia3_config(model: PreTrainedModel, linear: list[str], transposed: bool) -> 
 
     attention, inner = named((*KEYS_AND_VALUES, *WITH_QUERIES)), named(FEED_FORWARD_OUTPUT)
     if not attention or not inner:
-        missing = "keys and values" if not attention else "the feed-forward layer's output"
-        raise UserError(
-            f"ia3 scales keys, values and inner activations, and no linear map of {model.config.model_type} is known "
-            f"to make {missing}",
-            "model.peft.method=ia3",
-            "take lora, or another architecture (Llama, Mistral, Qwen, Gemma, GPT-2, GPT-NeoX, OPT, BLOOM, Phi, ...)",
-        )
+        missing, kind = "the feed-forward layer's output" if attention else "keys and values", model.config.model_type
+        what = f"ia3 scales keys, values and inner activations, and no linear map of {kind} is known to make {missing}"
+        fix = "take lora, or another architecture (Llama, Mistral, Qwen, Gemma, GPT-2, GPT-NeoX, OPT, BLOOM, Phi, ...)"
+        raise UserError(what, "model.peft.method=ia3", fix)
     return IA3Config(target_modules=[*attention, *inner], feedforward_modules=inner, fan_in_fan_out=transposed)
 
 

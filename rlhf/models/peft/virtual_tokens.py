@@ -26,14 +26,14 @@ from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from rlhf.config import KV_PREFIX_METHODS, VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.errors import UserError
+from rlhf.models.layers import kv_heads
 from rlhf.models.placement import full_shape
 
 
 class VirtualTokens(nn.Module):
     """The trained tokens, with the network that makes them if the method has one; a child of the model's body.
 
-    Args:
-        embeddings: the word embeddings, from which prompt tuning draws its initial tokens.
+    `embeddings` are the word embeddings, from which prompt tuning draws its initial tokens.
     """
 
     def __init__(self, config: PretrainedConfig, embeddings: nn.Module, peft: PeftSection) -> None:
@@ -55,18 +55,13 @@ def add_virtual_tokens(model: PreTrainedModel, peft: PeftSection) -> None:
     """Put virtual tokens before every row that the model's body sees, in place.
 
     They are drawn from the global generator. The body's `forward` keeps its arguments, and hides the cache positions of
-    virtual tokens.
-
-    Raises:
-        UserError: for MPT, whose attention counts distances in columns, so that a row's padding would count as distance
-            to the virtual tokens; or if the number of key-value heads is unknown.
+    virtual tokens. Raises UserError for MPT, whose attention counts distances in columns, so that a row's padding would
+    count as distance to the virtual tokens; or if the number of key-value heads is unknown.
     """
     if model.config.model_type == "mpt":
-        raise UserError(
-            "MPT's attention counts padding as distance, and virtual tokens stand before a row's padding",
-            f"model.peft.method={peft.method}",
-            "take a method without virtual tokens, as lora, or another architecture",
-        )
+        what = "MPT's attention counts padding as distance, and virtual tokens stand before a row's padding"
+        fix = "take a method without virtual tokens, as lora, or another architecture"
+        raise UserError(what, f"model.peft.method={peft.method}", fix)
     # OPT's language model and its body both call the decoder, so the tokens go in there.
     body: Any = model.get_decoder()
     body.virtual_tokens = VirtualTokens(model.config, model.get_input_embeddings(), peft)
@@ -149,19 +144,11 @@ def _filled(cache: Cache | None, config: PretrainedConfig, made: Tensor, rows: i
 
 
 def _heads(config: PretrainedConfig) -> tuple[int, int]:
-    """Return the number of key-value heads, and their size.
-
-    Raises:
-        UserError: if the config does not name their number (Falcon).
-    """
+    """Return the number of key-value heads, and their size; raise UserError if the config lacks the number (Falcon)."""
     if getattr(config, "multi_query", False) and not hasattr(config, "num_key_value_heads"):
-        raise UserError(
-            f"the number of key-value heads of {config.model_type} is not known",
-            "model.peft.method",
-            "take p_tuning or prompt, whose tokens are embeddings",
-        )
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        what = f"the number of key-value heads of {config.model_type} is not known"
+        raise UserError(what, "model.peft.method", "take p_tuning or prompt, whose tokens are embeddings")
+    return kv_heads(config)
 
 
 def _encoder(config: PretrainedConfig, embeddings: nn.Module, peft: PeftSection, channels: int) -> Any:
@@ -176,17 +163,13 @@ def _encoder(config: PretrainedConfig, embeddings: nn.Module, peft: PeftSection,
     width = full_shape(embeddings.weight)[1]
     if peft.method == "prompt":
         # Words drawn from the vocabulary: random vectors are far from everything the layers know (Lester et al. 3.1).
-        return PromptEmbedding(
-            PromptTuningConfig(**sizes, token_dim=width, prompt_tuning_init="SAMPLE_VOCAB"), embeddings
-        )
+        drawn = PromptTuningConfig(**sizes, token_dim=width, prompt_tuning_init="SAMPLE_VOCAB")
+        return PromptEmbedding(drawn, embeddings)
     if peft.method == "p_tuning":
         return PromptEncoder(PromptEncoderConfig(**sizes, token_dim=width, encoder_hidden_size=peft.hidden))
     made_by_network = peft.method == "prefix"
-    encoder = PrefixEncoder(
-        PrefixTuningConfig(
-            **sizes, token_dim=channels, encoder_hidden_size=peft.hidden, prefix_projection=made_by_network
-        )
-    )
+    sizes |= {"token_dim": channels, "encoder_hidden_size": peft.hidden}
+    encoder = PrefixEncoder(PrefixTuningConfig(**sizes, prefix_projection=made_by_network))
     if not made_by_network:
         # peft draws from N(0, 1), as large as a trained model's own values, before anything is learned.
         nn.init.normal_(encoder.embedding.weight, std=getattr(config, "initializer_range", 0.02))
