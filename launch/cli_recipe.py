@@ -42,7 +42,7 @@ def run(
     from launch.launcher import Redo
     from launch.pipeline import run_pipeline
 
-    raise typer.Exit(run_pipeline(recipe, overrides or [], Redo(begin, fresh, accept or [])))
+    raise typer.Exit(run_pipeline(recipe, overrides or [], Redo(begin, fresh, tuple(accept or ()))))
 
 
 def sft(recipe: RecipeArgument, overrides: Overrides = None, fresh: Fresh = False, accept: Accept = None) -> None:
@@ -94,7 +94,7 @@ def _run_stage(stage: str, recipe: str, overrides: list[str] | None, fresh: bool
     from launch.launcher import Redo
     from launch.pipeline import run_one
 
-    raise typer.Exit(run_one(stage, recipe, overrides or [], Redo(fresh=fresh, accept=accept or [])))
+    raise typer.Exit(run_one(stage, recipe, overrides or [], Redo(fresh=fresh, accept=tuple(accept or ()))))
 
 
 def compare(

@@ -32,7 +32,7 @@ class Redo:
 
     begin: str = ""  # stage that is done from scratch with all after it; those before it are kept
     fresh: bool = False  # all stages are done from scratch
-    accept: Sequence[str] = ()  # recipe fields that may have changed
+    accept: tuple[str, ...] = ()  # recipe fields that may have changed
 
     def options(self) -> list[str]:
         """Return the options of a stage program."""
@@ -55,10 +55,7 @@ def how_ended(code: int, launched: bool) -> str:
 
 
 def start(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str], redo: Redo = NO_REDO) -> int:
-    """Run a stage program to its end and return its exit code, 128 + N when signal N ended it.
-
-    Raises UserError if the recipe has changed under what the run has done.
-    """
+    """Run a stage program to its end and return its exit code, 128 + N when signal N ended it."""
     if redo == NO_REDO and is_skipped(stage, recipe):
         return 0
     processes, logs = recipe_processes(recipe), Path(recipe.run.dir) / recipe.run.name / stage / LOGS
@@ -75,17 +72,21 @@ def start(stage: str, recipe: Recipe, name_or_path: str, overrides: Sequence[str
 
 
 def is_skipped(stage: str, recipe: Recipe) -> bool:
-    """Return whether a stage is finished and unchanged, and say so: a program would need seconds to find that out.
+    """Return whether a stage is finished and unchanged, and say so: its program would need seconds to find that out.
 
-    Of machines that are given the same command each starts its programs, which decide together.
+    Whatever stands against it, such as a changed recipe or another writer, is for the program to report. Of machines
+    that are given the same command each starts its programs, which decide together.
     """
     run = RunFolder(Path(recipe.run.dir) / recipe.run.name)
-    if recipe.launch.node_rank >= 0 or not run.is_done(stage):
-        return False
-    with run.lock():
-        if not is_up_to_date(recipe, run, stage):
+    try:
+        if recipe.launch.node_rank >= 0 or not run.is_done(stage):
             return False
-        check_recipe(recipe, run, redo=None)
+        with run.lock():
+            if not is_up_to_date(recipe, run, stage):
+                return False
+            check_recipe(recipe, run, redo=None)
+    except (UserError, OSError):
+        return False
     console.print(skip_message(run, stage), markup=False)
     return True
 
@@ -137,8 +138,7 @@ def environment(recipe: Recipe, launched: bool) -> dict[str, str]:
     env["HF_HUB_DISABLE_TELEMETRY"] = "1"
     env["TOKENIZERS_PARALLELISM"] = "false"
     threads = max(1, (os.cpu_count() or 1) // (recipe.launch.processes if launched else 1))
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        env.setdefault(name, str(threads))
+    env.setdefault("MKL_NUM_THREADS", env.setdefault("OMP_NUM_THREADS", str(threads)))  # two numbers cost a third more
     if recipe.run.device == "cpu" or not any(Path(device).exists() for device in GPU_DEVICES):
         env["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns in each of its programs that it found no GPU
     if launched:

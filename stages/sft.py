@@ -10,7 +10,6 @@ save       a plain Hugging Face folder, or the adapter alone (rlhf/models/peft/f
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,6 @@ from rlhf.run.stage import StageContext, run_stage
 from rlhf.system.console import console, show_drops
 from rlhf.system.phases import phase
 from rlhf.training.sft_trainer import Reporter, Trainer, layout_of, train_sft
-
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports to the Hub's maker otherwise
 
 
 def load_demonstrations(

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from rlhf.errors import UserError
-from rlhf.system.machine import measured_bandwidth, measured_peak_flops
+from rlhf.system.machine_peaks import machine_peaks
 
 CPU = torch.device("cpu")
 
@@ -65,9 +65,10 @@ def find_card(name: str) -> Card:
 
 @lru_cache(maxsize=2)
 def this_machine(device: torch.device = CPU) -> Card:
-    """Return this machine's CPU or GPU as a card: its memory, and its speed as measured now, in about a second."""
-    flops = {name: measured_peak_flops(device, getattr(torch, name)) for name in ("float32", "bfloat16")}
-    bandwidth = measured_bandwidth(device)
+    """Return this machine's CPU or GPU as a card: its memory, and its speed as measured here once, in some seconds."""
+    peaks = {name: machine_peaks(device, getattr(torch, name)) for name in ("float32", "bfloat16")}
+    flops = {name: found["perf/peak_flops"] for name, found in peaks.items()}
+    bandwidth = peaks["float32"]["perf/bandwidth"]
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return Card(properties.name, float(properties.total_memory), flops, bandwidth)

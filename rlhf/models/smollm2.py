@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf.errors import UserError
-from rlhf.models.build_cache import build_once, cache_root, write_model
+from rlhf.models.plain_folder import write_model
+from rlhf.system.build_cache import build_once, cache_root
 from rlhf.system.console import note
 from rlhf.system.quiet import quiet_transformers
 

@@ -19,8 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf.models.build_cache import build_once, write_model
+from rlhf.models.plain_folder import write_model
 from rlhf.models.smollm2 import CHATML
+from rlhf.system.build_cache import build_once
 from rlhf.system.quiet import quiet_transformers
 
 NAME = "tiny"

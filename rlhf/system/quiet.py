@@ -8,18 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import ERROR, getLogger
 
+from huggingface_hub import constants
 from transformers.utils import logging
 
 from rlhf.system.console import note
 
 
 def quiet_libraries() -> None:
-    """Silence warnings about later versions, and remove environment variables that would change the training.
+    """Silence warnings about later versions and TRL's telemetry, and remove variables that would change the training.
 
     `accelerate launch` sets variables from which Accelerate would choose ZeRO stage and precision; the recipe chooses.
     """
     for module in ("transformers", "torch", "accelerate", "trl", "deepspeed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # the variable of that name is read when the client is imported
     ruled = [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]
     if any(os.environ[name] == "true" for name in ruled if name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")):
         note("ZeRO stage and precision are the recipe's (launch.zero_stage, model.dtype), not those of `accelerate`")

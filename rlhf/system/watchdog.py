@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -81,6 +81,11 @@ class Watchdog:
             staged = self.folder / f"rank-{self.rank}.json.tmp"
             staged.write_text(json.dumps(report))
             staged.replace(self.folder / f"rank-{self.rank}.json")
+
+    def note_phase(self) -> None:
+        """Write the report of a new phase; a disk that fails for a moment does not end training, the thread warns."""
+        with suppress(OSError):
+            self.write()
 
     def read_reports(self) -> None:
         """Read the reports of all processes."""
@@ -174,7 +179,7 @@ def run_watchdog(stage: str, processes: int, timeout: float) -> Iterator[None]:
     # Two processes of every machine read: each sees when the other one hangs. More would only load a shared disk.
     reads = local_rank() < 2
     _watch = Watchdog(log.folder, stage, log.rank, processes, timeout, reads)
-    phases.on_phase_change(_watch.write)
+    phases.on_phase_change(_watch.note_phase)
     _watch.start(log)
     try:
         yield

@@ -6,22 +6,15 @@ reaches: rlhf/costs/roofline.py turns them into the least time that the phase co
 
 from __future__ import annotations
 
-import json
-import re
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
 
-import torch
-
-from rlhf.models.build_cache import build_once
 from rlhf.models.flops import ModelCost, PassSize, model_cost, pass_size
 from rlhf.rollout.batches import Pair
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.sampling import Rollout
 from rlhf.system.distributed import is_main_process, processes, shard
-from rlhf.system.machine import device_name, measured_bandwidth, measured_peak_flops, reset_peak
+from rlhf.system.machine_peaks import machine_peaks
 from rlhf.system.phase_timer import PaddingCounts
 from rlhf.training.ppo_state import Ppo
 
@@ -71,25 +64,6 @@ def performance(ppo: Ppo, pairs: Sequence[Pair]) -> dict[str, float]:
     found["perf/mfu"] = flops / updating / peaks["perf/peak_flops"]
     found |= {"perf/processes": float(processes()), "perf/gpu": float(ppo.engine.device.type == "cuda")}
     return found | peaks | {"memory/peak_gb": ppo.phases.peak_gb()}
-
-
-@lru_cache(maxsize=4)
-def machine_peaks(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Return perf/peak_flops, FLOP/s in a type of weights, and perf/bandwidth, bytes per second from and to memory.
-
-    They are measured once for a machine and kept in the user's cache (rlhf/models/build_cache.py); removing `peaks`
-    there measures them again.
-    """
-
-    def measure(folder: Path) -> None:
-        reset_peak(device)
-        found = {"perf/peak_flops": measured_peak_flops(device, dtype), "perf/bandwidth": measured_bandwidth(device)}
-        reset_peak(device, forget=True)  # the measurements do not count for the peak of the run
-        (folder / "peaks.json").write_text(json.dumps(found))
-
-    name = f"{device_name(device)} {torch.get_num_threads()} threads {dtype}"
-    folder = build_once(f"peaks/{re.sub('[^A-Za-z0-9.]+', '-', name)}", measure)
-    return json.loads((folder / "peaks.json").read_text())
 
 
 def iteration_costs(ppo: Ppo, pairs: Sequence[Pair], batches: dict[str, PaddingCounts]) -> dict[str, float]:

@@ -73,7 +73,7 @@ def _on_one_base(recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch.
         base, section = sft.base.name, base_settings(sft, recipe.model)
     policy = trained(recipe, lambda: load_policy(base, section))
     reference = share_base(policy)
-    scalar: list[PreTrainedModel] = []  # value and reward model, where they share the policy's base
+    scalar: list[PreTrainedModel | None] = [None]  # value and reward model, where they share the policy's base
     if reward_adapter and all_share_base(recipe, zero_stage(recipe)) and reward_adapter.base.hash == base_hash(base):
         check_method(reward_adapter, recipe.reward_peft)
         options = (reward_adapter.keep_layers, section.trust_remote_code)
@@ -84,7 +84,7 @@ def _on_one_base(recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch.
     else:
         policy = add_fresh_adapter(peft, policy, sft_dir)
     reference.requires_grad_(False).to(device)
-    if reward_adapter and scalar:
+    if reward_adapter and None not in scalar:
         value, reward = (attach_adapter(reward_adapter, model) for model in scalar)
         reward.requires_grad_(False).to(device)
         bases = f"one base of {size:.2g} GB for policy, reference, value and reward model"

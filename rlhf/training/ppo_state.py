@@ -27,6 +27,7 @@ from rlhf.rollout.vllm_engine import check_server
 from rlhf.run.checkpoints import Checkpoints
 from rlhf.system.console import console, show_drops
 from rlhf.system.distributed import barrier, is_main_process, pick_device
+from rlhf.system.machine_peaks import machine_peaks
 from rlhf.system.malloc import return_freed_memory
 from rlhf.system.phase_timer import PhaseTimer
 from rlhf.system.phases import PHASES
@@ -105,6 +106,7 @@ def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
         reward_model=loaded.reward,
         kl_coef=cfg.kl_coef,
     )
+    machine_peaks(ppo.engine.device, next(ppo.networks.parameters()).dtype)  # before the first iteration is timed
     if cfg.ema_decay > 0:
         for name, weight in ppo.policy_weights():
             if is_main_process():

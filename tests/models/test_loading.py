@@ -86,7 +86,7 @@ def test_building_tiny_leaves_the_random_stream_alone(tmp_path: Path, monkeypatc
 
 def test_a_build_that_was_killed_leaves_nothing_that_looks_finished(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
-    from rlhf.models.build_cache import build_once
+    from rlhf.system.build_cache import build_once
 
     def fails(folder: Path) -> None:
         (folder / "half").write_text("x")

@@ -1,4 +1,4 @@
-"""Build models once into the user's cache folder, where each appears whole or not at all."""
+"""Make folders once in the user's cache, where each appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
-from safetensors.torch import save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from rlhf.system.files import publish
-from rlhf.system.quiet import quiet_transformers
 
 
 def cache_root() -> Path:
@@ -42,20 +38,3 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
             build(partial)
             publish(partial, final)
     return final
-
-
-def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a plain float32 model folder, on a process of any rank.
-
-    transformers' own save_pretrained writes nothing on any rank but the first of a process group, and the first rank
-    may be waiting for this one to build.
-    """
-    # Each tied weight once. The architectures that are built here have no buffers to save.
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    model.config.architectures = [type(model).__name__]
-    model.config.dtype = str(model.dtype).removeprefix("torch.")
-    with quiet_transformers():
-        save_file(weights, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-        model.config.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
