@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.labeling.rubric import (
-    WEIGHTS,
-    content_words,
-    criteria,
-    last_user_turn,
-    reads_as_ended,
-    rubric_score,
-    same_word,
-)
+from rlhf.labeling import rubric
 
 # Content words: bread, go, stale, faster, fridge; a third of five is two.
 BREAD = "why does bread go stale faster in the fridge"
@@ -61,12 +53,12 @@ BY_HAND = [
 def test_components_worked_by_hand(
     prompt: str, response: str, finished: bool, values: tuple[float, ...], score: float
 ) -> None:
-    assert list(criteria(prompt, response, finished).values()) == pytest.approx(list(values))
-    assert rubric_score(prompt, response, finished) == pytest.approx(score)
+    assert list(rubric.criteria(prompt, response, finished).values()) == pytest.approx(list(values))
+    assert rubric.rubric_score(prompt, response, finished) == pytest.approx(score)
 
 
 def test_weights_sum_to_one() -> None:
-    assert sum(WEIGHTS.values()) == pytest.approx(1.0)
+    assert sum(rubric.WEIGHTS.values()) == pytest.approx(1.0)
 
 
 DECENT = "A cold fridge makes the starch in bread harden sooner, so a loaf turns dry. Keep it in a box on the table."
@@ -92,17 +84,17 @@ DECENT = "A cold fridge makes the starch in bread harden sooner, so a loaf turns
     ],
 )
 def test_a_cheap_text_scores_below_a_decent_answer(cheap: str, finished: bool) -> None:
-    assert rubric_score(BREAD, cheap, finished) <= rubric_score(BREAD, DECENT, True) - 0.1
+    assert rubric.rubric_score(BREAD, cheap, finished) <= rubric.rubric_score(BREAD, DECENT, True) - 0.1
 
 
 def test_an_answer_to_another_question_scores_lower() -> None:
-    assert rubric_score(CABBAGE, DECENT, True) == pytest.approx(rubric_score(BREAD, DECENT, True) - 0.25)
+    assert rubric.rubric_score(CABBAGE, DECENT, True) == pytest.approx(rubric.rubric_score(BREAD, DECENT, True) - 0.25)
 
 
 def test_topic_is_the_last_user_turn() -> None:
-    assert last_user_turn(TEA).strip() == "Is tea good?"
-    assert last_user_turn(BREAD) == BREAD
-    assert content_words("Write two short sentences about my sister's cats, please") == ["sister", "cat"]
+    assert rubric.last_user_turn(TEA).strip() == "Is tea good?"
+    assert rubric.last_user_turn(BREAD) == BREAD
+    assert rubric.content_words("Write two short sentences about my sister's cats, please") == ["sister", "cat"]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +109,7 @@ def test_topic_is_the_last_user_turn() -> None:
     ],
 )
 def test_same_word(a: str, b: str, same: bool) -> None:
-    assert same_word(a, b) is same and same_word(b, a) is same
+    assert rubric.same_word(a, b) is same and rubric.same_word(b, a) is same
 
 
 @pytest.mark.parametrize(
@@ -137,4 +129,4 @@ def test_same_word(a: str, b: str, same: bool) -> None:
     ],
 )
 def test_reads_as_ended(text: str, finished: bool, ended: bool) -> None:
-    assert reads_as_ended(text, finished) is ended
+    assert rubric.reads_as_ended(text, finished) is ended

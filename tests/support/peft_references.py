@@ -14,20 +14,10 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
-from transformers import (
-    DynamicCache,
-    GPT2ForSequenceClassification,
-    LlamaForSequenceClassification,
-    OPTConfig,
-    OPTForCausalLM,
-    OPTForSequenceClassification,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2ForSequenceClassification,
-)
+from transformers import DynamicCache, OPTConfig, OPTForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from rlhf.config import PeftSection
 from rlhf.models.peft.methods import add_adapter, trainable
@@ -58,8 +48,8 @@ LINEAR = {
 LINEAR["gpt2"] = ["c_attn", "c_proj", "c_fc"]
 # Maps whose outputs IA3 scales, and maps whose inputs it scales.
 IA3 = {"llama": (r"[kv]_proj", "down_proj"), "qwen2": (r"[kv]_proj", "down_proj"), "gpt2": ("c_attn", r"mlp\.c_proj")}
-SCALAR = {"llama": LlamaForSequenceClassification, "gpt2": GPT2ForSequenceClassification}
-SCALAR |= {"qwen2": Qwen2ForSequenceClassification, "opt": OPTForSequenceClassification}
+SCALAR = {"llama": transformers.LlamaForSequenceClassification, "gpt2": transformers.GPT2ForSequenceClassification}
+SCALAR |= {"qwen2": transformers.Qwen2ForSequenceClassification, "opt": transformers.OPTForSequenceClassification}
 ByHand = Callable[[list[int]], Tensor]
 
 

@@ -17,14 +17,8 @@ from rlhf.data.prompt_template import Template, load_template
 from rlhf.data.records import Drops, Prompt, Ranking
 from rlhf.errors import UserError
 from rlhf.labeling.base import Output
-from rlhf.labeling.judge.accuracy import (
-    GradedPrompt,
-    drop_too_long_for_any,
-    graded_prompts,
-    measure_judge,
-    questions,
-    templates_of,
-)
+from rlhf.labeling.judge import accuracy
+from rlhf.labeling.judge.accuracy import GradedPrompt, measure_judge
 from rlhf.labeling.judge.judge import Judge
 from rlhf.labeling.judge.labeler import JudgeLabeler
 from rlhf.labeling.judge.local import Fields
@@ -42,7 +36,7 @@ def pair_judge(rule, template: str = "pair-zero-shot", longest: int = 10**6) -> 
 
 def test_pairs_of_one_prompt_come_together_and_ties_are_left_out() -> None:
     drops = Drops()
-    items = graded_prompts(
+    items = accuracy.graded_prompts(
         [ranking("p", ["a", "b", "c"], [2, 1, 2]), ranking("q", ["x", "y"], [1, 1]), ranking(" p", ["d", "e"], [1, 2])],
         drops,
     )
@@ -52,17 +46,17 @@ def test_pairs_of_one_prompt_come_together_and_ties_are_left_out() -> None:
 
 def test_the_order_is_that_of_the_hashes_and_the_limit_counts_what_fits() -> None:
     rankings = [ranking(f"prompt {i}", ["aa", "b" * (i + 1)], [1, 2]) for i in range(9)]
-    items = graded_prompts(rankings, Drops())
+    items = accuracy.graded_prompts(rankings, Drops())
     assert [item.prompt for item in items] == [r.prompt.text for r in sorted(rankings, key=lambda r: r.prompt.key)]
-    assert graded_prompts(rankings[::-1], Drops()) == items
+    assert accuracy.graded_prompts(rankings[::-1], Drops()) == items
     # "prompt i" has 8 characters, the outputs 2 and i + 1: those up to i = 4 have at most 15.
     judges, drops = [pair_judge(by_length()), pair_judge(by_length(), "pair-brief", longest=15)], Drops()
-    kept = drop_too_long_for_any(items, judges, 0, drops)
+    kept = accuracy.drop_too_long_for_any(items, judges, 0, drops)
     assert kept == [item for item in items if int(item.prompt[-1]) <= 4]
     assert dict(drops.table()) == {"prompt with a question over judge.max_tokens by template pair-brief": 4}
-    assert drop_too_long_for_any(items, judges, 2, Drops()) == kept[:2]
+    assert accuracy.drop_too_long_for_any(items, judges, 2, Drops()) == kept[:2]
     with pytest.raises(UserError, match="no pair"):
-        drop_too_long_for_any(items, [pair_judge(by_length(), longest=3)], 0, Drops())
+        accuracy.drop_too_long_for_any(items, [pair_judge(by_length(), longest=3)], 0, Drops())
 
 
 def test_measures_by_hand() -> None:
@@ -71,7 +65,7 @@ def test_measures_by_hand() -> None:
     items = [GradedPrompt("p", [t for pair in pairs[:2] for t in pair], pairs[:2])]
     items += [GradedPrompt(f"q{i}", list(pair), [pair]) for i, pair in enumerate(pairs[2:])]
     judge, counted = pair_judge(by_length(3.0)), []
-    assert len(questions(judge, items)) == 8
+    assert len(accuracy.questions(judge, items)) == 8
     row = measure_judge(judge, items, advance=counted.append)
     assert (row["prompts"], row["pairs"], row["questions"]) == (3, 4, 8)
     assert row["accuracy"] == (1 + 1 + 0 + 0.5) / 4
@@ -95,7 +89,7 @@ def test_points_have_no_position_and_ask_once_for_each_output() -> None:
     judge = Judge(load_template("points-zero-shot"), Rigged(lambda q: [-abs(i - len(q["response"])) for i in range(7)]))
     items = [GradedPrompt("p", ["aaaa", "aa", "a"], [("aaaa", "aa"), ("aaaa", "a"), ("a", "aa")])]
     row = measure_judge(judge, items)
-    assert row["position"] is None and row["questions"] == len(questions(judge, items)) == 3
+    assert row["position"] is None and row["questions"] == len(accuracy.questions(judge, items)) == 3
     assert row["accuracy"] == pytest.approx(2 / 3)
 
 
@@ -118,10 +112,10 @@ def test_templates_by_name(tmp_path: Path) -> None:
     rows = tmp_path / "r.jsonl"
     rows.write_text("".join(f'{{"prompt": "p{i}", "chosen": "c", "rejected": "r"}}\n' for i in range(5)))
     cfg = JudgeSection(demonstrations=str(rows), shots=3)
-    zero, few = templates_of(cfg, ["pair-zero-shot", "pair-few-shot"])
+    zero, few = accuracy.templates_of(cfg, ["pair-zero-shot", "pair-few-shot"])
     assert (len(zero.examples), [e.fields["prompt"] for e in few.examples]) == (0, ["p0", "p1", "p2"])
     with pytest.raises(UserError, match="two templates are called pair-brief"):
-        templates_of(JudgeSection(), ["pair-brief", "pair-brief"])
+        accuracy.templates_of(JudgeSection(), ["pair-brief", "pair-brief"])
 
 
 # --- search ----------------------------------------------------------------------------------------------------------
