@@ -10,6 +10,7 @@ from rlhf.labeling import rubric
 BREAD = "why does bread go stale faster in the fridge"
 CABBAGE = "5 ideas for using up half a cabbage"  # content words: 5, using, half, cabbage; two of four
 TEA = "Human: hey\n\nAssistant: Hello.\n\nHuman: Is tea good?\n\nAssistant:"  # content words: tea, good; one of two
+WORDS = "The bread fridge cold dry hard crumb starch water mould paper box loaf slice toast oven."
 SIXTY = " ".join(f"w{i}" for i in range(60)) + "."
 
 # prompt, response, finished, (complete, on_topic, not_repetitive, concise, clean), score
@@ -35,13 +36,7 @@ BY_HAND = [
     # Speaks as the user, three words, cut off. 0.25 + 0.2 + 0.1125
     (TEA, "Human: Tea is", False, (0, 1, 1, 3 / 4, 0), 0.5625),
     # One of 16 words is a function word, half of what it takes: 1/2. 0.35 + 0.125 + 0.2 + 0.15 + 0.05
-    (
-        BREAD,
-        "The bread fridge cold dry hard crumb starch water mould paper box loaf slice toast oven.",
-        True,
-        (1, 1 / 2, 1, 1, 1),
-        0.875,
-    ),
+    (BREAD, WORDS, True, (1, 1 / 2, 1, 1, 1), 0.875),
     # 4 content words, 7/8 of 8 the prompt's would be (0.875 - 0.75) * 4; here bread, fridge, stale of 4: 0.75, so 0.
     (BREAD, "Bread, fridge, stale, mould.", True, (1, 1, 1, 1, 1), 1.0),
     (BREAD, " \n", True, (0, 0, 0, 0, 0), 0.0),
@@ -50,9 +45,7 @@ BY_HAND = [
 
 
 @pytest.mark.parametrize(("prompt", "response", "finished", "values", "score"), BY_HAND)
-def test_components_worked_by_hand(
-    prompt: str, response: str, finished: bool, values: tuple[float, ...], score: float
-) -> None:
+def test_components_worked_by_hand(prompt: str, response: str, finished: bool, values: tuple, score: float) -> None:
     assert list(rubric.criteria(prompt, response, finished).values()) == pytest.approx(list(values))
     assert rubric.rubric_score(prompt, response, finished) == pytest.approx(score)
 

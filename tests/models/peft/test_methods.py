@@ -377,8 +377,8 @@ def test_a_bottleneck_is_refused_behind_an_mlp_that_adds_the_residual() -> None:
 def test_a_bottleneck_goes_behind_experts_and_leaves_router_scores() -> None:
     """GPT-OSS's feed-forward layer gives (hidden states, scores)."""
     torch.manual_seed(0)
-    config = transformers.GptOssConfig(intermediate_size=32, num_key_value_heads=2, head_dim=8, num_local_experts=2,
-                          num_experts_per_tok=1, layer_types=["full_attention"], **SMALL)  # fmt: skip
+    sizes = {"intermediate_size": 32, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2}
+    config = transformers.GptOssConfig(num_experts_per_tok=1, layer_types=["full_attention"], **sizes, **SMALL)
     model = AutoModelForCausalLM.from_config(config).eval()
     ids = torch.tensor([ROW])
     with torch.no_grad():
@@ -399,10 +399,7 @@ def test_virtual_tokens_are_refused_where_padding_counts_as_distance(method: str
 
 
 def test_ia3_is_refused_where_there_is_no_map_for_it() -> None:
-    config = transformers.PhimoeConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=2,
-    )  # fmt: skip
+    config = transformers.PhimoeConfig(intermediate_size=48, num_key_value_heads=2, num_local_experts=2, **SMALL)
     with pytest.raises(UserError) as error:
         add_adapter(AutoModelForCausalLM.from_config(config), METHODS["ia3"])
     what, where, fix = parts(error.value)
@@ -483,9 +480,8 @@ def test_vllm_gives_way_to_the_native_engine_and_says_so_once(capsys, monkeypatc
     monkeypatch.setattr(sampling, "_reported", set())
     for method in ("adapter", *EMBEDDED, *CACHED):
         model = case("llama", method).model
-        assert [sampling.engine_for(model, engine) for engine in ("vllm", "vllm", "generate", "native")] == [
-            "native", "native", "generate", "native"
-        ]  # fmt: skip
+        taken = [sampling.engine_for(model, engine) for engine in ("vllm", "vllm", "generate", "native")]
+        assert taken == ["native", "native", "generate", "native"]
         said = capsys.readouterr().err
         assert said.count("sampling with the native engine") == 1
         assert method in said
