@@ -196,10 +196,8 @@ def test_dropout_is_off_unless_asked_for(tiny_gpt2_dir: str) -> None:
 
 
 def test_the_dropout_of_gpt_neo_has_a_name_of_its_own(tiny_dir: str, tmp_path: Path) -> None:
-    config = transformers.GPTNeoConfig(
-        vocab_size=300, hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["global"], 1]],
-        max_position_embeddings=32, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+    sizes = {"vocab_size": 300, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_position_embeddings": 32}
+    config = transformers.GPTNeoConfig(attention_types=[[["global"], 1]], bos_token_id=0, eos_token_id=1, **sizes)
     transformers.GPTNeoForCausalLM(config).save_pretrained(tmp_path)
     load_tokenizer(tiny_dir).save_pretrained(tmp_path)
     policy = load_policy(tmp_path, SECTION.model_copy(update={"attention": "eager"}), dropout=0.2)
@@ -291,10 +289,8 @@ def test_keep_layers(which: str, request, tmp_path: Path) -> None:
     full, cut = new_reward_model(folder, SECTION), new_reward_model(folder, SECTION, keep_layers=1)
     name = "model.layers" if which == "tiny_dir" else "transformer.h"
     assert len(cut.get_submodule(name)) == 1 and cut.config.num_hidden_layers == 1
-    for ours, theirs in zip(
-        cut.get_submodule(f"{name}.0").parameters(), full.get_submodule(f"{name}.0").parameters(), strict=True
-    ):
-        assert torch.equal(ours, theirs)
+    layers = [model.get_submodule(f"{name}.0").parameters() for model in (cut, full)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*layers, strict=True))
     save_model(cut, load_tokenizer(folder), tmp_path / "reward")
     assert same(logits(load_reward_model(tmp_path / "reward", SECTION)), logits(cut))
     with pytest.raises(UserError, match="layers"):
@@ -366,9 +362,8 @@ def test_saving_replaces_an_older_model(tiny_dir: str, tmp_path: Path) -> None:
     save_model(policy, tokenizer, tmp_path / "model")
     assert not (tmp_path / "model" / "stale").exists()
     assert same(logits(load_policy(tmp_path / "model", SECTION)), logits(policy))
-    assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o644 & (
-        tmp_path / "model"
-    ).stat().st_mode
+    mode = (tmp_path / "model" / "model.safetensors").stat().st_mode
+    assert mode & 0o777 == 0o644 & (tmp_path / "model").stat().st_mode
 
 
 def test_an_averaged_weight_is_averaged_under_every_name(tiny_dir: str) -> None:
