@@ -10,19 +10,14 @@ from benchmarks.ours import collect, lengths, make_ppo, shape_of, train
 def main() -> None:
     """One iteration at the ordered size after a small one that allocates the optimiser's state."""
     order = read_order()
-    make = order | {"iterations": 2}
-    ppo = make_ppo(make)
+    ppo = make_ppo(order | {"iterations": 2})
     train(ppo, collect(ppo, {}), {})
     seconds: dict[str, float] = {}
     experience = collect(ppo, seconds)
     train(ppo, experience, seconds)
     shape, rows = shape_of(ppo), lengths(experience)
-    report(
-        rollout_s=seconds["rollout"],
-        rollout_flops=policy_flops(shape, rows),
-        train_s=seconds["train"],
-        train_flops=update_flops(shape, rows),
-    )
+    flops = {"rollout_flops": policy_flops(shape, rows), "train_flops": update_flops(shape, rows)}
+    report(rollout_s=seconds["rollout"], train_s=seconds["train"], **flops)
 
 
 if __name__ == "__main__":

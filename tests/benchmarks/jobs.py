@@ -104,10 +104,8 @@ def reward(work: Workload, pythons: dict[str, str], no_bf16: str) -> list[Job]:
         jobs.append(Job("reward", f"K = {k}", OURS, "reward_step", order, reads))
         jobs.append(Job("reward", f"K = {k}", TRL_REWARD, "peers.trl_reward", order, reads))
     for k in work.sizes.memory_ks:
-        reads = {(f"memory at K = {k}", "GB"): lambda r: r["peak_gb"]}
-        jobs.append(
-            Job("reward", f"memory at K = {k}", OURS, "reward_step", work.reward(k, losses=False), reads, once=True)
-        )
+        case, order = f"memory at K = {k}", work.reward(k, losses=False)
+        jobs.append(Job("reward", case, OURS, "reward_step", order, {(case, "GB"): lambda r: r["peak_gb"]}, once=True))
     return jobs
 
 
@@ -118,10 +116,8 @@ def sft(work: Workload, pythons: dict[str, str], no_bf16: str) -> list[Job]:
         return (r["tokens"][-1] - r["tokens"][0]) / (r["times"][-1] - r["times"][0])
 
     order, reads = work.sft(), {("packed rows", "tokens/s"): speed}
-    return [
-        Job("sft", "packed rows", OURS, "sft_step", order, reads),
-        Job("sft", "packed rows", TRL_SFT, "peers.trl_sft", order, reads),
-    ]
+    sides = {OURS: "sft_step", TRL_SFT: "peers.trl_sft"}
+    return [Job("sft", "packed rows", side, module, order, reads) for side, module in sides.items()]
 
 
 def growth(work: Workload, pythons: dict[str, str], no_bf16: str) -> list[Job]:
@@ -139,14 +135,8 @@ def growth(work: Workload, pythons: dict[str, str], no_bf16: str) -> list[Job]:
     return jobs
 
 
-PARTS: dict[str, Callable[[Workload, dict[str, str], str], list[Job]]] = {
-    "ppo": ppo,
-    "rollouts": rollouts,
-    "training": training,
-    "reward": reward,
-    "sft": sft,
-    "growth": growth,
-}
+Part = Callable[[Workload, dict[str, str], str], list[Job]]
+PARTS: dict[str, Part] = {part.__name__: part for part in (ppo, rollouts, training, reward, sft, growth)}
 
 
 def peers(root: Path) -> dict[str, str]:

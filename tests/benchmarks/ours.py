@@ -92,34 +92,20 @@ def make_cut_policy(policy: str, folder: Path, layers: int) -> str:
 
 def ppo_recipe(order: Order) -> Recipe:
     """The order in our words; all weights are trained, and there is neither ptx nor an average."""
-    longest = max(map(len, order["prompts"]))
+    longest, batch, lr, clip = max(map(len, order["prompts"])), order["batch"], order["lr"], order["clip"]
+    section = {"episodes": batch * order["iterations"], "batch_size": batch, "minibatch_size": order["minibatch"]}
+    section |= {"micro_batch_size": order["micro_batch"], "epochs": 1, "warmup_iterations": 0}
+    section |= {"lr": lr, "value_lr": lr, "adam_beta2": order["adam_beta2"], "max_grad_norm": NO_CLIP}
+    section |= {"clip": clip, "value_clip": clip, "vf_coef": 1.0, "kl_coef": order["kl_coef"], "lam": order["lam"]}
+    section |= {"ptx_coef": 0.0, "ema_decay": 0.0}
+    # A random value head moves far in its first steps; bfloat16 decodes and trains with other last bits.
+    section |= {"max_kl": 1e6, "ratio_tolerance": 1e-3 if order["dtype"] == "float32" else 1.0}
     return Recipe.model_validate(
         {
             "run": {"name": "bench", "seed": order["seed"], "device": "cpu"},
             "model": {"name": order["model"], "dtype": order["dtype"]},
             "data": {"max_prompt_tokens": longest, "max_response_tokens": order["response_tokens"]},
-            "ppo": {
-                "episodes": order["batch"] * order["iterations"],
-                "batch_size": order["batch"],
-                "minibatch_size": order["minibatch"],
-                "micro_batch_size": order["micro_batch"],
-                "epochs": 1,
-                "lr": order["lr"],
-                "value_lr": order["lr"],
-                "adam_beta2": order["adam_beta2"],
-                "max_grad_norm": NO_CLIP,
-                "clip": order["clip"],
-                "value_clip": order["clip"],
-                "vf_coef": 1.0,
-                "kl_coef": order["kl_coef"],
-                "lam": order["lam"],
-                "warmup_iterations": 0,
-                "ptx_coef": 0.0,
-                "ema_decay": 0.0,
-                # A random value head moves far in its first steps; bfloat16 decodes and trains with other last bits.
-                "max_kl": 1e6,
-                "ratio_tolerance": 1e-3 if order["dtype"] == "float32" else 1.0,
-            },
+            "ppo": section,
             "tracking": {"wandb": "disabled"},
         }
     )
@@ -169,14 +155,11 @@ def sampler(order: Order) -> Any:
     tokenizer, policy = loading.load_tokenizer(order["model"]), loading.load_policy(order["model"], section)
 
     def run(round_: int, new_tokens: int = order["new_tokens"]) -> None:
-        rows = sample(
-            policy,
-            tokenizer,
-            order["prompts"],
-            SamplingParams(new_tokens, 1.0, NEVER, batch_size=len(order["prompts"])),
-            seeds=[row_seed(order["seed"], round_, i) for i in range(len(order["prompts"]))],
-        )
-        assert rows.response_ids.shape == (len(order["prompts"]), new_tokens)
+        prompts = order["prompts"]
+        params = SamplingParams(new_tokens, 1.0, NEVER, batch_size=len(prompts))
+        seeds = [row_seed(order["seed"], round_, i) for i in range(len(prompts))]
+        rows = sample(policy, tokenizer, prompts, params, seeds=seeds)
+        assert rows.response_ids.shape == (len(prompts), new_tokens)
 
     return run
 
@@ -185,18 +168,10 @@ class RewardTraining:
     """The reward stage's engine and step on the order's rankings."""
 
     def __init__(self, order: Order) -> None:
-        self.recipe = Recipe.model_validate(
-            {
-                "run": {"device": "cpu"},
-                "model": {"name": order["model"], "dtype": order["dtype"]},
-                "reward": {
-                    "batch_size": order["batch"],
-                    "micro_tokens": order["micro_tokens"],
-                    "lr": order["lr"],
-                    "schedule": "constant",
-                },
-            }
-        )
+        model = {"name": order["model"], "dtype": order["dtype"]}
+        section = {"batch_size": order["batch"], "micro_tokens": order["micro_tokens"]}
+        section |= {"lr": order["lr"], "schedule": "constant"}
+        self.recipe = Recipe.model_validate({"run": {"device": "cpu"}, "model": model, "reward": section})
         model = loading.load_reward_model(order["reward_model"], self.recipe.model)
         group = ParamGroup("reward", model, order["lr"], self.recipe.reward.max_grad_norm)
         self.engine: Engine = make_engine(reward_stage.ScoringModule(model), [group], self.recipe)
@@ -221,21 +196,10 @@ class RewardTraining:
 
 def sft_trainer(order: Order, folder: Path, clock: Any) -> Any:
     """The SFT stage's trainer on the order's rows, with a clock where its reporter is."""
-    recipe = Recipe.model_validate(
-        {
-            "run": {"device": "cpu", "seed": order["seed"]},
-            "model": {"name": order["model"], "dtype": order["dtype"]},
-            "sft": {
-                "epochs": 1,
-                "batch_size": order["batch"],
-                "micro_batch_size": order["micro_batch"],
-                "lr": order["lr"],
-                "schedule": "constant",
-                "final_lr_fraction": 1.0,
-                "packing": True,
-                "max_tokens": order["max_tokens"],
-            },
-        }
-    )
+    run, model = {"device": "cpu", "seed": order["seed"]}, {"name": order["model"], "dtype": order["dtype"]}
+    section = {"epochs": 1, "batch_size": order["batch"], "micro_batch_size": order["micro_batch"]}
+    section |= {"lr": order["lr"], "schedule": "constant", "final_lr_fraction": 1.0}
+    section |= {"packing": True, "max_tokens": order["max_tokens"]}
+    recipe = Recipe.model_validate({"run": run, "model": model, "sft": section})
     tokenizer, policy = loading.load_tokenizer(order["model"]), loading.load_policy(order["model"], recipe.model)
     return build_trainer(policy, tokenizer, order["rows"], recipe, folder, clock)

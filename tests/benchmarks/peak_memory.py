@@ -28,17 +28,11 @@ from rlhf.recipe import load_recipe
 ROOT = Path(__file__).resolve().parents[2]
 ZERO = (0, 2, 3)
 COMMON = ("tracking.wandb=disabled", "run.device=cpu")
-SHORT = {
-    "tiny": ("ppo.episodes=16", "rank.prompts=16"),
-    "demo": ("rank.prompts=16", "ppo.episodes=16", "ppo.batch_size=16"),
-}
-TWO = {
-    "tiny": ("sft.micro_batch_size=8", "ppo.micro_batch_size=4"),
-    "demo": ("sft.micro_batch_size=8", "ppo.micro_batch_size=4"),
-}
+SHORT = {"tiny": ("ppo.episodes=16", "rank.prompts=16")}
+SHORT["demo"] = (*SHORT["tiny"], "ppo.batch_size=16")
+TWO = ("sft.micro_batch_size=8", "ppo.micro_batch_size=4")
 STAGES = ("sft", "rank", "reward", "ppo-ptx")
 UPSTREAM = {"sft": (), "reward": ("sft", "rank"), "ppo-ptx": ("sft", "rank", "reward")}
-
 
 RANK = """
 import importlib, sys, torch
@@ -113,7 +107,7 @@ def main(folder: Path, recipes: list[str]) -> None:
         for zero in ZERO:
             for stage, before in UPSTREAM.items():
                 name = f"{recipe}-zero{zero}-{stage}"
-                two = [*one, *TWO[recipe], "launch.processes=2", f"launch.zero_stage={zero}"]
+                two = [*one, *TWO, "launch.processes=2", f"launch.zero_stage={zero}"]
                 for part in before:
                     ignore = shutil.ignore_patterns("checkpoints")
                     shutil.copytree(folder / recipe / part, folder / name / part, ignore=ignore)

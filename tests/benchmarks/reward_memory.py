@@ -64,9 +64,7 @@ def main() -> None:
         found = next(float(line.split()[1]) for line in reversed(lines) if line.startswith("peak "))
         groups = rankings(PROMPTS, k)
         most = max(len(g.pairs) * max(g.lengths) for g in groups)
-        rounds = " and ".join(
-            str(2 - fits_one_pass) for fits_one_pass in sorted({g.fits_one_pass(tokens) for g in groups}, reverse=True)
-        )
+        rounds = " and ".join(map(str, sorted({2 - g.fits_one_pass(tokens) for g in groups})))
         print(f"| {k} | at most {most} | {rounds} | {found:.2f} GB |", flush=True)
 
 

@@ -13,10 +13,8 @@ def main() -> None:
     losses = training.losses() if order["losses"] else []
     count = order["batch"]
     training.step(0, count)
-    report(
-        losses=losses,
-        seconds=[seconds_of(lambda s=s: training.step(s * count, count)) for s in range(1, 1 + order["steps"])],
-    )
+    seconds = [seconds_of(lambda s=s: training.step(s * count, count)) for s in range(1, 1 + order["steps"])]
+    report(losses=losses, seconds=seconds)
 
 
 if __name__ == "__main__":

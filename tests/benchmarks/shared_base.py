@@ -20,11 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("a", "name", "of", "the", "river", "that", "runs", "by", "our", "old", "town", "and", "under", "bridges")
 RATES = ("ppo.lr=1e-4", "ppo.value_lr=1e-4")
 LORA = ("model.peft.method=lora", *RATES)
-LAST = ("model.peft.last_layers=10",)
 WAYS: dict[str, tuple[str, ...]] = {
     "all weights trained, four copies": (),
     "LoRA, one base": LORA,
-    "LoRA on the last 10 layers, one base": (*LORA, *LAST),
+    "LoRA on the last 10 layers, one base": (*LORA, "model.peft.last_layers=10"),
     "bottleneck adapters, one base": ("model.peft.method=adapter", *RATES),
     "prefix tuning, one base": ("model.peft.method=prefix", *RATES),
     "LoRA, one base, activations recomputed": (*LORA, "launch.gradient_checkpointing=true"),
@@ -86,7 +85,6 @@ def stage_folders(folder: Path, way: str) -> tuple[Path, Path]:
 
 def measure(folder: Path, way: str) -> dict[str, float]:
     """Two iterations in this process."""
-
     from rlhf.recipe import load_recipe
     from rlhf.system.malloc import keep_freed_memory
     from rlhf.system.quiet import quiet_libraries

@@ -26,20 +26,9 @@ class StepClock(TrainerCallback):
 
 def trainer_options(order: Order, folder: str) -> dict[str, Any]:
     """Arguments of both trainers' configs: the order's rates, and nothing beside the steps that are timed."""
-    return {
-        "output_dir": folder,
-        "gradient_accumulation_steps": order["batch"] // order["micro_batch"],
-        "gradient_checkpointing": False,
-        "learning_rate": order["lr"],
-        "lr_scheduler_type": "constant",
-        "adam_beta2": 0.95,
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "bf16": False,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
+    accumulated = order["batch"] // order["micro_batch"]
+    rates = {"learning_rate": order["lr"], "lr_scheduler_type": "constant", "adam_beta2": 0.95, "weight_decay": 0.0}
+    steps = {"gradient_accumulation_steps": accumulated, "gradient_checkpointing": False, "max_grad_norm": 1.0}
+    machine = {"bf16": False, "use_cpu": True, "dataloader_pin_memory": False}
+    output = {"output_dir": folder, "logging_steps": 1, "report_to": "none", "save_strategy": "no"}
+    return rates | steps | machine | output | {"disable_tqdm": True}

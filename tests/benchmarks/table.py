@@ -51,29 +51,22 @@ def of_case(lines: Sequence[Line], line: Line) -> Line | None:
     return next((each for each in same if each.side == OURS), None)
 
 
+def against_ours(lines: Sequence[Line], line: Line) -> tuple[float | None, float | None]:
+    """The speed and the memory of ours beside another side's line; None for our own lines."""
+    ours = of_case(lines, line)
+    return (None, None) if ours is None or ours is line else (speedup(ours, line), memory_ratio(ours, line))
+
+
 def render(lines: Sequence[Line]) -> str:
     """The table as Markdown, with columns padded so that it reads on a terminal."""
     head = ["part", "case", "side", "median", "spread", "unit", "speed of ours", "peak", "memory of ours", "note"]
     rows = [head]
     for line in lines:
-        ours = of_case(lines, line)
-        against = ours if ours is not None and ours is not line else None
-        fast = speedup(against, line) if against else None
-        memory = memory_ratio(against, line) if against else None
-        rows.append(
-            [
-                line.part,
-                line.case,
-                line.side,
-                _number(line.median),
-                f"{_number(min(line.values))}-{_number(max(line.values))}" if len(line.values) > 1 else "",
-                line.unit,
-                f"{fast:.2f}x" if fast else "",
-                f"{line.memory:.2f} GB" if line.memory else "",
-                f"{memory:.2f}x" if memory else "",
-                line.note,
-            ]
-        )
+        spread = f"{_number(min(line.values))}-{_number(max(line.values))}" if len(line.values) > 1 else ""
+        peak = f"{line.memory:.2f} GB" if line.memory else ""
+        speed, memory = (f"{ratio:.2f}x" if ratio else "" for ratio in against_ours(lines, line))
+        measured = [_number(line.median), spread, line.unit, speed, peak, memory]
+        rows.append([line.part, line.case, line.side, *measured, line.note])
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     rows.insert(1, ["-" * width for width in widths])
     padded = (" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
@@ -84,15 +77,9 @@ def as_json(lines: Sequence[Line]) -> list[dict[str, Any]]:
     """The same with every single measurement."""
     out = []
     for line in lines:
-        ours = of_case(lines, line)
-        against = ours if ours is not None and ours is not line else None
-        derived = {
-            "median": line.median,
-            "median_peak_gb": line.memory,
-            "speedup_of_ours": speedup(against, line) if against else None,
-            "memory_ratio_of_ours": memory_ratio(against, line) if against else None,
-        }
-        out.append(vars(line) | derived)
+        speed, memory = against_ours(lines, line)
+        derived = {"median": line.median, "median_peak_gb": line.memory}
+        out.append(vars(line) | derived | {"speedup_of_ours": speed, "memory_ratio_of_ours": memory})
     return out
 
 

@@ -97,30 +97,15 @@ class Workload:
     def ppo(self, dtype: str, iterations: int) -> Order:
         """PPO iterations."""
         s = self.sizes
-        return RATES | {
-            "model": self.model,
-            "reward_model": self.reward_model,
-            "prompts": self.prompts,
-            "dtype": dtype,
-            "batch": s.episodes,
-            "minibatch": s.minibatch,
-            "micro_batch": s.micro_batch,
-            "response_tokens": s.response_tokens,
-            "iterations": iterations,
-        }
+        given = {"model": self.model, "reward_model": self.reward_model, "prompts": self.prompts, "dtype": dtype}
+        batches = {"batch": s.episodes, "minibatch": s.minibatch, "micro_batch": s.micro_batch}
+        return RATES | given | batches | {"response_tokens": s.response_tokens, "iterations": iterations}
 
     def rollouts(self, dtype: str) -> Order:
         """Rounds of sampling one batch."""
         s = self.sizes
-        return {
-            "model": self.model,
-            "prompts": self.prompts[: s.rollout_batch],
-            "dtype": dtype,
-            "new_tokens": s.new_tokens,
-            "rounds": s.rounds,
-            "compile": s.vllm_compiles,
-            "seed": RATES["seed"],
-        }
+        given = {"model": self.model, "prompts": self.prompts[: s.rollout_batch], "dtype": dtype, "seed": RATES["seed"]}
+        return given | {"new_tokens": s.new_tokens, "rounds": s.rounds, "compile": s.vllm_compiles}
 
     def rankings(self, k: int, count: int) -> list[dict[str, Any]]:
         """Embedded prompts with K outputs each, in a drawn order; other prompts' outputs fill up where K is large."""
@@ -151,14 +136,8 @@ class Workload:
     def sft(self) -> Order:
         """One pass over demonstrations."""
         rows = ours.sft_rows(self.model)[: self.sizes.sft_rows]
-        return RATES | {
-            "model": self.model,
-            "dtype": "float32",
-            "rows": rows,
-            "batch": 4,
-            "micro_batch": 2,
-            "max_tokens": 256,
-        }
+        given = {"model": self.model, "dtype": "float32", "rows": rows}
+        return RATES | given | {"batch": 4, "micro_batch": 2, "max_tokens": 256}
 
     def growth(self, batch: int, response_tokens: int, depth: int) -> Order:
         """One PPO iteration of a given size; micro-batches of about equal token counts."""
@@ -167,14 +146,6 @@ class Workload:
         reward = ours.make_reward_model(policy, self.models / f"reward-{depth}", probes)
         micro = max(1, 8 * (PROMPT_TOKENS + 48) // (PROMPT_TOKENS + response_tokens))
         micro = 1 << (micro.bit_length() - 1)  # a power of two divides the minibatch
-        return RATES | {
-            "model": policy,
-            "reward_model": reward,
-            "prompts": self.prompts,
-            "dtype": "float32",
-            "batch": batch,
-            "minibatch": 8,
-            "micro_batch": min(8, micro),
-            "response_tokens": response_tokens,
-            "iterations": 2,
-        }
+        given = {"model": policy, "reward_model": reward, "prompts": self.prompts, "dtype": "float32"}
+        batches = {"batch": batch, "minibatch": 8, "micro_batch": min(8, micro)}
+        return RATES | given | batches | {"response_tokens": response_tokens, "iterations": 2}

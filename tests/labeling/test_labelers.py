@@ -113,9 +113,8 @@ def test_two_simulated_labelers_agree_as_calibrated(margin: float) -> None:
     rng = np.random.default_rng(7)
     pairs = rng.choice([0.4, 0.525, 0.6375, 0.8, 0.875, 1.0], size=(40000, 2))
     sigma = noise_for_agreement(pairs.tolist(), 0.73, margin)
-    rankings = [
-        [ranks_of(row, margin) for row in (pairs + sigma * rng.standard_normal(pairs.shape)).tolist()] for _ in range(2)
-    ]
+    heard = [(pairs + sigma * rng.standard_normal(pairs.shape)).tolist() for _ in range(2)]
+    rankings = [[ranks_of(row, margin) for row in rows] for rows in heard]
     counts = np.array([agreement(a, b) for a, b in zip(*rankings, strict=True)]).sum(0)
     # The standard error is below sqrt(0.25 / 30000) = 0.003.
     assert counts[0] / counts[1] == pytest.approx(0.73, abs=0.01)

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.labeling.rubric import (
-    WEIGHTS,
-    content_words,
-    criteria,
-    last_user_turn,
-    reads_as_ended,
-    rubric_score,
-    same_word,
-)
+from rlhf.labeling import rubric
 
 # Content words: bread, go, stale, faster, fridge; a third of five is two.
 BREAD = "why does bread go stale faster in the fridge"
 CABBAGE = "5 ideas for using up half a cabbage"  # content words: 5, using, half, cabbage; two of four
 TEA = "Human: hey\n\nAssistant: Hello.\n\nHuman: Is tea good?\n\nAssistant:"  # content words: tea, good; one of two
+WORDS = "The bread fridge cold dry hard crumb starch water mould paper box loaf slice toast oven."
 SIXTY = " ".join(f"w{i}" for i in range(60)) + "."
 
 # prompt, response, finished, (complete, on_topic, not_repetitive, concise, clean), score
@@ -43,13 +36,7 @@ BY_HAND = [
     # Speaks as the user, three words, cut off. 0.25 + 0.2 + 0.1125
     (TEA, "Human: Tea is", False, (0, 1, 1, 3 / 4, 0), 0.5625),
     # One of 16 words is a function word, half of what it takes: 1/2. 0.35 + 0.125 + 0.2 + 0.15 + 0.05
-    (
-        BREAD,
-        "The bread fridge cold dry hard crumb starch water mould paper box loaf slice toast oven.",
-        True,
-        (1, 1 / 2, 1, 1, 1),
-        0.875,
-    ),
+    (BREAD, WORDS, True, (1, 1 / 2, 1, 1, 1), 0.875),
     # 4 content words, 7/8 of 8 the prompt's would be (0.875 - 0.75) * 4; here bread, fridge, stale of 4: 0.75, so 0.
     (BREAD, "Bread, fridge, stale, mould.", True, (1, 1, 1, 1, 1), 1.0),
     (BREAD, " \n", True, (0, 0, 0, 0, 0), 0.0),
@@ -58,15 +45,13 @@ BY_HAND = [
 
 
 @pytest.mark.parametrize(("prompt", "response", "finished", "values", "score"), BY_HAND)
-def test_components_worked_by_hand(
-    prompt: str, response: str, finished: bool, values: tuple[float, ...], score: float
-) -> None:
-    assert list(criteria(prompt, response, finished).values()) == pytest.approx(list(values))
-    assert rubric_score(prompt, response, finished) == pytest.approx(score)
+def test_components_worked_by_hand(prompt: str, response: str, finished: bool, values: tuple, score: float) -> None:
+    assert list(rubric.criteria(prompt, response, finished).values()) == pytest.approx(list(values))
+    assert rubric.rubric_score(prompt, response, finished) == pytest.approx(score)
 
 
 def test_weights_sum_to_one() -> None:
-    assert sum(WEIGHTS.values()) == pytest.approx(1.0)
+    assert sum(rubric.WEIGHTS.values()) == pytest.approx(1.0)
 
 
 DECENT = "A cold fridge makes the starch in bread harden sooner, so a loaf turns dry. Keep it in a box on the table."
@@ -92,17 +77,17 @@ DECENT = "A cold fridge makes the starch in bread harden sooner, so a loaf turns
     ],
 )
 def test_a_cheap_text_scores_below_a_decent_answer(cheap: str, finished: bool) -> None:
-    assert rubric_score(BREAD, cheap, finished) <= rubric_score(BREAD, DECENT, True) - 0.1
+    assert rubric.rubric_score(BREAD, cheap, finished) <= rubric.rubric_score(BREAD, DECENT, True) - 0.1
 
 
 def test_an_answer_to_another_question_scores_lower() -> None:
-    assert rubric_score(CABBAGE, DECENT, True) == pytest.approx(rubric_score(BREAD, DECENT, True) - 0.25)
+    assert rubric.rubric_score(CABBAGE, DECENT, True) == pytest.approx(rubric.rubric_score(BREAD, DECENT, True) - 0.25)
 
 
 def test_topic_is_the_last_user_turn() -> None:
-    assert last_user_turn(TEA).strip() == "Is tea good?"
-    assert last_user_turn(BREAD) == BREAD
-    assert content_words("Write two short sentences about my sister's cats, please") == ["sister", "cat"]
+    assert rubric.last_user_turn(TEA).strip() == "Is tea good?"
+    assert rubric.last_user_turn(BREAD) == BREAD
+    assert rubric.content_words("Write two short sentences about my sister's cats, please") == ["sister", "cat"]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +102,7 @@ def test_topic_is_the_last_user_turn() -> None:
     ],
 )
 def test_same_word(a: str, b: str, same: bool) -> None:
-    assert same_word(a, b) is same and same_word(b, a) is same
+    assert rubric.same_word(a, b) is same and rubric.same_word(b, a) is same
 
 
 @pytest.mark.parametrize(
@@ -137,4 +122,4 @@ def test_same_word(a: str, b: str, same: bool) -> None:
     ],
 )
 def test_reads_as_ended(text: str, finished: bool, ended: bool) -> None:
-    assert reads_as_ended(text, finished) is ended
+    assert rubric.reads_as_ended(text, finished) is ended

@@ -41,10 +41,8 @@ def test_rankings_are_matched_by_prompt_and_responses_in_any_order() -> None:
         ranking("r", "xyx", (1, 1, 1), "b"),
     ]
     found = match([(r.labeler, r) for r in rankings])
-    assert [(s.ranks, s.times) for s in found.shared] == [
-        ({"a": [1, 2, 3], "b": [1, 2, 2]}, {}),
-        ({"a": [2, 2, 1], "b": [1, 1, 1]}, {}),
-    ]
+    assert [s.ranks for s in found.shared] == [{"a": [1, 2, 3], "b": [1, 2, 2]}, {"a": [2, 2, 1], "b": [1, 1, 1]}]
+    assert [s.times for s in found.shared] == [{}, {}]
     assert (found.outputs, found.repeats, dict(found.rankings)) == (4, 0, {"a": 2, "b": 3, "c": 1})
 
 
@@ -56,9 +54,8 @@ def test_the_last_ranking_of_a_labeler_counts() -> None:
         ranking("p", "xy", (1, 2), "b"),  # no time: in the order of the file
     ]
     found = match([(r.labeler, r) for r in by_time])
-    assert found.shared == [
-        SharedRankings(by_time[0].prompt.key, {"a": [1, 2], "b": [1, 2]}, {"a": NOON + timedelta(minutes=5)})
-    ]
+    times = {"a": NOON + timedelta(minutes=5)}
+    assert found.shared == [SharedRankings(by_time[0].prompt.key, {"a": [1, 2], "b": [1, 2]}, times)]
     assert found.repeats == 2 and dict(found.rankings) == {"a": 1, "b": 1}
 
 
@@ -85,14 +82,10 @@ def test_report_of_a_file_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (ann["labeler"], ann["rankings"], ann["shared"], ann["ties"]) == ("ann", 2, 2, 0)
     assert bob["ties"] == pytest.approx(1 / 4) and bob["agreement"]["value"] == pytest.approx(2 / 3)
     assert (cem["shared"], cem["ties"], cem["agreement"]["value"], cem["over_time"]) == (0, None, None, [])
-    assert result["by_pair"] == [
-        {"first": "ann", "second": "bob", "rankings": 2}
-        | {"concordant": 2, "discordant": 1, "first_ties": 0, "second_ties": 1, "both_tie": 0}
-    ]
-    assert [(w["from"], w["agreement"]["value"]) for w in result["over_time"]] == [
-        ("2026-05-01T12:10:00+00:00", 1.0),
-        ("2026-05-01T12:30:00+00:00", 0.0),
-    ]
+    counts = {"concordant": 2, "discordant": 1, "first_ties": 0, "second_ties": 1, "both_tie": 0}
+    assert result["by_pair"] == [{"first": "ann", "second": "bob", "rankings": 2} | counts]
+    over_time = [(w["from"], w["agreement"]["value"]) for w in result["over_time"]]
+    assert over_time == [("2026-05-01T12:10:00+00:00", 1.0), ("2026-05-01T12:30:00+00:00", 0.0)]
     agreement.print_agreement([path])
     text = capsys.readouterr().out
     assert "2 of 3 sets of outputs" in text and "66.7%" in text and "72.6 +- 1.5 %" in text
@@ -102,14 +95,12 @@ def test_report_of_a_file_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_what_the_labelling_page_writes_is_read(tmp_path: Path) -> None:
     outputs = Outputs(Prompt.from_text("p"), ("x", "y"), (True, False))
     about = {"quality": [7, 2], "shown": [1, 0], "seconds": 4.5, "time": NOON.isoformat(timespec="seconds"), "id": "1"}
-    rows = [
-        labelled_row(StoredRanking(outputs, ranks, who, about)) for ranks, who in (((1, 2), "ann"), ((1, 1), "bob"))
-    ]
+    ranked = {"ann": (1, 2), "bob": (1, 1)}
+    rows = [labelled_row(StoredRanking(outputs, ranks, who, about)) for who, ranks in ranked.items()]
     write_jsonl(tmp_path / "rankings.jsonl", rows)
     found = match((r.labeler, r) for r in read_rankings([str(tmp_path / "rankings.jsonl")], Drops()))
-    assert found.shared == [
-        SharedRankings(outputs.prompt.key, {"ann": [1, 2], "bob": [1, 1]}, {"ann": NOON, "bob": NOON})
-    ]
+    times = dict.fromkeys(ranked, NOON)
+    assert found.shared == [SharedRankings(outputs.prompt.key, {"ann": [1, 2], "bob": [1, 1]}, times)]
 
 
 def test_files_without_labelers_are_a_labeler_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,19 +131,16 @@ def test_two_rubric_labelers_agree_as_the_papers_did(tmp_path: Path, capsys: pyt
     """The noise that rank.agreement = 0.73 sets, over the outputs of the embedded rankings, measured from a file."""
     rank = Recipe().rank
     ranked = read_rankings(["embedded:rankings"], Drops())
-    outputs = [[Output(t, f) for t, f in zip(r.responses, r.finished, strict=True)] for r in ranked]
-    scores = [
-        [rubric_score(r.prompt.text, *output) for output in group] for r, group in zip(ranked, outputs, strict=True)
-    ]
+    groups = [(r, [Output(t, f) for t, f in zip(r.responses, r.finished, strict=True)]) for r in ranked]
+    scores = [[rubric_score(r.prompt.text, *output) for output in group] for r, group in groups]
     labeler = RubricLabeler(noise_for_agreement(scores, rank.agreement, rank.tie_margin), rank.tie_margin)
     rows = [
         Ranking(r.prompt, r.responses, labeler.rank(r.prompt, group, seed), r.finished, f"labeler {seed}")
-        for r, group in zip(ranked, outputs, strict=True)
+        for r, group in groups
         for seed in range(6)
     ]
-    agreement.print_agreement(
-        [write(tmp_path / "two.jsonl", *(r for r in rows if r.labeler[-1] in "01"))], as_json=True
-    )
+    path = write(tmp_path / "two.jsonl", *(r for r in rows if r.labeler[-1] in "01"))
+    agreement.print_agreement([path], as_json=True)
     two = json.loads(capsys.readouterr().out)["pairwise"]["untied"]
     assert two["value"] == pytest.approx(0.73, abs=0.03) and two["counted"] > 1000
     assert two["low"] < 0.73 < two["high"]

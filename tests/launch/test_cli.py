@@ -24,9 +24,7 @@ from support.paths import ROOT
 
 def test_help_names_every_command_and_shows_examples() -> None:
     text = rlhf("--help").stdout
-    names = (
-        "run sft rank reward ppo evaluate compare status profile report chat plan judge-eval judge-search export peft"
-    )
+    names = "run sft rank reward ppo evaluate compare status profile report chat plan export peft"
     for command in (*names.split(), "judge-eval", "judge-search", "recipes"):
         assert f" {command} " in text
     assert "rlhf run demo" in text
@@ -65,10 +63,8 @@ def test_convert_writes_plain_rankings_once(tmp_path: Path) -> None:
     assert "dropped 1: exact duplicate of a ranking" in done.stdout
     assert "out.jsonl: 2 rankings of 1 prompts, 2 labelers" in done.stdout
     row = {"prompt": "q", "responses": ["x", "y"], "ranks": [1, 2], "finished": [True, True]}
-    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [
-        row | {"labeler": "ann"},
-        row | {"labeler": "bob", "time": "1970-01-01T00:00:00+00:00"},
-    ]
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert found == [row | {"labeler": "ann"}, row | {"labeler": "bob", "time": "1970-01-01T00:00:00+00:00"}]
     before = (tmp_path / "a.jsonl").read_bytes()
     for files, words in ((["b.json", "a.jsonl"], "not overwritten"), (["a.jsonl", "b.json"], "ends in .jsonl")):
         done = rlhf("convert", *files, cwd=tmp_path)
@@ -112,9 +108,8 @@ def test_mistakes_exit_with_2_and_no_traceback(tmp_path: Path, arguments: list[s
 
 def test_one_process_runs_the_stage_program_itself() -> None:
     recipe = load_recipe("tiny")
-    assert launcher.command("sft", recipe, "tiny", ["sft.lr=1"]) == [
-        sys.executable, "-m", "stages.sft", "tiny", "sft.lr=1",
-    ]  # fmt: skip
+    line = launcher.command("sft", recipe, "tiny", ["sft.lr=1"])
+    assert line == [sys.executable, "-m", "stages.sft", "tiny", "sft.lr=1"]
     assert launcher.command("ppo-ptx", recipe, "tiny", [])[-4:] == ["stages.ppo", "tiny", "--variant", "ppo-ptx"]
 
 
@@ -201,12 +196,9 @@ sys.exit(supervise([sys.executable, "-c", {child!r}], dict(os.environ)))
     [(signal.SIGINT, 2, 130), (signal.SIGTERM, 15, 143), (signal.SIGUSR1, 10, 138), (signal.SIGHUP, 15, 143)],
 )
 def test_signals_reach_the_stage_once_and_its_end_is_waited_for(sent: signal.Signals, arrives: int, code: int) -> None:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT.format(child=CHILD.format(code=code))],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-c", PARENT.format(child=CHILD.format(code=code))]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     assert parent.stdout.readline() == "ready\n"
     parent.send_signal(sent)

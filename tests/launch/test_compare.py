@@ -100,9 +100,7 @@ def test_an_arm_that_fails_does_not_stop_the_others(started: list[str], capsys: 
     assert started[8:] == ["lora ppo-ptx", "lora evaluate", "prompt ppo-ptx", "prompt evaluate"]
 
 
-def test_a_stop_or_a_reference_without_reward_model_ends_the_comparison(
-    started: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_stop_or_a_reference_without_reward_model_ends_the_comparison(started: list[str], capsys) -> None:
     Path("broken/full-reward").write_text("all scores alike")
     with pytest.raises(UserError, match="the reference full has no reward model"):
         run_comparison("three.yaml", ["run.seed=3"])
@@ -114,9 +112,7 @@ def test_a_stop_or_a_reference_without_reward_model_ends_the_comparison(
     assert "To continue where it stopped: rlhf compare three.yaml run.seed=3" in capsys.readouterr().out
 
 
-def test_the_second_of_several_machines_leaves_the_writing_to_the_first(
-    started: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_second_of_several_machines_leaves_the_writing_to_the_first(started: list[str], monkeypatch) -> None:
     monkeypatch.setattr(console, "quiet", False)  # and back to what it was
     Path("hosts").write_text("a slots=1\nb slots=1\n")
     for stage in ("sft", "rank", "reward", "ppo-ptx", "evaluate"):

@@ -41,15 +41,9 @@ def run(launcher: list[str], stage: str, name: str, folder: Path) -> subprocess.
     sizes = ["sft.micro_batch_size=8", "reward.batch_size=16", "tracking.wandb=disabled"]
     sizes += ["data.rankings=[embedded:rankings]", "data.max_prompt_tokens=80", "reward.max_tokens=160"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [*launcher, str(ROOT / "stages" / f"{stage}.py"), "tiny", f"run.name={name}", *sizes],
-        cwd=folder,
-        env=env | {"PATH": f"{BIN}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    env["PATH"] = f"{BIN}:{env['PATH']}"
+    command = [*launcher, str(ROOT / "stages" / f"{stage}.py"), "tiny", f"run.name={name}", *sizes]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
@@ -63,10 +57,9 @@ def test_a_stage_started_by(launcher: str, stage: str, folder: Path) -> None:
     done = run([*LAUNCHERS[launcher], free_port()], stage, launcher, folder)
     if launcher == "accelerate":
         assert "are the recipe's" in done.stderr
-    rows, expected = (
-        [json.loads(line) for line in (folder / "runs" / name / stage / "metrics.jsonl").read_text().splitlines()]
-        for name in (launcher, "one" if stage == "reward" else "one-sft")
-    )
+    runs = [folder / "runs" / name / stage for name in (launcher, "one" if stage == "reward" else "one-sft")]
+    texts = [(run / "metrics.jsonl").read_text() for run in runs]
+    rows, expected = ([json.loads(line) for line in text.splitlines()] for text in texts)
     assert len(rows) == len(expected) >= 4
     if stage == "reward":  # each batch and each forward hold the same prompts however many processes there are
         for ours, theirs in zip(rows, expected, strict=True):

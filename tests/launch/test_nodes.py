@@ -20,18 +20,8 @@ from support.ports import free_port, wait_for
 pytestmark = pytest.mark.distributed
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SMALL = [
-    "tracking.wandb=disabled",
-    "sft.micro_batch_size=8",
-    "rank.prompts=8",
-    "ppo.episodes=16",
-    "ppo.micro_batch_size=4",
-    "evaluate.prompts=4",
-    "evaluate.bootstrap=100",
-    "evaluate.cloze_questions=4",
-]
-
-
+SMALL = ["tracking.wandb=disabled", "sft.micro_batch_size=8", "rank.prompts=8", "ppo.episodes=16"]
+SMALL += ["ppo.micro_batch_size=4", "evaluate.prompts=4", "evaluate.bootstrap=100", "evaluate.cloze_questions=4"]
 _started: list[subprocess.Popen[str]] = []
 
 
@@ -48,14 +38,9 @@ def no_leftovers() -> Iterator[None]:
 
 def started(*command: str, folder: Path, output: str, **env: str) -> subprocess.Popen[str]:
     """Start a command in `folder` with its output in the file `output` there."""
-    child = subprocess.Popen(
-        command,
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"} | env,
-        stdout=(folder / output).open("w"),
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"} | env
+    file = (folder / output).open("w")
+    child = subprocess.Popen(command, cwd=folder, env=env, stdout=file, stderr=subprocess.STDOUT, text=True)
     _started.append(child)
     return child
 
@@ -110,32 +95,20 @@ def namespaces() -> Iterator[list[tuple[str, str, str]]]:
 
 
 @pytest.mark.timeout(1300)
-def test_the_chain_completes_over_two_network_namespaces(
-    tmp_path: Path, namespaces: list[tuple[str, str, str]]
-) -> None:
+def test_the_chain_completes_over_two_network_namespaces(tmp_path: Path, namespaces) -> None:
     hosts = [address for _, address, _ in namespaces]
     stages = ["sft", "rank", "reward", "ppo-ptx", "evaluate"]
-    nodes = [
-        start_node(
-            tmp_path,
-            n,
-            hosts,
-            f"run.stages=[{','.join(stages)}]",
-            "launch.zero_stage=2",
-            namespace=("ip", "netns", "exec", name),
-            GLOO_SOCKET_IFNAME=interface,
-        )
-        for n, (name, _, interface) in enumerate(namespaces)
-    ]
+    options, nodes = (f"run.stages=[{','.join(stages)}]", "launch.zero_stage=2"), []
+    for n, (name, _, interface) in enumerate(namespaces):
+        where = {"namespace": ("ip", "netns", "exec", name), "GLOO_SOCKET_IFNAME": interface}
+        nodes.append(start_node(tmp_path, n, hosts, *options, **where))
     codes = [node.wait(timeout=1200) for node in nodes]
     first, second = ((tmp_path / f"node-{n}.txt").read_text() for n in (0, 1))
     assert codes == [0, 0], first + second
     for stage in stages:
         assert record(tmp_path, stage)["state"] == "done"
-        assert {path.name for path in (tmp_path / "runs/nodes" / stage / "logs").glob("*.txt")} == {
-            "rank-0.txt",
-            "rank-1.txt",
-        }
+        logs = (tmp_path / "runs/nodes" / stage / "logs").glob("*.txt")
+        assert {path.name for path in logs} == {"rank-0.txt", "rank-1.txt"}
     assert "stage 5 of 5: evaluate" in first and "report.html" in first
     assert second == ""  # one voice
     assert (tmp_path / "runs/nodes/report.html").exists()

@@ -85,13 +85,10 @@ def test_a_log_from_before_floors_shows_its_seconds(tmp_path: Path, run: Path) -
     (tmp_path / "ppo").mkdir()
     (tmp_path / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
     row = {"step": 16, "axis": "episodes", "time": 1.0, "perf/seconds_rollout": 3.0, "perf/seconds_train": 1.0}
-    (tmp_path / "ppo" / "metrics.jsonl").write_text(
-        json.dumps(row) + '\n{"step": 32, "perf/sec'
-    )  # killed while writing
+    cut_off = '{"step": 32, "perf/sec'  # killed while writing
+    (tmp_path / "ppo" / "metrics.jsonl").write_text(f"{json.dumps(row)}\n{cut_off}")
     found = profile.profile(tmp_path)
-    assert [(cost.name, cost.share, cost.floor) for cost in found.costs] == [
-        ("rollout", 0.75, None),
-        ("train", 0.25, None),
-    ]
+    costs = [(cost.name, cost.share, cost.floor) for cost in found.costs]
+    assert costs == [("rollout", 0.75, None), ("train", 0.25, None)]
     assert found.first == [] and found.memory == {}
     profile.show_profile(tmp_path)

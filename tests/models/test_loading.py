@@ -10,29 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    GPTNeoConfig,
-    GPTNeoForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.config import ModelSection, PeftSection
 from rlhf.errors import UserError
-from rlhf.models.loading import (
-    check_context,
-    load_policy,
-    load_reward_model,
-    load_tokenizer,
-    new_reward_model,
-    recompute_activations,
-    resolve_model,
-    same_tokenizer,
-    save_model,
-)
+from rlhf.models import loading
+from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer, new_reward_model, save_model
 from rlhf.models.peft.methods import add_adapter, trainable
 from rlhf.models.placement import with_tied_names
 from rlhf.models.tiny import train_tokenizer
@@ -68,7 +54,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def test_tiny_is_built_once_and_is_the_same_everywhere(tiny_dir: str) -> None:
     stamp = (Path(tiny_dir) / "model.safetensors").stat().st_mtime_ns
-    assert resolve_model("tiny") == tiny_dir
+    assert loading.resolve_model("tiny") == tiny_dir
     assert (Path(tiny_dir) / "model.safetensors").stat().st_mtime_ns == stamp
     again = train_tokenizer()
     assert again.get_vocab() == AutoTokenizer.from_pretrained(tiny_dir).get_vocab()
@@ -80,7 +66,7 @@ def test_building_tiny_leaves_the_random_stream_alone(tmp_path: Path, monkeypatc
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    resolve_model("tiny")
+    loading.resolve_model("tiny")
     assert torch.equal(torch.rand(2), expected)
 
 
@@ -112,7 +98,7 @@ def test_any_rank_may_build_the_model(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", ["runs/x/sft/model", "./nothing", "/nothing/here"])
 def test_a_missing_folder_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="no such model folder"):
-        resolve_model(name)
+        loading.resolve_model(name)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
@@ -181,21 +167,21 @@ def test_a_tokenizer_without_eos_is_refused(tiny_dir: str, tmp_path: Path) -> No
 
 def test_same_tokenizer_names_the_first_difference(tiny_dir: str, tiny_gpt2_dir: str, tmp_path: Path) -> None:
     ours = load_tokenizer(tiny_dir)
-    same_tokenizer(ours, load_tokenizer(tiny_gpt2_dir))
+    loading.same_tokenizer(ours, load_tokenizer(tiny_gpt2_dir))
     other = load_tokenizer(tiny_dir)
     other.pad_token = "<|endoftext|>"
     with pytest.raises(UserError, match="pad_token_id is 3 and 0"):
-        same_tokenizer(ours, other)
+        loading.same_tokenizer(ours, other)
     other = load_tokenizer(tiny_dir)
     other.add_tokens(["<new>"])
     with pytest.raises(UserError, match="token '<new>' has id None and 1024"):
-        same_tokenizer(ours, other)
+        loading.same_tokenizer(ours, other)
     folder = copy_of(tiny_dir, tmp_path)
     state = json.loads((folder / "tokenizer.json").read_text())
     state["model"]["merges"][:2] = state["model"]["merges"][1::-1]
     (folder / "tokenizer.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match="merge 0 is"):
-        same_tokenizer(ours, load_tokenizer(folder))
+        loading.same_tokenizer(ours, load_tokenizer(folder))
 
 
 # --- policies -----------------------------------------------------------------------------------------------------
@@ -210,18 +196,16 @@ def test_dropout_is_off_unless_asked_for(tiny_gpt2_dir: str) -> None:
 
 
 def test_the_dropout_of_gpt_neo_has_a_name_of_its_own(tiny_dir: str, tmp_path: Path) -> None:
-    config = GPTNeoConfig(
-        vocab_size=300, hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["global"], 1]],
-        max_position_embeddings=32, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    GPTNeoForCausalLM(config).save_pretrained(tmp_path)
+    sizes = {"vocab_size": 300, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_position_embeddings": 32}
+    config = transformers.GPTNeoConfig(attention_types=[[["global"], 1]], bos_token_id=0, eos_token_id=1, **sizes)
+    transformers.GPTNeoForCausalLM(config).save_pretrained(tmp_path)
     load_tokenizer(tiny_dir).save_pretrained(tmp_path)
     policy = load_policy(tmp_path, SECTION.model_copy(update={"attention": "eager"}), dropout=0.2)
     dropouts = (policy.config.resid_dropout, policy.config.embed_dropout, policy.config.attention_dropout)
     assert dropouts == (0.2, 0.0, 0.0)
     with pytest.raises(UserError, match="rows may have 33 tokens, and gpt_neo has positions for 32"):
-        check_context(policy, 33, "reward.max_tokens")
-    check_context(policy, 32, "reward.max_tokens")
+        loading.check_context(policy, 33, "reward.max_tokens")
+    loading.check_context(policy, 32, "reward.max_tokens")
 
 
 def test_recomputed_activations_give_the_same_gradient(tiny_gpt2_dir: str) -> None:
@@ -229,7 +213,7 @@ def test_recomputed_activations_give_the_same_gradient(tiny_gpt2_dir: str) -> No
     for recompute in (False, True):
         policy = load_policy(tiny_gpt2_dir, SECTION)
         if recompute:
-            recompute_activations(policy)
+            loading.recompute_activations(policy)
             assert any(getattr(m, "gradient_checkpointing", False) for m in policy.modules())
         batch = build_batch([([5, 6, 7], [8, 9]), ([4], [3, 2, 1])], 0)
         response_logprobs(policy, batch, 1.0)[0].sum().backward()
@@ -305,10 +289,8 @@ def test_keep_layers(which: str, request, tmp_path: Path) -> None:
     full, cut = new_reward_model(folder, SECTION), new_reward_model(folder, SECTION, keep_layers=1)
     name = "model.layers" if which == "tiny_dir" else "transformer.h"
     assert len(cut.get_submodule(name)) == 1 and cut.config.num_hidden_layers == 1
-    for ours, theirs in zip(
-        cut.get_submodule(f"{name}.0").parameters(), full.get_submodule(f"{name}.0").parameters(), strict=True
-    ):
-        assert torch.equal(ours, theirs)
+    layers = [model.get_submodule(f"{name}.0").parameters() for model in (cut, full)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*layers, strict=True))
     save_model(cut, load_tokenizer(folder), tmp_path / "reward")
     assert same(logits(load_reward_model(tmp_path / "reward", SECTION)), logits(cut))
     with pytest.raises(UserError, match="layers"):
@@ -349,7 +331,7 @@ def test_adapters_merge_into_a_plain_folder(kind: str, method: str, task: str, r
     before = {name: value.clone() for name, value in adapted.state_dict().items()}
     save_model(adapted, load_tokenizer(folder), tmp_path / "merged", merged=True)
     assert not [name for name, value in adapted.state_dict().items() if not torch.equal(value, before[name])]
-    auto = AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
+    auto = AutoModelForCausalLM if task == "CAUSAL_LM" else transformers.AutoModelForSequenceClassification
     loaded, info = auto.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert expected.keys() == loaded.state_dict().keys()
@@ -380,9 +362,8 @@ def test_saving_replaces_an_older_model(tiny_dir: str, tmp_path: Path) -> None:
     save_model(policy, tokenizer, tmp_path / "model")
     assert not (tmp_path / "model" / "stale").exists()
     assert same(logits(load_policy(tmp_path / "model", SECTION)), logits(policy))
-    assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o644 & (
-        tmp_path / "model"
-    ).stat().st_mode
+    mode = (tmp_path / "model" / "model.safetensors").stat().st_mode
+    assert mode & 0o777 == 0o644 & (tmp_path / "model").stat().st_mode
 
 
 def test_an_averaged_weight_is_averaged_under_every_name(tiny_dir: str) -> None:

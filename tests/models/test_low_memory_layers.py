@@ -19,17 +19,8 @@ FAMILIES = [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config]
 
 def model(kind: type[PreTrainedConfig] = LlamaConfig, **extra: object) -> nn.Module:
     torch.manual_seed(0)
-    config = kind(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.3,
-        **extra,
-    )
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    config = kind(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, **sizes, **extra)
     made = AutoModelForCausalLM.from_config(config)
     for name, parameter in made.named_parameters():
         if "norm" in name or name.endswith("bias"):
@@ -111,17 +102,16 @@ def test_gradients_by_finite_differences() -> None:
     def leaf(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
-    torch.autograd.gradcheck(
-        lambda g, u, a, b: GatedDownLora.apply(g, u, leaf(4, 5).detach() * 0 + 0.7, torch.ones(4).double(), a, b, 1.5),
-        (leaf(2, 3, 5), leaf(2, 3, 5), leaf(2, 5), leaf(4, 2)),
-    )
-    torch.autograd.gradcheck(
-        lambda g, u, w, b: GatedDown.apply(g, u, w, b), (leaf(2, 3, 5), leaf(2, 3, 5), leaf(4, 5), leaf(4))
-    )
+    def with_lora(g: Tensor, u: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return GatedDownLora.apply(g, u, leaf(4, 5).detach() * 0 + 0.7, torch.ones(4).double(), a, b, 1.5)
+
+    def norm(x: Tensor, w: Tensor) -> Tensor:
+        return RmsNorm.apply(x, w, 1e-2)
+
+    torch.autograd.gradcheck(with_lora, (leaf(2, 3, 5), leaf(2, 3, 5), leaf(2, 5), leaf(4, 2)))
+    torch.autograd.gradcheck(GatedDown.apply, (leaf(2, 3, 5), leaf(2, 3, 5), leaf(4, 5), leaf(4)))
     # The norm itself takes float32, whose differences are coarse.
-    torch.autograd.gradcheck(
-        lambda x, w: RmsNorm.apply(x, w, 1e-2), (leaf(2, 3, 5), leaf(5)), eps=1e-2, atol=1e-2, rtol=1e-2
-    )
+    torch.autograd.gradcheck(norm, (leaf(2, 3, 5), leaf(5)), eps=1e-2, atol=1e-2, rtol=1e-2)
 
 
 def kept(net: nn.Module) -> int:

@@ -48,11 +48,8 @@ def mapped_layer(folder: Path) -> nn.Linear:
 
 def test_regions_of_files_are_read_and_those_of_no_file_left_out() -> None:
     first, second, third = 0x7F0000000000, 0x7F0000400000, 0x7F0000500000
-    assert list(_mappings(SMAPS)) == [
-        Mapping(first, second, written=False),
-        Mapping(second, third, written=True),
-        Mapping(third, third + 2**20, written=True),  # and swapped out
-    ]
+    swapped_out = Mapping(third, third + 2**20, written=True)
+    assert list(_mappings(SMAPS)) == [Mapping(first, second, False), Mapping(second, third, True), swapped_out]
 
 
 def test_frozen_weights_leave_memory_and_come_back(tmp_path: Path) -> None:

@@ -39,9 +39,5 @@ def violations(page: Any) -> list[str]:
     """Return, in words, the serious and critical problems that axe-core finds on the page as it is now."""
     from axe_playwright_python.sync_playwright import Axe
 
-    found = Axe().run(page).response["violations"]
-    return [
-        f"{each['id']}: {each['help']}: {[node['html'][:200] for node in each['nodes']]}"
-        for each in found
-        if each["impact"] in SERIOUS
-    ]
+    found = [each for each in Axe().run(page).response["violations"] if each["impact"] in SERIOUS]
+    return [f"{each['id']}: {each['help']}: {[node['html'][:200] for node in each['nodes']]}" for each in found]

@@ -79,22 +79,14 @@ def results_of(arm: str) -> dict[str, Any]:
 
 def samples(arm: str) -> list[dict[str, Any]]:
     found = []
+    responses = dict(zip(("sft", "ppo-ptx"), TEXTS[arm], strict=True))
+    same = {"responses": responses, "finished": {"sft": True, "ppo-ptx": True}, "lengths": {"sft": 9, "ppo-ptx": 9}}
+    same |= {"kl": {"sft": 0.0, "ppo-ptx": 1.5}, "use_case": "", "wins_over_sft": {"ppo-ptx": 0.5}}
     for i in range(PROMPTS):
-        scores = [each if isinstance(each, list) else [each, each] for each in SCORES[arm](i)]
+        sft, ppo = (each if isinstance(each, list) else [each, each] for each in SCORES[arm](i))
         for sample in range(2):
-            found.append(
-                {
-                    "prompt": f"Why does rain fall in town {i}?",
-                    "sample": sample,
-                    "responses": dict(zip(("sft", "ppo-ptx"), TEXTS[arm], strict=True)),
-                    "finished": {"sft": True, "ppo-ptx": True},
-                    "scores": {"sft": scores[0][sample], "ppo-ptx": scores[1][sample]},
-                    "lengths": {"sft": 9, "ppo-ptx": 9},
-                    "kl": {"sft": 0.0, "ppo-ptx": 1.5},
-                    "use_case": "",
-                    "wins_over_sft": {"ppo-ptx": 0.5},
-                }
-            )
+            scores = {"sft": sft[sample], "ppo-ptx": ppo[sample]}
+            found.append({"prompt": f"Why does rain fall in town {i}?", "sample": sample, "scores": scores} | same)
     return found
 
 

@@ -12,20 +12,10 @@ from typing import Any
 from support.paths import ROOT, TESTS
 from support.ports import free_port
 
-SIZES = [
-    "tracking.wandb=disabled",
-    "run.device=cpu",
-    "data.max_response_tokens=32",
-    "sft.batch_size=8",
-    "sft.micro_batch_size=4",
-    "sft.epochs=5.3",
-    "rank.prompts=44",
-    "ppo.episodes=80",
-    "ppo.micro_batch_size=4",
-    "ppo.adam_eps=1e-5",  # a gradient that is all but zero is not blown up to a whole step by its rounding
-    "ppo.ema_decay=0.9",
-    "evaluate.prompts=7",
-]
+SIZES = ["tracking.wandb=disabled", "run.device=cpu", "data.max_response_tokens=32", "rank.prompts=44"]
+SIZES += ["sft.batch_size=8", "sft.micro_batch_size=4", "sft.epochs=5.3", "evaluate.prompts=7"]
+SIZES += ["ppo.episodes=80", "ppo.micro_batch_size=4", "ppo.ema_decay=0.9"]
+SIZES += ["ppo.adam_eps=1e-5"]  # a gradient that is all but zero is not blown up to a whole step by its rounding
 Noted = dict[str, list]
 
 

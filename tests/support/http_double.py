@@ -29,9 +29,8 @@ def listening(answer: Answer) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def respond(self) -> None:
             text = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            status, found = answer(
-                self.path, json.loads(text or b"{}"), {k.lower(): v for k, v in self.headers.items()}
-            )
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            status, found = answer(self.path, json.loads(text or b"{}"), headers)
             data = json.dumps(found).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")

@@ -20,9 +20,10 @@ def outputs(n: int, k: int = 3, text: str = "output") -> list[Outputs]:
 
 
 def opened(path: Path, n: int = 4, names: tuple[str, ...] = ("anna",), seed: int = 1, **label: Any) -> LabelStore:
-    """Return a store with n prompts and these labelers."""
+    """Return a store with n prompts, or with the outputs `items` where they are given, and these labelers."""
+    items = label.pop("items", None) or outputs(n)
     store = LabelStore(path / "labels.sqlite", LabelSection(**label), seed)
-    store.set_tasks(outputs(n))
+    store.set_tasks(items)
     store.invite(names)
     return store
 

@@ -70,10 +70,8 @@ class Double:
             logp = self.distribution(body["messages"], said)
             said.append(int(logp.argmax()))
             top = logp.topk(body.get("top_logprobs", 1))
-            likeliest = [
-                {"token": self.tokenizer.decode([int(i)]), "logprob": float(p), "bytes": None}
-                for p, i in zip(top.values, top.indices, strict=True)
-            ]
+            named = [(self.tokenizer.decode([int(i)]), float(p)) for p, i in zip(top.values, top.indices, strict=True)]
+            likeliest = [{"token": token, "logprob": p, "bytes": None} for token, p in named]
             content.append({**likeliest[0], "top_logprobs": likeliest})
         message = {"role": "assistant", "content": self.tokenizer.decode(said, skip_special_tokens=True)}
         choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": "length", "logprobs": None}

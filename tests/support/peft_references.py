@@ -14,20 +14,10 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
-from transformers import (
-    DynamicCache,
-    GPT2ForSequenceClassification,
-    LlamaForSequenceClassification,
-    OPTConfig,
-    OPTForCausalLM,
-    OPTForSequenceClassification,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2ForSequenceClassification,
-)
+from transformers import DynamicCache, OPTConfig, OPTForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from rlhf.config import PeftSection
 from rlhf.models.peft.methods import add_adapter, trainable
@@ -52,14 +42,12 @@ CACHED = ("prefix", "p_tuning_v2")
 # linear maps, and OPT a language model that goes past its body to the decoder in it.
 CASES = [(kind, method) for method in METHODS for kind in ("llama", "gpt2") if (kind, method) != ("llama", "bitfit")]
 CASES += [("qwen2", method) for method in MERGED] + [("opt", method) for method in (*EMBEDDED, *CACHED)]
-LINEAR = {
-    kind: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] for kind in ("llama", "qwen2")
-}
-LINEAR["gpt2"] = ["c_attn", "c_proj", "c_fc"]
+LINEAR = {"gpt2": ["c_attn", "c_proj", "c_fc"]}
+LINEAR |= dict.fromkeys(("llama", "qwen2"), [f"{m}_proj" for m in ("q", "k", "v", "o", "gate", "up", "down")])
 # Maps whose outputs IA3 scales, and maps whose inputs it scales.
 IA3 = {"llama": (r"[kv]_proj", "down_proj"), "qwen2": (r"[kv]_proj", "down_proj"), "gpt2": ("c_attn", r"mlp\.c_proj")}
-SCALAR = {"llama": LlamaForSequenceClassification, "gpt2": GPT2ForSequenceClassification}
-SCALAR |= {"qwen2": Qwen2ForSequenceClassification, "opt": OPTForSequenceClassification}
+SCALAR = {"llama": transformers.LlamaForSequenceClassification, "gpt2": transformers.GPT2ForSequenceClassification}
+SCALAR |= {"qwen2": transformers.Qwen2ForSequenceClassification, "opt": transformers.OPTForSequenceClassification}
 ByHand = Callable[[list[int]], Tensor]
 
 
@@ -92,9 +80,7 @@ def plain(kind: str, scalar: bool = False, attention: str = "sdpa") -> PreTraine
     return model
 
 
-def adapted(
-    kind: str, method: str, *, scalar: bool = False, attention: str = "sdpa", **settings: int
-) -> PreTrainedModel:
+def adapted(kind: str, method: str, scalar: bool = False, attention: str = "sdpa", **settings: int) -> PreTrainedModel:
     """Return a plain model with the method on it, its trained weights moved away from where they start."""
     peft = PeftSection(**(METHODS[method].model_dump() | settings))
     model = add_adapter(plain(kind, scalar, attention), peft)
@@ -132,7 +118,7 @@ def hidden_by_hand(kind: str, model: PreTrainedModel) -> ByHand:
     base = in_double(plain(kind, hasattr(model, "score")))
     values = {name: tensor.detach().double() for name, tensor in trainable(model).items()}
     if peft.method in (*EMBEDDED, *CACHED):
-        return partial(_after_virtual_tokens, base, peft, values)
+        return partial(_on_virtual_tokens, base, peft, values)
     with torch.no_grad():
         base = REFERENCES[peft.method](kind, base, peft, values)
     return partial(_alone, base)
@@ -172,9 +158,7 @@ def case(kind: str, method: str, attention: str = "sdpa") -> Case:
 
 
 @torch.no_grad()
-def _after_virtual_tokens(
-    base: PreTrainedModel, peft: PeftSection, values: dict[str, Tensor], ids: list[int]
-) -> Tensor:
+def _on_virtual_tokens(base: PreTrainedModel, peft: PeftSection, values: dict[str, Tensor], ids: list[int]) -> Tensor:
     body = _body(base)
     positions = torch.arange(VIRTUAL + len(ids))[None]
     made = virtual_tokens(peft.method, values)
@@ -188,11 +172,8 @@ def _after_virtual_tokens(
     # A row of `made` holds the keys of layer 0, its values, the keys of layer 1, ...; each of them head by head.
     parts = made.split(heads * size, 1)
     for layer in range(base.config.num_hidden_layers):
-        keys, values_ = (
-            torch.stack([part[:, h * size : (h + 1) * size] for h in range(heads)])[None]
-            for part in (parts[2 * layer], parts[2 * layer + 1])
-        )
-        held.update(keys, values_, layer)
+        keys_and_values = parts[2 * layer : 2 * layer + 2]
+        held.update(*(torch.stack(part.split(size, 1))[None] for part in keys_and_values), layer)
     out = body(torch.tensor([ids]), past_key_values=held, position_ids=positions[:, VIRTUAL:])
     return out.last_hidden_state[0]
 
@@ -225,10 +206,9 @@ def by_peft(kind: str, base: PreTrainedModel, peft: PeftSection, values: dict[st
     if peft.method == "ia3":
         layers = "|".join(str(layer) for layer in chosen_layers(base, peft))
         scaled, inner = IA3[kind]
-        config = IA3Config(
-            target_modules=rf".*\.({layers})\..*({scaled}|{inner})", feedforward_modules=rf".*\.({layers})\..*{inner}",
-            fan_in_fan_out=kind == "gpt2",
-        )  # fmt: skip
+        maps = {"target_modules": rf".*\.({layers})\..*({scaled}|{inner})"}
+        maps["feedforward_modules"] = rf".*\.({layers})\..*{inner}"
+        config = IA3Config(fan_in_fan_out=kind == "gpt2", **maps)
     else:
         config = LoraConfig(
             r=RANK, lora_alpha=ALPHA, use_dora=peft.method == "dora", fan_in_fan_out=kind == "gpt2",

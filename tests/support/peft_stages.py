@@ -186,10 +186,9 @@ def make_bases(folder: Path) -> dict[str, Path]:
     folders = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        for kind, model in (
-            (LLAMA, LlamaForCausalLM(LlamaConfig(**size, **llama))),
-            (GPT2, GPT2LMHeadModel(GPT2Config(**size, **gpt2))),
-        ):
+        models = {LLAMA: LlamaForCausalLM(LlamaConfig(**size, **llama))}
+        models[GPT2] = GPT2LMHeadModel(GPT2Config(**size, **gpt2))
+        for kind, model in models.items():
             pretrain(model, tokenizer)
             folders[kind] = folder / kind
             model.save_pretrained(folders[kind])

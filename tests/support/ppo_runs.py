@@ -30,40 +30,18 @@ def tokens(rng: random.Random, low: int, high: int) -> list[int]:
 
 def network(cls: type, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> nn.Module:
     """Return a small Llama for this tokenizer whose distributions are far from uniform, with dropout in its config."""
-    return llama(
-        cls,
-        seed,
-        vocab_size=len(tokenizer),
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.2,
-        attention_dropout=0.3,
-    )
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    sizes = {"vocab_size": len(tokenizer), "num_labels": 1, "initializer_range": 0.2, "attention_dropout": 0.3}
+    return llama(cls, seed, **sizes, **ids)
 
 
 def make_ppo(policy: nn.Module, reference: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Ppo:
     """Return a PPO run of one iteration of eight episodes, put together from real parts."""
-    recipe = Recipe.model_validate(
-        {
-            "run": {"device": "cpu", "seed": 3},
-            "model": {"name": "tiny"},
-            "data": {"max_response_tokens": 12},
-            "ppo": {
-                "episodes": EPISODES,
-                "batch_size": EPISODES,
-                "minibatch_size": EPISODES,
-                "micro_batch_size": EPISODES,
-                "temperature": TEMPERATURE,
-                "clip": CLIP,
-                "value_clip": VALUE_CLIP,
-                "vf_coef": VF_COEF,
-                "ptx_coef": PTX_COEF,
-                "ptx_examples_per_episode": 1,
-                "missing_eos_penalty": 0.5,
-            },
-        }
-    )
+    sections = {"run": {"device": "cpu", "seed": 3}, "model": {"name": "tiny"}, "data": {"max_response_tokens": 12}}
+    section = dict.fromkeys(("episodes", "batch_size", "minibatch_size", "micro_batch_size"), EPISODES)
+    section |= {"temperature": TEMPERATURE, "clip": CLIP, "value_clip": VALUE_CLIP, "vf_coef": VF_COEF}
+    section |= {"ptx_coef": PTX_COEF, "ptx_examples_per_episode": 1, "missing_eos_penalty": 0.5}
+    recipe = Recipe.model_validate(sections | {"ppo": section})
     value, reward_model = (network(LlamaForSequenceClassification, tokenizer, seed=1) for _ in range(2))
     for model in (value, reward_model):
         model.config.reward_mean, model.config.reward_std = REWARD_MEAN, REWARD_STD
@@ -88,6 +66,5 @@ def make_ppo(policy: nn.Module, reference: nn.Module, tokenizer: PreTrainedToken
 
 def with_ppo(ppo: Ppo, **changes: Any) -> Ppo:
     """Return the same run with other options of the ppo section."""
-    return dataclasses.replace(
-        ppo, recipe=ppo.recipe.model_copy(update={"ppo": ppo.recipe.ppo.model_copy(update=changes)})
-    )
+    section = ppo.recipe.ppo.model_copy(update=changes)
+    return dataclasses.replace(ppo, recipe=ppo.recipe.model_copy(update={"ppo": section}))

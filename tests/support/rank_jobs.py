@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,26 +71,19 @@ def note_rollouts() -> None:
 
 def count_steps() -> None:
     """Send SIGTERM to this process before the optimiser step that `steps_left` says."""
-    step = ClippedAdamW.step
 
-    def counted(self: ClippedAdamW, closure: None = None) -> None:
-        global steps_left
-        steps_left -= 1
-        if steps_left == 0:
-            signal.raise_signal(signal.SIGTERM)
-        step(self, closure)
+    def counted(step: Callable[..., Any]) -> Callable[..., None]:
+        def counting(*args: Any, **options: Any) -> None:
+            global steps_left
+            steps_left -= 1
+            if steps_left == 0:
+                signal.raise_signal(signal.SIGTERM)
+            step(*args, **options)
 
-    ClippedAdamW.step = counted
-    end = Reporter.on_step_end  # the trainer has an optimiser of its own
+        return counting
 
-    def counted_end(self: Any, *args: Any, **options: Any) -> None:
-        global steps_left
-        steps_left -= 1
-        if steps_left == 0:
-            signal.raise_signal(signal.SIGTERM)
-        end(self, *args, **options)
-
-    Reporter.on_step_end = counted_end
+    ClippedAdamW.step = counted(ClippedAdamW.step)
+    Reporter.on_step_end = counted(Reporter.on_step_end)  # SFT's trainer has an optimiser of its own
 
 
 def spoil_losses() -> None:

@@ -10,24 +10,10 @@ from typing import Any
 
 from stages.rank import main
 
-PROMPTS = [
-    "Is tea good?",
-    "Name a river.",
-    "What is rain?",
-    "Who paints the bridge?",
-    "Boil an egg.",
-    "Name a river.",  # again: ranked once
-    "word " * 200,  # over the limit
-]
-ARGS = [
-    "model.name=tiny",
-    "run.name=t",
-    "run.device=cpu",
-    "data.max_response_tokens=8",
-    "rank.outputs_per_prompt=3",
-    "rank.batch_size=6",
-    "tracking.wandb=disabled",
-]
+PROMPTS = ["Is tea good?", "Name a river.", "What is rain?", "Who paints the bridge?", "Boil an egg."]
+PROMPTS += ["Name a river.", "word " * 200]  # once more: ranked once; and one over the limit
+ARGS = ["model.name=tiny", "run.name=t", "run.device=cpu", "tracking.wandb=disabled"]
+ARGS += ["data.max_response_tokens=8", "rank.outputs_per_prompt=3", "rank.batch_size=6"]
 
 
 def start(folder: Path, tiny_dir: str, *extra: str, prompts: Sequence[str] = PROMPTS) -> int:

@@ -12,17 +12,9 @@ PAIRS = [([5, 6, 7], [8, 9, EOS]), ([10], [11, 12, 13, 14, EOS]), ([15, 16, 17, 
 def llama(cls: type = LlamaForCausalLM, seed: int = 0, **settings: object) -> torch.nn.Module:
     """Return a Llama with grouped query attention in evaluation mode; `settings` replace those of its config."""
     torch.manual_seed(seed)
-    defaults = {
-        "vocab_size": 50,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "pad_token_id": 0,
-        "eos_token_id": EOS,
-        "initializer_range": 0.3,
-    }
+    defaults = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    defaults |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    defaults |= {"pad_token_id": 0, "eos_token_id": EOS}
     return cls(LlamaConfig(**(defaults | settings))).eval()
 
 

@@ -35,9 +35,8 @@ def check_parts(policy: nn.Module, gather: str) -> None:
     assert all(p.numel() == 0 < p.ds_numel for p in policy.parameters())
     seen: list[int] = []
     layers = decoder_layers(policy)
-    hook = layers[1].register_forward_pre_hook(
-        lambda layer, _: seen.append(sum(p.numel() for p in layers[0].parameters()))
-    )
+    first = list(layers[0].parameters())
+    hook = layers[1].register_forward_pre_hook(lambda layer, _: seen.append(sum(p.numel() for p in first)))
     token_logprobs(policy, [(PROMPT, PROMPT)])
     hook.remove()
     whole = sum(p.ds_numel for p in layers[0].parameters())
@@ -48,9 +47,8 @@ def check_parts(policy: nn.Module, gather: str) -> None:
 def main(arguments: list[str]) -> int:
     """Sample and score the cases below, the first process writes the results."""
     out, gather, where = arguments
-    recipe = Recipe(
-        run=RunSection(device="cpu"), model=ModelSection(name="tiny"), launch=LaunchSection(gather=gather, frozen=where)
-    )
+    launch = LaunchSection(gather=gather, frozen=where)
+    recipe = Recipe(run=RunSection(device="cpu"), model=ModelSection(name="tiny"), launch=launch)
     tokenizer = load_tokenizer("tiny")
     policy = frozen(recipe, torch.device("cpu"), lambda: load_policy("tiny", recipe.model, tokenizer=tokenizer))
     if where == "partitioned":

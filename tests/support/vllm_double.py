@@ -66,13 +66,8 @@ class Double:
         self.bodies.append(body)
         if max(body["prompt"]) >= self.model.config.vocab_size:
             return 400, {"error": {"message": f"Token id {max(body['prompt'])} is out of vocabulary"}}
-        out = sample(
-            self.model,
-            self.tokenizer,
-            [body["prompt"]],
-            SamplingParams(body["max_tokens"], body["temperature"], body["stop_token_ids"]),
-            seeds=[body["seed"]],
-        )
+        params = SamplingParams(body["max_tokens"], body["temperature"], body["stop_token_ids"])
+        out = sample(self.model, self.tokenizer, [body["prompt"]], params, seeds=[body["seed"]])
         ids, logprobs = out.response(0), out.logprobs[0].tolist()
         if self.fault == "restart":
             self.version = "default"
@@ -90,7 +85,6 @@ class Double:
 def serving(folder: Path, fault: str = "") -> Iterator[Double]:
     """A server on a free port of this machine, on the model of `folder`."""
     double = Double(folder, fault=fault)
-
     with listening(lambda path, body, headers: double.answer(path, body)) as url:
         double.url = url
         yield double

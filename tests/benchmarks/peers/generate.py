@@ -23,9 +23,8 @@ def main() -> None:
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in order["prompts"]])
 
     def sample(tokens: int = order["new_tokens"]) -> None:
-        full = model.generate(
-            ids, attention_mask=mask, max_new_tokens=tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0
-        )
+        how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        full = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, **how)
         assert full.shape == (len(ids), width + tokens)
 
     torch.manual_seed(order["seed"])

@@ -17,13 +17,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 from datasets import Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    TrainerCallback,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 from benchmarks.measure import Order, read_order, report
@@ -35,11 +29,10 @@ class Clock(TrainerCallback):
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def on_train_begin(self, *_: object, **__: object) -> None:
-        self.times.append(time.perf_counter())
-
     def on_step_end(self, *_: object, **__: object) -> None:
         self.times.append(time.perf_counter())
+
+    on_train_begin = on_step_end
 
 
 def settings(order: Order, folder: str) -> PPOConfig:
@@ -83,10 +76,10 @@ def main() -> None:
     dtype = getattr(torch, order["dtype"])
     tokenizer = AutoTokenizer.from_pretrained(order["model"], padding_side="left")
 
-    def policy() -> PreTrainedModel:
+    def policy() -> torch.nn.Module:
         return AutoModelForCausalLM.from_pretrained(order["model"], dtype=dtype)
 
-    def scorer() -> PreTrainedModel:
+    def scorer() -> torch.nn.Module:
         return AutoModelForSequenceClassification.from_pretrained(order["reward_model"], dtype=dtype, num_labels=1)
 
     rollouts: list[float] = []

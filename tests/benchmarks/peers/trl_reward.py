@@ -29,9 +29,8 @@ def main() -> None:
     pairs = len(by_prompt[0])  # the same of every prompt: no ties
     steps = order["steps"] + 1
     rows *= -(-steps * order["batch"] // len(by_prompt))
-    model = AutoModelForSequenceClassification.from_pretrained(
-        order["reward_model"], dtype=getattr(torch, order["dtype"]), num_labels=1
-    )
+    dtype = getattr(torch, order["dtype"])
+    model = AutoModelForSequenceClassification.from_pretrained(order["reward_model"], dtype=dtype, num_labels=1)
     with tempfile.TemporaryDirectory() as folder:
         trainer = RewardTrainer(
             model=model,

@@ -17,14 +17,8 @@ from rlhf.data.prompt_template import Template, load_template
 from rlhf.data.records import Drops, Prompt, Ranking
 from rlhf.errors import UserError
 from rlhf.labeling.base import Output
-from rlhf.labeling.judge.accuracy import (
-    GradedPrompt,
-    drop_too_long_for_any,
-    graded_prompts,
-    measure_judge,
-    questions,
-    templates_of,
-)
+from rlhf.labeling.judge import accuracy
+from rlhf.labeling.judge.accuracy import GradedPrompt, measure_judge
 from rlhf.labeling.judge.judge import Judge
 from rlhf.labeling.judge.labeler import JudgeLabeler
 from rlhf.labeling.judge.local import Fields
@@ -42,27 +36,25 @@ def pair_judge(rule, template: str = "pair-zero-shot", longest: int = 10**6) -> 
 
 def test_pairs_of_one_prompt_come_together_and_ties_are_left_out() -> None:
     drops = Drops()
-    items = graded_prompts(
-        [ranking("p", ["a", "b", "c"], [2, 1, 2]), ranking("q", ["x", "y"], [1, 1]), ranking(" p", ["d", "e"], [1, 2])],
-        drops,
-    )
+    rankings = [ranking("p", ["a", "b", "c"], [2, 1, 2]), ranking("q", ["x", "y"], [1, 1])]
+    items = accuracy.graded_prompts([*rankings, ranking(" p", ["d", "e"], [1, 2])], drops)
     assert items == [GradedPrompt("p", ["a", "b", "c", "d", "e"], [("b", "a"), ("b", "c"), ("d", "e")])]
     assert dict(drops.table()) == {"ranking without an ordered pair": 1}
 
 
 def test_the_order_is_that_of_the_hashes_and_the_limit_counts_what_fits() -> None:
     rankings = [ranking(f"prompt {i}", ["aa", "b" * (i + 1)], [1, 2]) for i in range(9)]
-    items = graded_prompts(rankings, Drops())
+    items = accuracy.graded_prompts(rankings, Drops())
     assert [item.prompt for item in items] == [r.prompt.text for r in sorted(rankings, key=lambda r: r.prompt.key)]
-    assert graded_prompts(rankings[::-1], Drops()) == items
+    assert accuracy.graded_prompts(rankings[::-1], Drops()) == items
     # "prompt i" has 8 characters, the outputs 2 and i + 1: those up to i = 4 have at most 15.
     judges, drops = [pair_judge(by_length()), pair_judge(by_length(), "pair-brief", longest=15)], Drops()
-    kept = drop_too_long_for_any(items, judges, 0, drops)
+    kept = accuracy.drop_too_long_for_any(items, judges, 0, drops)
     assert kept == [item for item in items if int(item.prompt[-1]) <= 4]
     assert dict(drops.table()) == {"prompt with a question over judge.max_tokens by template pair-brief": 4}
-    assert drop_too_long_for_any(items, judges, 2, Drops()) == kept[:2]
+    assert accuracy.drop_too_long_for_any(items, judges, 2, Drops()) == kept[:2]
     with pytest.raises(UserError, match="no pair"):
-        drop_too_long_for_any(items, [pair_judge(by_length(), longest=3)], 0, Drops())
+        accuracy.drop_too_long_for_any(items, [pair_judge(by_length(), longest=3)], 0, Drops())
 
 
 def test_measures_by_hand() -> None:
@@ -71,7 +63,7 @@ def test_measures_by_hand() -> None:
     items = [GradedPrompt("p", [t for pair in pairs[:2] for t in pair], pairs[:2])]
     items += [GradedPrompt(f"q{i}", list(pair), [pair]) for i, pair in enumerate(pairs[2:])]
     judge, counted = pair_judge(by_length(3.0)), []
-    assert len(questions(judge, items)) == 8
+    assert len(accuracy.questions(judge, items)) == 8
     row = measure_judge(judge, items, advance=counted.append)
     assert (row["prompts"], row["pairs"], row["questions"]) == (3, 4, 8)
     assert row["accuracy"] == (1 + 1 + 0 + 0.5) / 4
@@ -85,9 +77,8 @@ def test_measures_by_hand() -> None:
     assert row["calibration_error"] == pytest.approx((0 + (1 - p[1]) + p[1] + (1 - p[0])) / 4)
     # 4 against a bias of 3 keeps its winner; 2, -2 and 0 do not.
     assert (row["position"]["flips"], row["position"]["first"], row["position"]["shift"]) == (0.75, 0.75, 3)
-    assert row["label_mass"] == pytest.approx(
-        sum(math.exp(d / 2 - 9) + math.exp(-d / 2 - 9) for d in (7, -1, 5, 1, 1, 5, 3, 3)) / 8
-    )
+    masses = [math.exp(d / 2 - 9) + math.exp(-d / 2 - 9) for d in (7, -1, 5, 1, 1, 5, 3, 3)]
+    assert row["label_mass"] == pytest.approx(sum(masses) / 8)
     assert measure_judge(judge, items)["questions"] == 0  # known already
 
 
@@ -95,7 +86,7 @@ def test_points_have_no_position_and_ask_once_for_each_output() -> None:
     judge = Judge(load_template("points-zero-shot"), Rigged(lambda q: [-abs(i - len(q["response"])) for i in range(7)]))
     items = [GradedPrompt("p", ["aaaa", "aa", "a"], [("aaaa", "aa"), ("aaaa", "a"), ("a", "aa")])]
     row = measure_judge(judge, items)
-    assert row["position"] is None and row["questions"] == len(questions(judge, items)) == 3
+    assert row["position"] is None and row["questions"] == len(accuracy.questions(judge, items)) == 3
     assert row["accuracy"] == pytest.approx(2 / 3)
 
 
@@ -118,10 +109,10 @@ def test_templates_by_name(tmp_path: Path) -> None:
     rows = tmp_path / "r.jsonl"
     rows.write_text("".join(f'{{"prompt": "p{i}", "chosen": "c", "rejected": "r"}}\n' for i in range(5)))
     cfg = JudgeSection(demonstrations=str(rows), shots=3)
-    zero, few = templates_of(cfg, ["pair-zero-shot", "pair-few-shot"])
+    zero, few = accuracy.templates_of(cfg, ["pair-zero-shot", "pair-few-shot"])
     assert (len(zero.examples), [e.fields["prompt"] for e in few.examples]) == (0, ["p0", "p1", "p2"])
     with pytest.raises(UserError, match="two templates are called pair-brief"):
-        templates_of(JudgeSection(), ["pair-brief", "pair-brief"])
+        accuracy.templates_of(JudgeSection(), ["pair-brief", "pair-brief"])
 
 
 # --- search ----------------------------------------------------------------------------------------------------------
@@ -129,10 +120,8 @@ def test_templates_by_name(tmp_path: Path) -> None:
 
 def pool(n: int = 120) -> list[Ranking]:
     """Return n rankings in which the shorter output is better, wherever it is in the file."""
-    return [
-        ranking(f"prompt number {i}", ["short", "rather longer"][:: 1 if i % 2 else -1], [1, 2] if i % 2 else [2, 1])
-        for i in range(n)
-    ]
+    ways = [1 if i % 2 else -1 for i in range(n)]
+    return [ranking(f"prompt number {i}", ["short", "rather longer"][::w], [1, 2][::w]) for i, w in enumerate(ways)]
 
 
 def test_the_parts_share_no_prompt_and_follow_the_seed() -> None:
@@ -181,9 +170,8 @@ class Planted(Rigged):
 
 def test_the_search_finds_the_planted_template_and_confirms_elsewhere(tmp_path: Path) -> None:
     parts = split_rankings(pool(), seed=1)
-    found = candidate_templates(
-        [load_template("pair-zero-shot"), load_template("pair-brief")], parts.pool, [2], 2, seed=1
-    )
+    templates = [load_template("pair-zero-shot"), load_template("pair-brief")]
+    found = candidate_templates(templates, parts.pool, [2], 2, seed=1)
     planted = found[4]
     assert planted.name == "pair-brief-2-shots-1"
     judges = [Judge(t, Planted(t, 0.9 if t is planted else 0.6)) for t in found]
@@ -225,9 +213,8 @@ def test_equally_accurate_ones_are_ranked_by_log_loss_then_by_order() -> None:
     scores = search(judges, parts, Drops(), limit=9).report["candidates"]
     assert [row["prompts"] for row in scores] == [9, 9, 9]
     judges = [sure(0.1), sure(0.5), sure(0.5)]
-    assert (
-        search(judges, parts, Drops(), 9).report["score"]["log_loss"] == scores[1]["log_loss"] < scores[0]["log_loss"]
-    )
+    best = search(judges, parts, Drops(), 9).report["score"]
+    assert best["log_loss"] == scores[1]["log_loss"] < scores[0]["log_loss"]
     assert judges[2].asked < judges[1].asked  # of the equal ones the first is confirmed
 
 
@@ -285,20 +272,15 @@ def test_judge_eval_prints_a_table_and_writes_json(file: Path, tmp_path: Path, r
     assert again.returncode == 0 and [row["questions"] for row in json.loads(out.read_text())["templates"]] == [0, 0, 0]
 
 
-def test_judge_search_writes_a_template_that_judge_eval_takes(
-    file: Path, tmp_path: Path, rlhf: Callable[..., Done]
-) -> None:
+def test_judge_search_writes_a_template_that_judge_eval_takes(file: Path, tmp_path: Path, rlhf) -> None:
     out = tmp_path / "best.txt"
     line = ["judge-search", str(file), "--recipe", "tiny", "--out", str(out), "--template", "pair-brief"]
     done = rlhf(*line, "--shots", "2", "--trials", "2", "--set", "judge.max_tokens=900")
     assert done.returncode == 0, done.stderr
     report, template = json.loads(out.with_suffix(".json").read_text()), load_template(str(out))
     assert template.name == report["chosen"] and f"judge.template={out}" in done.stdout
-    assert [row["template"] for row in report["candidates"]] == [
-        "pair-brief",
-        "pair-brief-2-shots-1",
-        "pair-brief-2-shots-2",
-    ]
+    names = [row["template"] for row in report["candidates"]]
+    assert names == ["pair-brief", "pair-brief-2-shots-1", "pair-brief-2-shots-2"]
     assert out.read_text().startswith("# Chosen by rlhf judge-search out of 3 candidates on r.jsonl.\n")
     held = report["score"]["accuracy_low"] <= report["confirmation"]["accuracy"] <= report["score"]["accuracy_high"]
     assert ("warning: on other prompts" in done.stderr) is not held

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 
 import pytest
@@ -28,28 +28,28 @@ def no_key_and_no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
 
 
+Endpoint = Callable[..., AbstractContextManager[tuple[Double, EndpointReader]]]
+
+
 @pytest.fixture
-def model(tiny_policy: PreTrainedModel) -> PreTrainedModel:
+def endpoint(tiny_policy: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase) -> Endpoint:
+    """Return a function that serves the tiny model with a random head: endpoint(fault, **bias)."""
     torch.manual_seed(0)
     tiny_policy.lm_head.weight = torch.nn.Parameter(torch.randn_like(tiny_policy.lm_head.weight) * 0.5)
-    return tiny_policy
+
+    @contextmanager
+    def served(fault: str = "", **bias: float) -> Iterator[tuple[Double, EndpointReader]]:
+        with serving(Double(tiny_policy, tiny_tokenizer, bias, fault)) as double:
+            yield double, EndpointReader(double.url, "some-model", reasoning_tokens=5, timeout_s=1.0 if fault else 30.0)
+
+    return served
 
 
-@contextmanager
-def endpoint(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fault: str = "", **more: float
-) -> Iterator[tuple[Double, EndpointReader]]:
-    with serving(Double(model, tokenizer, more, fault)) as double:
-        yield double, EndpointReader(double.url, "some-model", reasoning_tokens=5, timeout_s=1.0 if fault else 30.0)
-
-
-def test_labels_are_what_the_model_gives_them(
-    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_labels_are_what_the_model_gives_them(endpoint: Endpoint, tiny_tokenizer, monkeypatch) -> None:
     monkeypatch.setenv(KEY, "a-secret")
     template = load_template("pair-few-shot")
     # Both spellings of a label count for it: with and without a blank before it.
-    with endpoint(model, tiny_tokenizer, **{"A": 22.0, "ĠA": 18.0, "B": 20.0}) as (double, reader):
+    with endpoint(**{"A": 22.0, "ĠA": 18.0, "B": 20.0}) as (double, reader):
         counted: list[int] = []
         found = reader.read(template, QUESTIONS, counted.append)
     assert sum(counted) == len(QUESTIONS) == len(double.bodies)
@@ -67,11 +67,9 @@ def test_labels_are_what_the_model_gives_them(
     assert body["messages"][-1]["content"].endswith("Which answer is better, A or B?\n\nThe better answer is")
 
 
-def test_reasoning_comes_first_and_the_cue_is_a_turn(
-    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_reasoning_comes_first_and_the_cue_is_a_turn(endpoint: Endpoint) -> None:
     template = load_template("pair-chain-of-thought")
-    with endpoint(model, tiny_tokenizer, A=25.0, B=25.0) as (double, reader):
+    with endpoint(A=25.0, B=25.0) as (double, reader):
         reading = reader.read(template, QUESTIONS[:1])[0]
     first, second = double.bodies
     assert first["max_tokens"] == 5 and "logprobs" not in first
@@ -79,11 +77,8 @@ def test_reasoning_comes_first_and_the_cue_is_a_turn(
     assert [m["role"] for m in second["messages"][-2:]] == ["assistant", "user"]
     assert second["messages"][-1]["content"] == "The better answer is"
     assert reading.reasoning and reading.reasoning == second["messages"][-2]["content"]
-    assert [m["content"] for m in first["messages"][1:4]] == [
-        template.examples[0].reason,
-        "The better answer is",
-        template.examples[0].answer,
-    ]
+    example, shown = template.examples[0], [m["content"] for m in first["messages"][1:4]]
+    assert shown == [example.reason, "The better answer is", example.answer]
 
 
 def test_a_label_that_is_not_told_has_a_bound_and_is_counted() -> None:
@@ -101,8 +96,8 @@ def test_a_label_that_is_not_told_has_a_bound_and_is_counted() -> None:
     assert read_labels({"A": 0.0, "x": -1.0}, ("A", "B")) == (pytest.approx((0.0, math.log(1e-9))), 1)
 
 
-def test_labels_missing_over_http(model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    with endpoint(model, tiny_tokenizer, A=30.0, B=-30.0) as (double, reader):
+def test_labels_missing_over_http(endpoint: Endpoint, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    with endpoint(A=30.0, B=-30.0) as (double, reader):
         reading = reader.read(load_template("pair-zero-shot"), QUESTIONS[:1])[0]
     assert reading.bounded == 1 and reading.logprobs[0] == pytest.approx(0, abs=1e-3)
     logp = double.distribution(chat(load_template("pair-zero-shot"), QUESTIONS[0]), [])
@@ -110,8 +105,8 @@ def test_labels_missing_over_http(model: PreTrainedModel, tiny_tokenizer: PreTra
     assert b < reading.logprobs[1] <= max(math.log(1e-9), float(logp.topk(20).values[-1])) + 1e-9
 
 
-def test_a_busy_endpoint_is_asked_again(model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    with endpoint(model, tiny_tokenizer, "busy", A=25.0, B=25.0) as (double, reader):
+def test_a_busy_endpoint_is_asked_again(endpoint: Endpoint) -> None:
+    with endpoint("busy", A=25.0, B=25.0) as (double, reader):
         assert len(reader.read(load_template("pair-zero-shot"), QUESTIONS)) == len(QUESTIONS)
     assert len(double.bodies) == len(QUESTIONS) + 1
 
@@ -128,56 +123,40 @@ def test_a_busy_endpoint_is_asked_again(model: PreTrainedModel, tiny_tokenizer: 
         ("slow", "did not answer in time"),
     ],
 )
-def test_what_an_endpoint_may_do_wrong_is_told(
-    model: PreTrainedModel,
-    tiny_tokenizer: PreTrainedTokenizerBase,
-    fault: str,
-    words: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_an_endpoint_may_do_wrong_is_told(endpoint: Endpoint, fault: str, words: str, monkeypatch) -> None:
     monkeypatch.setattr(judge_endpoint, "RETRIES", 0)
     monkeypatch.setenv(KEY, "a-secret")
-    with (
-        endpoint(model, tiny_tokenizer, fault, A=9.0) as (double, reader),
-        pytest.raises(UserError, match=words) as caught,
-    ):
+    with endpoint(fault, A=9.0) as (double, reader), pytest.raises(UserError, match=words) as caught:
         reader.read(load_template("pair-zero-shot"), QUESTIONS[:2])
     assert double.url in str(caught.value) and "a-secret" not in str(caught.value)
 
 
-def test_a_question_over_the_context_has_no_answer(
-    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
-) -> None:
-    with endpoint(model, tiny_tokenizer, "long", A=9.0) as (_, reader):
-        assert [reading.refused for reading in reader.read(load_template("pair-zero-shot"), QUESTIONS[:2])] == [
-            True
-        ] * 2
+def test_a_question_over_the_context_has_no_answer(endpoint: Endpoint) -> None:
+    with endpoint("long", A=9.0) as (_, reader):
+        read = reader.read(load_template("pair-zero-shot"), QUESTIONS[:2])
+        assert [reading.refused for reading in read] == [True, True]
         judge = Judge(load_template("pair-zero-shot"), reader)
         assert not judge.all_answered(judge.questions_for("p", ["a", "b"]))
         with pytest.raises(UserError, match="too long for the endpoint's model"):
             judge.preferences([("p", "a", "b")])
 
 
-def test_what_was_answered_is_kept_when_another_question_fails(
-    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_what_was_answered_is_kept_when_another_question_fails(endpoint: Endpoint) -> None:
     kept: dict[int, object] = {}
-    with endpoint(model, tiny_tokenizer, A=25.0, B=25.0) as (double, reader):
+    with endpoint(A=25.0, B=25.0) as (double, reader):
         double.patience = 4
         with pytest.raises(UserError, match="refuses the key"):
             reader.read(load_template("pair-zero-shot"), QUESTIONS, keep=kept.update)
     assert len(kept) == 4
 
 
-def test_an_endpoint_that_never_says_a_label_is_given_up(
-    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_an_endpoint_that_never_says_a_label_is_given_up(endpoint: Endpoint) -> None:
     template = replace(load_template("pair-zero-shot"), labels=("better", "worse"))  # of several tokens
-    with endpoint(model, tiny_tokenizer, A=25.0, B=25.0) as (_, reader):
+    with endpoint(A=25.0, B=25.0) as (_, reader):
         assert all(reading.bounded == 2 for reading in reader.read(template, QUESTIONS * 3))  # 18
         with pytest.raises(UserError, match="in none of 24 answers a label .better, worse."):
             reader.read(template, QUESTIONS)
-    with endpoint(model, tiny_tokenizer, A=25.0, B=25.0) as (_, reader):
+    with endpoint(A=25.0, B=25.0) as (_, reader):
         reader.read(load_template("pair-zero-shot"), QUESTIONS[:1])
         assert len(reader.read(template, QUESTIONS * 4)) == 24  # one had a label
 

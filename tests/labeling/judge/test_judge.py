@@ -47,14 +47,10 @@ def pair_judge(rule: Callable[[Fields], float], **how: Any) -> Judge:
 def test_both_orders_are_asked_and_the_bias_cancels() -> None:
     judge = pair_judge(by_length(bias=5.0))
     triples = [(PROMPT.text, "aaa", "b"), (PROMPT.text, "cc", "dddd")]
-    assert judge.both_orders(triples) == [
-        (pytest.approx(7.0), pytest.approx(3.0)),
-        (pytest.approx(3.0), pytest.approx(7.0)),
-    ]
+    assert judge.both_orders(triples) == [pytest.approx((7.0, 3.0)), pytest.approx((3.0, 7.0))]
     assert judge.preferences(triples) == pytest.approx([2.0, -2.0])
-    assert [(q["first"], q["second"]) for q in judge.reader.asked] == [
-        ("aaa", "b"), ("b", "aaa"), ("cc", "dddd"), ("dddd", "cc"),
-    ]  # fmt: skip
+    asked = [(q["first"], q["second"]) for q in judge.reader.asked]
+    assert asked == [("aaa", "b"), ("b", "aaa"), ("cc", "dddd"), ("dddd", "cc")]
     assert judge.asked == 4  # and not again by `preferences`
 
 
@@ -114,16 +110,10 @@ def test_equal_texts_tie_and_are_not_asked_about() -> None:
 
 
 def test_points_rank_by_their_expectation() -> None:
-    points = {
-        "a": [math.log(x) for x in (0.2, 0.3, 0.5)],  # 2.3
-        "b": [math.log(x) for x in (0.1, 0.6, 0.3)],  # 2.2
-        "c": [math.log(x) for x in (0.9, 0.05, 0.05)],  # 1.15
-    }
-    template = load_template("points-zero-shot")
-    judge = Judge(
-        Template("t", "points", "zero-shot", ("1", "2", "3"), "", template.body),
-        Rigged(lambda q: points[q["response"]]),
-    )
+    shares = {"a": (0.2, 0.3, 0.5), "b": (0.1, 0.6, 0.3), "c": (0.9, 0.05, 0.05)}  # points of 2.3, 2.2 and 1.15
+    body = load_template("points-zero-shot").body
+    reader = Rigged(lambda q: [math.log(x) for x in shares[q["response"]]])
+    judge = Judge(Template("t", "points", "zero-shot", ("1", "2", "3"), "", body), reader)
     labeler = JudgeLabeler(judge, 0.04)
     assert labeler.utilities(PROMPT, outputs("a", "b", "c")) == pytest.approx([0.65, 0.6, 0.075])
     assert labeler.rank(PROMPT, outputs("a", "b", "c")) == (1, 2, 3)
@@ -186,10 +176,8 @@ def test_what_was_answered_before_an_interruption_is_kept(tmp_path: Path) -> Non
 
 
 def test_answers_of_another_prompt_format_are_another_judges() -> None:
-    plain, verbatim = (
-        recipe().model_copy(update={"model": recipe().model.model_copy(update={"prompt_format": name})})
-        for name in ("plain", "verbatim")
-    )
+    models = [recipe().model.model_copy(update={"prompt_format": name}) for name in ("plain", "verbatim")]
+    plain, verbatim = (recipe().model_copy(update={"model": model}) for model in models)
     assert make_reader(plain)[1] == make_reader(plain)[1] != make_reader(verbatim)[1]
 
 
@@ -206,10 +194,8 @@ def test_answers_are_kept_and_taken_over_by_the_same_judge_alone(tmp_path: Path)
     assert JudgeLabeler(again).rank(PROMPT, outputs("a", "dd"))
     assert again.asked == 2
     assert [json.loads(line)["bounded"] for line in log.read_text().splitlines()] == [0] * 8
-    for other in (
-        pair_judge(by_length(), log=log, identity="model 2"),
-        Judge(load_template("pair-brief"), again.reader),
-    ):
+    others = [pair_judge(by_length(), log=log, identity="model 2"), Judge(load_template("pair-brief"), again.reader)]
+    for other in others:
         JudgeLabeler(other).rank(PROMPT, three)
         assert other.asked == 6
 
@@ -240,9 +226,8 @@ def test_make_labeler_reads_the_section(tmp_path: Path, tiny_dir: str) -> None:
 
 
 def test_evaluate_may_be_judged_as_well(tmp_path: Path) -> None:
-    chosen = recipe(template="points-zero-shot").model_copy(
-        update={"evaluate": Recipe().evaluate.model_copy(update={"labeler": "judge"})}
-    )
+    evaluate = Recipe().evaluate.model_copy(update={"labeler": "judge"})
+    chosen = recipe(template="points-zero-shot").model_copy(update={"evaluate": evaluate})
     labeler = make_evaluation_labeler(chosen, RunFolder(tmp_path))
     (tmp_path / "evaluate").mkdir()
     assert labeler.prefers(PROMPT, *outputs("one", "two"), 0) in (0.0, 0.5, 1.0)
@@ -345,18 +330,14 @@ def test_two_processes_share_the_questions_and_rank_as_one(tmp_path: Path, tiny_
     """Cover shared demonstrations, reasoning, and policies under a template, with whole and partitioned models."""
     few = tmp_path / "few.txt"
     example = {"prompt": "is it so? " * 40, "first": "yes", "second": "no", "label": "1"}
-    few.write_text(
-        "kind: pair\nform: few-shot\nlabels: 1 2\ncue: Better:\n---\n{{ prompt }} A {{ first }} B {{ second }}\n"
-        f"--- demonstrations\n{json.dumps(example)}\n"
-    )
+    head = "kind: pair\nform: few-shot\nlabels: 1 2\ncue: Better:\n---\n{{ prompt }} A {{ first }} B {{ second }}\n"
+    few.write_text(f"{head}--- demonstrations\n{json.dumps(example)}\n")
     judged = ["rank.prompts=6", "rank.labeler=judge", "judge.tie_margin=0", "judge.reasoning_tokens=4"]
+    prompted = ["evaluate.prompted=[few-shot,chain-of-thought]", "evaluate.prompts=3", "evaluate.reasoning_tokens=4"]
     work = {
         "few": ("rank", [*judged, f"judge.template={few}", "judge.batch_tokens=1024"]),
         "think": ("rank", [*judged, "judge.template=pair-chain-of-thought"]),
-        "prompted": (
-            "evaluate",
-            ["evaluate.prompted=[few-shot,chain-of-thought]", "evaluate.prompts=3", "evaluate.reasoning_tokens=4"],
-        ),
+        "prompted": ("evaluate", prompted),
     }
     parted = ["launch.zero_stage=3", "launch.frozen=partitioned", "launch.gather=by_layer"]
     ways = {"one": [], "whole": ["launch.processes=2"], "parted": ["launch.processes=2", *parted]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,13 +25,8 @@ QUESTIONS = [
     {"prompt": "Boil an egg. " * 6, "first": "Seven minutes.", "second": "Boil it. " * 9},
 ]
 
-THINK = """kind: pair
-form: chain-of-thought
-labels: A B
-cue: Better:
----
-{{ prompt }} A {{ first }} B {{ second }}
-"""
+THINK = "kind: pair\nform: chain-of-thought\nlabels: A B\ncue: Better:\n---\n"
+THINK += "{{ prompt }} A {{ first }} B {{ second }}\n"
 
 
 def loop(model: PreTrainedModel, ids: list[int], rest: list[int]) -> float:
@@ -52,22 +47,17 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 @pytest.mark.parametrize("batch_tokens", [64, 4096])
 @pytest.mark.parametrize("name", ["pair-zero-shot", "pair-brief", "points-zero-shot"])
-def test_labels_are_read_off_the_whole_softmax(
-    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase, name: str, batch_tokens: int
-) -> None:
+def test_labels_are_read_off_the_whole_softmax(model, tiny_tokenizer, name: str, batch_tokens: int) -> None:
     template = load_template(name)
     questions = [q | {"response": q["first"]} for q in QUESTIONS]
     counted: list[int] = []
     found = LocalReader(model, tiny_tokenizer, batch_tokens).read(template, questions, counted.append)
     assert sum(counted) == len(questions)
     for question, reading in zip(questions, found, strict=True):
-        text = tiny_tokenizer.apply_chat_template(
-            [m._asdict() for m in template.messages(question)], add_generation_prompt=True, tokenize=False
-        )
-        sequences = [
-            tiny_tokenizer(f"{text}{template.cue} {label}", add_special_tokens=False)["input_ids"]
-            for label in template.labels
-        ]
+        messages = [m._asdict() for m in template.messages(question)]
+        text = tiny_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + template.cue
+        texts = [f"{text} {label}" for label in template.labels]
+        sequences = [tiny_tokenizer(each, add_special_tokens=False)["input_ids"] for each in texts]
         shared = next(i for i in range(99999) if len({ids[i] for ids in sequences}) > 1)
         expected = [loop(model, ids[:shared], ids[shared:]) for ids in sequences]
         assert reading.logprobs == pytest.approx(expected, abs=2e-5)
@@ -75,16 +65,10 @@ def test_labels_are_read_off_the_whole_softmax(
         assert max(expected) - min(expected) > 0.01  # the test could tell labels apart
 
 
-def test_demonstrations_that_all_questions_share_are_seen_once(
-    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = (
-        THINK.replace("chain-of-thought", "few-shot").replace("A B", "1 2")
-        + """--- demonstrations
-{"prompt": "Is tea a drink?", "first": "Yes, and a good one.", "second": "no", "label": "1"}
-{"prompt": "Boil water.", "first": "I cannot.", "second": "Done in three minutes.", "label": "2"}
-"""
-    )
+def test_demonstrations_that_all_questions_share_are_seen_once(model, tiny_tokenizer, monkeypatch) -> None:
+    text = THINK.replace("chain-of-thought", "few-shot").replace("A B", "1 2") + "--- demonstrations\n"
+    text += '{"prompt": "Is tea a drink?", "first": "Yes, and a good one.", "second": "no", "label": "1"}\n'
+    text += '{"prompt": "Boil water.", "first": "I cannot.", "second": "Done in three minutes.", "label": "2"}\n'
     template = parse_template(text, "t", "t")
     reader, counted, passes = LocalReader(model, tiny_tokenizer, 400), [], []
     real = local.last_states
@@ -122,9 +106,7 @@ def test_next_token_logprobs_keep_the_order_of_candidates(model: PreTrainedModel
         assert row.tolist() == pytest.approx([loop(model, context, [token]) for token in (30, 10, 20)], abs=2e-5)
 
 
-def test_reasoning_is_greedy_bounded_and_stands_before_the_cue(
-    model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_reasoning_is_greedy_bounded_and_stands_before_the_cue(model: PreTrainedModel, tiny_tokenizer) -> None:
     template = parse_template(THINK, "t", "t")
     reader = LocalReader(model, tiny_tokenizer, reasoning_tokens=7)
     for question, reading in zip(QUESTIONS, reader.read(template, QUESTIONS), strict=True):
@@ -139,24 +121,16 @@ def test_reasoning_is_greedy_bounded_and_stands_before_the_cue(
         assert reading.logprobs == pytest.approx([loop(model, context, ids) for ids in labels], abs=2e-5)
 
 
-def test_a_cue_that_the_model_writes_itself_ends_its_reasoning(
-    tiny_policy: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Said:
-        def __init__(self, n: int) -> None:
-            self.n = n
-
-        def texts(self, tokenizer: Any) -> list[str]:
-            return [" Both are short. The better answer is A. Or B?"] * self.n
-
-    monkeypatch.setattr(local, "sample", lambda *args, **how: Said(len(args[2])))
+def test_a_cue_that_the_model_writes_itself_ends_its_reasoning(tiny_policy, tiny_tokenizer, monkeypatch) -> None:
+    said = SimpleNamespace(
+        texts=lambda tokenizer: [" Both are short. The better answer is A. Or B?"]
+    )  # to one question
+    monkeypatch.setattr(local, "sample", lambda *args, **how: said)
     reading = LocalReader(tiny_policy, tiny_tokenizer).read(load_template("pair-chain-of-thought"), QUESTIONS[:1])[0]
     assert reading.reasoning == "Both are short."
 
 
-def test_a_question_over_the_limit_is_refused_and_can_be_asked_about(
-    tiny_policy: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_a_question_over_the_limit_is_refused_and_can_be_asked_about(tiny_policy, tiny_tokenizer) -> None:
     template = load_template("pair-zero-shot")
     needed = [local.question_tokens(tiny_tokenizer, template, q, 0) for q in QUESTIONS]
     assert needed[0] > len(encode_untrusted(tiny_tokenizer, template.messages(QUESTIONS[0])))

@@ -11,16 +11,8 @@ from launch.commands.label import outputs_of, prepare, settings, what_next
 from rlhf.errors import UserError
 from rlhf.labeling.page.collect import open_store
 
-ROWS = [
-    {
-        "prompt": f"prompt {i}",
-        "responses": ["a", "b", "c"],
-        "ranks": [1, 2, 2],
-        "finished": [True] * 3,
-        "rubric": [0.0] * 3,
-    }
-    for i in range(3)
-]
+RANKED = {"responses": ["a", "b", "c"], "ranks": [1, 2, 2], "finished": [True] * 3, "rubric": [0.0] * 3}
+ROWS = [RANKED | {"prompt": f"prompt {i}"} for i in range(3)]
 
 
 @pytest.fixture

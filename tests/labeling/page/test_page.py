@@ -19,6 +19,7 @@ from rlhf.labeling.outputs import Outputs
 from rlhf.labeling.page.form import Submission
 from rlhf.labeling.page.server import serving
 from rlhf.labeling.page.store import LabelStore, task_key
+from support import label_stores
 from support.browser import started, violations
 
 MARKUP = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><b>bold</b>"
@@ -55,9 +56,7 @@ def site(tmp_path: Path) -> Iterator[Callable[..., tuple[LabelStore, str]]]:
     stack = []
 
     def start(names: tuple[str, ...] = ("anna",), items: list[Outputs] = ITEMS, **label: Any) -> tuple[LabelStore, str]:
-        store = LabelStore(tmp_path / "labels.sqlite", LabelSection(labelers=list(names), **label), 1)
-        store.set_tasks(items)
-        store.invite(names)
+        store = label_stores.opened(tmp_path, names=names, items=items, labelers=list(names), **label)
         server = serving(store, "demo", "127.0.0.1")
         stack.append((server, store))
         return store, server.__enter__()
@@ -87,11 +86,8 @@ def shown(page: Any) -> list[str]:
 
 def ranks_by_text(store: LabelStore, labeler: str = "anna") -> dict[str, dict[str, int]]:
     """Return the stored rankings as {prompt: {response: rank}}."""
-    return {
-        item.outputs.prompt.text: dict(zip(item.outputs.responses, item.ranks, strict=True))
-        for item in store.rankings()
-        if item.labeler == labeler
-    }
+    mine = [item for item in store.rankings() if item.labeler == labeler]
+    return {each.outputs.prompt.text: dict(zip(each.outputs.responses, each.ranks, strict=True)) for each in mine}
 
 
 def place_by_keys(page: Any, rows: list[int]) -> None:
@@ -278,9 +274,8 @@ def test_model_text_is_text_and_right_to_left_reads_so(browser: Any, site: Any) 
     assert page.locator(f".snippet:text-is({json.dumps(MARKUP)})").count() == 1
     page.wait_for_timeout(200)
     assert page.evaluate("window.hacked") is None and page.errors == []
-    directions = page.eval_on_selector_all(
-        ".card > .text", "all => Object.fromEntries(all.map(e => [e.textContent, getComputedStyle(e).direction]))"
-    )
+    by_text = "all => Object.fromEntries(all.map(e => [e.textContent, getComputedStyle(e).direction]))"
+    directions = page.eval_on_selector_all(".card > .text", by_text)
     assert directions == {MARKUP: "ltr", ARABIC: "rtl", "plain": "ltr"}
     cut = page.locator(".card", has_text="cut off at the length limit")
     assert cut.count() == 1 and "plain" in cut.inner_text()
@@ -363,16 +358,13 @@ def test_flags_and_quality_by_keyboard_are_stored(browser: Any, site: Any) -> No
     page.keyboard.press("Control+Enter")
     wait_stored(page, store, 1)
     (item,) = store.rankings()
-    said = dict(
-        zip(item.outputs.responses, zip(item.details["quality"], item.details["flags"], strict=True), strict=True)
-    )
+    about = zip(item.details["quality"], item.details["flags"], strict=True)
+    said = dict(zip(item.outputs.responses, about, strict=True))
     assert said == {texts[0]: (7, ["fails_task", "hallucination"]), texts[1]: (1, [])}
 
 
 def test_a_ranking_that_meets_a_dead_server_is_stored_once_it_is_back(browser: Any, tmp_path: Path) -> None:
-    store = LabelStore(tmp_path / "labels.sqlite", LabelSection(), 1)
-    store.set_tasks(ITEMS)
-    store.invite(["anna"])
+    store = label_stores.opened(tmp_path, items=ITEMS)
     with serving(store, "demo", "127.0.0.1") as address:
         page = opened(browser, store, address)
         place_by_keys(page, [1, 2, 3, 4])
@@ -396,9 +388,8 @@ def test_a_ranking_that_meets_a_dead_server_is_stored_once_it_is_back(browser: A
         assert not [name for name in page.evaluate("() => Object.keys(localStorage)") if name.startswith("outbox")]
         # An acknowledgement that was lost: the same submission is sent again, and the page goes on.
         sent = store.rankings()[-1]
-        claim = store._read(
-            "SELECT claims.id FROM claims JOIN submissions s USING (task) WHERE s.id = ?", sent.details["id"]
-        )
+        query = "SELECT claims.id FROM claims JOIN submissions s USING (task) WHERE s.id = ?"
+        claim = store._read(query, sent.details["id"])
         again = {"id": sent.details["id"], "task": claim[0]["id"], "kind": "ranking"}
         again |= {"ranks": [1] * len(sent.ranks), "flags": [[]] * len(sent.ranks)}
         page.evaluate("kept => localStorage.setItem(`outbox anna ${kept.id}`, JSON.stringify(kept))", again)
@@ -457,9 +448,7 @@ def test_prompts_of_another_run_are_kept_until_served_or_thrown_away(browser: An
 
 
 def test_a_server_that_stays_away_is_told_from_one_that_starts_again(browser: Any, tmp_path: Path) -> None:
-    store = LabelStore(tmp_path / "labels.sqlite", LabelSection(), 1)
-    store.set_tasks(ITEMS)
-    store.invite(["anna"])
+    store = label_stores.opened(tmp_path, items=ITEMS)
     with serving(store, "demo", "127.0.0.1") as address:
         page = browser.new_context().new_page()
         page.clock.install()
@@ -525,10 +514,8 @@ def test_changes_are_spoken_and_the_focus_stays(browser: Any, site: Any) -> None
     heard("Output B: rank 2 of 2.")
     page.keyboard.press("5")
     heard("Output B: rank 2 of 2.")
-    page.keyboard.press("ArrowUp")
-    page.keyboard.press("ArrowUp")
-    page.keyboard.press("ArrowUp")
-    page.keyboard.press("ArrowUp")
+    for _ in range(4):
+        page.keyboard.press("ArrowUp")
     heard("Output B: rank 1 of 1, tied with A.")
     page.keyboard.press("ArrowUp")
     heard("Output B: rank 1 of 2.")
@@ -557,9 +544,7 @@ SIZES = [(width, scheme) for width in (390, 1440) for scheme in ("light", "dark"
 
 
 @pytest.mark.parametrize(("width", "scheme"), SIZES)
-def test_nothing_serious_for_axe_and_nothing_beside_the_screen(
-    browser: Any, site: Any, width: int, scheme: str
-) -> None:
+def test_nothing_serious_for_axe_and_nothing_beside_the_screen(browser, site, width: int, scheme: str) -> None:
     """Draw the pictures of docs/ into FOLDER with RLHF_SCREENSHOTS=FOLDER."""
     earlier = [Outputs(Prompt.from_text(f"Say {n}."), ("One.", "Two."), (True, True)) for n in range(7)]
     store, address = site(items=earlier + ITEMS)
@@ -623,10 +608,8 @@ def test_inserting_between_rows_keeps_the_others_order(browser: Any, site: Any) 
     boards = [list(b) for b in itertools.product([None, 1, 2, 3], repeat=3)]
     boards += [list(b) for b in itertools.product([1, 2, 3, 4], repeat=4)]
     cases = [(b, i, gap) for b in boards for i in range(len(b)) for gap in range(len(b) + 1)]
-    results = page.evaluate(
-        "async cases => { const m = await import('/order.js'); return cases.map(([b, i, g]) => m.insert(b, i, g)); }",
-        cases,
-    )
+    insert = "async all => { const m = await import('/order.js'); return all.map(([b, i, g]) => m.insert(b, i, g)); }"
+    results = page.evaluate(insert, cases)
     for (before, i, gap), after in zip(cases, results, strict=True):
         others = [j for j in range(len(before)) if j != i]
         assert all(row is None or 1 <= row <= len(before) for row in after)
@@ -650,7 +633,5 @@ def test_inserting_between_rows_keeps_the_others_order(browser: Any, site: Any) 
 def test_ranks_and_words_by_hand(browser: Any, site: Any, place: list, dense: list, words: str) -> None:
     store, address = site()
     page = opened(browser, store, address)
-    found = page.evaluate(
-        "async place => { const m = await import('/order.js'); return [m.ranks(place), m.words(place)]; }", place
-    )
-    assert found == [dense, words]
+    told = "async place => { const m = await import('/order.js'); return [m.ranks(place), m.words(place)]; }"
+    assert page.evaluate(told, place) == [dense, words]

@@ -16,15 +16,7 @@ from rlhf.errors import UserError
 from rlhf.labeling.outputs import Outputs, outputs_row, read_outputs
 from rlhf.labeling.page import store as label_store
 from rlhf.labeling.page.form import FLAGS, SKIPS, validation_error
-from rlhf.labeling.page.store import (
-    Conflict,
-    Counts,
-    InvalidSubmission,
-    LabelStore,
-    UnknownTask,
-    shared_tasks,
-    task_key,
-)
+from rlhf.labeling.page.store import Conflict, Counts, LabelStore, UnknownTask, shared_tasks, task_key
 from rlhf.labeling.page.stored_ranking import labelled_row
 from support.label_stores import opened, outputs, rank_one, ranking, skip
 
@@ -119,10 +111,8 @@ def test_answers_are_kept_in_the_order_of_the_file_by_hand(tmp_path: Path) -> No
     task = store.next_task("anna")
     with sqlite3.connect(store.path) as db:
         db.execute("UPDATE claims SET shown = '[2, 0, 1]'")
-    store.submit(
-        "anna",
-        ranking(task.id, [1, 2, 2], quality=[7, None, 3], flags=[[], ["opinion"], ["hallucination"]], seconds=4.5),
-    )
+    said = {"quality": [7, None, 3], "flags": [[], ["opinion"], ["hallucination"]]}
+    store.submit("anna", ranking(task.id, [1, 2, 2], seconds=4.5, **said))
     (item,) = store.rankings()
     # Output 2 was shown first and ranked 1; outputs 0 and 1 tie behind it.
     assert item.ranks == (2, 2, 1)
@@ -130,7 +120,7 @@ def test_answers_are_kept_in_the_order_of_the_file_by_hand(tmp_path: Path) -> No
     assert item.details["shown"] == [2, 0, 1] and item.details["seconds"] == 4.5
     again = store.take_back("anna", store.last("anna"))
     assert [output["text"][7] for output in again.outputs] == ["2", "0", "1"]
-    assert again.answer == {"ranks": [1, 2, 2], "quality": [7, None, 3], "flags": [[], ["opinion"], ["hallucination"]]}
+    assert again.answer == {"ranks": [1, 2, 2]} | said
 
 
 def test_rows_are_of_the_ranking_contract(tmp_path: Path) -> None:
@@ -173,7 +163,7 @@ def test_what_was_not_given_to_a_labeler_is_refused(tmp_path: Path) -> None:
     task = store.next_task("anna")
     with pytest.raises(UnknownTask, match="not given"):
         store.submit("ben", ranking(task.id, [1, 2, 3]))
-    with pytest.raises(InvalidSubmission, match="ranks"):
+    with pytest.raises(label_store.InvalidSubmission, match="ranks"):
         store.submit("anna", ranking(task.id, [1, 2]))
     assert store.rankings() == []
 

@@ -272,10 +272,8 @@ def test_folders_without_an_adapter(tiny_dir, tmp_path) -> None:
     assert find_adapter("nobody/no-such-model") is None and find_adapter("tiny") is None
 
 
-RECORD = {
-    "format": 1, "peft": METHODS["lora"].model_dump(), "base": {"name": "tiny", "hash": "00"}, "scalar": False,
-    "keep_layers": 0, "reward_mean": 0.0, "reward_std": 1.0,
-}  # fmt: skip
+RECORD = {"format": 1, "peft": METHODS["lora"].model_dump(), "base": {"name": "tiny", "hash": "00"}}
+RECORD |= {"scalar": False, "keep_layers": 0, "reward_mean": 0.0, "reward_std": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -307,9 +305,8 @@ def test_a_record_that_cannot_be_read_says_why(text: str, words: str, tmp_path: 
 
 def test_a_sound_record_is_read(tmp_path) -> None:
     (tmp_path / "adapter.json").write_text(json.dumps(RECORD | {"scalar": True, "keep_layers": 2, "reward_mean": 3}))
-    assert find_adapter(str(tmp_path)) == AdapterFolder(
-        tmp_path, METHODS["lora"], Origin("tiny", "00"), scalar=True, keep_layers=2, reward_mean=3.0, reward_std=1.0
-    )
+    kept = {"scalar": True, "keep_layers": 2, "reward_mean": 3.0, "reward_std": 1.0}
+    assert find_adapter(str(tmp_path)) == AdapterFolder(tmp_path, METHODS["lora"], Origin("tiny", "00"), **kept)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "empty"])

@@ -10,18 +10,8 @@ from torch import Tensor
 
 from rlhf.config import PeftSection
 from rlhf.models.layers import cut_layers
-from rlhf.models.peft.merging import (
-    LORA_A,
-    LORA_B,
-    MAGNITUDE,
-    SCALE,
-    LinearWeights,
-    merge_into,
-    merged_linear,
-    merged_state_dict,
-    plain_name,
-    why_not_mergeable,
-)
+from rlhf.models.peft import merging
+from rlhf.models.peft.merging import LORA_A, LORA_B, MAGNITUDE, SCALE, LinearWeights, merged_linear, merged_state_dict
 from rlhf.models.peft.methods import peft_of, trainable
 from support.peft_references import CACHED, CASES, EMBEDDED, MERGED, METHODS, REFERENCES, adapted, case, plain
 
@@ -85,8 +75,9 @@ def test_a_bfloat16_weight_is_rounded_once() -> None:
 
 
 def test_names_of_the_plain_model() -> None:
-    assert plain_name("model.layers.0.self_attn.q_proj.base_layer.weight") == "model.layers.0.self_attn.q_proj.weight"
-    assert plain_name("transformer.ln_f.bias") == "transformer.ln_f.bias"
+    query = "model.layers.0.self_attn.q_proj"
+    assert merging.plain_name(f"{query}.base_layer.weight") == f"{query}.weight"
+    assert merging.plain_name("transformer.ln_f.bias") == "transformer.ln_f.bias"
 
 
 # --- whole models -----------------------------------------------------------------------------------------------------
@@ -107,7 +98,7 @@ def test_merged_weights_are_those_of_peft(kind: str, method: str) -> None:
     merged = merged_state_dict(model, model.state_dict())
     assert merged.keys() == plain(kind).state_dict().keys()
     written = plain(kind)
-    merge_into(written, trainable(model), METHODS[method])
+    merging.merge_into(written, trainable(model), METHODS[method])
     assert peft_of(written) is None and all(p.requires_grad for p in written.parameters())
     for name, tensor in written.state_dict().items():
         torch.testing.assert_close(merged[name].double(), expected[name], atol=1e-6, rtol=0)
@@ -129,14 +120,14 @@ def test_merged_models_answer_as_before(kind: str, method: str) -> None:
 def test_parts_of_layers_that_were_cut_off_are_left_out(kind: str, method: str) -> None:
     model, expected = plain(kind), by_peft(kind, method)
     cut_layers(model, 1)
-    merge_into(model, trainable(case(kind, method).model), METHODS[method])
+    merging.merge_into(model, trainable(case(kind, method).model), METHODS[method])
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor.double(), expected[name], atol=1e-6, rtol=0)
 
 
 def test_a_merged_reward_model_keeps_its_head() -> None:
     model, merged = adapted("llama", "lora", scalar=True), plain("llama", scalar=True)
-    merge_into(merged, trainable(model), METHODS["lora"])
+    merging.merge_into(merged, trainable(model), METHODS["lora"])
     assert torch.equal(merged.score.weight, model.score.weight)
     assert not torch.equal(plain("llama", scalar=True).score.weight, model.score.weight)
     assert torch.equal(merged_state_dict(model, model.state_dict())["score.weight"], model.score.weight)
@@ -155,7 +146,7 @@ def test_a_plain_model_is_merged_already() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_cannot_be_merged_says_why(method: str) -> None:
-    reason = why_not_mergeable(METHODS[method])
+    reason = merging.why_not_mergeable(METHODS[method])
     if method in MERGED:
         assert reason == ""
         return
@@ -166,6 +157,6 @@ def test_what_cannot_be_merged_says_why(method: str) -> None:
         merged_state_dict(model, model.state_dict())
     target = plain("llama")
     with pytest.raises(ValueError, match=method):
-        merge_into(target, trainable(model), METHODS[method])
+        merging.merge_into(target, trainable(model), METHODS[method])
     untouched = plain("llama").state_dict()
     assert all(torch.equal(tensor, untouched[name]) for name, tensor in target.state_dict().items())

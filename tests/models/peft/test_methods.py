@@ -10,27 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    DynamicCache,
-    FalconConfig,
-    FalconForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    GPTNeoConfig,
-    GPTNeoXConfig,
-    GptOssConfig,
-    LlamaConfig,
-    MistralConfig,
-    MistralForCausalLM,
-    MptConfig,
-    OPTConfig,
-    PhiConfig,
-    PhimoeConfig,
-    Qwen2Config,
-)
+from transformers import AutoModelForCausalLM, BloomConfig, FalconForCausalLM, GPTNeoConfig, MistralConfig, Qwen2Config
 
 from rlhf.config import VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.errors import UserError
@@ -41,19 +23,8 @@ from rlhf.rollout import sampling
 from rlhf.rollout.batches import build_batch
 from rlhf.rollout.decoding import ModelDecoding, pad
 from rlhf.rollout.scoring import check_plain_head, raw_scores, response_logprobs, response_values
-from support.peft_references import (
-    CACHED,
-    CASES,
-    EMBEDDED,
-    METHODS,
-    VIRTUAL,
-    adapted,
-    case,
-    hidden_by_hand,
-    in_double,
-    plain,
-    stir,
-)
+from support import peft_references
+from support.peft_references import CACHED, CASES, EMBEDDED, METHODS, VIRTUAL, adapted, case, plain, stir
 from support.rollout_runs import PROMPTS, run
 from support.small_models import EOS, PAIRS, by_hand
 
@@ -150,7 +121,7 @@ def test_the_last_layers_alone(kind: str, method: str) -> None:
     assert sum(w.numel() for w in names.values()) == (COUNTS[kind, method] - last_norm) // 2
     with torch.no_grad():
         ours = getattr(model, model.base_model_prefix)(torch.tensor([ROW])).last_hidden_state[0]
-    assert torch.allclose(ours.double(), hidden_by_hand(kind, model)(ROW), atol=1e-5)
+    assert torch.allclose(ours.double(), peft_references.hidden_by_hand(kind, model)(ROW), atol=1e-5)
 
 
 def test_a_reward_models_head_is_trained_too() -> None:
@@ -252,7 +223,7 @@ def test_masks_of_every_kind_mean_the_same(kind: str, method: str) -> None:
                     body(ids, attention_mask=mask)
         # The second of two passes, whose mask is of all tokens so far.
         for mask in (None, torch.ones_like(ids), open_[:, :, first:], added[:, :, first:]):
-            held = DynamicCache(config=body.config)
+            held = transformers.DynamicCache(config=body.config)
             check_first = body(ids[:, :first], past_key_values=held, use_cache=True).last_hidden_state
             assert torch.allclose(check_first[0].double(), expected[:first], atol=1e-5)
             assert held.get_seq_length() == VIRTUAL + first
@@ -264,7 +235,7 @@ def test_scores_and_values_of_reward_models(method: str) -> None:
     kind = "gpt2" if method == "bitfit" else "llama"
     model = adapted(kind, method, scalar=True)
     model.config.reward_mean, model.config.reward_std = 0.5, 2.0
-    by_hand, head = hidden_by_hand(kind, model), model.score.weight[0].detach().double()
+    by_hand, head = peft_references.hidden_by_hand(kind, model), model.score.weight[0].detach().double()
     batch = build_batch(PAIRS, 0)
     with torch.no_grad():
         scores, values = raw_scores(model, batch), batch.unflatten(response_values(model, batch), 5)
@@ -294,7 +265,7 @@ def exact_loss(model: torch.nn.Module) -> Tensor:
 @pytest.mark.parametrize(("kind", "method"), CASES)
 def test_gradients_are_those_of_small_steps_and_reach_nothing_else(kind: str, method: str) -> None:
     """In float64, along one direction that moves every trained tensor."""
-    model = in_double(copy.deepcopy(case(kind, method).model))
+    model = peft_references.in_double(copy.deepcopy(case(kind, method).model))
     exact_loss(model).backward()
     trained = trainable(model)
     assert all(p.grad is None for name, p in model.named_parameters() if name not in trained)
@@ -378,13 +349,13 @@ def test_an_adapter_is_refused_behind_a_layer_without_a_module_for_it() -> None:
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 IA3_MAPS = [  # keys, values, the last of the MLP; with queries where they are one map
-    (OPTConfig(word_embed_proj_dim=32, ffn_dim=48, **SMALL), {"k_proj": 32, "v_proj": 32, "fc2": 48}),
-    (PhiConfig(intermediate_size=48, **SMALL), {"k_proj": 32, "v_proj": 32, "fc2": 48}),
-    (Gemma2Config(intermediate_size=48, num_key_value_heads=2, head_dim=8, **SMALL),
+    (transformers.OPTConfig(word_embed_proj_dim=32, ffn_dim=48, **SMALL), {"k_proj": 32, "v_proj": 32, "fc2": 48}),
+    (transformers.PhiConfig(intermediate_size=48, **SMALL), {"k_proj": 32, "v_proj": 32, "fc2": 48}),
+    (transformers.Gemma2Config(intermediate_size=48, num_key_value_heads=2, head_dim=8, **SMALL),
      {"k_proj": 16, "v_proj": 16, "down_proj": 48}),
     (GPTNeoConfig(vocab_size=50, hidden_size=32, num_layers=1, num_heads=4, attention_types=[[["global"], 1]]),
      {"k_proj": 32, "v_proj": 32, "c_proj": 128}),
-    (GPTNeoXConfig(intermediate_size=48, **SMALL), {"query_key_value": 96, "dense_4h_to_h": 48}),
+    (transformers.GPTNeoXConfig(intermediate_size=48, **SMALL), {"query_key_value": 96, "dense_4h_to_h": 48}),
     (BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=4), {"query_key_value": 96, "dense_4h_to_h": 128}),
 ]  # fmt: skip
 
@@ -406,8 +377,8 @@ def test_a_bottleneck_is_refused_behind_an_mlp_that_adds_the_residual() -> None:
 def test_a_bottleneck_goes_behind_experts_and_leaves_router_scores() -> None:
     """GPT-OSS's feed-forward layer gives (hidden states, scores)."""
     torch.manual_seed(0)
-    config = GptOssConfig(intermediate_size=32, num_key_value_heads=2, head_dim=8, num_local_experts=2,
-                          num_experts_per_tok=1, layer_types=["full_attention"], **SMALL)  # fmt: skip
+    sizes = {"intermediate_size": 32, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2}
+    config = transformers.GptOssConfig(num_experts_per_tok=1, layer_types=["full_attention"], **sizes, **SMALL)
     model = AutoModelForCausalLM.from_config(config).eval()
     ids = torch.tensor([ROW])
     with torch.no_grad():
@@ -420,7 +391,7 @@ def test_a_bottleneck_goes_behind_experts_and_leaves_router_scores() -> None:
 
 @pytest.mark.parametrize("method", VIRTUAL_TOKEN_METHODS)
 def test_virtual_tokens_are_refused_where_padding_counts_as_distance(method: str) -> None:
-    model = AutoModelForCausalLM.from_config(MptConfig(vocab_size=50, d_model=32, n_heads=4, n_layers=1))
+    model = AutoModelForCausalLM.from_config(transformers.MptConfig(vocab_size=50, d_model=32, n_heads=4, n_layers=1))
     with pytest.raises(UserError) as error:
         add_adapter(model, METHODS[method])
     what, where, _ = parts(error.value)
@@ -428,10 +399,7 @@ def test_virtual_tokens_are_refused_where_padding_counts_as_distance(method: str
 
 
 def test_ia3_is_refused_where_there_is_no_map_for_it() -> None:
-    config = PhimoeConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=2,
-    )  # fmt: skip
+    config = transformers.PhimoeConfig(intermediate_size=48, num_key_value_heads=2, num_local_experts=2, **SMALL)
     with pytest.raises(UserError) as error:
         add_adapter(AutoModelForCausalLM.from_config(config), METHODS["ia3"])
     what, where, fix = parts(error.value)
@@ -459,7 +427,7 @@ def test_windows_must_hold_virtual_tokens_and_rows(method: str) -> None:
     """Within the window left-padded decoding is a full forward of the row alone; beyond it is refused."""
     torch.manual_seed(0)
     config = MistralConfig(intermediate_size=48, num_key_value_heads=2, sliding_window=16, **SHAPE)
-    model = MistralForCausalLM(config).eval()
+    model = transformers.MistralForCausalLM(config).eval()
     check_context(model, 100, "reward.max_tokens")
     stir(add_adapter(model, METHODS[method]))
     check_context(model, 13, "reward.max_tokens")
@@ -487,8 +455,8 @@ MIXED = ["full_attention", "sliding_attention", "chunked_attention"]
         (GPTNeoConfig(window_size=100, attention_types=[[["global"], 24]]), 0),
         (SimpleNamespace(layer_types=MIXED, sliding_window=8, attention_chunk_size=6), 6),
         (SimpleNamespace(layer_types=MIXED, sliding_window=8, attention_chunk_size=None), 8),
-        (LlamaConfig(), 0),
-        (GPT2Config(), 0),
+        (transformers.LlamaConfig(), 0),
+        (transformers.GPT2Config(), 0),
     ],
 )
 def test_the_narrowest_window_of_an_architecture(config: object, window: int) -> None:
@@ -498,11 +466,11 @@ def test_the_narrowest_window_of_an_architecture(config: object, window: int) ->
 def test_keys_and_values_are_refused_where_their_heads_are_not_known() -> None:
     for method in CACHED:
         with pytest.raises(UserError) as error:
-            add_adapter(FalconForCausalLM(FalconConfig(**SHAPE)), METHODS[method])
+            add_adapter(FalconForCausalLM(transformers.FalconConfig(**SHAPE)), METHODS[method])
         what, where, fix = parts(error.value)
         assert "falcon" in what and where == "model.peft.method" and "p_tuning" in fix
     for method in EMBEDDED:
-        add_adapter(FalconForCausalLM(FalconConfig(**SHAPE)), METHODS[method])
+        add_adapter(FalconForCausalLM(transformers.FalconConfig(**SHAPE)), METHODS[method])
 
 
 # --- sampling engines -------------------------------------------------------------------------------------------------
@@ -512,9 +480,8 @@ def test_vllm_gives_way_to_the_native_engine_and_says_so_once(capsys, monkeypatc
     monkeypatch.setattr(sampling, "_reported", set())
     for method in ("adapter", *EMBEDDED, *CACHED):
         model = case("llama", method).model
-        assert [sampling.engine_for(model, engine) for engine in ("vllm", "vllm", "generate", "native")] == [
-            "native", "native", "generate", "native"
-        ]  # fmt: skip
+        taken = [sampling.engine_for(model, engine) for engine in ("vllm", "vllm", "generate", "native")]
+        assert taken == ["native", "native", "generate", "native"]
         said = capsys.readouterr().err
         assert said.count("sampling with the native engine") == 1
         assert method in said

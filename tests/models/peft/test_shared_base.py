@@ -123,10 +123,8 @@ def digests(model: nn.Module, own: set[str]) -> Iterator[tuple[str, str]]:
     """Hash of each weight of the base by its name in a plain model."""
     for name, weight in model.state_dict().items():
         if name not in own:
-            yield (
-                plain_name(name),
-                hashlib.sha256(weight.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest(),
-            )
+            data = weight.contiguous().view(torch.uint8).numpy().tobytes()
+            yield plain_name(name), hashlib.sha256(data).hexdigest()
 
 
 def own_weights(model: nn.Module, peft: PeftSection) -> set[str]:
@@ -145,9 +143,7 @@ def apart(monkeypatch: pytest.MonkeyPatch, given: Given, **more: str) -> Ppo:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_base_weight_is_held_twice_or_changed_by_training(
-    given: Given, dtype: str, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
+def test_no_base_weight_is_held_twice_or_changed_by_training(given: Given, dtype: str, monkeypatch, capsys) -> None:
     if dtype == "bfloat16":  # of random weights as loud as these a score has one digit left
         monkeypatch.setattr("rlhf.rollout.probes.TOLERANCE", 0.5)
     ppo = given.build(model__dtype=dtype, ppo__ratio_tolerance="0.2")
@@ -202,9 +198,7 @@ def test_all_four_start_as_what_the_stages_left(given: Given) -> None:
 
 
 @pytest.mark.parametrize("recompute", ["false", "true"])
-def test_numbers_and_gradients_of_separate_models(
-    given: Given, recompute: str, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
+def test_numbers_and_gradients_of_separate_models(given: Given, recompute: str, monkeypatch, capsys) -> None:
     if recompute == "true" and given.recipe().model.peft.method == "prefix":
         pytest.skip("refused: layers that are computed again would not see the keys and values")
     how = {"launch__gradient_checkpointing": recompute}
@@ -318,9 +312,7 @@ def test_another_method_than_the_recipes_is_told(llama_given: Given) -> None:
         llama_given.build()
 
 
-def test_a_stopped_run_resumes_exactly(
-    tiny_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_stopped_run_resumes_exactly(tiny_dir: str, tmp_path: Path, monkeypatch, capsys) -> None:
     """Stopped twice; tests/stages/test_peft_stages.py resumes every method from a kill."""
     given = make(tiny_dir, tmp_path / "whole", keep_layers=3)
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
