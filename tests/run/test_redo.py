@@ -181,7 +181,7 @@ def shown_by(*arguments: str) -> str:
 
 def test_from_and_fresh_redo_and_status_shows_it() -> None:
     run = ["run", "tiny", "run.name=demo", "run.stages=[sft,rank]", "rank.prompts=4", "tracking.wandb=disabled"]
-    run += ["data.max_response_tokens=32"]  # few demonstrations are that short
+    run += ["sft.epochs=0.25"]
     shown_by(*run)
     before = {stage: stage_json(stage)["ended"] for stage in ("sft", "rank")}
     weights = Path("runs/demo/sft/model/model.safetensors").stat().st_mtime_ns
