@@ -12,8 +12,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.pop("COLUMNS", None)  # xdist sets it to 80, where output that is no terminal is wider
-for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # of the processes that tests start: two workers share the cores
-    os.environ.setdefault(name, "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: two workers share the cores
+os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -24,7 +24,7 @@ from support.label_stores import rank_one
 from support.paths import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2000)]
-SIZES = ["run.stages=[sft,rank,reward,ppo-ptx,evaluate]", "sft.epochs=0.25", "data.max_response_tokens=32"]
+SIZES = ["run.stages=[sft,rank,reward,ppo-ptx,evaluate]", "sft.epochs=0.25"]
 SIZES += ["rank.prompts=6", "rank.outputs_per_prompt=3", "reward.batch_size=2", "ppo.episodes=16"]
 SIZES += ["evaluate.prompts=4", "evaluate.cloze_questions=2"]  # seconds for each stage
 PEOPLE = ["rank.labeler=human", "label.labelers=[anna,ben]", "label.overlap=0.34", "tracking.wandb=disabled"]
