@@ -17,6 +17,7 @@ from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.recipe import load_recipe
 from rlhf.rollout.sampling import sample
 from rlhf.rollout.sampling_params import SamplingParams
+from rlhf.run.folder import RunFolder
 from rlhf.stage_table import PPO_VARIANTS
 from rlhf.system.console import console
 
@@ -26,7 +27,7 @@ def chat_with_policies(run: Path, stage: str, temperature: float, max_tokens: in
 
     The policies are SFT's and that of `stage`, by default the first that exists of ppo-ptx and ppo.
     """
-    recipe = load_recipe(str(_existing(run / "recipe.yaml", "a run folder has its recipe")))
+    recipe = load_recipe(str(RunFolder(run).recipe_file()))
     names = ["sft", stage or _aligned(run)]
     folders = [_existing(run / name / "model", f"run the {name} stage first") for name in names]
     console.print(f"loading {' and '.join(names)} from {run}", style="dim")

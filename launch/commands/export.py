@@ -14,6 +14,7 @@ from rlhf.models.peft.folder import AdapterFolder, find_adapter
 from rlhf.models.peft.merging import why_not_mergeable
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.recipe import load_recipe
+from rlhf.run.folder import RunFolder
 from rlhf.stage_table import PPO_VARIANTS
 from rlhf.system.console import console
 from rlhf.system.files import require_disk, size_of
@@ -31,8 +32,7 @@ def export_model(run: Path, stage: str = "", ema: bool = False, out: Path | None
     quiet_libraries()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
-    if not (run / "recipe.yaml").is_file():
-        raise UserError("this is not a run folder: it has no recipe.yaml", str(run), "give one, such as runs/demo")
+    RunFolder(run).recipe_file()
     name = "ema" if ema else "model"
     stage = stage or next((s for s in (*PPO_VARIANTS, "sft") if (run / s / name).is_dir()), "sft")
     source = run / stage / name

@@ -13,6 +13,7 @@ from rlhf.config import Recipe
 from rlhf.costs.roofline import MetricsRow, PhaseCost, mean_row, phase_costs, worst_phase
 from rlhf.errors import UserError
 from rlhf.recipe import load_recipe
+from rlhf.run.folder import RunFolder
 from rlhf.stage_table import PPO_VARIANTS
 from rlhf.system.console import console, table
 from rlhf.system.files import read_rows
@@ -65,9 +66,7 @@ def show_profile(path: Path, variant: str = "", as_json: bool = False) -> None:
 
 def profile(path: Path, variant: str = "") -> Profile:
     """Return the profile of a run from its recipe and logs; see `show_profile`."""
-    file = path / "recipe.yaml"
-    if not file.is_file():
-        raise UserError("this is not a run folder: it has no recipe.yaml", str(path), "give one, such as runs/demo")
+    file = RunFolder(path).recipe_file()
     logs = {stage: _iterations(path / stage / "metrics.jsonl") for stage in ([variant] if variant else PPO_VARIANTS)}
     stage = next((stage for stage, rows in logs.items() if rows), "")
     if not stage:

@@ -34,10 +34,8 @@ class StageProgress(NamedTuple):
 
 def show_status(path: Path) -> None:
     """Print the table of a run and what comes next; raise UserError if the folder is not a run."""
-    file = path / "recipe.yaml"
-    if not file.is_file():
-        raise UserError("this is not a run folder: it has no recipe.yaml", str(path), "give one, such as runs/demo")
-    recipe, run, owner = load_recipe(str(file)), RunFolder(path), live_owner(path)
+    run, owner = RunFolder(path), live_owner(path)
+    recipe = load_recipe(str(run.recipe_file()))
     others = [stage for stage in STAGES if stage not in recipe.run.stages and run.stage_dir(stage).is_dir()]
     stages = {stage: progress(run, recipe, stage, owner is not None) for stage in [*recipe.run.stages, *others]}
     columns = ["stage", "state", "sealed step", "age", "time", "metrics"]

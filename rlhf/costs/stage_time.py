@@ -134,7 +134,7 @@ def _ppo(recipe: Recipe, shapes: Shapes, card: Card, stage: str) -> StageTime:
     partitioned = recipe.launch.frozen == "partitioned"
     sampling = SamplingWork(cfg.batch_size, cfg.rollout_batch_size, sharding_of(recipe).stage == 3)
     parts = _sampling(plain, recipe, card, sampling)
-    parts["scoring"] = sum(forward_flops(spec, tokens, context) for spec in passes) / (speed * FORWARD)
+    parts["score"] = sum(forward_flops(spec, tokens, context) for spec in passes) / (speed * FORWARD)
     parts["PPO steps"] = trained / (speed * TRAINING)
     batches = tokens / cfg.score_tokens
     traffic = gathering_traffic(recipe, plain, batches, sharding_of(recipe).stage == 3)
@@ -161,7 +161,7 @@ def _evaluate(recipe: Recipe, shapes: Shapes, card: Card) -> StageTime:
     flops = forward_flops(plain, tokens, sum(_lengths(recipe))) + forward_flops(reward, tokens, sum(_lengths(recipe)))
     sampling = SamplingWork(rows, recipe.ppo.rollout_batch_size, recipe.launch.frozen == "partitioned")
     parts = _sampling(plain, recipe, card, sampling)
-    parts["scoring"] = flops / (card.flops[recipe.model.dtype] * FORWARD)
+    parts["score"] = flops / (card.flops[recipe.model.dtype] * FORWARD)
     parts = {name: seconds * policies for name, seconds in parts.items()}
     return StageTime("evaluate", parts, 0 if known else THOUSAND)
 

@@ -36,6 +36,13 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
+    def recipe_file(self) -> Path:
+        """Return the path of recipe.yaml; raise UserError if this is not the folder of a run."""
+        if not (file := self.path / "recipe.yaml").is_file():
+            what = "this is not a run folder: it has no recipe.yaml"
+            raise UserError(what, str(self.path), "give one, such as runs/demo")
+        return file
+
     def stage_dir(self, stage: str) -> Path:
         """Return runs/<name>/<stage>."""
         return self.path / stage
