@@ -31,8 +31,8 @@ from rlhf.run.fingerprints import (
 from rlhf.run.folder import LOGS, RunFolder
 from rlhf.stage_table import STAGES
 from rlhf.system.console import console
-from rlhf.system.distributed import is_main_process
 from rlhf.system.files import size_of
+from rlhf.system.ranks import is_main_process
 
 NOT_OUTPUTS = ("stage.json", "metrics.jsonl", "wandb_id.txt", "tables", "checkpoints", "trainer", LOGS)
 

@@ -1,7 +1,7 @@
 """The processes of a run: which one this is, how many there are, and how they share work and results.
 
-A launcher tells every process its number (RANK) and how many it started (WORLD_SIZE); `launcher_world_size` and
-`process_rank` read that and work before the processes have met. `processes` counts those that have met, and
+A launcher tells every process its number (RANK) and how many it started (WORLD_SIZE); rlhf/system/ranks.py reads that
+and works before the processes have met. `processes` counts those that have met, and
 `recipe_processes` (rlhf/plan.py) those that the recipe asks for; rlhf/run/stage.py makes all three the same.
 """
 
@@ -19,25 +19,11 @@ from torch import Tensor
 
 from rlhf.config import Recipe
 from rlhf.errors import UserError
+from rlhf.system.ranks import is_main_process, launcher_world_size, local_rank
 
 T = TypeVar("T")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-def launcher_world_size() -> int | None:
-    """Return how many processes the launcher started, None without a launcher."""
-    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
-
-
-def process_rank() -> int:
-    """Return the number of this process among those of all machines, from 0; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def local_rank() -> int:
-    """Return the number of this process among those of its machine, from 0; 0 without a launcher."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 @contextmanager
@@ -93,11 +79,6 @@ def broadcast_from_main(make: Callable[[], T]) -> T:
 def collective_device() -> torch.device:
     """Return the device for small tensors of a collective: a group with NCCL alone accepts GPU tensors only."""
     return torch.device("cpu" if "gloo" in str(dist.get_backend_config()) else "cuda")
-
-
-def is_main_process() -> bool:
-    """Return whether this is the first process of the run: the one that shows, logs and seals."""
-    return process_rank() == 0
 
 
 def processes() -> int:

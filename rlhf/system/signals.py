@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from rlhf.system import rank_logs
-from rlhf.system.distributed import collective_device, is_main_process
+from rlhf.system.distributed import collective_device
+from rlhf.system.ranks import is_main_process
 
 # Two signals this far apart, in seconds, came from a person: the copies of a launcher and a terminal come together.
 REPEAT_SECONDS = 0.5

@@ -27,8 +27,9 @@ from rlhf.labeling.page.store import Counts, LabelStore, task_key
 from rlhf.labeling.page.stored_ranking import StoredRanking
 from rlhf.run.stage import StageContext
 from rlhf.system.console import Progress, console
-from rlhf.system.distributed import broadcast_from_main, is_main_process
+from rlhf.system.distributed import broadcast_from_main
 from rlhf.system.phases import heartbeat, phase
+from rlhf.system.ranks import is_main_process
 
 LABELS = "labels.sqlite"
 OUTPUTS = "rank/outputs.jsonl"
