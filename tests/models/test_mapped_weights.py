@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rlhf.models.mapped_weights import Mapping, _mappings, drop_resident_pages
+from rlhf.models.mapped_weights import FileMapping, _mappings, drop_resident_pages
 from rlhf.models.placement import Placement, materialized
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -49,9 +49,9 @@ def mapped_layer(folder: Path) -> nn.Linear:
 def test_regions_of_files_are_read_and_those_of_no_file_left_out() -> None:
     first, second, third = 0x7F0000000000, 0x7F0000400000, 0x7F0000500000
     assert list(_mappings(SMAPS)) == [
-        Mapping(first, second, written=False),
-        Mapping(second, third, written=True),
-        Mapping(third, third + 2**20, written=True),  # and swapped out
+        FileMapping(first, second, written=False),
+        FileMapping(second, third, written=True),
+        FileMapping(third, third + 2**20, written=True),  # and swapped out
     ]
 
 

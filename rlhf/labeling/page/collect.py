@@ -48,7 +48,7 @@ def open_store(run: Path, label: LabelSection, seed: int) -> Iterator[LabelStore
 
 def report_set_aside(store: LabelStore) -> None:
     """Print the number of rankings of outputs that are not current, if there are any."""
-    if aside := store.set_aside():
+    if aside := store.count_set_aside():
         console.print(f"{aside} rankings of other outputs stay in {store.path} and are not used", soft_wrap=True)
 
 
