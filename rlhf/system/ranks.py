@@ -21,5 +21,5 @@ def local_rank() -> int:
 
 
 def is_main_process() -> bool:
-    """Return whether this is the first process of the run: the one that shows, logs and seals."""
+    """Return whether this is the first process of the run: the one that shows, logs and writes checkpoints."""
     return process_rank() == 0
