@@ -103,7 +103,16 @@ class ModelSection(Section):
     prompt_format: Literal["auto", "plain", "verbatim"] = Field(
         "auto", description="auto: the tokenizer's chat template, else plain; plain: Human:/Assistant:; verbatim: as is"
     )
+    chat_template: str = Field("", description="file with a chat template (Jinja) in place of the tokenizer's")
+    chat_template_kwargs: list[str] = Field([], description="settings of the template, such as enable_thinking=false")
+    template_date: str = Field(
+        "2024-07-26", pattern=r"\d{4}-\d\d-\d\d", description="the day that it is for templates which ask for it"
+    )
     peft: PeftSection = PeftSection()
+
+    def in_its_own_format(self) -> ModelSection:
+        """Return the settings for a model that is not the recipe's: it is asked in the format of its own tokenizer."""
+        return self.model_copy(update={"prompt_format": "auto", "chat_template": "", "chat_template_kwargs": []})
 
 
 class DataSection(Section):

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.data.encoding import Encoded, fit_prompts, stop_ids
+from rlhf.data.chat_template import stop_ids
+from rlhf.data.encoding import Encoded, fit_prompts
 from rlhf.data.records import Drops, Prompt, read_prompts, read_rankings
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed

@@ -9,7 +9,8 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.data.encoding import encode_prompt, stop_ids
+from rlhf.data.chat_template import stop_ids
+from rlhf.data.encoding import encode_prompt
 from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed

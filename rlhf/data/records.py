@@ -60,16 +60,17 @@ class Prompt:
 
     messages: tuple[Message, ...]
     use_case: str = ""
+    place: str = field(default="", compare=False)  # where it was read, for error messages
 
     @classmethod
-    def from_text(cls, text: str, use_case: str = "") -> Prompt:
+    def from_text(cls, text: str, use_case: str = "", place: str = "") -> Prompt:
         """Make turns of a transcript "Human: .. Assistant:", else one user message; raise UserError if one is empty."""
         if not text.strip():
             raise UserError("the prompt is empty", fix="write a prompt")
         messages = _parse(text)
         if not all(message.content for message in messages):
             raise UserError("a turn of the transcript is empty", fix="fill it in or delete the prompt")
-        return cls(messages, use_case)
+        return cls(messages, use_case, place)
 
     @property
     def text(self) -> str:
@@ -231,9 +232,9 @@ def _prompt(row: SourceRow, value: Any = None) -> Prompt:
         if messages[-1].role != "user":
             what = f"the last message of the prompt is the {messages[-1].role}'s"
             raise row.fail("prompt", what, "end the prompt with a user message")
-        return Prompt(messages, use_case)
+        return Prompt(messages, use_case, row.place)
     try:
-        return Prompt.from_text(check_text(row, "prompt", value), use_case)
+        return Prompt.from_text(check_text(row, "prompt", value), use_case, row.place)
     except UserError as error:
         if error.where:
             raise

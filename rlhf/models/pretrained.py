@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from rlhf.config import ModelSection
+from rlhf.data.chat_template import stop_ids
 from rlhf.errors import UserError
 from rlhf.models.placement import full_shape, writable
 from rlhf.models.resolve import not_loaded
@@ -93,8 +94,11 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     """Give a model embedding rows for every token and the tokenizer's special ids; return it.
 
     A new row is the mean of the others: a token that was never trained is as unlikely as the average one. The
-    generation config keeps special ids only.
+    generation config keeps special ids only: the end of a turn first, then the others at which a response stops. Rows
+    beyond the last token, as padded vocabularies have, are no tokens: `token_count` on the model leaves them out of
+    every distribution.
     """
+    model.token_count = 1 + max(tokenizer.get_vocab().values())
     rows = full_shape(model.get_input_embeddings().weight)[0]
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -105,9 +109,9 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
                 head.weight[rows:] = head.weight[:rows].mean(0)
                 if getattr(head, "bias", None) is not None:
                     head.bias[rows:] = head.bias[:rows].mean()
-    eos = model.config.eos_token_id or tokenizer.eos_token_id
     if getattr(model, "generation_config", None) is not None:
-        eos = model.generation_config.eos_token_id or eos
+        stops = stop_ids(tokenizer, model)
+        eos = stops if len(stops) > 1 else stops[0]
         bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
         model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
     model.config.pad_token_id = tokenizer.pad_token_id

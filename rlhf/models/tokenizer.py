@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.config import ModelSection
+from rlhf.data.chat_template import begins_with_bos, hold_settings
 from rlhf.errors import UserError
 from rlhf.models.resolve import not_loaded, resolve_model
 from rlhf.system.console import note
@@ -42,13 +43,34 @@ def load_tokenizer(name_or_dir: str | Path, model: ModelSection = DEFAULT) -> Pr
         raise UserError("the tokenizer has no EOS token", where=where, fix="set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         # With pad = EOS a model that looks for the last token that is not padding cannot see whether a text ended.
-        tokenizer.add_special_tokens({"pad_token": PAD})
-        note(f"{name_or_dir}: the tokenizer gets a pad token of its own, {PAD} (id {tokenizer.pad_token_id})")
-    if model.prompt_format == "verbatim":
+        tokenizer.add_special_tokens({"pad_token": _reserved(tokenizer) or PAD})
+        note(f"{name_or_dir}: {tokenizer.pad_token} (id {tokenizer.pad_token_id}) serves as the tokenizer's pad token")
+    if model.chat_template:
+        tokenizer.chat_template = _read_template(model.chat_template)
+    elif model.prompt_format == "verbatim":
         tokenizer.chat_template = VERBATIM % _bos(tokenizer)
     elif model.prompt_format == "plain" or not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN % _bos(tokenizer)
+    hold_settings(tokenizer, model.template_date, model.chat_template_kwargs)
     return tokenizer
+
+
+def _reserved(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a special token that is there for padding, or else for uses to come; empty if there is none."""
+    free = set(tokenizer.added_tokens_decoder) - {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    names = [tokenizer.added_tokens_decoder[i].content for i in sorted(free)]
+    found = [name for word in ("pad", "reserved", "unused") for name in names if word in name.lower()]
+    return next(iter(found), "")
+
+
+def _read_template(name: str) -> str:
+    """Return the text of a template's file; raise UserError if there is none."""
+    path = Path(name).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        fix = "name a text file with a Jinja template, or leave model.chat_template empty"
+        raise UserError(f"the chat template cannot be read: {error}", str(path), fix) from None
 
 
 def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> None:
@@ -70,8 +92,7 @@ def same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> No
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the beginning of a chat template: BOS if the tokenizer begins every text with it."""
-    begins = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
-    return "{{ bos_token }}" if begins else ""
+    return "{{ bos_token }}" if begins_with_bos(tokenizer) else ""
 
 
 def _merges(tokenizer: PreTrainedTokenizerBase) -> list[list[str] | str]:

@@ -105,8 +105,10 @@ def vocabulary_logprobs(
     return VocabularyLogprobs.apply(hidden, weight, bias, targets, temperature)
 
 
-def _head_chunk(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logp = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
+def _head_chunk(
+    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, tokens: int | None
+) -> tuple[Tensor, Tensor]:
+    logp = torch.log_softmax(head(hidden)[:, :tokens].float() / temperature, dim=-1)
     entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
     return logp.gather(1, targets[:, None]).squeeze(1), entropy
 
@@ -117,21 +119,23 @@ def head_chunks(tokens: int) -> int:
 
 
 def head_logprobs(
-    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, chunks: int = 0
+    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, chunks: int = 0, tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return log-probabilities [N] of `targets` [N] given hidden states [N, H], and entropies [N], in nats.
 
     The entropies carry no gradient. A plain head that this process holds whole is taken by slices of the vocabulary. A
     head that is more than its weight, or whose weight is gathered when it is called, is called on chunks of the
     positions; with gradients each chunk is recomputed in the backward pass instead of kept. `chunks` is their number, 0
-    for as many as the positions need (see `PolicyValue`). The temperature divides the logits.
+    for as many as the positions need (see `PolicyValue`). The temperature divides the logits. Only the first `tokens`
+    rows of the head are tokens; None: all.
     """
     if not chunks and type(head) is nn.Linear and head.weight.numel():
-        return vocabulary_logprobs(hidden, head.weight, head.bias, targets, temperature)
+        bias = None if head.bias is None else head.bias[:tokens]
+        return vocabulary_logprobs(hidden, head.weight[:tokens], bias, targets, temperature)
     chunks = chunks or head_chunks(len(hidden))
-    run = _head_chunk
+    run = partial(_head_chunk, tokens=tokens)
     if torch.is_grad_enabled() and hidden.requires_grad and chunks > 1:
-        run = partial(checkpoint, _head_chunk, use_reentrant=False)
+        run = partial(checkpoint, run, use_reentrant=False)
     parts = zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
     logps, entropies = zip(*(run(head, h, t, temperature) for h, t in parts), strict=True)
     return torch.cat(logps), torch.cat(entropies)

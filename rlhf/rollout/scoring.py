@@ -44,12 +44,20 @@ def hidden_states(model: nn.Module, batch: SequenceBatch) -> Tensor:
     ).last_hidden_state
 
 
+def token_count(policy: nn.Module) -> int | None:
+    """Return how many rows of the policy's head are tokens; None if all are."""
+    count = getattr(policy, "token_count", None)
+    return count if count is not None and count < policy.config.get_text_config().vocab_size else None
+
+
 def response_logprobs(
     policy: nn.Module, batch: SequenceBatch, temperature: float, chunks: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Return log-probabilities [N] of the response tokens, and the entropies [N] of their distributions, in nats."""
     hidden = hidden_states(policy, batch)[batch.rows, batch.before]
-    return head_logprobs(policy.get_output_embeddings(), hidden, batch.targets, temperature, chunks)
+    return head_logprobs(
+        policy.get_output_embeddings(), hidden, batch.targets, temperature, chunks, token_count(policy)
+    )
 
 
 def normalise_scores(model: nn.Module, raw: Tensor) -> Tensor:
@@ -158,7 +166,7 @@ def candidate_logprobs(policy: nn.Module, hidden: Tensor, candidates: Sequence[i
     """Return log-probabilities [B, C] of the candidates [C] as the token after each of the hidden states [B, H]."""
     targets = torch.tensor(candidates, device=hidden.device).repeat(len(hidden))
     repeated = hidden.repeat_interleave(len(candidates), 0)
-    logprobs, _ = head_logprobs(policy.get_output_embeddings(), repeated, targets, 1.0)
+    logprobs, _ = head_logprobs(policy.get_output_embeddings(), repeated, targets, 1.0, tokens=token_count(policy))
     return logprobs.view(len(hidden), len(candidates))
 
 

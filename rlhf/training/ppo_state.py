@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import UNMERGEABLE, Recipe
-from rlhf.data.encoding import fit_prompts, stop_ids
+from rlhf.data.chat_template import stop_ids
+from rlhf.data.encoding import fit_prompts
 from rlhf.data.records import Drops, read_prompts, read_texts
 from rlhf.data.text_blocks import token_blocks
 from rlhf.errors import UserError

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from rlhf.config import KV_PREFIX_METHODS, UNMERGEABLE, VIRTUAL_TOKEN_METHODS
-from rlhf.data.encoding import encode_prompt, encode_response, stop_ids
+from rlhf.data.chat_template import stop_ids
+from rlhf.data.encoding import encode_prompt, encode_response
 from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.functional.ppo import masked_mean
