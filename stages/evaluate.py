@@ -48,9 +48,9 @@ from rlhf.run.folder import RunFolder
 from rlhf.run.stage import StageContext, run_stage
 from rlhf.stage_table import PPO_VARIANTS
 from rlhf.system.console import Progress, show_drops
-from rlhf.system.distributed import is_main_process
 from rlhf.system.files import write_atomic
 from rlhf.system.phases import phase
+from rlhf.system.ranks import is_main_process
 
 
 def find_policies(run: RunFolder, ema: bool) -> dict[str, Path]:

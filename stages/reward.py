@@ -35,8 +35,9 @@ from rlhf.rollout.probes import write_probes
 from rlhf.rollout.scoring import scores
 from rlhf.run.stage import StageContext, run_stage
 from rlhf.system.console import Progress, show_drops
-from rlhf.system.distributed import barrier, is_main_process
+from rlhf.system.distributed import barrier
 from rlhf.system.phases import phase
+from rlhf.system.ranks import is_main_process
 from rlhf.training.engine import Engine
 from rlhf.training.ranking_metrics import count_groups, heldout_metrics, pair_counts, training_metrics
 from rlhf.training.ranking_passes import Group, Pass, ScoringModule, by_length, first_round, own_passes, random_outputs

@@ -1,18 +1,28 @@
 """Read, check, fill in and write templates of questions to a language model. A template is a text file:
 
     # comments
-    kind: pair                  pair: which of two responses is better; points: how good is one; answer: respond to it
-    form: few-shot              zero-shot, few-shot, or chain-of-thought (the model reasons before it answers)
-    labels: A B                 the answers of a pair, A for the first response; the points of one response, worst first
-    cue: The better answer is   beginning of the assistant's answer, after its reasoning if there is any
+    kind: pair
+    form: few-shot
+    labels: A B
+    cue: The better answer is
     ---
-    Request: {{ prompt }}  ..   the user's turn; a pair has {{ first }} and {{ second }}, points have {{ response }}
+    Request: {{ prompt }}
+    One: {{ first }}
+    Two: {{ second }}
     --- demonstrations
-    {"prompt": "..", "first": "..", "second": "..", "label": "A", "reason": ".."}       one a line
+    {"prompt": "..", "first": "..", "second": "..", "label": "A"}
 
-Demonstrations come before the question as turns of their own: the same text filled in, and the expected answer. The
-header may also have `name` (by default the file's name) and, for kind answer, `stop` (text at which a response ends).
-Fields are filled in once: braces inside a response are kept, and nothing in a template is executed.
+kind     pair: which of two responses is better; points: how good is one; answer: respond to it
+form     zero-shot, few-shot, or chain-of-thought (the model reasons before it answers)
+labels   the answers of a pair, A for the first response; the points of one response, worst first; none for answer
+cue      beginning of the assistant's answer, after its reasoning if there is any
+name     by default the file's name
+stop     for kind answer, text at which a response ends
+
+The text is the user's turn; every field of the kind must occur in it: `first` and `second` of a pair, `response` of
+points, and always `prompt`. Demonstrations, one a line, come before the question as turns of their own: the same text
+filled in, and the expected answer. With chain-of-thought they also need "reason"; those of kind answer have `response`
+in place of `label`. Fields are filled in once: braces inside a response are kept, and nothing is executed.
 """
 
 from __future__ import annotations
@@ -31,12 +41,13 @@ from rlhf.system.files import write_atomic
 
 Kind = Literal["pair", "points", "answer"]
 Form = Literal["zero-shot", "few-shot", "chain-of-thought"]
+Use = Literal["judge", "answer"]  # a template asks a judge, or a policy for an answer
 FOLDER = Path(__file__).parent / "prompt_templates"
 FOLDERS = {"judge": FOLDER / "judge", "answer": FOLDER / "generate"}
 FIELD_OF = {"judge": "judge.template", "answer": "evaluate.prompted"}  # fields of the recipe that name a template
 FIELDS = {"pair": ("prompt", "first", "second"), "points": ("prompt", "response"), "answer": ("prompt",)}
 HEADER = ("name", "kind", "form", "labels", "cue", "stop")
-MAX_LABELS = 11
+MAX_LABELS = 11  # as many as the points from 0 to 10
 _FIELD = re.compile(r"\{\{\s*(\w*)\s*\}\}")
 
 
@@ -95,36 +106,36 @@ def with_examples(template: Template, examples: Sequence[Example], name: str = "
     return replace(template, examples=tuple(examples), form=form, name=name or template.name)
 
 
-def template_names(folder: str) -> list[str]:
+def template_names(use: Use) -> list[str]:
     """Return the names of the templates that are shipped for `judge` or `answer`."""
-    return sorted(path.stem for path in FOLDERS[folder].glob("*.txt"))
+    return sorted(path.stem for path in FOLDERS[use].glob("*.txt"))
 
 
-def find_template(name_or_path: str, folder: str) -> Path:
+def find_template(name_or_path: str, use: Use) -> Path:
     """Return the file of a shipped template, or the one at this path; else raise UserError with the nearest name."""
-    names = template_names(folder)
+    names = template_names(use)
     if name_or_path in names:
-        return FOLDERS[folder] / f"{name_or_path}.txt"
+        return FOLDERS[use] / f"{name_or_path}.txt"
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return path
     near = get_close_matches(name_or_path, names, n=1, cutoff=0.5)
     guess = f"did you mean {near[0]}? " if near else ""
     fix = f"{guess}templates: {', '.join(names)}; or the path of a file"
-    raise UserError(f"there is no template {name_or_path!r}", FIELD_OF[folder], fix)
+    raise UserError(f"there is no template {name_or_path!r}", FIELD_OF[use], fix)
 
 
-def load_template(name_or_path: str, folder: str = "judge") -> Template:
+def load_template(name_or_path: str, use: Use = "judge") -> Template:
     """Read and check a template; raise UserError, with file and line, if there is none or a mistake in it."""
-    path = find_template(name_or_path, folder)
+    path = find_template(name_or_path, use)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the template cannot be read: {error}", str(path), "give a readable text file") from None
     template = parse_template(text, str(path), path.stem)
-    if (template.kind == "answer") != (folder == "answer"):
-        kinds = "answer" if folder == "answer" else "pair or points"
-        fix = f"{FIELD_OF[folder]} takes {kinds}"
+    if (template.kind == "answer") != (use == "answer"):
+        kinds = "answer" if use == "answer" else "pair or points"
+        fix = f"{FIELD_OF[use]} takes {kinds}"
         raise UserError(f"the template is of kind {template.kind}", f"{path}, field `kind`", fix)
     return template
 
@@ -135,7 +146,10 @@ def parse_template(text: str, path: str, name: str) -> Template:
 
 
 def template_text(template: Template, comments: Sequence[str] = ()) -> str:
-    """Return the text of a template that `parse_template` reads back equal."""
+    """Return the text of a template; parse_template reads one that it could have made back equal.
+
+    A comment must be one line.
+    """
     values = {key: getattr(template, key) for key in HEADER} | {"labels": " ".join(template.labels)}
     lines = [f"# {comment}" for comment in comments]
     lines += [f"{key}: {value}" for key, value in values.items() if value]

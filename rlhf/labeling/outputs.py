@@ -16,7 +16,7 @@ from rlhf.data.ranks import equal_texts_ranked_apart
 from rlhf.data.records import Drops, Prompt, Ranking, ranking_row, rankings_of, write_jsonl
 from rlhf.data.sources import SourceRow, read_rows
 from rlhf.labeling.base import Output
-from rlhf.system.distributed import is_main_process
+from rlhf.system.ranks import is_main_process
 from rlhf.system.row_log import append_rows, complete_rows
 
 FIELDS = ("prompt", "use_case", "responses", "finished")  # others are ignored, ranks too

@@ -13,8 +13,8 @@ from rlhf.data.records import Ranking, ranking_row, write_jsonl
 from rlhf.functional.ranking import ordered_pairs, tied_pairs
 from rlhf.labeling.outputs import RankResult
 from rlhf.system.console import table
-from rlhf.system.distributed import is_main_process
 from rlhf.system.files import write_atomic
+from rlhf.system.ranks import is_main_process
 
 NOT_METRICS = ("tie_margin", "target_agreement")  # settings among the numbers of the summary
 SAMPLE_COLUMNS = ["prompt", "rank", "rubric", "finished", "response"]

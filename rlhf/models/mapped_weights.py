@@ -18,8 +18,11 @@ from torch import nn
 SMAPS = Path("/proc/self/smaps")
 
 
-class Mapping(NamedTuple):
-    """A region of addresses that shows a file; `written` if this process has copies of some of its pages."""
+class FileMapping(NamedTuple):
+    """A range of addresses [start, end) into which a file is mapped.
+
+    `written` says whether this process has copies of some of its pages.
+    """
 
     start: int
     end: int
@@ -27,10 +30,11 @@ class Mapping(NamedTuple):
 
 
 def drop_resident_pages(model: nn.Module) -> int:
-    """Drop the resident pages of a frozen model's mapped weights; returns the bytes of the mappings dropped.
+    """Drop the resident pages of a frozen model's mapped weights; return the bytes of the mappings dropped.
 
-    A mapping with a page that was ever written to stays, since the file does not have that page's content. So do
-    weights that are not mapped from a file, and locked pages. Nothing is dropped if /proc cannot be read.
+    Returns 0, and drops nothing, if any parameter is trainable or on a GPU, or if /proc cannot be read. A mapping with
+    a page that was ever written to stays, since the file does not have that page's content. So do weights that are not
+    mapped from a file, and locked pages.
     """
     if any(p.requires_grad or p.device.type != "cpu" for p in model.parameters()):
         return 0
@@ -49,7 +53,7 @@ def drop_resident_pages(model: nn.Module) -> int:
     return dropped
 
 
-def _mappings(smaps: str) -> Iterator[Mapping]:
+def _mappings(smaps: str) -> Iterator[FileMapping]:
     """Yield the regions of files in the text of /proc/PID/smaps (proc_pid_smaps(5))."""
     start = end = inode = written = 0
     for line in smaps.splitlines():
@@ -60,4 +64,4 @@ def _mappings(smaps: str) -> Iterator[Mapping]:
         elif name == "Anonymous:":
             written = int(rest[0])  # kB of this process's own copies in memory; the swapped-out ones follow
         elif name == "Swap:" and inode:
-            yield Mapping(start, end, written=bool(written + int(rest[0])))
+            yield FileMapping(start, end, written=bool(written + int(rest[0])))

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from rlhf.models.layers import decoder_layers
 from rlhf.models.mapped_weights import drop_resident_pages
-from rlhf.system.distributed import any_rank, is_main_process
+from rlhf.system.distributed import any_rank
+from rlhf.system.ranks import is_main_process
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,21 @@ Pair = tuple[Sequence[int], Sequence[int]]
 
 @dataclass
 class SequenceBatch:
-    """Hold prompts and responses as one tensor; `rows` and `slots` say which response token each flat entry is."""
+    """Hold prompts and responses as one tensor; `rows` and `slots` say which response token each flat entry is.
 
-    input_ids: Tensor  # [B, L]
+    All tensors are int64.
+    """
+
+    input_ids: Tensor  # [B, L], padded on the right
     position_ids: Tensor  # [B, L]
     rows: Tensor  # [N] row of each response token
     slots: Tensor  # [N] its index in the response
-    before: Tensor  # [N] column of the token before it, where it is predicted and where the value is read
+    before: Tensor  # [N] column of the token before it: that position predicts it and holds its value
     targets: Tensor  # [N] id of each response token
     last: Tensor  # [B] column of the last response token
 
     def to(self, device: torch.device) -> SequenceBatch:
+        """Return the batch on another device."""
         return SequenceBatch(**{name: value.to(device) for name, value in vars(self).items()})
 
     def unflatten(self, flat: Tensor, width: int) -> Tensor:
@@ -37,8 +41,9 @@ class SequenceBatch:
 
 
 def build_batch(pairs: Sequence[Pair], pad_id: int) -> SequenceBatch:
-    """Return one batch padded on the right.
+    """Return one batch, and count its padding in the current phase; raise ValueError if there are no pairs.
 
+    No prompt may be empty, since the token before a response predicts its first.
     Lengths say what is padding, so `pad_id` may be any token, EOS included. No attention mask is needed, and attention
     takes its fastest kernels: causal attention alone keeps padding from every real token. Positions continue over the
     padding, because transformers takes a restart for the beginning of a packed document.

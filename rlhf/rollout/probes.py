@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.errors import UserError
 from rlhf.rollout.batches import Pair
 from rlhf.rollout.scoring import scores
-from rlhf.system.distributed import is_main_process
+from rlhf.system.ranks import is_main_process
 
 FILE = "probes.json"
 TOLERANCE = 0.02  # of a normalised score; float32 reloads agree to 1e-5, bfloat16 kernels to a few thousandths

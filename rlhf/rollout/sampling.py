@@ -2,9 +2,9 @@
 
 `native` is our decode loop: it prefills the prompts once, every row draws with its own seed by inverse CDF, rows leave
 the batch when they finish, and only the sampled token's log-probability is kept. `generate` is transformers' generate,
-for models that the loop does not cover. `vllm` is a server (rlhf/rollout/vllm_engine.py). All sample from the plain
-softmax at the given temperature, without top-k, top-p or a minimum length, so that the policy's own log-probabilities
-are those of the sampling distribution.
+where ppo.rollout asks for it. `vllm` is a server (rlhf/rollout/vllm_engine.py). All sample from the plain softmax at
+the given temperature, without top-k, top-p or a minimum length, so that the policy's own log-probabilities are those
+of the sampling distribution.
 
 Shapes: B rows, P the longest prompt, R the longest response that was sampled.
 """
@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import RolloutEngine
 from rlhf.errors import UserError
@@ -47,7 +47,8 @@ class Rollout:
     finished: Tensor  # [B] bool, whether the response ended with a stop id
     logprobs: Tensor  # [B, R] float32, of the sampled tokens at the sampling temperature, 0 on padding
     end_id: int  # the end of a turn; other stop ids end a response too
-    sampler_gap: float | None = None  # nats per token to the sampler's own, where another pass has computed `logprobs`
+    # Mean |logprobs - the sampler's own|, in nats per token; None if `logprobs` are the sampler's own.
+    sampler_gap: float | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -83,10 +84,11 @@ CDF_BLOCK = 256  # tokens summed at once: a cumulative sum over the whole vocabu
 
 
 def sample_token(logits: Tensor, uniforms: Tensor | None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Sample a token per row from softmax(logits [B, V] / temperature); return both tokens and log-probabilities, [B].
+    """Sample a token per row from softmax(logits [B, V] / temperature) by inverse CDF.
 
-    By inverse CDF, the token is the first whose cumulative probability passes u [B] (float64). It is found by block of
-    the vocabulary and then within the block. Without `uniforms` the likeliest token is taken.
+    Returns the tokens, [B] int64, and their log-probabilities, [B] float32. A token is the first whose cumulative
+    probability passes u, [B] float64; it is found by block of the vocabulary and then within the block. Without
+    `uniforms` the likeliest token is taken.
     """
     top = logits.amax(-1, keepdim=True).float()
     # In place on one copy: at a vocabulary of 50,000 every tensor of this size costs as much as the exponential.
@@ -131,9 +133,10 @@ def sample(
     """Sample one response for each prompt (token ids), in their order; repeat a prompt to sample it several times.
 
     Several processes share the prompts between them. All must call, and all get every row. `seeds` has one per row
-    (`row_seed`); a row of the native engine depends on its seed, not on its batch mates. `advance` is called with the
-    number of responses finished, for progress. Raises UserError if the policy's logits are not finite, or the vLLM
-    server does not do what it is asked.
+    (`row_seed`); a row of the native engine depends on its seed, not on its batch mates (up to rounding). `advance` is
+    called with the number of responses finished, for progress; with several processes that is an estimate. Raises
+    UserError if the policy's logits are not finite, or the vLLM server does not do what it is asked, and ValueError if
+    there are not as many seeds as prompts.
     """
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
@@ -179,7 +182,8 @@ def _decode_sharded(
             batch = mine[first : first + batch_size]
             decoded += decode([prompts[i] for i in batch], [seeds[i] for i in batch])
             if advance:
-                advance(len(batch) * processes())
+                # The others have done about as much, but in the last batch they may have fewer prompts.
+                advance(min(len(batch) * processes(), len(prompts) - first * processes()))
     return gather_in_order(order, decoded)
 
 
@@ -226,6 +230,15 @@ def _decode_native(
     return responses
 
 
+class RequireFinite(LogitsProcessor):
+    """Check each step of transformers' generate as our loop does."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores as they are; raise UserError if they are not finite."""
+        _check_finite(scores)
+        return scores
+
+
 def _check_finite(logits: Tensor) -> None:
     if not bool(torch.isfinite(logits.amax(-1)).all()):
         fix = "it has diverged: go back to an earlier checkpoint with a lower learning rate, or use float32"
@@ -258,6 +271,7 @@ def _generate(
             pad_token_id=pad_id,
             eos_token_id=list(params.stop_ids),
             suppress_tokens=list(range(count, policy.config.get_text_config().vocab_size)) if count else None,
+            logits_processor=LogitsProcessorList([RequireFinite()]),
             **(how if params.temperature > 0 else {}),
         )
     responses = []

@@ -64,7 +64,7 @@ def sample_vllm(
 
 def check_server(launch: LaunchSection, tokens: int) -> None:
     """Raise UserError, before anything is loaded, unless the server takes weights and rows of `tokens` tokens."""
-    broadcast_from_main(lambda: Server(launch.vllm_url, launch.timeout_s, 1).ready(tokens))
+    broadcast_from_main(lambda: Server(launch.vllm_url, launch.timeout_s, 1).require_ready(tokens))
 
 
 def _push(

@@ -13,7 +13,7 @@ from threading import Thread
 
 from rlhf.run.sealing import Sealed, keep_last, newest_sealed, seal, write_aside
 from rlhf.stage_table import CHECKPOINTS_KEPT
-from rlhf.system.distributed import is_main_process
+from rlhf.system.ranks import is_main_process
 
 
 class Checkpoints:

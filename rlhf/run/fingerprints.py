@@ -1,7 +1,7 @@
 """Fingerprints of what a stage's result depends on: recipe fields, data files and the results of other stages.
 
-A finished stage is skipped if none of them has changed. Fields that only say where or how fast a stage runs (run.dir,
-run.device, launch.*, tracking.*) do not count.
+A finished stage is skipped if none of them has changed. run.dir, run.device, launch.* and tracking.* do not count.
+Every field of a section that the stage reads does, micro-batch sizes included.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import Recipe
-from rlhf.data.sources import local_path
+from rlhf.data.sources import EMBEDDED, local_path
 from rlhf.errors import UserError
 from rlhf.recipe import changed_keys, field_value, fields, load_recipe, recipe_to_yaml
 from rlhf.run.folder import RunFolder
@@ -49,16 +49,16 @@ def identity(recipe: Recipe, stage: str, inputs: dict[str, str]) -> str:
 
 
 def declared_inputs(recipe: Recipe, stage: str, run: RunFolder) -> dict[str, str]:
-    """Return the hashes of the inputs that are known before the stage runs, "absent" for those that do not exist.
+    """Return the hashes of the inputs known before the stage runs, "absent" for a result that does not exist yet.
 
-    They include local and embedded data files; data on the Hub is identified by its name in the recipe alone. Raises
-    UserError for a data file that does not exist.
+    Data on the Hub is left out: its name is in the fingerprint. Embedded data is keyed by its name in the recipe, so
+    that a checkout can be moved. Raises UserError for a data file that does not exist.
     """
     inputs = {}
     for name in STAGES[stage].reads.data:
         for entry in getattr(recipe.data, name):
             if path := local_path(entry):
-                inputs[run.key(path)] = hash_path(path)
+                inputs[entry if entry.startswith(EMBEDDED) else run.key(path)] = hash_path(path)
     if template := recipe.model.chat_template:
         path = Path(template).expanduser()
         inputs[run.key(path)] = hash_path(path) if path.exists() else ABSENT
@@ -69,9 +69,10 @@ def declared_inputs(recipe: Recipe, stage: str, run: RunFolder) -> dict[str, str
 
 
 def changes(record: dict[str, Any], recipe: Recipe, stage: str, run: RunFolder, now: dict[str, str]) -> list[str]:
-    """Return the names of the inputs that have changed between the stage's `record` and `declared_inputs` now.
+    """Return what has changed between the stage's `record` and the `declared_inputs` that are given as `now`.
 
-    An input that is gone does not count as changed: the stage's result is still valid without it.
+    That is "the recipe" for its fields, and the keys of inputs with other or new content. An input that is gone does
+    not count as changed: the stage's result is still valid without it.
     """
     found = [] if record.get("fingerprint") == fingerprint(recipe, stage) else ["the recipe"]
     before: dict[str, str] = record.get("inputs", {})
@@ -80,7 +81,9 @@ def changes(record: dict[str, Any], recipe: Recipe, stage: str, run: RunFolder, 
         current = now.get(key) or (hash_path(path) if path.exists() else ABSENT)
         if current not in (digest, ABSENT):
             found.append(key)
-    return found + [key for key in now if key not in before and now[key] != ABSENT]
+    # Older versions recorded embedded data by its path.
+    known = {key for key in now if key in before or key.startswith(EMBEDDED) and now[key] in before.values()}
+    return found + [key for key in now if key not in known and now[key] != ABSENT]
 
 
 def lost_outputs(run: RunFolder, stage: str, record: dict[str, Any]) -> list[str]:
@@ -90,7 +93,10 @@ def lost_outputs(run: RunFolder, stage: str, record: dict[str, Any]) -> list[str
 
 
 def is_up_to_date(recipe: Recipe, run: RunFolder, stage: str) -> bool:
-    """Return whether a run skips the stage: it is finished, recipe and inputs are unchanged, its outputs exist."""
+    """Return whether a run skips the stage: it is finished, recipe and inputs are unchanged, its outputs exist.
+
+    Raises UserError if a data file that the recipe names does not exist.
+    """
     record = run.read_stage(stage)
     if record is None or record.get("state") != "done":
         return False
@@ -106,8 +112,8 @@ def skip_message(run: RunFolder, stage: str) -> str:
 def may_change(stage: str, key: str, done: bool) -> bool:
     """Return whether `--accept-change KEY` may keep the stage's work although the field has another value now.
 
-    A finished stage may keep its result. The fields of `data` cannot be accepted: their files are compared by content,
-    and a change has the stage done again.
+    A finished stage may keep its result, whatever the change is, except for the fields of `data`: their files are
+    compared by content, so the stage would have to be done again. An interrupted one may if no checkpoint needs them.
     """
     return not key.startswith("data.") if done else key in STAGES[stage].may_change
 
@@ -123,16 +129,18 @@ def check_accepted(keys: Sequence[str]) -> None:
 
 
 def check_recipe(recipe: Recipe, run: RunFolder, redo: str | None, accept: Sequence[str] = ()) -> None:
-    """Compare the recipe with the run's recipe.yaml, and write it there; raise UserError for a change not allowed.
+    """Refuse or record changes of the recipe: compare it with the run's recipe.yaml, and write it there.
 
-    Fields may change if no stage depends on them that is finished or has checkpoints. With `redo`, a stage that is done
-    from scratch, only the stages before it count. (The other variant of PPO is not before it: its own fingerprint has
-    it done again.) Fields in `accept` may change nevertheless; stages that depend on them record it in stage.json.
+    Raises UserError for a change that is not allowed. Fields may change if no stage depends on them that is finished or
+    has checkpoints. With `redo`, a stage that is done from scratch, only the stages before it count. (The other variant
+    of PPO is not before it: its own fingerprint has it done again.) Fields in `accept` may change nevertheless; stages
+    that depend on them record it in stage.json.
     """
     check_accepted(accept)
     path = run.path / "recipe.yaml"
     if path.exists():
-        changed = changed_keys(load_recipe(str(path)), recipe)
+        before = load_recipe(str(path))
+        changed = changed_keys(before, recipe)
         bound = [s for s in STAGES if (redo is None or STAGES[s].level < STAGES[redo].level) and is_started(run, s)]
         affected = [s for s in bound if any(depends_on(s, key) for key, _, _ in changed)]
         lines, refused, wanted = [], False, []
@@ -142,7 +150,7 @@ def check_recipe(recipe: Recipe, run: RunFolder, redo: str | None, accept: Seque
             if stages and (fixed or key not in accept):
                 refused |= bool(fixed)
                 wanted.append(key)
-                lines.append(f"  {key}: {old} -> {new} ({_verdict(stages, fixed)})")
+                lines.append(f"  {key}: {old} -> {new} ({_verdict(run, stages, fixed)})")
         if lines:
             redone = f"redo it with `rlhf run ... --from {affected[0]}`"
             fix = f"give the changed run another name (run.name=...), or {redone}"
@@ -155,22 +163,33 @@ def check_recipe(recipe: Recipe, run: RunFolder, redo: str | None, accept: Seque
                 fix,
             )
         for stage in affected:
-            _note_accepted(run, recipe, stage, [entry for entry in changed if depends_on(stage, entry[0])])
+            _note_accepted(run, before, recipe, stage, [entry for entry in changed if depends_on(stage, entry[0])])
     text = recipe_to_yaml(recipe)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         write_atomic(path, text)
 
 
-def _verdict(stages: Sequence[str], fixed: Sequence[str]) -> str:
-    if fixed:
-        return f"cannot be accepted: {', '.join(fixed)} would be made partly with each value"
-    return f"of {', '.join(stages)}; may be accepted"
+def _verdict(run: RunFolder, stages: Sequence[str], fixed: Sequence[str]) -> str:
+    """Return what becomes of a change: `fixed` are the stages that do not take it."""
+    if not fixed:
+        return f"of {', '.join(stages)}; may be accepted"
+    done = [stage for stage in fixed if run.is_done(stage)]
+    partly = [stage for stage in fixed if stage not in done]
+    reasons = [f"{', '.join(partly)} would be made partly with each value"] if partly else []
+    reasons += [f"{', '.join(done)} would have to be done again"] if done else []
+    return f"cannot be accepted: {', and '.join(reasons)}"
 
 
-def _note_accepted(run: RunFolder, recipe: Recipe, stage: str, changed: Sequence[tuple[str, Any, Any]]) -> None:
-    """Write the new fingerprint into stage.json, with the old and new values of the accepted fields."""
+def _note_accepted(
+    run: RunFolder, before: Recipe, recipe: Recipe, stage: str, changed: Sequence[tuple[str, Any, Any]]
+) -> None:
+    """Write the new fingerprint into stage.json, with the old and new values of the accepted fields.
+
+    Does nothing if the stage was not made by the recipe `before`: it is to be done again, for a change not accepted.
+    """
     record = run.read_stage(stage)
-    if record is None:  # stage.json is lost; the checkpoints carry their identity
+    # If stage.json is lost, the checkpoints carry their identity.
+    if record is None or record.get("fingerprint") != fingerprint(before, stage):
         return
     entries = [{"key": key, "old": old, "new": new} for key, old, new in changed]
     known = record.get("accepted", [])

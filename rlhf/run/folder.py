@@ -18,12 +18,13 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from rlhf.data.sources import EMBEDDED, embedded_path
 from rlhf.errors import UserError
 from rlhf.system.files import write_atomic
 
@@ -110,7 +111,10 @@ class RunFolder:
         return str(resolved.relative_to(root)) if resolved.is_relative_to(root) else str(resolved)
 
     def from_key(self, key: str) -> Path:
-        """Return the path that `key` has named."""
+        """Return the path that `key` names, or the file of embedded data, which is named as in the recipe."""
+        if key.startswith(EMBEDDED):
+            with suppress(UserError):  # it is not there any more
+                return embedded_path(key.removeprefix(EMBEDDED))
         return self.path / key
 
     @contextmanager

@@ -3,7 +3,7 @@
 state         running, done, stopped (asked to) or failed
 fingerprint   hash of the recipe fields that the stage depends on       rlhf/run/fingerprints.py
 identity      hash that the checkpoints of the stage carry              rlhf/run/sealing.py
-inputs        path: SHA-256; paths in the run folder are relative to it
+inputs        path: SHA-256; paths in the run folder are relative to it, embedded data is named as in the recipe
 outputs       path: bytes
 metrics, seconds (of all attempts), attempts, began, ended, error
 accepted      recipe fields that have changed since the stage began, with --accept-change
@@ -31,8 +31,8 @@ from rlhf.run.fingerprints import (
 from rlhf.run.folder import LOGS, RunFolder
 from rlhf.stage_table import STAGES
 from rlhf.system.console import console
-from rlhf.system.distributed import is_main_process
 from rlhf.system.files import size_of
+from rlhf.system.ranks import is_main_process
 
 NOT_OUTPUTS = ("stage.json", "metrics.jsonl", "wandb_id.txt", "tables", "checkpoints", "trainer", LOGS)
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.system.console import warn
-from rlhf.system.distributed import is_main_process
 from rlhf.system.files import fsync, hash_path
+from rlhf.system.ranks import is_main_process
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"

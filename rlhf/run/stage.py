@@ -35,18 +35,12 @@ from rlhf.run.record import StageRecord, begin
 from rlhf.run.tracking import Tracker
 from rlhf.stage_table import PPO_VARIANTS, STAGES
 from rlhf.system.console import close_progress, console, duration, table, warn
-from rlhf.system.distributed import (
-    broadcast_from_main,
-    is_main_process,
-    launcher_world_size,
-    pick_device,
-    process_group,
-    process_rank,
-)
+from rlhf.system.distributed import broadcast_from_main, pick_device, process_group
 from rlhf.system.files import hash_path, require_writable
 from rlhf.system.malloc import keep_freed_memory
 from rlhf.system.quiet import quiet_libraries
 from rlhf.system.rank_logs import PeerFailed, own_log
+from rlhf.system.ranks import is_main_process, launcher_world_size, process_rank
 from rlhf.system.rng import seed_rng
 from rlhf.system.signals import Signals, StopNow
 from rlhf.system.watchdog import root_cause, run_watchdog

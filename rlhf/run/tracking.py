@@ -21,8 +21,8 @@ from urllib.parse import urlparse
 
 from rlhf.config import TrackingSection
 from rlhf.system.console import warn
-from rlhf.system.distributed import is_main_process
 from rlhf.system.files import fsync, write_atomic
+from rlhf.system.ranks import is_main_process
 
 INIT_SECONDS, FINISH_SECONDS = 30, 60  # limits, because a server that does not answer must not delay a run
 

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf.system.distributed import is_main_process, launcher_world_size
 from rlhf.system.phases import heartbeat
+from rlhf.system.ranks import is_main_process, launcher_world_size
 
 T = TypeVar("T")
 PLAIN_INTERVAL = 10.0  # seconds between lines when the output is not a terminal

@@ -1,7 +1,7 @@
 """The processes of a run: which one this is, how many there are, and how they share work and results.
 
-A launcher tells every process its number (RANK) and how many it started (WORLD_SIZE); `launcher_world_size` and
-`process_rank` read that and work before the processes have met. `processes` counts those that have met, and
+A launcher tells every process its number (RANK) and how many it started (WORLD_SIZE); rlhf/system/ranks.py reads that
+and works before the processes have met. `processes` counts those that have met, and
 `recipe_processes` (rlhf/plan.py) those that the recipe asks for; rlhf/run/stage.py makes all three the same.
 """
 
@@ -19,33 +19,20 @@ from torch import Tensor
 
 from rlhf.config import Recipe
 from rlhf.errors import UserError
+from rlhf.system.ranks import is_main_process, launcher_world_size, local_rank
 
 T = TypeVar("T")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def launcher_world_size() -> int | None:
-    """Return how many processes the launcher started, None without a launcher."""
-    return int(os.environ["WORLD_SIZE"]) if "WORLD_SIZE" in os.environ else None
-
-
-def process_rank() -> int:
-    """Return the number of this process among those of all machines, from 0; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def local_rank() -> int:
-    """Return the number of this process among those of its machine, from 0; 0 without a launcher."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
 @contextmanager
 def process_group(device: torch.device, timeout_s: int) -> Iterator[None]:
-    """Join the processes that a launcher started in one group for the block; do nothing for a single process.
+    """Join the processes that a launcher started in one group for the block.
 
-    `timeout_s` is how long to wait for the others, here and in collectives, which wait a little longer, so that the
-    watchdog reports first. Raises UserError if the processes do not find each other in time.
+    Does nothing for a single process or inside another group. `timeout_s` is how long to wait for the others to join;
+    that and every collective are given 5 s and 2 % more, so that the watchdog reports first. After an error in the
+    block the group is left as it is. Raises UserError if the processes do not find each other in time.
     """
     world_size = launcher_world_size() or 1
     if world_size == 1 or dist.is_initialized():
@@ -72,7 +59,8 @@ def process_group(device: torch.device, timeout_s: int) -> Iterator[None]:
 def broadcast_from_main(make: Callable[[], T]) -> T:
     """Call `make` on the first process and return its result on all of them.
 
-    If `make` raises, its error passes through on the first process, and the others raise SystemExit(2).
+    The result must be picklable. If `make` raises, its error passes through on the first process, and the others raise
+    SystemExit(2). Before the processes have met, the others get None.
     """
     answer: list = [None, False]
     failure: BaseException | None = None
@@ -83,7 +71,7 @@ def broadcast_from_main(make: Callable[[], T]) -> T:
             failure, answer = error, [None, True]
     if dist.is_initialized():
         dist.broadcast_object_list(answer, src=0, device=collective_device())
-    if failure:
+    if failure is not None:
         raise failure
     if answer[1]:
         raise SystemExit(2)  # the first process reports the reason
@@ -95,13 +83,17 @@ def collective_device() -> torch.device:
     return torch.device("cpu" if "gloo" in str(dist.get_backend_config()) else "cuda")
 
 
-def is_main_process() -> bool:
-    """Return whether this is the first process of the run: the one that shows, logs and seals."""
-    return process_rank() == 0
+def maximum_over_processes(number: int) -> int:
+    """Return the largest of the processes' numbers; all must call."""
+    if processes() == 1:
+        return number
+    found = torch.tensor(number, device=collective_device())
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
 
 
 def processes() -> int:
-    """Return how many processes work together, 1 without a group."""
+    """Return how many processes are in the group, 1 without one."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -129,7 +121,7 @@ def all_gather_objects(value: Result) -> list[Result]:
 
 
 def all_gather_tensor(row: Tensor) -> Tensor:
-    """Return the tensors [n] of all processes as [processes, n], on the CPU; all must call it with the same n."""
+    """Return the tensors of all processes, stacked, on the CPU; all must call it with the same shape and dtype."""
     if processes() == 1:
         return row.cpu()[None]
     row = row.to(collective_device())
@@ -163,15 +155,19 @@ def sum_over_processes(values: Sequence[float]) -> list[float]:
 
 
 def pick_device(recipe: Recipe) -> torch.device:
-    """Return the device of this process: run.device, where `auto` takes the GPU of its local rank if there is one.
+    """Return the device of this process: the CPU, or the GPU numbered as its local rank, which becomes torch's current.
 
     Apple's GPUs are not used, because they have no float64, which sampling needs. Raises UserError for run.device=cuda
-    without a CUDA device.
+    without a CUDA device, or if this machine has fewer GPUs than processes.
     """
     if recipe.run.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA device", "run.device", "set run.device=cpu, or check the driver and PyTorch")
     if recipe.run.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if local_rank() >= (count := torch.cuda.device_count()):
+        what = f"process {local_rank()} of this machine has no GPU: there are {count}"
+        fix = "start at most one process for each GPU, or set run.device=cpu"
+        raise UserError(what, "launch.processes", fix)
     device = torch.device("cuda", local_rank())
     torch.cuda.set_device(device)
     return device

@@ -18,14 +18,20 @@ from torch import Tensor
 # be skipped: bfloat16 on a CPU without instructions for it makes 0.3 GFLOP/s.
 CPU_PRODUCTS = ((256, 256, 256), (512, 512, 512), (1024, 1024, 1024), (2048, 1024, 2048), (2048, 2048, 2048))
 GPU_PRODUCTS = ((1024, 1024, 1024), (4096, 4096, 4096), (8192, 8192, 8192))
-TRIES, BUDGET, LONGEST = 6, 0.4, 3.0  # for each product: tries, seconds after which no other is made, seconds of one
+# For each product: most tries; seconds after which no more are made; estimated seconds of one try above which it and
+# larger ones are skipped.
+TRIES, BUDGET, LONGEST = 6, 0.4, 3.0
 RESET_SLACK = 16 << 20  # bytes: the kernel's counts of resident pages are exact to a few hundred a core
 
 _highest: dict[str, float] = {}  # GB by type of device, before the newest reset
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Return the peak of the GPU's memory, or on a CPU of this process's, in GB; `reset_peak` does not lower it."""
+    """Return the highest memory since the process began, in GB (1e9 bytes).
+
+    It is of tensors that torch allocated on a GPU, or resident on a CPU. `reset_peak` keeps it, except for what
+    `forget` leaves out.
+    """
     return max(_highest.get(device.type, 0.0), recent_peak_gb(device))
 
 
@@ -40,7 +46,7 @@ def recent_peak_gb(device: torch.device) -> float:
 
 
 def reset_peak(device: torch.device, forget: bool = False) -> bool:
-    """Reset the counter of `recent_peak_gb`; return False if the system cannot (then the peak covers the whole run).
+    """Reset the counter of `recent_peak_gb`; return False, without effect on it, if the system cannot.
 
     On Linux this resets the kernel's own counter, so ru_maxrss also starts again. With `forget` the peak since the last
     reset is left out of `peak_memory_gb`.
@@ -89,8 +95,11 @@ def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 @lru_cache(maxsize=2)
 def measured_bandwidth(device: torch.device) -> float:
-    """Return the bytes per second that a copy too large for the caches reads and writes; measured once."""
-    size = 1 << (27 if device.type == "cuda" else 24)  # float32: 512 MB, or 64 MB
+    """Return the bytes read and written per second, together, by a copy of 512 MiB on a GPU, 64 MiB on a CPU.
+
+    It is measured once. Some CPUs have larger caches, which make it too high.
+    """
+    size = 1 << (27 if device.type == "cuda" else 24)  # float32
     source, target = (_scratch(size, torch.float32, device).fill_(1.0) for _ in range(2))
     repeats = 4 if device.type == "cuda" else 1
     seconds = min(_seconds(partial(target.copy_, source), repeats, device) for _ in range(2 * TRIES))
@@ -125,6 +134,6 @@ def _seconds(action: Callable[[], object], repeats: int, device: torch.device) -
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done all queued work."""
+    """Wait until a GPU has done all queued work; there is nothing to do on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

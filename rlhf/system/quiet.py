@@ -8,9 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import ERROR, getLogger
 
-from huggingface_hub import constants
-from transformers.utils import logging
-
 from rlhf.system.console import note
 
 
@@ -21,6 +18,8 @@ def quiet_libraries() -> None:
     """
     for module in ("transformers", "torch", "accelerate", "trl", "deepspeed"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+    from huggingface_hub import constants
+
     constants.HF_HUB_DISABLE_TELEMETRY = True  # the variable of that name is read when the client is imported
     ruled = [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]
     if any(os.environ[name] == "true" for name in ruled if name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")):
@@ -35,6 +34,8 @@ def quiet_transformers() -> Iterator[None]:
 
     The caller checks what the reports would say: it refuses missing weights, for instance.
     """
+    from transformers.utils import logging  # seconds to import, which a command that loads no model is spared
+
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     hub = getLogger("huggingface_hub")  # logs every retry
     hub_level = hub.level

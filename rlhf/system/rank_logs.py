@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import TextIO
 
 from rlhf.errors import UserError
-from rlhf.system.distributed import process_rank
 from rlhf.system.phases import now
+from rlhf.system.ranks import process_rank
 
 ERROR = "error.txt"
 _STYLES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf.system.distributed import process_rank
+from rlhf.system.ranks import process_rank
 
 
 def _path(folder: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf.errors import UserError
 from rlhf.system.console import console
-from rlhf.system.distributed import is_main_process
+from rlhf.system.ranks import is_main_process
 
 
 def complete_rows(path: Path, fields: Collection[str], lost: str) -> list[dict[str, Any]]:

@@ -9,36 +9,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
-
 from rlhf.system import rank_logs
-from rlhf.system.distributed import collective_device, is_main_process
+from rlhf.system.ranks import is_main_process, launcher_world_size
 
 # Two signals this far apart, in seconds, came from a person: the copies of a launcher and a terminal come together.
 REPEAT_SECONDS = 0.5
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm sends SIGUSR1 when the time is nearly up
-STOPPED = tuple(128 + number for number in STOPPING)
+STOPPED = tuple(128 + number for number in STOPPING)  # exit codes of a stage that a signal stopped
 
 
 class StopNow(BaseException):
-    """Raised by a second Ctrl-C, in the middle of whatever the stage is doing."""
+    """Raised in the middle of the stage's work by a Ctrl-C that comes over REPEAT_SECONDS after the first signal."""
 
 
 @dataclass
 class Signals:
-    """The first SIGINT, SIGTERM or SIGUSR1; a later SIGINT raises StopNow and the one after that ends the process.
+    """Remember the first SIGINT, SIGTERM or SIGUSR1; a later SIGINT raises StopNow, the next one ends the process.
 
     SIGTERM and SIGUSR1 never stop at once, however often they come: schedulers send them to every process of a job, and
     `rlhf run` passes on its own.
     """
 
     received: int = 0  # number of the first signal, 0 before one came
-    at: float = 0.0  # time.monotonic of the first signal
+    at: float = 0.0  # time.monotonic of the first signal, or of when this process learned of another's
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Catch the signals inside the block."""
+        """Catch the signals inside the block; only the main thread may call this."""
         before = {number: signal.signal(number, self._note) for number in STOPPING}
         try:
             yield
@@ -47,14 +44,18 @@ class Signals:
                 signal.signal(number, handler)
 
     def agreed(self) -> int:
-        """Return the number of a signal that some process received, else 0; all processes must call this together."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            flag = torch.tensor(self.received, device=collective_device())
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            if flag:  # without one, a signal that came during the reduction stays in `received` for the next call
-                self.received = int(flag)
-            return int(flag)
-        return self.received
+        """Return the highest number of the signals that the processes received, 0 if none; this process remembers it.
+
+        All processes must call this together.
+        """
+        if (launcher_world_size() or 1) == 1:
+            return self.received
+        from rlhf.system.distributed import maximum_over_processes  # torch, which the launcher does without
+
+        if number := maximum_over_processes(self.received):  # a signal during the reduction is for the next call
+            self.received = number
+            self.at = self.at or time.monotonic()  # this process's copy of the same Ctrl-C may still come
+        return number
 
     def _note(self, number: int, frame: object) -> None:
         if self.received:

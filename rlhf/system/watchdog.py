@@ -28,9 +28,9 @@ from typing import Any
 import psutil
 
 from rlhf.system import phases, rank_logs
-from rlhf.system.distributed import local_rank
 from rlhf.system.phases import PhaseState, now
 from rlhf.system.rank_logs import PeerFailed, RankLog
+from rlhf.system.ranks import local_rank
 
 HUNG = 124  # exit code of a process that ends because another one hangs, the same as of timeout(1)
 GRACE = 5.0  # seconds that a process gets to end by itself after another one reported an error

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.errors import UserError
-from rlhf.system.distributed import is_main_process
+from rlhf.system.ranks import is_main_process
 from rlhf.training.clipped_adamw import ClippedAdamW, grad_norm, set_step_count, step_count
 from rlhf.training.sharded_state import MOMENTS, WEIGHT, Fragment, FragmentReader, write_fragments
 

@@ -13,9 +13,10 @@ from rlhf.models.flops import ModelCost, PassSize, model_cost, pass_size
 from rlhf.rollout.batches import Pair
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.sampling import Rollout
-from rlhf.system.distributed import is_main_process, processes, shard
+from rlhf.system.distributed import processes, shard
 from rlhf.system.machine_peaks import machine_peaks
 from rlhf.system.phase_timer import PaddingCounts
+from rlhf.system.ranks import is_main_process
 from rlhf.training.ppo_state import Ppo
 
 STEP_BYTES = 28  # of a weight in AdamW: gradient read; weight, two moments read and written. In bfloat16 just as many

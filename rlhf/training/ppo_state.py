@@ -27,11 +27,12 @@ from rlhf.rollout.scoring import check_plain_head
 from rlhf.rollout.vllm_engine import check_server
 from rlhf.run.checkpoints import Checkpoints
 from rlhf.system.console import console, show_drops
-from rlhf.system.distributed import barrier, is_main_process, pick_device
+from rlhf.system.distributed import barrier, pick_device
 from rlhf.system.machine_peaks import machine_peaks
 from rlhf.system.malloc import return_freed_memory
 from rlhf.system.phase_timer import PhaseTimer
 from rlhf.system.phases import PHASES
+from rlhf.system.ranks import is_main_process
 from rlhf.system.rng import load_rng, save_rng
 from rlhf.training.engine import Engine, ParamGroup
 from rlhf.training.policy_value import PolicyValue

@@ -11,8 +11,9 @@ from rlhf.config import Recipe
 from rlhf.models.loading import check_context, new_reward_model, recompute_activations
 from rlhf.models.zero import trained
 from rlhf.run.checkpoints import Checkpoints
-from rlhf.system.distributed import barrier, broadcast_from_main, is_main_process
+from rlhf.system.distributed import barrier, broadcast_from_main
 from rlhf.system.phases import phase
+from rlhf.system.ranks import is_main_process
 from rlhf.system.rng import load_rng, save_rng
 from rlhf.training.engine import Engine, ParamGroup
 from rlhf.training.ranking_passes import ScoringModule

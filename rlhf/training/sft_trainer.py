@@ -35,9 +35,10 @@ from rlhf.plan import plan_sft
 from rlhf.run.checkpoints import Checkpoints
 from rlhf.run.tracking import Tracker
 from rlhf.system.console import Progress
-from rlhf.system.distributed import broadcast_from_main, launcher_world_size, processes, shard
+from rlhf.system.distributed import broadcast_from_main, processes, shard
 from rlhf.system.phases import phase
 from rlhf.system.quiet import quiet_transformers
+from rlhf.system.ranks import launcher_world_size
 
 
 class MicroBatches(Sampler[list[int]]):

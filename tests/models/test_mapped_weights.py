@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rlhf.models.mapped_weights import Mapping, _mappings, drop_resident_pages
+from rlhf.models.mapped_weights import FileMapping, _mappings, drop_resident_pages
 from rlhf.models.placement import Placement, materialized
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -48,8 +48,8 @@ def mapped_layer(folder: Path) -> nn.Linear:
 
 def test_regions_of_files_are_read_and_those_of_no_file_left_out() -> None:
     first, second, third = 0x7F0000000000, 0x7F0000400000, 0x7F0000500000
-    swapped_out = Mapping(third, third + 2**20, written=True)
-    assert list(_mappings(SMAPS)) == [Mapping(first, second, False), Mapping(second, third, True), swapped_out]
+    swapped_out = FileMapping(third, third + 2**20, written=True)
+    assert list(_mappings(SMAPS)) == [FileMapping(first, second, False), FileMapping(second, third, True), swapped_out]
 
 
 def test_frozen_weights_leave_memory_and_come_back(tmp_path: Path) -> None:

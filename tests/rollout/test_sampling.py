@@ -9,7 +9,9 @@ from transformers import LlamaForCausalLM
 
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed, row_uniforms
+from rlhf.rollout import sampling
 from rlhf.rollout.sampling import CDF_BLOCK, sample_token
+from rlhf.rollout.sampling_params import SamplingParams
 from support.rollout_runs import PROMPTS, Tokenizer, run
 from support.small_models import EOS, by_hand, gpt2, llama
 
@@ -136,8 +138,19 @@ def test_texts_leave_special_tokens_out():
     assert all(str(EOS) not in text.split() for text in out.texts(Tokenizer()))
 
 
-def test_logits_that_are_no_numbers_are_told():
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("engine", ["native", "generate"])
+def test_logits_that_are_no_numbers_are_told(engine, temperature):
     model = llama()
     torch.nn.init.constant_(model.lm_head.weight[7], float("nan"))
     with pytest.raises(UserError, match="logits are not finite"):
-        run(model)
+        run(model, engine=engine, temperature=temperature)
+
+
+def test_progress_of_several_processes_ends_at_the_number_of_prompts(monkeypatch):
+    monkeypatch.setattr(sampling, "processes", lambda: 2)
+    monkeypatch.setattr(sampling, "shard", lambda rows: rows[::2])
+    monkeypatch.setattr(sampling, "gather_in_order", lambda order, results: results * 2)
+    done, params = [], SamplingParams(2, 1.0, [EOS], batch_size=2)
+    sampling.sample(llama(), Tokenizer(), PROMPTS, params, seeds=list(range(5)), advance=done.append)
+    assert done == [4, 1]  # of five prompts this process has three

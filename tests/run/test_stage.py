@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf.config import Recipe
 from rlhf.errors import UserError
@@ -19,7 +20,7 @@ from rlhf.run.fingerprints import depends_on, fingerprint
 from rlhf.run.sealing import newest_sealed
 from rlhf.run.stage import StageContext, parse_stage_args, run_stage
 from rlhf.stage_table import STAGES
-from rlhf.system.distributed import pick_device
+from rlhf.system.distributed import broadcast_from_main, pick_device
 from rlhf.system.files import hash_path
 from rlhf.system.signals import REPEAT_SECONDS
 from support.paths import ROOT
@@ -384,10 +385,31 @@ def test_help_is_one_paragraph(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_pick_device() -> None:
-    import torch
-
     assert pick_device(Recipe.model_validate({"run": {"device": "cpu"}})).type == "cpu"
     if not torch.cuda.is_available():
         assert pick_device(Recipe()).type == "cpu"
         with pytest.raises(UserError, match="no CUDA device"):
             pick_device(Recipe.model_validate({"run": {"device": "cuda"}}))
+
+
+def test_a_process_without_a_gpu_of_its_own_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device(Recipe()) == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="process 2 of this machine has no GPU: there are 2"):
+        pick_device(Recipe())
+
+
+def test_an_error_that_counts_as_false_passes_through() -> None:
+    class Falsy(Exception):
+        def __bool__(self) -> bool:
+            return False
+
+    def fail() -> None:
+        raise Falsy
+
+    with pytest.raises(Falsy):
+        broadcast_from_main(fail)

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 
 from rlhf.run.stage import run_stage
-from rlhf.system.signals import Signals
 from support.ports import wait_for
 from support.stage_runs import RECIPE, never, stage_json, start, start_pair, train
 
@@ -93,21 +89,6 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(signalled: int) 
     assert codes == [143, 143], errors
     assert Path("stopped-0").read_text() == Path("stopped-1").read_text()
     assert stage_json()["state"] == "stopped"
-
-
-def test_a_signal_during_the_reduction_is_kept_for_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    def reduce_and_be_signalled(flag: torch.Tensor, op: dist.ReduceOp) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo")
-    monkeypatch.setattr(dist, "all_reduce", reduce_and_be_signalled)
-    signals = Signals()
-    with signals.watch():
-        assert signals.agreed() == 0
-        monkeypatch.setattr(dist, "all_reduce", lambda flag, op: None)
-        assert signals.agreed() == signal.SIGTERM
 
 
 def test_another_number_of_processes_than_the_recipes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

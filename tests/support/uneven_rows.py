@@ -21,7 +21,7 @@ from rlhf.models.zero import frozen
 from rlhf.rollout.sampling import Rollout, sample
 from rlhf.rollout.sampling_params import SamplingParams
 from rlhf.rollout.scoring import token_logprobs
-from rlhf.system.distributed import is_main_process
+from rlhf.system.ranks import is_main_process
 
 PROMPT, LONG = [5, 6, 7, 8], 128
 

@@ -81,7 +81,8 @@ def test_a_loop_that_breaks_off_says_so(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(ValueError), Progress("scoring", total=4) as bar:
         bar.advance()
         raise ValueError
-    assert "scoring 1/4 broken off in 0:00" in capsys.readouterr().out
+    shown = capsys.readouterr().out  # with its rate, on a machine that is busy for a moment
+    assert "scoring 1/4" in shown and "broken off in 0:00" in shown
 
 
 def test_track_yields_everything_and_finds_the_length(capsys: pytest.CaptureFixture[str]) -> None:

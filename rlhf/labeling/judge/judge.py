@@ -34,8 +34,9 @@ from rlhf.models.peft.folder import find_adapter
 from rlhf.models.pretrained import load_config
 from rlhf.models.resolve import resolve_model
 from rlhf.system.console import warn
-from rlhf.system.distributed import is_main_process, pick_device
+from rlhf.system.distributed import pick_device
 from rlhf.system.files import hash_path
+from rlhf.system.ranks import is_main_process
 from rlhf.system.row_log import append_rows, complete_rows
 
 CONTENT_FREE = ("N/A", "[MASK]", "")  # Zhao et al. 2021, section 5

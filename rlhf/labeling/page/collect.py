@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import combinations
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf.config import LabelSection
 from rlhf.data.records import write_jsonl
@@ -25,10 +25,12 @@ from rlhf.labeling.outputs import Outputs, RankResult, outputs_row
 from rlhf.labeling.page.presence import Presence
 from rlhf.labeling.page.store import Counts, LabelStore, task_key
 from rlhf.labeling.page.stored_ranking import StoredRanking
-from rlhf.run.stage import StageContext
 from rlhf.system.console import Progress, console
-from rlhf.system.distributed import broadcast_from_main, is_main_process
 from rlhf.system.phases import heartbeat, phase
+from rlhf.system.ranks import is_main_process
+
+if TYPE_CHECKING:
+    from rlhf.run.stage import StageContext
 
 LABELS = "labels.sqlite"
 OUTPUTS = "rank/outputs.jsonl"
@@ -48,7 +50,7 @@ def open_store(run: Path, label: LabelSection, seed: int) -> Iterator[LabelStore
 
 def report_set_aside(store: LabelStore) -> None:
     """Print the number of rankings of outputs that are not current, if there are any."""
-    if aside := store.set_aside():
+    if aside := store.count_set_aside():
         console.print(f"{aside} rankings of other outputs stay in {store.path} and are not used", soft_wrap=True)
 
 
@@ -99,6 +101,8 @@ def rankings_by_people(ctx: StageContext, outputs: Sequence[Outputs], grace: flo
     When all rankings that are wanted are in, the page stays, and takes more, until those who were at it lately know,
     for `grace` seconds at most. Of several processes the main one serves the page, and all return the same.
     """
+    from rlhf.system.distributed import broadcast_from_main  # torch, which `rlhf label` does without
+
     recipe, main = ctx.recipe, is_main_process()
     phase("labelling")
     with ExitStack() as stack:
@@ -136,6 +140,8 @@ def serve_until_notified(
     A ranking that is taken back is waited for again; then the page stays for `grace` seconds at most. `look` returns
     the main process's counts, since all processes must take the same way; `presence` is None on the others.
     """
+    from rlhf.system.distributed import broadcast_from_main
+
     while wait_for_rankings(look, stopped):
         end = time.monotonic() + grace
 

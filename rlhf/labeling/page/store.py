@@ -38,7 +38,7 @@ class UnknownTask(Exception):
 
 
 class Conflict(Exception):
-    """Raised for a submission that came too late: another one counts, or was made since."""
+    """Raised for a submission, or for taking one back, that came too late: another one counts or was made since."""
 
 
 class Task(NamedTuple):
@@ -63,7 +63,10 @@ class Counts(NamedTuple):
 
 
 class LabelStore:
-    """The open file; each method is a transaction, from any thread. `seed` fixes display orders and shared tasks."""
+    """Hold the file open, for any thread; writes are transactions; `progress` reads several times.
+
+    `seed` fixes display orders and shared tasks.
+    """
 
     def __init__(self, path: Path, label: LabelSection, seed: int) -> None:
         self.path, self.label, self.seed = Path(path), label, seed
@@ -129,7 +132,10 @@ class LabelStore:
         return [row["name"] for row in self._read("SELECT name FROM labelers ORDER BY name")]
 
     def new_token(self, labeler: str) -> str:
-        """Return a new secret that identifies the labeler; earlier ones stay valid. Only its hash is stored."""
+        """Return a new secret that identifies the labeler; earlier ones stay valid. Only its hash is stored.
+
+        Raises sqlite3.IntegrityError for an unknown labeler.
+        """
         token = secrets.token_urlsafe(24)
         with self._write() as db:
             db.execute("INSERT INTO tokens VALUES (?, ?)", (_hash(token), labeler))
@@ -158,7 +164,10 @@ class LabelStore:
     # --- a labeler's next prompt and their answers --------------------------------------------------------------------
 
     def next_task(self, labeler: str) -> Task | None:
-        """Return the task that the labeler holds, or the first that needs a ranking; None if there is none for them."""
+        """Give the labeler a task and return it: the newest one that they hold, or the first that needs a ranking.
+
+        The claim is renewed, so that others do not get the task meanwhile. Returns None if there is none for them.
+        """
         with self._write() as db:
             held = db.execute(
                 GIVEN + "SELECT task FROM claims JOIN need ON key = task WHERE labeler = :me AND rankings < wanted"
@@ -241,7 +250,10 @@ class LabelStore:
             )
 
     def last(self, labeler: str) -> str | None:
-        """Return the id of the labeler's newest submission, which they may take back; None once they have."""
+        """Return the id of the labeler's newest submission, which they may take back; None if there is none.
+
+        There is none either once they have taken it back, until the next.
+        """
         found = self._newest(labeler)
         return found["id"] if found and found["withdrawn"] is None else None
 
@@ -263,7 +275,10 @@ class LabelStore:
     # --- state of the ranking -----------------------------------------------------------------------------------------
 
     def counts(self) -> Counts:
-        """Return how many rankings are in and how many are wanted: `label.rankings`, or all that labelers can give."""
+        """Return how many rankings are in and how many are wanted.
+
+        Wanted is the smaller of label.rankings (0: no limit) and those in plus those that the invited can still give.
+        """
         row = self._read(
             GIVEN + "SELECT coalesce(sum(rankings), 0) AS rankings,"
             " coalesce(sum(max(0, min(wanted - rankings, free))), 0) AS missing FROM need",
@@ -273,7 +288,11 @@ class LabelStore:
         return Counts(row["rankings"], min(self.label.rankings, possible) if self.label.rankings else possible)
 
     def progress(self, labeler: str) -> dict[str, Any]:
-        """Return what the labeler's page shows: their count and pace, and the seconds left at the present pace."""
+        """Return what the labeler's page shows.
+
+        Their own: `labeler`, `mine` (rankings), `seconds_each` (median of their latest submissions, None before one),
+        `last` (id). Of all: `rankings`, `wanted`, `complete`, and `seconds_left` at this pace (None without one).
+        """
         counts = self.counts()
         mine = self._read(
             "SELECT kind, seconds FROM submissions JOIN tasks ON key = task"
@@ -290,7 +309,7 @@ class LabelStore:
             "wanted": counts.wanted,
             "complete": counts.complete,
             "seconds_each": pace,
-            "seconds_left": pace and pace * (counts.wanted - counts.rankings) / max(1, busy),
+            "seconds_left": pace and pace * max(0, counts.wanted - counts.rankings) / max(1, busy),
             "last": self.last(labeler),
         }
 
@@ -311,7 +330,7 @@ class LabelStore:
         )
         return {row["reason"]: row["n"] for row in rows}
 
-    def set_aside(self) -> int:
+    def count_set_aside(self) -> int:
         """Return the number of rankings of outputs that used to be current, without those taken back."""
         query = "SELECT count(*) AS n FROM submissions JOIN tasks ON key = task WHERE kind = 'ranking'"
         return self._read(f"{query} AND withdrawn IS NULL AND NOT current")[0]["n"]

@@ -53,7 +53,7 @@ def test_labelers_who_join_and_links_that_end_leave_what_the_run_waits_for(run: 
     with RunFolder(run).lock():
         write_jsonl(run / collect.OUTPUTS, [outputs_row(item) for item in outputs(1)])  # not what it waits for
         joined(run, "carl")
-        assert waiting.counts() == Counts(4, 8) and waiting.set_aside() == 0
+        assert waiting.counts() == Counts(4, 8) and waiting.count_set_aside() == 0
         assert waiting.next_task("carl") is not None
         export_rankings(run, settings(run), tmp_path / "out.jsonl")
         assert waiting.counts() == Counts(4, 8) and len((tmp_path / "out.jsonl").read_text().splitlines()) == 4
@@ -63,7 +63,7 @@ def test_labelers_who_join_and_links_that_end_leave_what_the_run_waits_for(run: 
         assert waiting.counts() == Counts(4, 8) and waiting.known() == ["anna", "ben", "carl"]
         assert [waiting.labeler(link[name]) for name in ("anna", "ben")] == [None, "ben"]
     joined(run, "carl")  # no stage runs: the outputs are the file's
-    assert waiting.counts() == Counts(1, 2) and waiting.set_aside() == 3
+    assert waiting.counts() == Counts(1, 2) and waiting.count_set_aside() == 3
 
 
 def test_without_labels_nothing_is_exported_or_revoked_and_no_file_made(run: Path, tmp_path: Path) -> None:

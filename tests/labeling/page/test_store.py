@@ -198,10 +198,10 @@ def test_rankings_of_other_outputs_stay_and_do_not_count(tmp_path: Path) -> None
     rank_one(store, "anna")
     rank_one(store, "anna")
     store.set_tasks(outputs(3)[1:])  # the first prompt is gone, another one has come
-    assert store.counts() == Counts(1, 2) and store.set_aside() == 1
+    assert store.counts() == Counts(1, 2) and store.count_set_aside() == 1
     assert [item.outputs.prompt.text for item in store.rankings()] == ["prompt 1"]
     store.set_tasks(outputs(2))
-    assert store.counts() == Counts(2, 2) and store.set_aside() == 0
+    assert store.counts() == Counts(2, 2) and store.count_set_aside() == 0
 
 
 def test_a_prompt_in_other_labels_has_its_own_id_and_takes_no_answers(tmp_path: Path) -> None:
@@ -367,6 +367,7 @@ def test_progress_by_hand(tmp_path: Path) -> None:
     assert shown["seconds_each"] == 20  # the median of her own
     assert shown["seconds_left"] == 60  # six are left, and two are at it
     assert opened(tmp_path, 10).progress("cleo")["seconds_left"] is None
+    assert opened(tmp_path, 10, rankings=2).progress("anna")["seconds_left"] == 0  # fewer are wanted than are in
 
 
 # --- the form, and the files -----------------------------------------------------------------------------------------
