@@ -6,9 +6,11 @@ tokenizer's EOS. SFT and the reward model train it, sampling stops at it, and PP
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -41,7 +43,7 @@ def hold_settings(tokenizer: PreTrainedTokenizerBase, day: str, settings: Sequen
         clock = datetime.fromisoformat(day)
     except ValueError:
         raise UserError(f"{day} is no day of the calendar", "model.template_date", "write it as 2024-07-26") from None
-    tokenizer.template_settings = {"strftime_now": clock.strftime, **given}
+    tokenizer.template_settings, tokenizer.template_clock = given, clock
 
 
 def encode_turns(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], place: str = "") -> list[int]:
@@ -71,13 +73,31 @@ def encode_turns(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
 def _apply(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]], place: str, **how: Any) -> Any:
     """Return what the template makes of messages; raise UserError, with their place, if it refuses them."""
     try:
-        return tokenizer.apply_chat_template(rows, **getattr(tokenizer, "template_settings", {}), **how)
+        return tokenizer.apply_chat_template(rows, **_settings(tokenizer), **how)
     except (TemplateError, TypeError, ValueError) as error:
         roles = ", ".join(row["role"] for row in rows)
         what = f"the chat template refuses these messages ({roles}): {error}"
         fix = "put a system message's words into the first user message, let user and assistant take turns, or give "
         fix += "another template: model.prompt_format=plain"
         raise UserError(what, place or f"the chat template of {tokenizer.name_or_path}", fix) from None
+
+
+def _settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return what the template is called with: its settings, and itself with the clock held where it asks for one."""
+    settings, clock = getattr(tokenizer, "template_settings", {}), getattr(tokenizer, "template_clock", None)
+    if clock is None or "strftime_now" not in str(tokenizer.chat_template):
+        return settings
+    return settings | {"chat_template": _at(clock, tokenizer.chat_template)}
+
+
+@lru_cache(maxsize=8)
+def _at(clock: datetime, template: str) -> str:
+    """Return the template after a macro that answers its calls of `strftime_now`, in place of the system's clock."""
+    formats = re.findall(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')""", template)
+    found = {text: clock.strftime(text) for pair in formats for text in pair if text}
+    # An expression ends the macro, since a block would take a line's end after it away.
+    macro = f"{{% macro strftime_now(format) %}}{{{{ {json.dumps(found)}[format] }}}}{{% endmacro %}}"
+    return f"{macro}{{{{ '' }}}}{template}"
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -25,10 +25,15 @@ def gpt2() -> torch.nn.Module:
     return GPT2LMHeadModel(config).eval()
 
 
-def by_hand(model: torch.nn.Module, prompt: list[int], response: list[int], temperature: float) -> list[float]:
-    """Return the log-probability of each response token, from the whole logits of one row without padding."""
+def by_hand(
+    model: torch.nn.Module, prompt: list[int], response: list[int], temperature: float, tokens: int | None = None
+) -> list[float]:
+    """Return the log-probability of each response token, from the whole logits of one row without padding.
+
+    Of the vocabulary only the first `tokens` count.
+    """
     with torch.no_grad():
-        logits = model(torch.tensor([prompt + response])).logits[0].double() / temperature
+        logits = model(torch.tensor([prompt + response])).logits[0, :, :tokens].double() / temperature
     out = []
     for t, token in enumerate(response):
         row = logits[len(prompt) + t - 1]
