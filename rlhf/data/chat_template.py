@@ -51,8 +51,12 @@ def encode_turns(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
 
     Names of special tokens in the messages are encoded as ordinary text, so that no message can end or begin a turn by
     such a token. In the plain format turns are marked by words, which a message can contain. Raises UserError with the
-    place of the dialogue if the template refuses it.
+    place of the dialogue if the template refuses it, or does not know one of its roles.
     """
+    for role in {message.role for message in messages} - {"system", "user", "assistant"}:
+        if role not in str(tokenizer.chat_template):
+            fix = "give the message another role, or a template that knows this one (model.chat_template)"
+            raise UserError(f"the chat template knows no role {role!r}", place or "the chat template", fix)
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     names = [name for name in special if any(name in message.content for message in messages)]
     marks = {chr(PRIVATE_USE + i): name for i, name in enumerate(names)}

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.chat_template import begins_with_bos
-from rlhf.data.encoding import Encoded
+from rlhf.data.chat_template import begins_with_bos, encode_turns
+from rlhf.data.encoding import Encoded, encode_response
 from rlhf.data.records import Demonstration
 from rlhf.errors import UserError
 
@@ -40,10 +40,33 @@ def token_blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block
     return rows
 
 
-def demonstration_row(demonstration: Encoded[Demonstration]) -> TokenRow:
-    """Return prompt and response as one row; only the response with its EOS is trained."""
+def demonstration_row(demonstration: Encoded[Demonstration], history: Sequence[int] = ()) -> TokenRow:
+    """Return prompt and response as one row; only the response with its end is trained.
+
+    `history` is a mask over the prompt of what is trained of it too (see `earlier_answers`).
+    """
     prompt, response = demonstration.prompt, demonstration.responses[0]
-    return {"input_ids": prompt + response, "completion_mask": [0] * len(prompt) + [1] * len(response)}
+    return {"input_ids": prompt + response, "completion_mask": [*(history or [0] * len(prompt)), *[1] * len(response)]}
+
+
+def earlier_answers(demonstration: Encoded[Demonstration], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return a mask over the prompt, 1 on the assistant's earlier answers and the end of their turns.
+
+    An answer that the template writes otherwise once another turn follows, without its thoughts for instance, is left
+    out: the model would not be asked for it so. Where a template marks ends by words, these are not trained.
+    """
+    prompt, said = demonstration.prompt, demonstration.item.prompt
+    mask = [0] * len(prompt)
+    for i, message in enumerate(said.messages):
+        if message.role != "assistant" or i == 0:
+            continue
+        before = encode_turns(tokenizer, said.messages[:i], said.place)
+        for answer in (encode_response(tokenizer, message.content, ended) for ended in (True, False)):
+            end = len(before) + len(answer)
+            if prompt[:end] == [*before, *answer]:
+                mask[len(before) : end] = [1] * len(answer)
+                break
+    return mask
 
 
 def text_rows(

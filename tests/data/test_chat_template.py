@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import ModelSection
 from rlhf.data.chat_template import begins_with_bos, encode_turns, hold_settings, stop_ids, turn_end
-from rlhf.data.encoding import encode_prompt, encode_response, fit_demonstrations
-from rlhf.data.records import Cloze, Drops, Message, Prompt, read_demonstrations
-from rlhf.data.text_blocks import text_rows, token_blocks
+from rlhf.data.encoding import encode_prompt, encode_response, fit_demonstrations, fit_prompts
+from rlhf.data.records import Cloze, Demonstration, Drops, Message, Prompt, read_demonstrations, read_prompts
+from rlhf.data.text_blocks import demonstration_row, earlier_answers, text_rows, token_blocks
 from rlhf.errors import UserError
 from rlhf.evaluation.alignment_tax import encode_question
 from rlhf.models.loading import load_policy, load_tokenizer
-from support.data_files import write_lines
+from support.data_files import error_of, write_lines
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 # The token that each family's template writes after an answer, from the makers' model cards; "" where it is the EOS.
@@ -177,3 +177,48 @@ def test_settings_are_of_one_tokenizer(tiny_dir: str) -> None:
     hold_settings(one, "2026-01-02")
     assert one.decode(encode_turns(one, [Message("user", "x")])).startswith("02 Jan 2026")
     assert other.decode(encode_turns(other, [Message("user", "x")])).startswith("26 Jul 2024")
+
+
+def test_all_turns_of_the_assistant_are_trained_where_asked(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = [
+        ("system", "Be short."),
+        ("user", "a"),
+        ("assistant", "b c"),
+        ("user", "d"),
+        ("assistant", "e"),
+        ("user", "f"),
+    ]
+    prompt = Prompt(tuple(Message(*turn) for turn in turns))
+    demonstration = Demonstration(prompt, "g h")
+    encoded = fit_demonstrations([demonstration], tiny_tokenizer, 200, 50, 250, Drops())[0]
+    row = demonstration_row(encoded, earlier_answers(encoded, tiny_tokenizer))
+    trained = [i for i, mask in zip(row["input_ids"], row["completion_mask"], strict=True) if mask]
+    assert tiny_tokenizer.decode(trained) == "b c<|im_end|>e<|im_end|>g h<|im_end|>"
+    last = demonstration_row(encoded)
+    assert last["input_ids"] == row["input_ids"] and sum(last["completion_mask"]) == len(encoded.responses[0])
+    # A template that rewrites what was said before is not trained on it.
+    tiny_tokenizer = load_tokenizer(tiny_tokenizer.name_or_path)
+    tiny_tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}{{ m.content if loop.last else m.content | upper }}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    encoded = fit_demonstrations([demonstration], tiny_tokenizer, 200, 50, 250, Drops())[0]
+    assert not any(earlier_answers(encoded, tiny_tokenizer))
+
+
+def test_other_roles_need_a_template_that_knows_them(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    told = [{"type": "text", "text": "Look "}, {"type": "text", "text": "it up."}]
+    rows = [{"role": "developer", "content": "x"}, {"role": "user", "content": told}, {"role": "tool", "content": "7"}]
+    path = write_lines(tmp_path / "p.jsonl", {"prompt": rows})
+    prompt = read_prompts([str(path)], Drops())[0]
+    assert prompt.messages == (Message("developer", "x"), Message("user", "Look it up."), Message("tool", "7"))
+    with pytest.raises(UserError, match="knows no role '(developer|tool)'") as error:
+        fit_prompts(
+            [prompt], load_tokenizer(tiny_tokenizer.name_or_path, ModelSection(prompt_format="plain")), 99, Drops()
+        )
+    assert error.value.where == f"{path}, line 1"
+    tokenizer = load_tokenizer(tiny_tokenizer.name_or_path)
+    tokenizer.chat_template = "{# developer, tool #}{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    assert tokenizer.decode(encode_prompt(tokenizer, prompt)) == "developer:x;user:Look it up.;tool:7;"
+    picture = write_lines(tmp_path / "i.jsonl", {"prompt": [{"role": "user", "content": [{"type": "image"}]}]})
+    assert "of type 'image'" in error_of(read_prompts, str(picture)).what
