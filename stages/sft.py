@@ -1,7 +1,7 @@
 """Fine-tune a model on demonstrations (Ouyang et al. 2022, section 3.5 and C.1): `python stages/sft.py RECIPE`.
 
 data       demonstrations, split by prompt; too long ones dropped and counted; optionally rows of pretraining text
-rows       prompt and response as one row; loss on the response and its end, on earlier answers if the recipe asks for it,
+rows       prompt and response as one row; loss on the response and its end, on earlier answers if sft.loss_on says so,
            and on every token of a text
 start      the base model with residual dropout, an adapter on it if the recipe asks for one
 validate   mean loss per response token on held-out demonstrations, before and after

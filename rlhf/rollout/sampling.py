@@ -46,7 +46,7 @@ class Rollout:
     lengths: Tensor  # [B] int64, tokens of the response including its end when it has one
     finished: Tensor  # [B] bool, whether the response ended with a stop id
     logprobs: Tensor  # [B, R] float32, of the sampled tokens at the sampling temperature, 0 on padding
-    end_id: int  # the end of a turn; other stop ids end a response too
+    end_id: int  # the end of a turn, -1 if nothing stops a response; other stop ids end one too
     # Mean |logprobs - the sampler's own|, in nats per token; None if `logprobs` are the sampler's own.
     sampler_gap: float | None = None
 
@@ -297,5 +297,5 @@ def pad_rollout(
         lengths=torch.tensor([len(ids) for ids, _ in responses]),
         finished=torch.tensor([ids[-1] in stop_ids for ids, _ in responses]),
         logprobs=torch.tensor([lps + [0.0] * (width - len(lps)) for _, lps in responses], dtype=torch.float32),
-        end_id=stop_ids[0],
+        end_id=stop_ids[0] if stop_ids else -1,
     )
