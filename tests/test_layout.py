@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "functional": set(),
     "system": {"root"},
     "data": {"root", "system"},
-    "models": {"root", "system"},
+    "models": {"root", "system", "data"},
     "run": {"root", "system", "data"},
     "rollout": {"root", "functional", "system", "models"},
     "training": {"root", "functional", "system", "data", "models", "run", "rollout"},
