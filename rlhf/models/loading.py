@@ -24,6 +24,7 @@ from transformers import (
 from rlhf.config import ModelSection, PeftSection
 from rlhf.errors import UserError
 from rlhf.models.layers import cut_layers
+from rlhf.models.logit_map import verified_map
 from rlhf.models.peft.attaching import attach_or_merge, base_name, base_settings, check_method, merge_adapter
 from rlhf.models.peft.folder import HEAD, find_adapter, load_adapter_weights, save_adapter
 from rlhf.models.peft.merging import merged_state_dict
@@ -62,7 +63,7 @@ def load_policy(
     An adapter's folder gives the base with the adapter on it, whatever `model.peft` says. The generation config keeps
     special ids only, so sampling is from the plain softmax. `dropout` is the probability of residual dropout; all other
     dropout is 0. Without a `tokenizer` the one beside the model is taken. Raises UserError if the model does not exist,
-    is a reward model, lacks weights, or is an adapter of another base.
+    is a reward model, lacks weights, does something unknown to its logits, or is an adapter of another base.
 
     Args:
         name_or_dir: anything `resolve_model` takes.
@@ -84,7 +85,9 @@ def load_policy(
     if missing:
         raise UserError(f"weights are missing: {_few(missing)}", where, fix="name a complete causal language model")
     policy.base_name, policy.kept_layers = base_name(name_or_dir), 0
-    return fit_to_tokenizer(policy, tokenizer or load_tokenizer(where, model))
+    fit_to_tokenizer(policy, tokenizer or load_tokenizer(where, model))
+    policy.logit_map = verified_map(policy)
+    return policy
 
 
 def new_reward_model(
