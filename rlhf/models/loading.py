@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,6 +32,7 @@ from rlhf.models.peft.virtual_tokens import attention_window, positions_taken
 from rlhf.models.placement import writable
 from rlhf.models.pretrained import fit_to_tokenizer, is_classifier, load_config, load_plain, scalar_head, set_dropout
 from rlhf.models.resolve import resolve_model
+from rlhf.models.scalar_class import scalar_class
 from rlhf.models.tokenizer import load_tokenizer, same_tokenizer
 from rlhf.system.files import publish
 from rlhf.system.quiet import quiet_transformers
@@ -142,7 +142,7 @@ def _load_scalar(
     config = load_config(where, model)
     set_dropout(config, 0.0, where)
     config.num_labels = 1
-    reward, missing = load_plain(AutoModelForSequenceClassification, where, model, config)
+    reward, missing = load_plain(scalar_class(config, where), where, model, config)
     head = scalar_head(reward, where)
     if others := [name for name in missing if not name.startswith(HEAD)]:
         raise UserError(f"weights are missing: {_few(others)}", where=where, fix="name a complete language model")
@@ -174,7 +174,7 @@ def load_reward_model(name_or_dir: str | Path, model: ModelSection, merged: bool
     set_dropout(config, 0.0, where)
     if not is_classifier(config) or config.num_labels != 1:
         raise _no_reward_model(f"{(config.architectures or ['unknown'])[0]}, {config.num_labels} labels", where)
-    reward, missing = load_plain(AutoModelForSequenceClassification, where, model, config)
+    reward, missing = load_plain(scalar_class(config, where), where, model, config)
     if missing:
         what = f"the reward model's head or other weights were not loaded: {_few(missing)}"
         raise UserError(what, where, fix="save the reward model again; scores of a random head mean nothing")
