@@ -7,13 +7,14 @@ from functools import lru_cache
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from rlhf.config import VIRTUAL_TOKEN_METHODS, PeftSection, Recipe
 from rlhf.models import smollm2, tiny
 from rlhf.models.layers import cut_layers, decoder_layers, kv_heads
 from rlhf.models.peft.methods import add_adapter
 from rlhf.models.resolve import not_loaded, resolve_model
+from rlhf.models.scalar_class import scalar_class
 from rlhf.system.quiet import quiet_transformers
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -103,7 +104,7 @@ def build(spec: ModelSpec) -> nn.Module:
     config = type(spec.config).from_dict(spec.config.to_dict())
     if spec.scalar:
         config.num_labels = 1
-    kind = AutoModelForSequenceClassification if spec.scalar else AutoModelForCausalLM
+    kind = scalar_class(config, config.model_type) if spec.scalar else AutoModelForCausalLM
     with torch.device("meta"), quiet_transformers():
         model = kind.from_config(config, dtype=getattr(torch, spec.dtype), attn_implementation=spec.attention)
         if spec.scalar:

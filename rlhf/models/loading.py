@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -24,6 +23,7 @@ from transformers import (
 from rlhf.config import ModelSection, PeftSection
 from rlhf.errors import UserError
 from rlhf.models.layers import cut_layers
+from rlhf.models.logit_map import verified_map
 from rlhf.models.peft.attaching import attach_or_merge, base_name, base_settings, check_method, merge_adapter
 from rlhf.models.peft.folder import HEAD, find_adapter, load_adapter_weights, save_adapter
 from rlhf.models.peft.merging import merged_state_dict
@@ -32,6 +32,7 @@ from rlhf.models.peft.virtual_tokens import attention_window, positions_taken
 from rlhf.models.placement import writable
 from rlhf.models.pretrained import fit_to_tokenizer, is_classifier, load_config, load_plain, scalar_head, set_dropout
 from rlhf.models.resolve import resolve_model
+from rlhf.models.scalar_class import scalar_class
 from rlhf.models.tokenizer import load_tokenizer, same_tokenizer
 from rlhf.system.files import publish
 from rlhf.system.quiet import quiet_transformers
@@ -62,7 +63,7 @@ def load_policy(
     An adapter's folder gives the base with the adapter on it, whatever `model.peft` says. The generation config keeps
     special ids only, so sampling is from the plain softmax. `dropout` is the probability of residual dropout; all other
     dropout is 0. Without a `tokenizer` the one beside the model is taken. Raises UserError if the model does not exist,
-    is a reward model, lacks weights, or is an adapter of another base.
+    is a reward model, lacks weights, does something unknown to its logits, or is an adapter of another base.
 
     Args:
         name_or_dir: anything `resolve_model` takes.
@@ -84,7 +85,9 @@ def load_policy(
     if missing:
         raise UserError(f"weights are missing: {_few(missing)}", where, fix="name a complete causal language model")
     policy.base_name, policy.kept_layers = base_name(name_or_dir), 0
-    return fit_to_tokenizer(policy, tokenizer or load_tokenizer(where, model))
+    fit_to_tokenizer(policy, tokenizer or load_tokenizer(where, model))
+    policy.logit_map = verified_map(policy)
+    return policy
 
 
 def new_reward_model(
@@ -139,7 +142,7 @@ def _load_scalar(
     config = load_config(where, model)
     set_dropout(config, 0.0, where)
     config.num_labels = 1
-    reward, missing = load_plain(AutoModelForSequenceClassification, where, model, config)
+    reward, missing = load_plain(scalar_class(config, where), where, model, config)
     head = scalar_head(reward, where)
     if others := [name for name in missing if not name.startswith(HEAD)]:
         raise UserError(f"weights are missing: {_few(others)}", where=where, fix="name a complete language model")
@@ -171,7 +174,7 @@ def load_reward_model(name_or_dir: str | Path, model: ModelSection, merged: bool
     set_dropout(config, 0.0, where)
     if not is_classifier(config) or config.num_labels != 1:
         raise _no_reward_model(f"{(config.architectures or ['unknown'])[0]}, {config.num_labels} labels", where)
-    reward, missing = load_plain(AutoModelForSequenceClassification, where, model, config)
+    reward, missing = load_plain(scalar_class(config, where), where, model, config)
     if missing:
         what = f"the reward model's head or other weights were not loaded: {_few(missing)}"
         raise UserError(what, where, fix="save the reward model again; scores of a random head mean nothing")

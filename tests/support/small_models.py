@@ -1,9 +1,24 @@
-"""Make models of two layers and 50 tokens, and compute by hand the log-probabilities that they give."""
+"""Make models of two layers, and compute by hand the log-probabilities that they give."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OlmoeConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 EOS = 2
 PAIRS = [([5, 6, 7], [8, 9, EOS]), ([10], [11, 12, 13, 14, EOS]), ([15, 16, 17, 18, 19], [20])]
@@ -23,6 +38,31 @@ def gpt2() -> torch.nn.Module:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3)
     return GPT2LMHeadModel(config).eval()
+
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE |= {"num_key_value_heads": 2, "initializer_range": 0.3, "max_position_embeddings": 256}
+IDS = {"bos_token_id": 0, "eos_token_id": EOS, "pad_token_id": 3}
+# Architectures whose logits are more than the head's output, with settings that change them much.
+CHANGED_LOGITS: dict[str, tuple[type[PretrainedConfig], dict[str, object]]] = {
+    "gemma2": (Gemma2Config, {"final_logit_softcapping": 2.0, "head_dim": 8, "sliding_window": 64}),
+    "cohere": (CohereConfig, {"logit_scale": 0.25}),
+    "granite": (GraniteConfig, {"logits_scaling": 3.0}),
+}
+ARCHITECTURES = CHANGED_LOGITS | {"olmoe": (OlmoeConfig, {"num_experts": 4, "num_experts_per_tok": 2})}
+
+
+def write_architecture(
+    kind: str, tokenizer: PreTrainedTokenizerBase, folder: Path, **settings: object
+) -> PreTrainedModel:
+    """Write a random model of an architecture with the tokenizer, and return it, with eager attention, to compare."""
+    cls, own = ARCHITECTURES[kind]
+    torch.manual_seed(1)
+    config = cls(vocab_size=len(tokenizer), **(SHAPE | IDS | own | settings))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
 
 
 def by_hand(
