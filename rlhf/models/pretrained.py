@@ -35,6 +35,9 @@ def load_config(where: str, model: ModelSection) -> PretrainedConfig:
     if not getattr(config, "is_causal", True):
         fix = "name a causal language model; nothing here could sample from this one"
         raise UserError("its attention sees what comes after a token (is_causal is false)", where, fix)
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        # Nothing here trains the balance of experts, whose loss would be added up over the padding of a batch.
+        config.get_text_config().output_router_logits = False
     return config
 
 

@@ -29,6 +29,7 @@ SIZES += [
     "sft.epochs=0.5",
     "rank.prompts=8",
     "rank.outputs_per_prompt=3",
+    "rank.tie_margin=0",
     "reward.batch_size=4",
     "reward.max_tokens=96",
 ]
