@@ -18,6 +18,7 @@ VIRTUAL_TOKEN_METHODS = ("prefix", "p_tuning", "p_tuning_v2", "prompt")  # they 
 KV_PREFIX_METHODS = ("prefix", "p_tuning_v2")  # of these, the methods that put keys and values into every layer
 UNMERGEABLE = (*VIRTUAL_TOKEN_METHODS, "adapter")  # they change none of the base model's weights
 TRAINS_BASE_WEIGHTS = ("none", "bitfit")  # they train weights of the base model, in the type that these have
+BUILT_IN = ("smollm2-135m", "tiny")  # models of the project, even if folders of these names exist
 LABELER_PATTERN = r"[\w.-]{1,40}"  # letters of any script
 METHODS_OF_SETTING = {  # of model.peft: which methods read a setting
     "rank": ("lora", "dora"),
@@ -142,7 +143,7 @@ class SftSection(Section):
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    packing: bool = Field(True, description="several demonstrations in one row, without attention between them")
+    packing: bool = Field(True, description="several demonstrations in a row, apart; refused where models see across")
     loss_on: Literal["last", "all"] = Field("last", description="the assistant's turns that are trained")
     max_tokens: int = Field(512, ge=8, description="tokens of a packed row; longer demonstrations are dropped, counted")
     pretraining_mix: float = Field(0.0, ge=0, lt=1, description="share of pretraining rows in the data (paper: 0.1)")

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "system": {"root"},
     "data": {"root", "system"},
     "models": {"root", "system", "data"},
-    "run": {"root", "system", "data"},
+    "run": {"root", "system", "data", "models"},
     "rollout": {"root", "functional", "system", "models"},
     "training": {"root", "functional", "system", "data", "models", "run", "rollout"},
     "labeling": {"root", "functional", "system", "data", "models", "run", "rollout"},

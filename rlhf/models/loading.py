@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -39,6 +40,7 @@ from rlhf.system.quiet import quiet_transformers
 
 __all__ = [
     "check_context",
+    "check_positions",
     "load_policy",
     "load_reward_model",
     "load_tokenizer",
@@ -219,15 +221,20 @@ def check_context(model: PreTrainedModel, tokens: int, field: str) -> None:
 
     Raises UserError if the model has too few positions, or layers whose attention window would lose virtual tokens.
     """
-    limit, virtual = getattr(model.config, "max_position_embeddings", None), positions_taken(peft_of(model))
+    check_positions(model.config, peft_of(model), tokens, field)
+
+
+def check_positions(config: PretrainedConfig, peft: PeftSection | None, tokens: int, field: str) -> None:
+    """Check as `check_context` does, from the config of a model and the method that trains it (None: all weights)."""
+    limit, virtual = getattr(config.get_text_config(), "max_position_embeddings", None), positions_taken(peft)
     if limit and tokens + virtual > limit:
         more = f" and {virtual} virtual ones" if virtual else ""
-        what = f"rows may have {tokens} tokens{more}, and {model.config.model_type} has positions for {limit}"
+        what = f"rows may have {tokens} tokens{more}, and {config.model_type} has positions for {limit}"
         raise UserError(what, where=field, fix="lower it, or take a model with a longer context")
-    window = attention_window(model.config)
+    window = attention_window(config)
     if virtual and 0 < window < tokens + virtual:
         # Otherwise padding would decide how many virtual tokens a short row still sees.
-        what = f"rows may have {tokens} tokens and {virtual} virtual ones, and layers of {model.config.model_type} see "
+        what = f"rows may have {tokens} tokens and {virtual} virtual ones, and layers of {config.model_type} see "
         what += f"{window} alone"
         raise UserError(what, where=field, fix="lower it, or take a method without virtual tokens, as lora")
 

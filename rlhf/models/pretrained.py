@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -19,7 +22,7 @@ from rlhf.config import ModelSection
 from rlhf.data.chat_template import stop_ids
 from rlhf.errors import UserError
 from rlhf.models.placement import full_shape, writable
-from rlhf.models.resolve import not_loaded
+from rlhf.models.resolve import not_loaded, refuse_adapter_beside
 from rlhf.system.console import note
 from rlhf.system.quiet import quiet_transformers
 
@@ -27,11 +30,16 @@ RESIDUAL_DROPOUT = ("resid_pdrop", "resid_dropout", "residual_dropout", "hidden_
 
 
 def load_config(where: str, model: ModelSection) -> PretrainedConfig:
-    """Return the config of a causal model; raise UserError if it cannot be read, or the model is not causal."""
+    """Return the config of a causal model.
+
+    Raises UserError if it cannot be read, if the model is not causal, or if an adapter lies beside whole weights.
+    """
+    refuse_adapter_beside(where)
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise not_loaded("model", where, error) from error
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        file = Path(where) / "config.json"
+        raise not_loaded("model's config", str(file) if file.is_file() else where, error) from error
     if not getattr(config, "is_causal", True):
         fix = "name a causal language model; nothing here could sample from this one"
         raise UserError("its attention sees what comes after a token (is_causal is false)", where, fix)
@@ -49,8 +57,9 @@ def load_plain(
 ) -> tuple[PreTrainedModel, list[str]]:
     """Return the model in eval mode, and the names of weights that `where` lacks (tied ones do not count).
 
-    Raises UserError if the model cannot be loaded.
+    Raises UserError if the model cannot be loaded, or has no such attention kernel.
     """
+    check_attention(kind, config, model.attention)
     try:
         with quiet_transformers():
             loaded, info = kind.from_pretrained(
@@ -64,6 +73,23 @@ def load_plain(
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise not_loaded("model", where, error) from error
     return loaded.eval(), sorted(info["missing_keys"])
+
+
+def check_attention(
+    kind: type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification],
+    config: PretrainedConfig,
+    attention: str,
+) -> None:
+    """Raise UserError if transformers has no such kernel for the architecture; code of the Hub is let pass."""
+    if type(config) not in kind._model_mapping:
+        return
+    architecture = kind._model_mapping[type(config)]
+    for each in architecture if isinstance(architecture, tuple) else (architecture,):
+        kernels = {"sdpa": each._supports_sdpa, "flash_attention_2": each._supports_flash_attn, "eager": True}
+        if not kernels[attention]:
+            other = "sdpa" if kernels["sdpa"] else "eager"
+            what = f"transformers has no {attention} attention for {each.__name__}"
+            raise UserError(what, "model.attention", f"set model.attention={other}")
 
 
 def is_classifier(config: PretrainedConfig) -> bool:

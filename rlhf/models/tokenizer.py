@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf.config import ModelSection
@@ -34,13 +35,7 @@ def load_tokenizer(name_or_dir: str | Path, model: ModelSection = DEFAULT) -> Pr
     `resolve_model` takes; `model` gives the prompt format, and says whether code from the Hub may run. Raises UserError
     if there is no such tokenizer or it has no EOS token.
     """
-    where = resolve_model(name_or_dir)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise not_loaded("tokenizer", where, error) from error
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no EOS token", where=where, fix="set eos_token in its tokenizer_config.json")
+    tokenizer = read_tokenizer(resolve_model(name_or_dir), model)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         # With pad = EOS a model that looks for the last token that is not padding cannot see whether a text ended.
         tokenizer.add_special_tokens({"pad_token": _reserved(tokenizer) or PAD})
@@ -53,6 +48,32 @@ def load_tokenizer(name_or_dir: str | Path, model: ModelSection = DEFAULT) -> Pr
         tokenizer.chat_template = PLAIN % _bos(tokenizer)
     hold_settings(tokenizer, model.template_date, model.chat_template_kwargs)
     return tokenizer
+
+
+def read_tokenizer(where: str, model: ModelSection = DEFAULT) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in a folder or on the Hub as it is; raise UserError, with the file, if it cannot be read.
+
+    Raises UserError too if it has no EOS token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # the tokenizers library raises no narrower one for a file that it does not know
+        raise not_loaded("tokenizer", _broken_file(where), error) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no EOS token", where=where, fix="set eos_token in its tokenizer_config.json")
+    return tokenizer
+
+
+def _broken_file(where: str) -> str:
+    """Return the first of a folder's tokenizer files that cannot be read alone; the folder or Hub name if all can."""
+    for name, read in (("tokenizer_config.json", json.loads), ("tokenizer.json", Tokenizer.from_str)):
+        file = Path(where) / name
+        try:
+            if file.is_file():
+                read(file.read_text(encoding="utf-8"))
+        except Exception:
+            return str(file)
+    return where
 
 
 def _reserved(tokenizer: PreTrainedTokenizerBase) -> str:
