@@ -8,7 +8,7 @@ from rlhf.errors import UserError
 from rlhf.models import smollm2, tiny
 
 BUILT_IN = (smollm2.NAME, tiny.NAME)  # even if folders of these names exist
-ADAPTER_RECORD = "adapter.json"  # marks a folder that holds only an adapter (rlhf/models/peft/folder.py)
+ADAPTER_RECORD = "adapter.json"  # marks a folder that a parameter-efficient method left (rlhf/models/peft/folder.py)
 
 
 def resolve_model(name: str | Path) -> str:
