@@ -11,7 +11,7 @@ from rlhf.models import smollm2, tiny
 __all__ = ["ADAPTER_RECORD", "BUILT_IN", "not_loaded", "refuse_adapter_beside", "resolve_model"]
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")  # as peft saves an adapter
-ADAPTER_RECORD = "adapter.json"  # marks a folder that holds only an adapter (rlhf/models/peft/folder.py)
+ADAPTER_RECORD = "adapter.json"  # marks a folder that a parameter-efficient method left (rlhf/models/peft/folder.py)
 
 
 def resolve_model(name: str | Path) -> str:

@@ -285,7 +285,7 @@ def test_the_whole_stage(tmp_path, capsys) -> None:
     peft = PeftSection(method="lora", rank=4)
     assert peft_of(policy) == peft and len(trainable(policy)) == 4 * 7 * 2
     files = {path.name for path in (stage / "model").iterdir()}
-    assert "adapter.safetensors" in files and "model.safetensors" not in files
+    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
     assert not (stage / "trainer").exists()
 
 

@@ -16,6 +16,7 @@ Shapes: B rows of L tokens, V virtual ones, H hidden size, N key-value heads of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,8 @@ from rlhf.config import KV_PREFIX_METHODS, VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.errors import UserError
 from rlhf.models.layers import kv_heads
 from rlhf.models.placement import full_shape
+
+ENCODER = "virtual_tokens.encoder."  # in the names of all weights that are trained
 
 
 class VirtualTokens(nn.Module):
@@ -66,6 +69,23 @@ def add_virtual_tokens(model: PreTrainedModel, peft: PeftSection) -> None:
     body: Any = model.get_decoder()
     body.virtual_tokens = VirtualTokens(model.config, model.get_input_embeddings(), peft)
     body.forward = partial(_forward, body, body.forward)
+
+
+def made_tokens(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Tensor:
+    """Return the tokens that the trained weights make, as peft stores them; nothing of the model is called.
+
+    `weights` are named as in the model. Embeddings are [V, H], and keys and values [V, 2 layers * N * D].
+    """
+    trained = {name.partition(ENCODER)[2]: tensor for name, tensor in weights.items() if ENCODER in name}
+    if list(trained) == ["embedding.weight"]:
+        return trained["embedding.weight"]
+    peft: PeftSection = model.peft_method
+    heads, size = _heads(model.config) if peft.method in KV_PREFIX_METHODS else (0, 0)
+    with torch.random.fork_rng(devices=[]):  # what is drawn is replaced
+        encoder = _encoder(model.config, model.get_input_embeddings(), peft, heads * size)
+    encoder.load_state_dict({name: tensor.detach().float().cpu() for name, tensor in trained.items()})
+    with torch.no_grad():
+        return encoder(torch.arange(peft.virtual_tokens))
 
 
 def positions_taken(peft: PeftSection | None) -> int:
