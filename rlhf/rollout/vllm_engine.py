@@ -58,7 +58,7 @@ def sample_vllm(
     version = broadcast_from_main(lambda: _push(server, policy, tokenizer, weights, Path(params.launch.vllm_weights)))
     responses = broadcast_from_main(lambda: server.generate(prompts, _requests(params, seeds), advance))
     broadcast_from_main(lambda: _check_version(server, version))
-    broadcast_from_main(lambda: _check_responses(responses, params, policy.config.vocab_size))
+    broadcast_from_main(lambda: _check_responses(responses, params, policy.config.get_text_config().vocab_size))
     return responses
 
 
