@@ -14,15 +14,11 @@ from typing import Literal
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import ModelSection, PeftSection
 from rlhf.errors import UserError
+from rlhf.models.auto_classes import causal_class, scalar_class
 from rlhf.models.layers import cut_layers
 from rlhf.models.logit_map import verified_map
 from rlhf.models.peft.attaching import attach_or_merge, base_name, base_settings, check_method, merge_adapter
@@ -33,7 +29,6 @@ from rlhf.models.peft.virtual_tokens import attention_window, positions_taken
 from rlhf.models.placement import writable
 from rlhf.models.pretrained import fit_to_tokenizer, is_classifier, load_config, load_plain, scalar_head, set_dropout
 from rlhf.models.resolve import resolve_model
-from rlhf.models.scalar_class import scalar_class
 from rlhf.models.tokenizer import load_tokenizer, same_tokenizer
 from rlhf.system.files import publish
 from rlhf.system.quiet import quiet_transformers
@@ -83,7 +78,7 @@ def load_policy(
     if is_classifier(config):
         raise _not_a_policy(f"a reward model or classifier ({config.architectures[0]})", where)
     set_dropout(config, dropout, where)
-    policy, missing = load_plain(AutoModelForCausalLM, where, model, config)
+    policy, missing = load_plain(causal_class(config), where, model, config)
     if missing:
         raise UserError(f"weights are missing: {_few(missing)}", where, fix="name a complete causal language model")
     policy.base_name, policy.kept_layers = base_name(name_or_dir), 0
@@ -226,12 +221,13 @@ def check_context(model: PreTrainedModel, tokens: int, field: str) -> None:
 
 def check_positions(config: PretrainedConfig, peft: PeftSection | None, tokens: int, field: str) -> None:
     """Check as `check_context` does, from the config of a model and the method that trains it (None: all weights)."""
-    limit, virtual = getattr(config.get_text_config(), "max_position_embeddings", None), positions_taken(peft)
+    text = config.get_text_config()
+    limit, virtual = getattr(text, "max_position_embeddings", None), positions_taken(peft)
     if limit and tokens + virtual > limit:
         more = f" and {virtual} virtual ones" if virtual else ""
         what = f"rows may have {tokens} tokens{more}, and {config.model_type} has positions for {limit}"
         raise UserError(what, where=field, fix="lower it, or take a model with a longer context")
-    window = attention_window(config)
+    window = attention_window(text)
     if virtual and 0 < window < tokens + virtual:
         # Otherwise padding would decide how many virtual tokens a short row still sees.
         what = f"rows may have {tokens} tokens and {virtual} virtual ones, and layers of {config.model_type} see "

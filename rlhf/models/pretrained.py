@@ -11,6 +11,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     GenerationConfig,
     PretrainedConfig,
@@ -21,6 +22,7 @@ from transformers import (
 from rlhf.config import ModelSection
 from rlhf.data.chat_template import stop_ids
 from rlhf.errors import UserError
+from rlhf.models.layers import freeze_other_modalities
 from rlhf.models.placement import full_shape, writable
 from rlhf.models.resolve import not_loaded, refuse_adapter_beside
 from rlhf.system.console import note
@@ -50,7 +52,7 @@ def load_config(where: str, model: ModelSection) -> PretrainedConfig:
 
 
 def load_plain(
-    kind: type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification],
+    kind: type[AutoModelForCausalLM] | type[AutoModelForImageTextToText] | type[AutoModelForSequenceClassification],
     where: str,
     model: ModelSection,
     config: PretrainedConfig,
@@ -72,6 +74,7 @@ def load_plain(
             )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise not_loaded("model", where, error) from error
+    freeze_other_modalities(loaded)
     return loaded.eval(), sorted(info["missing_keys"])
 
 
@@ -109,12 +112,14 @@ def scalar_head(reward: PreTrainedModel, where: str) -> nn.Linear:
 def set_dropout(config: PretrainedConfig, rate: float, where: str) -> None:
     """Set residual dropout to the probability `rate`, and every other dropout of the config to 0."""
     found = False
-    for name, value in config.to_dict().items():
-        # Every architecture has its own names: attn_pdrop, embd_pdrop, attention_dropout, layerdrop, ...
-        if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
-            residual = name in RESIDUAL_DROPOUT
-            setattr(config, name, rate if residual else 0.0)
-            found = found or residual
+    text = config.get_text_config()
+    for part in [config] if text is config else [config, text]:
+        for name, value in part.to_dict().items():
+            # Every architecture has its own names: attn_pdrop, embd_pdrop, attention_dropout, layerdrop, ...
+            if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
+                residual = name in RESIDUAL_DROPOUT
+                setattr(part, name, rate if residual else 0.0)
+                found = found or residual
     if rate and not found:
         note(f"{where}: {config.model_type} has no residual dropout; sft.dropout={rate} does nothing")
 
@@ -143,5 +148,5 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         eos = stops if len(stops) > 1 else stops[0]
         bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
         model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model

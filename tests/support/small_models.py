@@ -7,17 +7,24 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     CohereConfig,
     Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Mistral3Config,
+    MistralConfig,
     OlmoeConfig,
+    PixtralVisionConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    SiglipVisionConfig,
 )
 
 EOS = 2
@@ -60,6 +67,27 @@ def write_architecture(
     torch.manual_seed(1)
     config = cls(vocab_size=len(tokenizer), **(SHAPE | IDS | own | settings))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+TEXT = SHAPE | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+VISION |= {"image_size": 16, "patch_size": 8}
+
+
+def write_multimodal(kind: str, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedModel:
+    """Write a random model of text and images, mistral3 or gemma3, with two text layers and three of vision."""
+    torch.manual_seed(1)
+    text = TEXT | IDS | {"vocab_size": len(tokenizer), "sliding_window": 64 if kind == "gemma3" else None}
+    image = {"image_token_index": len(tokenizer) - 1}
+    if kind == "mistral3":
+        config = Mistral3Config(text_config=MistralConfig(**text), vision_config=PixtralVisionConfig(**VISION), **image)
+    else:
+        parts = {"text_config": Gemma3TextConfig(**text), "vision_config": SiglipVisionConfig(**VISION)}
+        config = Gemma3Config(**parts, mm_tokens_per_image=4, **image)
+    model = AutoModelForImageTextToText.from_config(config).eval()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model

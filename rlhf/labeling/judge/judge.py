@@ -231,7 +231,7 @@ def check_context_fits(recipe: Recipe) -> None:
     if cfg.endpoint:
         return
     config = load_config(resolve_model(_with_config(judge_model(recipe))), recipe.model)
-    positions = getattr(config, "max_position_embeddings", 0)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", 0)
     limit = min(filter(None, (cfg.max_tokens, positions)), default=0)
     if not limit:
         return

@@ -66,7 +66,7 @@ class LocalReader:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.batch_tokens, self.reasoning_tokens = batch_tokens, reasoning_tokens
-        positions = getattr(model.config, "max_position_embeddings", None)
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.shares: bool | None = None  # whether the model can share demonstrations; None until there are some
         self.max_tokens = min(filter(None, [max_tokens, positions]), default=0)
 

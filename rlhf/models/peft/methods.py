@@ -55,7 +55,7 @@ def add_adapter(model: PreTrainedModel, peft: PeftSection, round_to_model_dtype:
     if peft.method == "bitfit":
         _train_biases(model, layers if peft.last_layers else [model])
     elif peft.method == "adapter":
-        add_bottlenecks(layers, model.config.hidden_size, peft.bottleneck)
+        add_bottlenecks(layers, model.config.get_text_config().hidden_size, peft.bottleneck)
     elif peft.method in VIRTUAL_TOKEN_METHODS:
         add_virtual_tokens(model, peft)
     else:

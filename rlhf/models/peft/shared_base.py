@@ -15,9 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf.config import Recipe
+from rlhf.models.auto_classes import scalar_class
 from rlhf.models.layers import cut_layers
 from rlhf.models.peft.methods import peft_of
-from rlhf.models.scalar_class import scalar_class
 from rlhf.system.quiet import quiet_transformers
 
 

@@ -27,7 +27,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from rlhf.config import KV_PREFIX_METHODS, VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.errors import UserError
-from rlhf.models.layers import kv_heads
+from rlhf.models.layers import kv_heads, text_body
 from rlhf.models.placement import full_shape
 
 ENCODER = "virtual_tokens.encoder."  # in the names of all weights that are trained
@@ -59,12 +59,16 @@ def add_virtual_tokens(model: PreTrainedModel, peft: PeftSection) -> None:
 
     They are drawn from the global generator. The body's `forward` keeps its arguments, and hides the cache positions of
     virtual tokens. Raises UserError for MPT, whose attention counts distances in columns, so that a row's padding would
-    count as distance to the virtual tokens; or if the number of key-value heads is unknown.
+    count as distance to the virtual tokens; for a multimodal model, which may make the masks of its text decoder before
+    it calls it; or if the number of key-value heads is unknown.
     """
     if model.config.model_type == "mpt":
         what = "MPT's attention counts padding as distance, and virtual tokens stand before a row's padding"
         fix = "take a method without virtual tokens, as lora, or another architecture"
         raise UserError(what, f"model.peft.method={peft.method}", fix)
+    if text_body(model) is not model:
+        what = f"{model.config.model_type} takes more than text, and virtual tokens stand before text alone"
+        raise UserError(what, f"model.peft.method={peft.method}", "take a method without virtual tokens, as lora")
     # OPT's language model and its body both call the decoder, so the tokens go in there.
     body: Any = model.get_decoder()
     body.virtual_tokens = VirtualTokens(model.config, model.get_input_embeddings(), peft)

@@ -13,12 +13,12 @@ from rlhf.config import ModelSection, PeftSection
 from rlhf.costs.model_shapes import ModelSpec, count, model_config
 from rlhf.errors import UserError
 from rlhf.functional.ranking import ranking_loss
+from rlhf.models.auto_classes import scalar_class
 from rlhf.models.loading import load_policy, load_reward_model, new_reward_model, save_model
 from rlhf.models.peft.attaching import attach_adapter
 from rlhf.models.peft.folder import find_adapter
 from rlhf.models.peft.shared_base import share_base_with_scalar_head
 from rlhf.models.pretrained import is_classifier
-from rlhf.models.scalar_class import scalar_class
 from rlhf.rollout.scoring import scores, token_values
 from rlhf.training.ranking_passes import ScoringModule
 from support.small_models import ARCHITECTURES, PAIRS, write_architecture
