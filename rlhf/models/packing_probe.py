@@ -1,8 +1,8 @@
 """Try on a small random copy of an architecture whether it keeps the documents of a packed row apart.
 
 SFT packs several documents into one row with positions that begin anew at each, and without a mask
-(rlhf/training/sft_trainer.py). Most architectures of transformers derive from the positions who may attend to whom. OPT,
-BLOOM, Falcon and GPT-OSS do not, and train each document with the ones before it in sight.
+(rlhf/training/sft_trainer.py). Most architectures of transformers derive from the positions who may attend to whom.
+OPT, BLOOM, Falcon and GPT-OSS do not, and train each document with the ones before it in sight.
 """
 
 from __future__ import annotations
