@@ -5,6 +5,7 @@
 #   make demo ARGS="ppo.episodes=96 run.name=short"
 #   make test              the test suite on two cores (ARGS goes to pytest: ARGS=-n0 runs it in one process)
 #   make test-distributed  every stage on two processes under DeepSpeed, ZeRO 0 to 3
+#   make models            the whole recipe on small models of many families; writes the table of docs/models.md
 #   make faults            kills every stage at points drawn at random, resumes it and compares; half an hour
 #   make bench             ours beside the peers on the same work, in environments built for them; takes hours
 #                          (ARGS goes to tests/benchmarks/bench.py: ARGS="--only rollouts --repeats 5")
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BENCH := .bench
 
-.PHONY: demo install test test-distributed faults bench bench-quick lint data-check clean
+.PHONY: demo install test test-distributed models faults bench bench-quick lint data-check clean
 
 demo: install
 	$(BIN)/rlhf run demo $(if $(SEED),run.seed=$(SEED) run.name=demo-seed$(SEED)) $(ARGS)
@@ -27,10 +28,13 @@ demo: install
 install: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not distributed and not faults" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not distributed and not faults and not models" $(ARGS)
 
 test-distributed: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m distributed $(ARGS)
+
+models: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/stages/test_families.py $(ARGS)
 
 faults: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -s -m faults tests/faults $(ARGS)

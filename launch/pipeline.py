@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.launcher import NO_REDO, REFUSED, Redo, how_ended, start
-from rlhf.config import Recipe
+from rlhf.config import BUILT_IN, Recipe
 from rlhf.costs.disk import disk_need
 from rlhf.errors import UserError
 from rlhf.plan import recipe_processes
@@ -52,6 +52,7 @@ def run_pipeline(name_or_path: str, overrides: Sequence[str], redo: Redo = NO_RE
     check_accepted(redo.accept)
     stages = stages_from(recipe, redo)
     check_data_files(recipe, stages)
+    check_judge_context(recipe, stages)
     show_plan(recipe, stages)
     check_disk(recipe)
     for number, stage in enumerate(stages, 1):
@@ -91,6 +92,16 @@ def silence_other_machines(recipe: Recipe) -> None:
 def show_plan(recipe: Recipe, stages: Sequence[str]) -> None:
     """Print the derived numbers of the given stages."""
     table(f"Plan of {recipe.run.dir}/{recipe.run.name}", ["", ""], [list(row) for row in plan_rows(recipe, stages)])
+
+
+def check_judge_context(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Raise UserError if evaluate asks a judge longer questions than it takes; one that is not here is let pass."""
+    name = recipe.judge.model or recipe.model.name
+    local = name in BUILT_IN or Path(name).expanduser().is_dir()
+    if "evaluate" in stages and recipe.evaluate.labeler == "judge" and local and not recipe.judge.endpoint:
+        from rlhf.labeling.judge.judge import check_context_fits  # imports torch: seconds
+
+        check_context_fits(recipe)
 
 
 def report_run(run_dir: Path) -> Path:

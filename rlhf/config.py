@@ -18,6 +18,7 @@ VIRTUAL_TOKEN_METHODS = ("prefix", "p_tuning", "p_tuning_v2", "prompt")  # they 
 KV_PREFIX_METHODS = ("prefix", "p_tuning_v2")  # of these, the methods that put keys and values into every layer
 UNMERGEABLE = (*VIRTUAL_TOKEN_METHODS, "adapter")  # they change none of the base model's weights
 TRAINS_BASE_WEIGHTS = ("none", "bitfit")  # they train weights of the base model, in the type that these have
+BUILT_IN = ("smollm2-135m", "tiny")  # models of the project, even if folders of these names exist
 LABELER_PATTERN = r"[\w.-]{1,40}"  # letters of any script
 METHODS_OF_SETTING = {  # of model.peft: which methods read a setting
     "rank": ("lora", "dora"),
@@ -103,7 +104,16 @@ class ModelSection(Section):
     prompt_format: Literal["auto", "plain", "verbatim"] = Field(
         "auto", description="auto: the tokenizer's chat template, else plain; plain: Human:/Assistant:; verbatim: as is"
     )
+    chat_template: str = Field("", description="file with a chat template (Jinja) in place of the tokenizer's")
+    chat_template_kwargs: list[str] = Field([], description="settings of the template, such as enable_thinking=false")
+    template_date: str = Field(
+        "2024-07-26", pattern=r"\d{4}-\d\d-\d\d", description="the day that it is for templates which ask for it"
+    )
     peft: PeftSection = PeftSection()
+
+    def in_its_own_format(self) -> ModelSection:
+        """Return the settings for a model that is not the recipe's: it is asked in the format of its own tokenizer."""
+        return self.model_copy(update={"prompt_format": "auto", "chat_template": "", "chat_template_kwargs": []})
 
 
 class DataSection(Section):
@@ -133,7 +143,8 @@ class SftSection(Section):
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    packing: bool = Field(True, description="several demonstrations in one row, without attention between them")
+    packing: bool = Field(True, description="several demonstrations in a row, apart; refused where models see across")
+    loss_on: Literal["last", "all"] = Field("last", description="the assistant's turns that are trained")
     max_tokens: int = Field(512, ge=8, description="tokens of a packed row; longer demonstrations are dropped, counted")
     pretraining_mix: float = Field(0.0, ge=0, lt=1, description="share of pretraining rows in the data (paper: 0.1)")
     dropout: float = Field(0.0, ge=0, lt=1, description="residual dropout, if the architecture has any (paper: 0.2)")

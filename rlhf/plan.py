@@ -6,9 +6,11 @@ smaller batch. Micro-batches change memory and speed only: losses are divided by
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 from rlhf.config import Recipe
 from rlhf.errors import UserError
@@ -59,6 +61,15 @@ class PpoPlan:
     ptx_rows_per_minibatch: int  # 0 without the pretraining term
     ptx_rows_per_process: int
     ptx_micro_batches: int  # forward passes per minibatch and process; the last may be smaller
+
+
+@dataclass(frozen=True)
+class RowLimit:
+    """The longest row that a stage may put through a model, and the field of the recipe that allows it."""
+
+    model: Literal["policy", "reward"]
+    tokens: int
+    field: str
 
 
 def plan_sft(recipe: Recipe) -> SftPlan:
@@ -147,6 +158,26 @@ def read_hosts(path: str) -> list[str]:
     if not hosts:
         raise UserError("the hostfile names no machine", path, "write `host slots=N`, one machine a line")
     return hosts
+
+
+def row_limits(recipe: Recipe, stages: Sequence[str]) -> list[RowLimit]:
+    """Return the longest rows that the given stages may put through the recipe's models, as its fields allow them."""
+    data, variants = recipe.data, set(stages) & {"ppo-ptx", "ppo"}
+    episode = data.max_prompt_tokens + data.max_response_tokens
+    whole = "data.max_prompt_tokens + data.max_response_tokens"
+    found = []
+    sampled = "rank" in stages and recipe.rank.labeler != "file"
+    if variants or sampled or set(stages) & {"sft", "evaluate"}:
+        found.append(RowLimit("policy", episode, whole))
+    if "sft" in stages and recipe.sft.packing:
+        found.append(RowLimit("policy", recipe.sft.max_tokens, "sft.max_tokens"))
+    if "ppo-ptx" in stages or ("evaluate" in stages and data.pretraining_heldout):
+        found.append(RowLimit("policy", recipe.ppo.ptx_tokens, "ppo.ptx_tokens"))
+    if "reward" in stages:
+        found.append(RowLimit("reward", recipe.reward.max_tokens, "reward.max_tokens"))
+    if variants:
+        found.append(RowLimit("reward", episode, whole))
+    return found
 
 
 def as_launched(recipe: Recipe, processes: int | None) -> Recipe:

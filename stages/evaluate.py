@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
-from rlhf.data.encoding import stop_ids
+from rlhf.data.chat_template import stop_ids
 from rlhf.data.prompt_template import Template, find_template, load_template
 from rlhf.data.records import Drops, write_jsonl
 from rlhf.evaluation.alignment_tax import cloze_accuracy, pretraining_loss
@@ -179,7 +179,8 @@ def add_scores(ctx: StageContext, answers: dict[str, Answers]) -> None:
     check_probes(reward_model, reward_dir)
     with Progress("reward model", total=sum(len(a.rollout) for a in answers.values()), unit="responses") as progress:
         for answer in answers.values():
-            found: Tensor = scores(reward_model, answer.rollout.pairs(), recipe.ppo.score_tokens, progress.advance)
+            pairs = answer.rollout.ended_pairs()
+            found: Tensor = scores(reward_model, pairs, recipe.ppo.score_tokens, progress.advance)
             answer.scores = found.tolist()
 
 

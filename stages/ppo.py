@@ -80,7 +80,7 @@ def score(ppo: Ppo, episodes: Rollout) -> ScoredEpisodes:
         episodes,
         ref_logprobs=token_logprobs(ppo.reference, pairs, cfg.temperature, cfg.score_tokens),
         values=token_values(ppo.networks.value, pairs, cfg.score_tokens),
-        scores=scores(ppo.reward_model, pairs, cfg.score_tokens),
+        scores=scores(ppo.reward_model, episodes.ended_pairs(), cfg.score_tokens),
     )
 
 

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.data.encoding import Encoded, fit_prompts, stop_ids
+from rlhf.data.chat_template import stop_ids
+from rlhf.data.encoding import Encoded, fit_prompts
 from rlhf.data.records import Drops, Prompt, read_prompts, read_rankings
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed
@@ -37,6 +38,7 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.models.zero import load_frozen_policy
 from rlhf.rollout.sampling import sample
 from rlhf.rollout.sampling_params import SamplingParams
+from rlhf.run.fingerprints import ADDED
 from rlhf.run.stage import StageContext, run_stage
 from rlhf.system.console import Progress, console, show_drops
 from rlhf.system.phases import phase
@@ -191,7 +193,7 @@ def fingerprint(ctx: StageContext, sft_dir: Path) -> str:
     recipe, cfg = ctx.recipe, ctx.recipe.rank
     parts = [
         sorted(ctx.inputs.items()),
-        recipe.model.model_dump(),
+        {k: v for k, v in recipe.model.model_dump().items() if f"model.{k}" not in ADDED or v != ADDED[f"model.{k}"]},
         [recipe.run.seed, cfg.outputs_per_prompt, cfg.temperature, cfg.batch_size, recipe.data.max_response_tokens],
     ]
     return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -1,7 +1,8 @@
 """Fine-tune a model on demonstrations (Ouyang et al. 2022, section 3.5 and C.1): `python stages/sft.py RECIPE`.
 
 data       demonstrations, split by prompt; too long ones dropped and counted; optionally rows of pretraining text
-rows       prompt and response as one row; loss on the response and its EOS only, on every token of a text
+rows       prompt and response as one row; loss on the response and its end, on earlier answers if sft.loss_on says so,
+           and on every token of a text
 start      the base model with residual dropout, an adapter on it if the recipe asks for one
 validate   mean loss per response token on held-out demonstrations, before and after
 train      TRL's SFTTrainer: packed rows whose documents do not see each other, cosine to a tenth of the learning rate
@@ -21,7 +22,7 @@ from rlhf.config import TRAINS_BASE_WEIGHTS, Recipe
 from rlhf.data.encoding import Encoded, fit_demonstrations
 from rlhf.data.records import Demonstration, Drops, read_demonstrations, read_texts
 from rlhf.data.splits import split_by_prompt
-from rlhf.data.text_blocks import TokenRow, demonstration_row, text_rows
+from rlhf.data.text_blocks import TokenRow, demonstration_row, earlier_answers, text_rows
 from rlhf.errors import UserError
 from rlhf.models.loading import check_context, load_policy, load_tokenizer, resolve_model, save_model
 from rlhf.models.peft.folder import has_adapter
@@ -124,9 +125,13 @@ def run(ctx: StageContext) -> dict[str, Any]:
         ctx.use(Path(base))
     tokenizer = load_tokenizer(base, recipe.model)
     train, heldout = load_demonstrations(recipe, tokenizer, drops)
-    rows = mix_rows([demonstration_row(d) for d in train], recipe, tokenizer, drops)
+    history = recipe.sft.loss_on == "all"
+    said = [demonstration_row(d, earlier_answers(d, tokenizer) if history else ()) for d in train]
+    rows = mix_rows(said, recipe, tokenizer, drops)
     show_drops(drops.table())
     console.print(f"{len(train)} demonstrations and {len(rows) - len(train)} rows of text to train on")
+    tokens, masks = sum(len(row["input_ids"]) for row in rows), sum(sum(row["completion_mask"]) for row in rows)
+    console.print(f"{masks:,} of {tokens:,} tokens are trained")
 
     policy = start_policy(recipe, tokenizer, ctx.device)
     metrics = {"sft/demonstrations": float(len(train)), "sft/heldout_demonstrations": float(len(heldout))}

@@ -9,7 +9,8 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.data.encoding import encode_prompt, stop_ids
+from rlhf.data.chat_template import stop_ids
+from rlhf.data.encoding import encode_prompt
 from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed
@@ -20,6 +21,7 @@ from rlhf.rollout.sampling_params import SamplingParams
 from rlhf.run.folder import RunFolder
 from rlhf.stage_table import PPO_VARIANTS
 from rlhf.system.console import console
+from rlhf.system.distributed import pick_device
 
 
 def chat_with_policies(run: Path, stage: str, temperature: float, max_tokens: int, once: str) -> None:
@@ -32,7 +34,8 @@ def chat_with_policies(run: Path, stage: str, temperature: float, max_tokens: in
     folders = [_existing(run / name / "model", f"run the {name} stage first") for name in names]
     console.print(f"loading {' and '.join(names)} from {run}", style="dim")
     tokenizer = load_tokenizer(folders[0], recipe.model)
-    loaded = [load_policy(folder, recipe.model, merged=True) for folder in folders]
+    device = pick_device(recipe)
+    loaded = [load_policy(folder, recipe.model, merged=True).to(device) for folder in folders]
     policies = dict(zip(names, loaded, strict=True))
     if once:
         _show(policies, tokenizer, once, temperature, max_tokens, turn=0)

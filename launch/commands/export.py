@@ -12,6 +12,7 @@ from rlhf.errors import UserError
 from rlhf.models.loading import load_policy, load_reward_model, save_model
 from rlhf.models.peft.folder import AdapterFolder, find_adapter
 from rlhf.models.peft.merging import why_not_mergeable
+from rlhf.models.peft.peft_layout import DERIVED, ONE_TO_ONE
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.recipe import load_recipe
 from rlhf.run.folder import RunFolder
@@ -48,6 +49,8 @@ def export_model(run: Path, stage: str = "", ema: bool = False, out: Path | None
         return out or source
     if reason := why_not_mergeable(adapter.peft):
         fix = "load it with rlhf.models.loading.load_policy, which puts the adapter on its base"
+        if adapter.peft.method in (*ONE_TO_ONE, *DERIVED):
+            fix += "; or with peft's PeftModel, whose layout the folder has (docs/parameter-efficient.md)"
         raise UserError(f"it cannot be merged: {reason}", str(source), fix)
     if out is not None:
         _require_new(out)  # only what an earlier export wrote at its own place is replaced

@@ -7,11 +7,12 @@ from functools import lru_cache
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from rlhf.config import VIRTUAL_TOKEN_METHODS, PeftSection, Recipe
 from rlhf.models import smollm2, tiny
-from rlhf.models.layers import cut_layers, decoder_layers, kv_heads
+from rlhf.models.auto_classes import causal_class, scalar_class
+from rlhf.models.layers import cut_layers, decoder_layers, freeze_other_modalities, kv_heads
 from rlhf.models.peft.methods import add_adapter
 from rlhf.models.resolve import not_loaded, resolve_model
 from rlhf.system.quiet import quiet_transformers
@@ -54,7 +55,7 @@ class ModelSpec:
 
     @property
     def layers(self) -> int:
-        return self.keep_layers or self.config.num_hidden_layers
+        return self.keep_layers or self.config.get_text_config().num_hidden_layers
 
     @property
     def backward_layers(self) -> int:
@@ -103,9 +104,10 @@ def build(spec: ModelSpec) -> nn.Module:
     config = type(spec.config).from_dict(spec.config.to_dict())
     if spec.scalar:
         config.num_labels = 1
-    kind = AutoModelForSequenceClassification if spec.scalar else AutoModelForCausalLM
+    kind = scalar_class(config, config.model_type) if spec.scalar else causal_class(config)
     with torch.device("meta"), quiet_transformers():
         model = kind.from_config(config, dtype=getattr(torch, spec.dtype), attn_implementation=spec.attention)
+        freeze_other_modalities(model)
         if spec.scalar:
             model.config.reward_mean, model.config.reward_std = 0.0, 1.0
         if spec.keep_layers:

@@ -121,11 +121,11 @@ def _sft(recipe: Recipe, shapes: Shapes, on_gpu: bool) -> tuple[Components, Phas
     else:
         tokens = min(cfg.max_tokens, data.max_prompt_tokens + data.max_response_tokens)
     footprint = training_pass(spec, "backbone", PassShape(rows, 1, tokens - 1), recipe.launch.gradient_checkpointing)
-    c, vocabulary = count(spec), shapes.policy.vocab_size
-    tile = min(rows * tokens, TILE[0]) * min(vocabulary, TILE[1])
+    c, text = count(spec), shapes.policy.get_text_config()
+    tile = min(rows * tokens, TILE[0]) * min(text.vocab_size, TILE[1])
     head = tile * (c.bytes / c.total if on_gpu else 4 * TILES_ON_CPU)
     if spec.peft is None:
-        head += 4 * vocabulary * shapes.policy.hidden_size  # the gradient of the head, before it is added to the other
+        head += 4 * text.vocab_size * text.hidden_size  # the gradient of the head, before it is added to the other
     footprint = replace(footprint, working=max(footprint.working, head))
     loop = TrainingLoop({"policy": spec}, sharding, on_gpu, one_pass=cfg.batch_size == rows * sharding.processes)
     plain = policy_spec(recipe, shapes, trained=False, sft=True)

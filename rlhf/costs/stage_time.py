@@ -73,7 +73,8 @@ def stage_time(recipe: Recipe, stage: str, shapes: Shapes, card: Card) -> StageT
 
 
 def _attention(spec: ModelSpec, context: int) -> float:
-    return 2.0 * spec.config.hidden_size * context  # two products of 2 d per pair, over half the pairs
+    width = spec.config.get_text_config().hidden_size
+    return 2.0 * width * context  # two products of 2 d per pair, over half the pairs
 
 
 def _lengths(recipe: Recipe) -> tuple[int, int]:

@@ -1,21 +1,20 @@
 """Turn prompts and responses into token ids, and drop records that are over the length limits.
 
-A prompt and its response, which ends with EOS if it is finished, are encoded separately and joined as ids, so that a
-response has the same ids in every stage.
+A prompt and its response, which ends with the end of the turn if it is finished, are encoded separately and joined as
+ids, so that a response has the same ids in every stage.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from rlhf.data.records import Demonstration, Drops, Message, Prompt, Ranking
+from rlhf.data.chat_template import encode_turns, speaks_after_colon, turn_end
+from rlhf.data.records import Demonstration, Drops, Prompt, Ranking
 
-PRIVATE_USE = 0xF0000  # first of the code points that serve as placeholders while a text is encoded
 Item = TypeVar("Item", Prompt, Demonstration, Ranking)
 
 
@@ -29,36 +28,15 @@ class Encoded(Generic[Item]):
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Return the ids of the prompt in the chat template, up to where the assistant's answer begins."""
-    messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    """Return the ids of the prompt in the chat template, up to where the assistant's answer begins; see `encode_turns`.
 
-
-def encode_untrusted(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Return the ids of a dialogue whose messages contain text of models and strangers, up to the assistant's answer.
-
-    Names of special tokens in the messages are encoded as ordinary text, so that no message can end or begin a turn by
-    such a token. In the plain format turns are marked by words, which a message can contain.
+    Raises UserError, with the prompt's place, if the template refuses it.
     """
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    names = [name for name in special if any(name in message.content for message in messages)]
-    marks = {chr(PRIVATE_USE + i): name for i, name in enumerate(names)}
-    rows = [{"role": message.role, "content": message.content} for message in messages]
-    if not marks:
-        return list(tokenizer.apply_chat_template(rows, add_generation_prompt=True, return_dict=False))
-    for row in rows:
-        for mark, name in marks.items():
-            row["content"] = row["content"].replace(mark, " ").replace(name, mark)
-    text = tokenizer.apply_chat_template(rows, add_generation_prompt=True, tokenize=False)
-    ids: list[int] = []
-    for part in filter(None, re.split(f"([{''.join(marks)}])", text)):
-        spelled = part in marks
-        ids += tokenizer(marks.get(part, part), add_special_tokens=False, split_special_tokens=spelled)["input_ids"]
-    return ids
+    return encode_turns(tokenizer, prompt.messages, prompt.place)
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, text: str, finished: bool = True) -> list[int]:
-    """Return the ids of a response, with EOS at the end if it is finished.
+    """Return the ids of a response, with the end of the turn if it is finished.
 
     Names of special tokens inside the text are encoded as ordinary text, so that no text can end a turn. If the
     template ends in `Assistant:` (the plain format), the text gets one leading space, as the model would sample it.
@@ -66,20 +44,7 @@ def encode_response(tokenizer: PreTrainedTokenizerBase, text: str, finished: boo
     if speaks_after_colon(tokenizer):
         text = " " + text.lstrip(" ")
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [*ids, tokenizer.eos_token_id] if finished else list(ids)
-
-
-def speaks_after_colon(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the template ends in `Assistant:`."""
-    probe = [{"role": "user", "content": "x"}]
-    return tokenizer.apply_chat_template(probe, add_generation_prompt=True, tokenize=False).endswith("Assistant:")
-
-
-def stop_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None) -> list[int]:
-    """Return the ids that end a response: the tokenizer's EOS, then those of the model's generation config."""
-    theirs = model.generation_config.eos_token_id if model is not None else None
-    others = theirs if isinstance(theirs, list) else [] if theirs is None else [theirs]
-    return list(dict.fromkeys([tokenizer.eos_token_id, *others]))
+    return [*ids, turn_end(tokenizer)] if finished else list(ids)
 
 
 def fit_prompts(
@@ -97,7 +62,7 @@ def fit_demonstrations(
     max_tokens: int,
     drops: Drops,
 ) -> list[Encoded[Demonstration]]:
-    """Encode demonstrations; drop and count those over a limit in tokens: of prompt, of response with EOS, of both."""
+    """Encode demonstrations; drop and count those over a limit in tokens: of prompt, of response and end, of both."""
     rows = [Encoded(d, encode_prompt(tokenizer, d.prompt), [encode_response(tokenizer, d.response)]) for d in items]
     return _fit(rows, drops, max_prompt, max_response, max_tokens)
 

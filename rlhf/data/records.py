@@ -44,11 +44,12 @@ from rlhf.data.sources import (
 from rlhf.errors import UserError
 from rlhf.system.files import write_atomic
 
-SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
+SPEAKERS = {"system": "System", "developer": "System", "user": "Human", "assistant": "Assistant", "tool": "Tool"}
+FIRST = ("system", "developer")  # roles of a first message alone
 
 
 class Message(NamedTuple):
-    """One turn of a dialogue; the role is system, user or assistant."""
+    """One turn of a dialogue; the role is system, developer, user, assistant or tool."""
 
     role: str
     content: str
@@ -60,16 +61,17 @@ class Prompt:
 
     messages: tuple[Message, ...]
     use_case: str = ""
+    place: str = field(default="", compare=False)  # where it was read, for error messages
 
     @classmethod
-    def from_text(cls, text: str, use_case: str = "") -> Prompt:
+    def from_text(cls, text: str, use_case: str = "", place: str = "") -> Prompt:
         """Make turns of a transcript "Human: .. Assistant:", else one user message; raise UserError if one is empty."""
         if not text.strip():
             raise UserError("the prompt is empty", fix="write a prompt")
         messages = _parse(text)
         if not all(message.content for message in messages):
             raise UserError("a turn of the transcript is empty", fix="fill it in or delete the prompt")
-        return cls(messages, use_case)
+        return cls(messages, use_case, place)
 
     @property
     def text(self) -> str:
@@ -228,12 +230,12 @@ def _prompt(row: SourceRow, value: Any = None) -> Prompt:
         raise row.fail("use_case", f"`use_case` is {kind(use_case)}, not a string", "put it in quotes, or delete it")
     if isinstance(value, list):
         messages = _messages(row, "prompt", value)
-        if messages[-1].role != "user":
+        if messages[-1].role not in ("user", "tool"):
             what = f"the last message of the prompt is the {messages[-1].role}'s"
             raise row.fail("prompt", what, "end the prompt with a user message")
-        return Prompt(messages, use_case)
+        return Prompt(messages, use_case, row.place)
     try:
-        return Prompt.from_text(check_text(row, "prompt", value), use_case)
+        return Prompt.from_text(check_text(row, "prompt", value), use_case, row.place)
     except UserError as error:
         if error.where:
             raise
@@ -245,13 +247,27 @@ def _messages(row: SourceRow, name: str, value: Any) -> tuple[Message, ...]:
     for i, item in enumerate(check_list(row, name, value)):
         item = check_object(row, f"{name}[{i}]", item)
         role = check_text(row, f"{name}[{i}].role", item.get("role"))
-        if role not in SPEAKERS or (role == "system" and i > 0):
-            what = "a system message comes first" if role == "system" else f"the role {role!r} is unknown"
+        if role not in SPEAKERS or (role in FIRST and i > 0):
+            what = f"a {role} message comes first" if role in FIRST else f"the role {role!r} is unknown"
             raise row.fail(f"{name}[{i}].role", what, f"one of {', '.join(SPEAKERS)}, system only at the start")
-        messages.append(Message(role, check_text(row, f"{name}[{i}].content", item.get("content"))))
+        messages.append(Message(role, _content(row, f"{name}[{i}].content", item.get("content"))))
     if not messages:
         raise row.fail(name, f"`{name}` has no messages", "fill it in or delete the line")
     return tuple(messages)
+
+
+def _content(row: SourceRow, name: str, value: Any) -> str:
+    """Return the text of a message: a string, or a list of parts {"type": "text", "text": ..}."""
+    if not isinstance(value, list):
+        return check_text(row, name, value)
+    texts = []
+    for i, part in enumerate(value):
+        part = check_object(row, f"{name}[{i}]", part)
+        if part.get("type") != "text":
+            what = f"a part of the message is of type {part.get('type')!r}"
+            raise row.fail(f"{name}[{i}].type", what, "only text is read: leave the line out")
+        texts.append(check_text(row, f"{name}[{i}].text", part.get("text")))
+    return check_text(row, name, "".join(texts))
 
 
 def _answered(row: SourceRow, name: str, value: Any) -> tuple[tuple[Message, ...], str]:
@@ -266,7 +282,7 @@ def _demonstration(row: SourceRow) -> Demonstration:
     if "messages" not in row.fields:
         return Demonstration(_prompt(row), check_text(row, "response", row.need("response")))
     before, response = _answered(row, "messages", row.fields["messages"])
-    if not before or before[-1].role != "user":
+    if not before or before[-1].role not in ("user", "tool"):
         raise row.fail("messages", "no user message comes before the response", "put the prompt before it")
     return Demonstration(_prompt(row, [m._asdict() for m in before]), response)
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.records import Cloze
-from rlhf.data.text_blocks import MIN_BLOCK_TOKENS, token_ids
+from rlhf.data.text_blocks import MIN_BLOCK_TOKENS, first_ids, text_ids
 from rlhf.errors import UserError
 from rlhf.functional.statistics import Interval, wilson_interval
 from rlhf.rollout.scoring import token_logprobs
@@ -61,8 +61,8 @@ def encode_question(tokenizer: PreTrainedTokenizerBase, question: Cloze) -> list
 
     The cut is where the encodings first differ: all choices are scored from there on, even if a token spans the border.
     """
-    alone = token_ids(tokenizer, question.context)
-    full = [token_ids(tokenizer, f"{question.context.rstrip()} {choice}") for choice in question.choices]
+    texts = [question.context, *(f"{question.context.rstrip()} {choice}" for choice in question.choices)]
+    alone, *full = ([*first_ids(tokenizer), *text_ids(tokenizer, text)] for text in texts)
     shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(alone, *full, strict=False)))
     cut = max(1, shared)  # the first token has nothing to be predicted from
     return [(ids[:cut], ids[cut:]) for ids in full]

@@ -20,7 +20,8 @@ from rlhf.functional.statistics import ENOUGH_PROMPTS, Interval, mean_interval, 
 from rlhf.run.folder import RunFolder, live_owner
 from rlhf.system.files import read_json, read_rows
 
-ADAPTER = "adapter.safetensors"  # in model/: only the trained weights
+# In model/: only the trained weights. A folder with both has what they make for peft in the second.
+ADAPTERS = ("adapter.safetensors", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,10 @@ def _weights(folder: Path, plain: bool = False) -> tuple[int, int]:
 
     With `plain`, a folder that holds only an adapter gives zeros. Raises UserError if a file cannot be read.
     """
-    adapter = folder / ADAPTER
-    if adapter.exists() and plain:
+    adapters = [folder / name for name in ADAPTERS if (folder / name).exists()]
+    if adapters and plain:
         return 0, 0
-    files = [adapter] if adapter.exists() else sorted(folder.glob("model*.safetensors"))  # it may be split into several
+    files = adapters[:1] or sorted(folder.glob("model*.safetensors"))  # it may be split into several
     count = 0
     for file in files:
         try:

@@ -20,7 +20,8 @@ from typing import NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
-from rlhf.data.encoding import encode_prompt, encode_response, speaks_after_colon, stop_ids
+from rlhf.data.chat_template import speaks_after_colon, stop_ids
+from rlhf.data.encoding import encode_prompt, encode_response
 from rlhf.data.prompt_template import Template, assistant_answer
 from rlhf.data.records import Message, Prompt
 from rlhf.evaluation.heldout import HeldOut
@@ -74,7 +75,7 @@ def answer_prompted(
         rows = [[*row, *ids] for row, ids in zip(rows, reasoned, strict=True)]
     drawn = sample(policy, tokenizer, rows, params, seeds=asked.seeds, advance=advance)
     responses = _responses(tokenizer, template, drawn)
-    rollout = pad_rollout(asked.ids, responses, int(tokenizer.pad_token_id), set(params.stop_ids))
+    rollout = pad_rollout(asked.ids, responses, int(tokenizer.pad_token_id), params.stop_ids)
     return PromptedResponses(rollout, rollout.texts(tokenizer), thoughts)
 
 

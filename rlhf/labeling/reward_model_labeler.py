@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -43,13 +44,13 @@ def load_reward_model_labeler(recipe: Recipe, run: RunFolder) -> RewardModelLabe
 
     Raises UserError when there is no such model, or it does not score its probes as it did when it was saved.
     """
-    if recipe.rank.reward_model:
-        where = recipe.rank.reward_model
-        model = load_reward_model(where, recipe.model)
+    if where := recipe.rank.reward_model:
+        section = recipe.model.in_its_own_format()
+        model = load_reward_model(where, section)
     else:
-        folder = run.require("reward", "model")
-        where, model = str(folder), load_reward_model(folder, recipe.model)
-        check_probes(model, folder)
+        where, section = str(run.require("reward", "model")), recipe.model
+        model = load_reward_model(where, section)
+        check_probes(model, Path(where))
     if recipe.run.device != "cpu" and torch.cuda.is_available():
         model = model.to("cuda")
-    return RewardModelLabeler(model, load_tokenizer(where, recipe.model))
+    return RewardModelLabeler(model, load_tokenizer(where, section))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.config import VIRTUAL_TOKEN_METHODS
-from rlhf.models.layers import kv_heads
+from rlhf.models.layers import kv_heads, text_body
 from rlhf.models.peft.methods import peft_of
 from rlhf.models.placement import full_shape
 
@@ -73,7 +73,7 @@ def model_cost(model: PreTrainedModel) -> ModelCost:
     adapter, the gradient is counted through the matrices of keys and values too, which is not always needed. Virtual
     tokens are counted as free: making them, once a pass, and the layers and attention that they go through.
     """
-    config = model.config
+    config = model.config.get_text_config()
     head_weight = (model.score if hasattr(model, "score") else model.get_output_embeddings()).weight
     head = full_shape(head_weight).numel()
     peft = peft_of(model)
@@ -113,8 +113,8 @@ def _layer_matrices(model: PreTrainedModel, head_weight: Tensor, virtual: bool) 
     `virtual`: trained virtual tokens precede the first layer, so that the gradient passes through all matrices.
     """
     found, reached = [], virtual
-    for name, module in model.named_modules():
-        if ".virtual_tokens." in name:
+    for name, module in text_body(model).named_modules():
+        if ".virtual_tokens." in f".{name}":
             continue
         for parameter in module.parameters(recurse=False):
             shape = full_shape(parameter)

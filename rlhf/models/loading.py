@@ -14,16 +14,13 @@ from typing import Literal
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import ModelSection, PeftSection
 from rlhf.errors import UserError
+from rlhf.models.auto_classes import causal_class, scalar_class
 from rlhf.models.layers import cut_layers
+from rlhf.models.logit_map import verified_map
 from rlhf.models.peft.attaching import attach_or_merge, base_name, base_settings, check_method, merge_adapter
 from rlhf.models.peft.folder import HEAD, find_adapter, load_adapter_weights, save_adapter
 from rlhf.models.peft.merging import merged_state_dict
@@ -38,6 +35,7 @@ from rlhf.system.quiet import quiet_transformers
 
 __all__ = [
     "check_context",
+    "check_positions",
     "load_policy",
     "load_reward_model",
     "load_tokenizer",
@@ -62,7 +60,7 @@ def load_policy(
     An adapter's folder gives the base with the adapter on it, whatever `model.peft` says. The generation config keeps
     special ids only, so sampling is from the plain softmax. `dropout` is the probability of residual dropout; all other
     dropout is 0. Without a `tokenizer` the one beside the model is taken. Raises UserError if the model does not exist,
-    is a reward model, lacks weights, or is an adapter of another base.
+    is a reward model, lacks weights, does something unknown to its logits, or is an adapter of another base.
 
     Args:
         name_or_dir: anything `resolve_model` takes.
@@ -80,11 +78,13 @@ def load_policy(
     if is_classifier(config):
         raise _not_a_policy(f"a reward model or classifier ({config.architectures[0]})", where)
     set_dropout(config, dropout, where)
-    policy, missing = load_plain(AutoModelForCausalLM, where, model, config)
+    policy, missing = load_plain(causal_class(config), where, model, config)
     if missing:
         raise UserError(f"weights are missing: {_few(missing)}", where, fix="name a complete causal language model")
     policy.base_name, policy.kept_layers = base_name(name_or_dir), 0
-    return fit_to_tokenizer(policy, tokenizer or load_tokenizer(where, model))
+    fit_to_tokenizer(policy, tokenizer or load_tokenizer(where, model))
+    policy.logit_map = verified_map(policy)
+    return policy
 
 
 def new_reward_model(
@@ -139,7 +139,7 @@ def _load_scalar(
     config = load_config(where, model)
     set_dropout(config, 0.0, where)
     config.num_labels = 1
-    reward, missing = load_plain(AutoModelForSequenceClassification, where, model, config)
+    reward, missing = load_plain(scalar_class(config, where), where, model, config)
     head = scalar_head(reward, where)
     if others := [name for name in missing if not name.startswith(HEAD)]:
         raise UserError(f"weights are missing: {_few(others)}", where=where, fix="name a complete language model")
@@ -171,7 +171,7 @@ def load_reward_model(name_or_dir: str | Path, model: ModelSection, merged: bool
     set_dropout(config, 0.0, where)
     if not is_classifier(config) or config.num_labels != 1:
         raise _no_reward_model(f"{(config.architectures or ['unknown'])[0]}, {config.num_labels} labels", where)
-    reward, missing = load_plain(AutoModelForSequenceClassification, where, model, config)
+    reward, missing = load_plain(scalar_class(config, where), where, model, config)
     if missing:
         what = f"the reward model's head or other weights were not loaded: {_few(missing)}"
         raise UserError(what, where, fix="save the reward model again; scores of a random head mean nothing")
@@ -216,15 +216,21 @@ def check_context(model: PreTrainedModel, tokens: int, field: str) -> None:
 
     Raises UserError if the model has too few positions, or layers whose attention window would lose virtual tokens.
     """
-    limit, virtual = getattr(model.config, "max_position_embeddings", None), positions_taken(peft_of(model))
+    check_positions(model.config, peft_of(model), tokens, field)
+
+
+def check_positions(config: PretrainedConfig, peft: PeftSection | None, tokens: int, field: str) -> None:
+    """Check as `check_context` does, from the config of a model and the method that trains it (None: all weights)."""
+    text = config.get_text_config()
+    limit, virtual = getattr(text, "max_position_embeddings", None), positions_taken(peft)
     if limit and tokens + virtual > limit:
         more = f" and {virtual} virtual ones" if virtual else ""
-        what = f"rows may have {tokens} tokens{more}, and {model.config.model_type} has positions for {limit}"
+        what = f"rows may have {tokens} tokens{more}, and {config.model_type} has positions for {limit}"
         raise UserError(what, where=field, fix="lower it, or take a model with a longer context")
-    window = attention_window(model.config)
+    window = attention_window(text)
     if virtual and 0 < window < tokens + virtual:
         # Otherwise padding would decide how many virtual tokens a short row still sees.
-        what = f"rows may have {tokens} tokens and {virtual} virtual ones, and layers of {model.config.model_type} see "
+        what = f"rows may have {tokens} tokens and {virtual} virtual ones, and layers of {config.model_type} see "
         what += f"{window} alone"
         raise UserError(what, where=field, fix="lower it, or take a method without virtual tokens, as lora")
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     GenerationConfig,
     PretrainedConfig,
@@ -16,9 +20,11 @@ from transformers import (
 )
 
 from rlhf.config import ModelSection
+from rlhf.data.chat_template import stop_ids
 from rlhf.errors import UserError
+from rlhf.models.layers import freeze_other_modalities
 from rlhf.models.placement import full_shape, writable
-from rlhf.models.resolve import not_loaded
+from rlhf.models.resolve import not_loaded, refuse_adapter_beside
 from rlhf.system.console import note
 from rlhf.system.quiet import quiet_transformers
 
@@ -26,27 +32,36 @@ RESIDUAL_DROPOUT = ("resid_pdrop", "resid_dropout", "residual_dropout", "hidden_
 
 
 def load_config(where: str, model: ModelSection) -> PretrainedConfig:
-    """Return the config of a causal model; raise UserError if it cannot be read, or the model is not causal."""
+    """Return the config of a causal model.
+
+    Raises UserError if it cannot be read, if the model is not causal, or if an adapter lies beside whole weights.
+    """
+    refuse_adapter_beside(where)
     try:
         config = AutoConfig.from_pretrained(where, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise not_loaded("model", where, error) from error
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        file = Path(where) / "config.json"
+        raise not_loaded("model's config", str(file) if file.is_file() else where, error) from error
     if not getattr(config, "is_causal", True):
         fix = "name a causal language model; nothing here could sample from this one"
         raise UserError("its attention sees what comes after a token (is_causal is false)", where, fix)
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        # Nothing here trains the balance of experts, whose loss would be added up over the padding of a batch.
+        config.get_text_config().output_router_logits = False
     return config
 
 
 def load_plain(
-    kind: type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification],
+    kind: type[AutoModelForCausalLM] | type[AutoModelForImageTextToText] | type[AutoModelForSequenceClassification],
     where: str,
     model: ModelSection,
     config: PretrainedConfig,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Return the model in eval mode, and the names of weights that `where` lacks (tied ones do not count).
 
-    Raises UserError if the model cannot be loaded.
+    Raises UserError if the model cannot be loaded, or has no such attention kernel.
     """
+    check_attention(kind, config, model.attention)
     try:
         with quiet_transformers():
             loaded, info = kind.from_pretrained(
@@ -59,7 +74,25 @@ def load_plain(
             )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise not_loaded("model", where, error) from error
+    freeze_other_modalities(loaded)
     return loaded.eval(), sorted(info["missing_keys"])
+
+
+def check_attention(
+    kind: type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification],
+    config: PretrainedConfig,
+    attention: str,
+) -> None:
+    """Raise UserError if transformers has no such kernel for the architecture; code of the Hub is let pass."""
+    if type(config) not in kind._model_mapping:
+        return
+    architecture = kind._model_mapping[type(config)]
+    for each in architecture if isinstance(architecture, tuple) else (architecture,):
+        kernels = {"sdpa": each._supports_sdpa, "flash_attention_2": each._supports_flash_attn, "eager": True}
+        if not kernels[attention]:
+            other = "sdpa" if kernels["sdpa"] else "eager"
+            what = f"transformers has no {attention} attention for {each.__name__}"
+            raise UserError(what, "model.attention", f"set model.attention={other}")
 
 
 def is_classifier(config: PretrainedConfig) -> bool:
@@ -79,12 +112,14 @@ def scalar_head(reward: PreTrainedModel, where: str) -> nn.Linear:
 def set_dropout(config: PretrainedConfig, rate: float, where: str) -> None:
     """Set residual dropout to the probability `rate`, and every other dropout of the config to 0."""
     found = False
-    for name, value in config.to_dict().items():
-        # Every architecture has its own names: attn_pdrop, embd_pdrop, attention_dropout, layerdrop, ...
-        if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
-            residual = name in RESIDUAL_DROPOUT
-            setattr(config, name, rate if residual else 0.0)
-            found = found or residual
+    text = config.get_text_config()
+    for part in [config] if text is config else [config, text]:
+        for name, value in part.to_dict().items():
+            # Every architecture has its own names: attn_pdrop, embd_pdrop, attention_dropout, layerdrop, ...
+            if "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
+                residual = name in RESIDUAL_DROPOUT
+                setattr(part, name, rate if residual else 0.0)
+                found = found or residual
     if rate and not found:
         note(f"{where}: {config.model_type} has no residual dropout; sft.dropout={rate} does nothing")
 
@@ -93,8 +128,11 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     """Give a model embedding rows for every token and the tokenizer's special ids; return it.
 
     A new row is the mean of the others: a token that was never trained is as unlikely as the average one. The
-    generation config keeps special ids only.
+    generation config keeps special ids only: the end of a turn first, then the others at which a response stops. Rows
+    beyond the last token, as padded vocabularies have, are no tokens: `token_count` on the model leaves them out of
+    every distribution.
     """
+    model.token_count = 1 + max(tokenizer.get_vocab().values())
     rows = full_shape(model.get_input_embeddings().weight)[0]
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -105,10 +143,10 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
                 head.weight[rows:] = head.weight[:rows].mean(0)
                 if getattr(head, "bias", None) is not None:
                     head.bias[rows:] = head.bias[:rows].mean()
-    eos = model.config.eos_token_id or tokenizer.eos_token_id
     if getattr(model, "generation_config", None) is not None:
-        eos = model.generation_config.eos_token_id or eos
+        stops = stop_ids(tokenizer, model)
+        eos = stops if len(stops) > 1 else stops[0]
         bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
         model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rlhf.config import BUILT_IN
 from rlhf.errors import UserError
 from rlhf.models import smollm2, tiny
 
-BUILT_IN = (smollm2.NAME, tiny.NAME)  # even if folders of these names exist
-ADAPTER_RECORD = "adapter.json"  # marks a folder that holds only an adapter (rlhf/models/peft/folder.py)
+__all__ = ["ADAPTER_RECORD", "BUILT_IN", "not_loaded", "refuse_adapter_beside", "resolve_model"]
+
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")  # as peft saves an adapter
+ADAPTER_RECORD = "adapter.json"  # marks a folder that a parameter-efficient method left (rlhf/models/peft/folder.py)
 
 
 def resolve_model(name: str | Path) -> str:
@@ -32,8 +35,21 @@ def resolve_model(name: str | Path) -> str:
     return name
 
 
+def refuse_adapter_beside(where: str) -> None:
+    """Raise UserError if a folder of whole weights holds peft's adapter too: transformers would load both as one."""
+    folder = Path(where)
+    found = [name for name in PEFT_FILES if (folder / name).is_file()]
+    if found and (folder / "config.json").is_file():
+        what = f"this folder holds whole weights and an adapter ({', '.join(found)}), and only one of them can be meant"
+        fix = "merge the adapter into the weights and save the result alone (peft: merge_and_unload), or move "
+        raise UserError(what, where, fix + "the adapter's files elsewhere")
+
+
 def not_loaded(what: str, where: str, error: Exception) -> UserError:
     """Return the UserError for a folder or Hub name that transformers could not read."""
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(where).exists():
+        fix = "write it again, or update transformers if a later version wrote it (`pip show transformers tokenizers`)"
+        return UserError(f"the {what} could not be loaded: {first}", where, fix)
     fix = "name smollm2-135m, tiny, a local model folder, or a Hub name that can be reached or is in the Hub's cache"
     return UserError(f"the {what} could not be loaded: {first}", where, fix)

@@ -20,14 +20,15 @@ from rlhf.rollout.sampling import Rollout
 class ScoredEpisodes:
     """The episodes of an iteration with the results of the four networks."""
 
-    pairs: list[Pair]  # (prompt ids, response ids)
+    pairs: list[Pair]  # (prompt ids, response ids), as sampled
     lengths: Tensor  # [B] int64, tokens of each response
-    finished: Tensor  # [B] bool, whether the response ended with EOS
+    finished: Tensor  # [B] bool, whether the response ended with a stop id
     mask: Tensor  # [B, R] bool
     logprobs: Tensor  # [B, R] log pi_old(a_t | s_t)
     ref_logprobs: Tensor  # [B, R] log pi_ref(a_t | s_t)
     values: Tensor  # [B, R] V_old(s_t)
     scores: Tensor  # [B] r(x, y), normalised
+    other_ends: int = 0  # responses that another id than the end of a turn has stopped
     sampler_gap: float | None = None  # nats per token between the sampler's log-probabilities and `logprobs`
 
     @classmethod
@@ -45,6 +46,7 @@ class ScoredEpisodes:
             ref_logprobs=pad_rows(ref_logprobs, width),
             values=pad_rows(values, width),
             scores=scores,
+            other_ends=rollout.other_ends(),
             sampler_gap=rollout.sampler_gap,
         )
 
@@ -82,6 +84,8 @@ def summary(experience: Experience) -> dict[str, float]:
         "ppo/response_length": float(experience.mask.sum(1).float().mean()),
         "ppo/finished_fraction": float(experience.finished.float().mean()),
     }
+    if experience.other_ends:
+        found["ppo/other_ends_fraction"] = experience.other_ends / len(experience.pairs)
     if experience.sampler_gap is not None:
         found["ppo/sampler_logprob_gap"] = experience.sampler_gap
     return found

@@ -27,7 +27,7 @@ from rlhf.models.peft.methods import peft_of
 from rlhf.rollout.decoding import LlamaDecoding, ModelDecoding, pad
 from rlhf.rollout.llama_forward import llama_forward_for
 from rlhf.rollout.sampling_params import Response, SamplingParams
-from rlhf.rollout.scoring import evaluating, gather_in_order, token_logprobs
+from rlhf.rollout.scoring import evaluating, gather_in_order, token_count, token_logprobs
 from rlhf.rollout.vllm_engine import sample_vllm
 from rlhf.system.console import note
 from rlhf.system.distributed import processes, shard
@@ -43,9 +43,10 @@ class Rollout:
     prompt_ids: Tensor  # [B, P] int64, left-padded
     prompt_lengths: Tensor  # [B] int64
     response_ids: Tensor  # [B, R] int64, right-padded
-    lengths: Tensor  # [B] int64, tokens of the response including its EOS when it has one
-    finished: Tensor  # [B] bool, whether the response ended with EOS
+    lengths: Tensor  # [B] int64, tokens of the response including its end when it has one
+    finished: Tensor  # [B] bool, whether the response ended with a stop id
     logprobs: Tensor  # [B, R] float32, of the sampled tokens at the sampling temperature, 0 on padding
+    end_id: int  # the end of a turn, -1 if nothing stops a response; other stop ids end one too
     # Mean |logprobs - the sampler's own|, in nats per token; None if `logprobs` are the sampler's own.
     sampler_gap: float | None = None
 
@@ -57,12 +58,22 @@ class Rollout:
         return self.prompt_ids[i, self.prompt_ids.shape[1] - int(self.prompt_lengths[i]) :].tolist()
 
     def response(self, i: int) -> list[int]:
-        """Return the token ids of response i, including its EOS if it has one."""
+        """Return the token ids of response i, including its end if it has one."""
         return self.response_ids[i, : int(self.lengths[i])].tolist()
 
     def pairs(self) -> list[tuple[list[int], list[int]]]:
-        """Return (prompt ids, response ids) of every row, as the scorer takes them."""
+        """Return (prompt ids, response ids) of every row, as they were sampled."""
         return [(self.prompt(i), self.response(i)) for i in range(len(self))]
+
+    def ended_pairs(self) -> list[tuple[list[int], list[int]]]:
+        """Return `pairs` as reward models are trained on them: every response that has stopped ends with `end_id`."""
+        ended = zip(self.pairs(), self.finished.tolist(), strict=True)
+        return [(prompt, [*ids[:-1], self.end_id] if stopped else ids) for (prompt, ids), stopped in ended]
+
+    def other_ends(self) -> int:
+        """Return how many responses have stopped at another id than `end_id`."""
+        last = self.response_ids.gather(1, self.lengths[:, None] - 1)[:, 0]
+        return int((self.finished & (last != self.end_id)).sum())
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Return the responses as text, without special tokens."""
@@ -136,7 +147,7 @@ def sample(
         engines = {"native": _decode_native, "generate": _decode_generate}
         decode = partial(engines[engine], policy, params, pad_id)
         responses = _decode_sharded(policy, decode, prompts, seeds, params.batch_size, advance)
-    return pad_rollout(prompts, responses, pad_id, set(params.stop_ids))
+    return pad_rollout(prompts, responses, pad_id, params.stop_ids)
 
 
 def engine_for(policy: PreTrainedModel, engine: RolloutEngine) -> RolloutEngine:
@@ -196,7 +207,9 @@ def _decode_native(
     alive = torch.arange(len(prompts), device=policy.device)  # the row of `prompts` that each row of the batch is
     decoding = decoding_for(policy, params.max_new_tokens)
     logits = decoding.prefill([list(prompt) for prompt in distinct], prompt_of_row, pad_id)
+    tokens_in_all = token_count(policy)
     for step in range(params.max_new_tokens):
+        logits = logits[:, :tokens_in_all]
         _check_finite(logits)
         if params.temperature > 0:
             tokens, logprobs = sample_token(logits, uniforms[alive, step], params.temperature)
@@ -247,7 +260,7 @@ def _generate(
 ) -> list[list[int]]:
     """Return the sampled ids of each prompt, up to the first token that ends a response."""
     ids, mask = (t.to(policy.device) for t in pad(prompts, pad_id, left=True))
-    how = {"do_sample": True, "temperature": params.temperature, "top_k": 0, "top_p": 1.0}
+    count, how = token_count(policy), {"do_sample": True, "temperature": params.temperature, "top_k": 0, "top_p": 1.0}
     # The caller's random streams must not move.
     with torch.random.fork_rng(devices=[policy.device] if policy.device.type == "cuda" else []):
         torch.manual_seed(seed % 2**63)
@@ -257,6 +270,7 @@ def _generate(
             max_new_tokens=params.max_new_tokens,
             pad_token_id=pad_id,
             eos_token_id=list(params.stop_ids),
+            suppress_tokens=list(range(count, policy.config.get_text_config().vocab_size)) if count else None,
             logits_processor=LogitsProcessorList([RequireFinite()]),
             **(how if params.temperature > 0 else {}),
         )
@@ -268,9 +282,12 @@ def _generate(
 
 
 def pad_rollout(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Response], pad_id: int, stops: set[int]
+    prompts: Sequence[Sequence[int]], responses: Sequence[Response], pad_id: int, stop_ids: Sequence[int]
 ) -> Rollout:
-    """Return the rollout of prompts and their responses; one that ends with a token of `stops` is finished."""
+    """Return the rollout of prompts and their responses; one that ends with one of `stop_ids` is finished.
+
+    The first of these is the end of a turn.
+    """
     prompt_ids, _ = pad(prompts, pad_id, left=True)
     width = max(len(ids) for ids, _ in responses)
     return Rollout(
@@ -278,6 +295,7 @@ def pad_rollout(
         prompt_lengths=torch.tensor([len(p) for p in prompts]),
         response_ids=torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in responses]),
         lengths=torch.tensor([len(ids) for ids, _ in responses]),
-        finished=torch.tensor([ids[-1] in stops for ids, _ in responses]),
+        finished=torch.tensor([ids[-1] in stop_ids for ids, _ in responses]),
         logprobs=torch.tensor([lps + [0.0] * (width - len(lps)) for _, lps in responses], dtype=torch.float32),
+        end_id=stop_ids[0] if stop_ids else -1,
     )

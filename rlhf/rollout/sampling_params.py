@@ -16,7 +16,7 @@ class SamplingParams:
 
     max_new_tokens: int
     temperature: float  # 0 is greedy decoding; log-probabilities are then those at temperature 1
-    stop_ids: Sequence[int]  # tokens that end a response and belong to it
+    stop_ids: Sequence[int]  # tokens that end a response and belong to it; the first is the end of a turn
     engine: RolloutEngine = "native"
     batch_size: int = 64  # rows that are decoded together, or requests in flight at a vLLM server
     launch: LaunchSection = field(default_factory=LaunchSection)  # says where the vLLM server is

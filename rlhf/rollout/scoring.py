@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from rlhf.errors import UserError
+from rlhf.models.logit_map import logit_map
 from rlhf.models.placement import materialized
 from rlhf.rollout.batches import Pair, SequenceBatch, build_batch, token_budget_batches
 from rlhf.rollout.llama_forward import llama_forward_for, slow_groups
@@ -44,12 +44,26 @@ def hidden_states(model: nn.Module, batch: SequenceBatch) -> Tensor:
     ).last_hidden_state
 
 
+def token_count(policy: nn.Module) -> int | None:
+    """Return how many rows of the policy's head are tokens; None if all are."""
+    count = getattr(policy, "token_count", None)
+    return count if count is not None and count < policy.config.get_text_config().vocab_size else None
+
+
 def response_logprobs(
     policy: nn.Module, batch: SequenceBatch, temperature: float, chunks: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Return log-probabilities [N] of the response tokens, and the entropies [N] of their distributions, in nats."""
     hidden = hidden_states(policy, batch)[batch.rows, batch.before]
-    return head_logprobs(policy.get_output_embeddings(), hidden, batch.targets, temperature, chunks)
+    return _policy_logprobs(policy, hidden, batch.targets, temperature, chunks)
+
+
+def _policy_logprobs(
+    policy: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, chunks: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Take hidden states [N, H] through the policy's head, and what the model does after it (see `head_logprobs`)."""
+    tokens, head = token_count(policy), policy.get_output_embeddings()
+    return head_logprobs(head, hidden, targets, temperature, chunks, tokens, logit_map(policy))
 
 
 def normalise_scores(model: nn.Module, raw: Tensor) -> Tensor:
@@ -158,7 +172,7 @@ def candidate_logprobs(policy: nn.Module, hidden: Tensor, candidates: Sequence[i
     """Return log-probabilities [B, C] of the candidates [C] as the token after each of the hidden states [B, H]."""
     targets = torch.tensor(candidates, device=hidden.device).repeat(len(hidden))
     repeated = hidden.repeat_interleave(len(candidates), 0)
-    logprobs, _ = head_logprobs(policy.get_output_embeddings(), repeated, targets, 1.0)
+    logprobs, _ = _policy_logprobs(policy, repeated, targets, 1.0)
     return logprobs.view(len(hidden), len(candidates))
 
 
@@ -193,21 +207,3 @@ def scores(
         return list(normalise_scores(reward_model, raw_scores(reward_model, batch)))
 
     return torch.stack(_over_batches(reward_model, pairs, tokens, forward, advance))
-
-
-def check_plain_head(policy: nn.Module) -> None:
-    """Refuse a model whose logits are more than head(hidden), because soft caps or scales would silently be left out.
-
-    Raises UserError if the two disagree on a probe of eight tokens.
-    """
-    with evaluating(policy):
-        vocabulary = policy.get_output_embeddings().weight.shape[0]
-        ids = (torch.arange(8, device=policy.device) * 7 + 3).remainder(vocabulary)[None]
-        whole = policy(input_ids=ids, use_cache=False).logits.float()
-        hidden = getattr(policy, policy.base_model_prefix)(ids, use_cache=False)[0]
-        ours = policy.get_output_embeddings()(hidden).float()
-    if not torch.allclose(whole, ours, rtol=1e-3, atol=1e-3):
-        gap = f"largest difference {(whole - ours).abs().max():.3g}"
-        what = f"{type(policy).__name__} changes its logits after the LM head ({gap})"
-        fix = "use an architecture whose logits are the LM head's output (Llama, Qwen, GPT-2, GPT-NeoX, OPT, ...)"
-        raise UserError(what, "model.name", fix)

@@ -105,7 +105,8 @@ def can_share(model: nn.Module) -> bool:
     every row and would come before the first one only; a window of attention, which a few tokens would not show; and a
     kernel other than sdpa, which the recipe asks for by name.
     """
-    windows = {getattr(model.config, name, None) for name in ("sliding_window", "attention_chunk_size")}
+    text = model.config.get_text_config()
+    windows = {getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")}
     peft = peft_of(model)
     if peft is not None and peft.method in VIRTUAL_TOKEN_METHODS:
         return False

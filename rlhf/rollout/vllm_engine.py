@@ -32,6 +32,7 @@ from rlhf.errors import UserError
 from rlhf.models.loading import save_model
 from rlhf.models.placement import full_state_dict
 from rlhf.rollout.sampling_params import Response, SamplingParams
+from rlhf.rollout.scoring import token_count
 from rlhf.rollout.vllm_clients import Server
 from rlhf.system.distributed import broadcast_from_main
 
@@ -56,9 +57,12 @@ def sample_vllm(
     server = Server(params.launch.vllm_url, params.launch.timeout_s, params.batch_size)
     weights = full_state_dict(policy)
     version = broadcast_from_main(lambda: _push(server, policy, tokenizer, weights, Path(params.launch.vllm_weights)))
-    responses = broadcast_from_main(lambda: server.generate(prompts, _requests(params, seeds), advance))
+    rows = policy.config.get_text_config().vocab_size
+    tokens = token_count(policy) or rows
+    requests = _requests(params, seeds, range(tokens, rows))
+    responses = broadcast_from_main(lambda: server.generate(prompts, requests, advance))
     broadcast_from_main(lambda: _check_version(server, version))
-    broadcast_from_main(lambda: _check_responses(responses, params, policy.config.vocab_size))
+    broadcast_from_main(lambda: _check_responses(responses, params, tokens))
     return responses
 
 
@@ -91,8 +95,8 @@ def _push(
     return version
 
 
-def _requests(params: SamplingParams, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Return one request for each seed, with all fields but the prompt."""
+def _requests(params: SamplingParams, seeds: Sequence[int], no_tokens: Sequence[int]) -> list[dict[str, Any]]:
+    """Return one request for each seed, with all fields but the prompt; ids of `no_tokens` are not to be sampled."""
     # The plain softmax, whatever defaults come with the model. `ignore_eos`: only `stop_ids` end a response.
     common = {
         **{"n": 1, "max_tokens": params.max_new_tokens, "temperature": params.temperature, "logprobs": 0},
@@ -100,6 +104,8 @@ def _requests(params: SamplingParams, seeds: Sequence[int]) -> list[dict[str, An
         **{"presence_penalty": 0.0, "frequency_penalty": 0.0, "ignore_eos": True},
         "stop_token_ids": list(params.stop_ids),
     }
+    if no_tokens:
+        common["logit_bias"] = dict.fromkeys(map(str, no_tokens), -100.0)
     return [common | {"seed": seed % 2**63} for seed in seeds]
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from rlhf.config import Recipe
@@ -22,6 +23,9 @@ from rlhf.stage_table import STAGES
 from rlhf.system.files import hash_path, size_of, write_atomic
 
 ABSENT = "absent"  # recorded for an input that did not exist when the stage began
+# Fields that runs begun before them do not know, with the values that change nothing for these.
+ADDED = {"model.chat_template": "", "model.chat_template_kwargs": [], "model.template_date": "2024-07-26"}
+ADDED |= {"sft.loss_on": "last"}
 SHARED = ("run.seed", "model", "data.max_prompt_tokens", "data.max_response_tokens", "data.validation_fraction")
 
 
@@ -35,6 +39,7 @@ def depends_on(stage: str, key: str) -> bool:
 def fingerprint(recipe: Recipe, stage: str) -> str:
     """Return the SHA-256 (hex) of the recipe fields that the stage depends on."""
     values = {key: field_value(recipe, key) for key, _ in fields() if depends_on(stage, key)}
+    values = {key: value for key, value in values.items() if key not in ADDED or value != ADDED[key]}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -55,6 +60,9 @@ def declared_inputs(recipe: Recipe, stage: str, run: RunFolder) -> dict[str, str
         for entry in getattr(recipe.data, name):
             if path := local_path(entry):
                 inputs[entry if entry.startswith(EMBEDDED) else run.key(path)] = hash_path(path)
+    if template := recipe.model.chat_template:
+        path = Path(template).expanduser()
+        inputs[run.key(path)] = hash_path(path) if path.exists() else ABSENT
     for key in STAGES[stage].reads.upstream:
         path = run.from_key(key)
         inputs[key] = hash_path(path) if path.exists() else ABSENT

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf.config import UNMERGEABLE, LabelSection, Recipe, settings_of
+from rlhf.config import BUILT_IN, UNMERGEABLE, LabelSection, Recipe, settings_of
 from rlhf.data.few_shot import check_judge
 from rlhf.data.prompt_template import load_template
 from rlhf.errors import UserError
-from rlhf.plan import plan_ppo, plan_rank, plan_reward, plan_sft, read_hosts, recipe_processes
+from rlhf.plan import plan_ppo, plan_rank, plan_reward, plan_sft, read_hosts, recipe_processes, row_limits
 from rlhf.stage_table import STAGES
+
+SHORTEST_CONTEXT = 1024  # positions of the built-in model that has the fewest
 
 
 def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
@@ -39,6 +41,7 @@ def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
             check_judge(recipe.judge)
         for name in recipe.evaluate.prompted:
             load_template(name, "answer")
+    _check_models(recipe, stages)
 
 
 def plan_rows(recipe: Recipe, stages: Sequence[str] | None = None) -> list[tuple[str, str]]:
@@ -110,6 +113,18 @@ def _ppo_rows(recipe: Recipe, variants: list[str]) -> list[tuple[str, str]]:
         how = f"{cfg.ptx_examples_per_episode:g} x {cfg.minibatch_size}"
         rows.append(("ppo-ptx", f"{ptx} = {how}, {_count(plan.ptx_micro_batches, 'micro-batch')}"))
     return rows
+
+
+def _check_models(recipe: Recipe, stages: list[str]) -> None:
+    """Look at the models, unless they are built in and every row fits the shortest context of these."""
+    judge = "" if recipe.judge.endpoint else recipe.judge.model
+    named = {recipe.model.name, judge, recipe.rank.reward_model, recipe.reward.model}
+    longest = max((limit.tokens for limit in row_limits(recipe, stages)), default=0)
+    if named <= {*BUILT_IN, "", "sft"} and longest + recipe.model.peft.virtual_tokens <= SHORTEST_CONTEXT:
+        return
+    from rlhf.models.preflight import check_models  # imports torch and transformers: seconds
+
+    check_models(recipe, stages)
 
 
 def _check_launch(recipe: Recipe) -> None:

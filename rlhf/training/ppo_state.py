@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import UNMERGEABLE, Recipe
-from rlhf.data.encoding import fit_prompts, stop_ids
+from rlhf.data.chat_template import stop_ids
+from rlhf.data.encoding import fit_prompts
 from rlhf.data.records import Drops, read_prompts, read_texts
 from rlhf.data.text_blocks import token_blocks
 from rlhf.errors import UserError
@@ -22,7 +23,6 @@ from rlhf.models.placement import full_state_dict, with_tied_names
 from rlhf.models.zero import zero_stage
 from rlhf.plan import PpoPlan, plan_ppo
 from rlhf.rollout.probes import check_probes
-from rlhf.rollout.scoring import check_plain_head
 from rlhf.rollout.vllm_engine import check_server
 from rlhf.run.checkpoints import Checkpoints
 from rlhf.system.console import console, show_drops
@@ -138,7 +138,6 @@ def _load_data(
 
 def _check_models(recipe: Recipe, ptx: bool, loaded: PpoNetworks, reward_dir: Path) -> None:
     """Raise UserError for models that PPO would compute wrongly, and for those whose context is too short."""
-    check_plain_head(loaded.policy)
     check_probes(loaded.reward, reward_dir)
     for model in (loaded.policy, loaded.reward):
         check_context(model, _longest_episode(recipe), "data.max_prompt_tokens + data.max_response_tokens")

@@ -220,7 +220,7 @@ MISTAKES = {
         ({"prompt": []}, "prompt", ["`prompt` has no messages"]),
         ({"prompt": said(("assistant", "a"))}, "prompt", ["the last message of the prompt is the assistant's"]),
         ({"prompt": ["a"]}, "prompt[0]", ["`prompt[0]` is a string, not an object"]),
-        ({"prompt": said(("human", "a"))}, "prompt[0].role", ["'human' is unknown", "system, user, assistant"]),
+        ({"prompt": said(("human", "a"))}, "prompt[0].role", ["'human' is unknown", "system, developer, user"]),
         ({"prompt": said(("user", ""))}, "prompt[0].content", ["`prompt[0].content` is empty"]),
         ({"prompt": said(("user", "a"), ("system", "b"))}, "prompt[1].role", ["a system message comes first"]),
         ({"prompt": "a", "use_case": 3}, "use_case", ["`use_case` is a number, not a string"]),

@@ -34,7 +34,7 @@ def test_rows_are_what_the_stages_wrote(comparison: Comparison) -> None:
     full, lora, prompt = found
     assert (full.trained, lora.trained, prompt.trained) == (150, 14, 4)
     assert (full.share, lora.share) == (1.0, pytest.approx(14 / (150 + 14)))
-    adapter = comparison.folder / "lora" / "ppo-ptx" / "model" / "adapter.safetensors"
+    adapter = comparison.folder / "lora" / "ppo-ptx" / "model" / "adapter_model.safetensors"
     assert lora.ppo_bytes == lora.sft_bytes == adapter.stat().st_size > 14 * 4
     assert (lora.method, lora.lr) == ("lora", (0.005, 0.0001)) and prompt.lr == (0.001, 0.01)
     assert (lora.sft_loss_before, lora.sft_loss) == (3.5, 3.25)
@@ -127,7 +127,7 @@ def test_states_of_an_unfinished_arm(comparison: Comparison) -> None:
         (RESULTS, '"reward_score": 0.75', '"reward": 0.75', ["results.json", "(KeyError: 'reward_score')"]),
         (RESULTS, '{"labeler"', '{labeler"', ["results.json", "not JSON"]),
         ("ppo-ptx/metrics.jsonl", '"step": 32}', "32", ["metrics.jsonl, line 3", "not JSON"]),
-        ("sft/model/adapter.safetensors", None, "x", ["adapter.safetensors", "weights cannot be read"]),
+        ("sft/model/adapter_model.safetensors", None, "x", ["adapter_model.safetensors", "weights cannot be read"]),
         ("sft/stage.json", None, "x", ["stage.json cannot be read"]),
     ],
 )

@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import ModelSection, Recipe
-from rlhf.data.encoding import encode_prompt, encode_response, stop_ids
+from rlhf.data.chat_template import stop_ids
+from rlhf.data.encoding import encode_prompt, encode_response
 from rlhf.data.prompt_template import Template, load_template, parse_template
 from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError

@@ -264,6 +264,8 @@ def test_where_prompts_agree_alike_the_interval_is_wilsons_over_them() -> None:
     assert found.high == pytest.approx(1 - 8 / 7.8415, abs=1e-4)
     found = ratio([(f"p{i}", 0, 1) for i in range(4)], span=(-1.0, 1.0))
     assert found[:3] == pytest.approx((0, -0.7, 0.7), abs=1e-3)
+    found = kendall(labeler_pairs([item(f"p{i}", a=(1, 2), b=(2, 1)) for i in range(4)]))
+    assert found[:3] == pytest.approx((-1, -1, 1 - 8 / 7.8415), abs=1e-4)
     # One prompt shows nothing.
     found = ratio([("p", 5, 6)])
     assert math.isnan(found.low) and math.isnan(found.high)

@@ -109,6 +109,13 @@ def test_gae_by_hand(junk: float) -> None:
     assert_rows(returns, [[1.875, 2.5, 3.0], [2.0]])
 
 
+def test_gae_of_single_tokens() -> None:
+    # The only token: R - V, whatever gamma and lambda.
+    rewards, values = torch.tensor([[2.0], [1.0]]), torch.tensor([[0.5], [3.0]])
+    advantages, returns = ppo.gae(rewards, values, torch.tensor([1, 1]), 0.9, 0.8)
+    assert advantages.tolist() == [[1.5], [-2.0]] and returns.tolist() == [[2.0], [1.0]]
+
+
 @junk
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])

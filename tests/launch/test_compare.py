@@ -78,7 +78,7 @@ def test_a_second_start_skips_what_is_finished(started: list[str], capsys: pytes
     capsys.readouterr()
     assert run_comparison("three.yaml", []) == 0 and len(started) == 12
     assert capsys.readouterr().out.count("skipped") == 3
-    Path("runs/three/lora/ppo-ptx/model/adapter.safetensors").unlink()
+    Path("runs/three/lora/ppo-ptx/model/adapter_model.safetensors").unlink()
     assert run_comparison("three.yaml", []) == 0 and started[12:] == ["lora ppo-ptx"]  # with the same result
     assert run_comparison("three.yaml", [], ["prompt"], fresh=True) == 0
     assert started[13:] == ALL[8:]

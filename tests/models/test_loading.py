@@ -122,7 +122,7 @@ def test_pad_equal_to_eos_gets_a_token_of_its_own(tiny_dir: str, tmp_path: Path,
     (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text().replace("<|pad|>", "<|other|>"))
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.pad_token, tokenizer.pad_token_id, tokenizer.eos_token_id) == (PAD, 1024, 2)
-    assert capsys.readouterr().err.count("gets a pad token") == 1
+    assert capsys.readouterr().err.count("serves as the tokenizer's pad token") == 1
     policy = load_policy(folder, SECTION)
     weight = policy.get_input_embeddings().weight
     assert weight.shape[0] == 1025 and policy.config.vocab_size == 1025

@@ -35,6 +35,7 @@ def make_rollout(junk: float) -> Rollout:
         lengths=torch.tensor(LENGTHS),
         finished=torch.tensor(FINISHED),
         logprobs=grid(LOGPROBS, junk),
+        end_id=2,
     )
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf.models.logit_map import LogitMap
 from rlhf.rollout import lm_head
-from rlhf.rollout.lm_head import vocabulary_logprobs
+from rlhf.rollout.lm_head import head_logprobs, vocabulary_logprobs
 
 POSITIONS, HIDDEN, VOCABULARY = 7, 5, 23
 
@@ -54,6 +55,33 @@ def test_numbers_and_gradients_are_those_of_whole_logits(
     assert not entropies.requires_grad
     for t, gradient in zip(parts, gradients, strict=True):
         assert torch.allclose(gradient, t.grad, atol=1e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("logit_map", [LogitMap(cap=2.0), LogitMap(0.5), LogitMap(divisor=3.0), LogitMap(2.0, 0.5, 5)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunks", [0, 3])
+def test_gradients_pass_through_caps_and_scales(
+    monkeypatch: pytest.MonkeyPatch, logit_map: LogitMap, temperature: float, chunks: int
+) -> None:
+    """Against autograd in float64, by slices of the vocabulary and by chunks of the positions."""
+    monkeypatch.setattr(lm_head, "LOGITS", 0)
+    monkeypatch.setattr(lm_head, "NARROWEST", 8)
+    h, w, b, targets = inputs(bias=True)
+    assert b is not None
+    head = torch.nn.Linear(HIDDEN, VOCABULARY)
+    head.weight, head.bias = torch.nn.Parameter(w.detach()), torch.nn.Parameter(b.detach())
+    found, entropies = head_logprobs(head, h, targets, temperature, chunks, logit_map=logit_map)
+    upstream = torch.linspace(-1, 2, POSITIONS)
+    found.backward(upstream)
+    z = (h.double() @ w.double().t() + b.double()) * logit_map.multiplier / logit_map.divisor
+    z = z if logit_map.cap is None else logit_map.cap * torch.tanh(z / logit_map.cap)
+    p = torch.softmax(z / temperature, 1)
+    expected = p[torch.arange(POSITIONS), targets].log()
+    wanted = torch.autograd.grad(expected, (h, w, b), upstream.double())
+    assert torch.allclose(found.double(), expected, atol=1e-5)
+    assert torch.allclose(entropies.double(), -(p * p.log()).sum(1), atol=1e-5)
+    for got, want in zip((h.grad, head.weight.grad, head.bias.grad), wanted, strict=True):
+        assert torch.allclose(got, want, atol=1e-5)  # type: ignore[arg-type]
 
 
 def test_what_is_frozen_gets_no_gradient() -> None:

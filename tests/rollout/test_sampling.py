@@ -10,8 +10,10 @@ from transformers import LlamaForCausalLM
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed, row_uniforms
 from rlhf.rollout import sampling
+from rlhf.rollout.batches import build_batch
 from rlhf.rollout.sampling import CDF_BLOCK, sample_token
 from rlhf.rollout.sampling_params import SamplingParams
+from rlhf.rollout.scoring import response_logprobs, token_logprobs
 from support.rollout_runs import PROMPTS, Tokenizer, run
 from support.small_models import EOS, by_hand, gpt2, llama
 
@@ -154,3 +156,35 @@ def test_progress_of_several_processes_ends_at_the_number_of_prompts(monkeypatch
     done, params = [], SamplingParams(2, 1.0, [EOS], batch_size=2)
     sampling.sample(llama(), Tokenizer(), PROMPTS, params, seeds=list(range(5)), advance=done.append)
     assert done == [4, 1]  # of five prompts this process has three
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("engine", ["native", "generate"])
+def test_rows_of_a_padded_vocabulary_are_no_tokens(make, engine):
+    """Of 50 rows the first 30 are tokens: what is drawn, and every log-probability, is of a softmax over these."""
+    model = make()
+    model.token_count = 30
+    out = run(model, engine=engine, temperature=0.8)
+    pairs = [(PROMPTS[i], out.response(i)) for i in range(len(PROMPTS))]
+    assert max(token for _, response in pairs for token in response) < 30
+    expected = [by_hand(model, prompt, response, 0.8, tokens=30) for prompt, response in pairs]
+    scored = token_logprobs(model, pairs, 0.8)
+    for i, row in enumerate(expected):
+        assert out.logprobs[i, : len(row)].tolist() == pytest.approx(row, abs=1e-4)
+        assert scored[i].tolist() == pytest.approx(row, abs=1e-4)
+    whole, chunked = (response_logprobs(model, build_batch(pairs, 0), 0.8, chunks) for chunks in (0, 2))
+    for ours, theirs in zip(whole, chunked, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    whole[0].sum().backward()
+    head = model.get_output_embeddings().weight
+    if head is not model.get_input_embeddings().weight:
+        assert bool(head.grad[:30].any()) and not bool(head.grad[30:].any())
+
+
+def test_a_reward_model_reads_one_end_whichever_id_has_stopped_a_response():
+    out = run(llama(), prompts=[[i] for i in range(3, 33)], stop_ids=[EOS, 7, 9], max_new_tokens=6)
+    last = [out.response(i)[-1] for i in range(30)]
+    assert {7, 9} & set(last) and [end in (EOS, 7, 9) for end in last] == out.finished.tolist()
+    for (_, sampled), (_, scored), end in zip(out.pairs(), out.ended_pairs(), last, strict=True):
+        assert scored == ([*sampled[:-1], EOS] if end in (7, 9) else sampled)
+    assert out.other_ends() == sum(end in (7, 9) for end in last) > 0

@@ -173,6 +173,11 @@ def test_a_request_asks_for_the_plain_softmax(folder: Path, policy: PreTrainedMo
     body = double.bodies[0]
     assert (body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (1.0, -1, 0.0, 1.0)
     assert len({body["seed"] for body in double.bodies}) == len(PROMPTS)
+    assert "logit_bias" not in body
+    policy.token_count = 1021
+    with serving(folder) as double:
+        run(policy, double.url, folder, tmp_path)
+    assert double.bodies[0]["logit_bias"] == {"1021": -100.0, "1022": -100.0, "1023": -100.0}
     # The old version is gone before its weights are.
     pushed = ["/update_weight_version", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version"]
     assert double.paths[:4] == pushed

@@ -208,7 +208,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 def weights_in(model: Path) -> dict[str, Tensor]:
     """All of a model folder's weights; of a method's, what was trained."""
-    files = list(model.glob("*.safetensors"))
+    files = list(model.glob("adapter.safetensors")) or list(model.glob("*.safetensors"))
     assert len(files) == 1, files
     return load_file(files[0])
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from rlhf.config import KV_PREFIX_METHODS, UNMERGEABLE, VIRTUAL_TOKEN_METHODS
-from rlhf.data.encoding import encode_prompt, encode_response, stop_ids
+from rlhf.data.chat_template import stop_ids
+from rlhf.data.encoding import encode_prompt, encode_response
 from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.functional.ppo import masked_mean
@@ -38,6 +39,7 @@ from rlhf.rollout.scoring import scores, token_logprobs, token_values
 from rlhf.training.ppo_state import build
 from stages import ppo, sft
 from support import peft_stages
+from support.adapter_files import BESIDE_PEFT, IN_PEFT, OWN, PEFT, stored_weights
 from support.peft_stages import ANSWERS, CELLS, GPT2, LLAMA, QUESTIONS, RANKED, SETTINGS, SMALL, STAGES, VARIANTS, Cell
 from support.stage_runs import assert_same
 
@@ -165,11 +167,12 @@ def test_the_folder_holds_the_adapter_alone(cell: Cell, name: str) -> None:
     which = "reward" if name == "reward" else "policy"
     for folder in ["model"] + ["ema"] * (name in VARIANTS):
         files = {file.name for file in (stage.folder / folder).iterdir()}
-        assert {"adapter.safetensors", "adapter.json", "tokenizer.json"} <= files
+        assert {"adapter.json", "tokenizer.json"} <= files
         of_models = {file for file in files if file == "config.json" or file.endswith((".safetensors", ".bin"))}
-        assert of_models == {"adapter.safetensors"}
-        weights = load_file(stage.folder / folder / "adapter.safetensors")
+        expected = [OWN] * (cell.method not in IN_PEFT) + [PEFT] * (cell.method in (*IN_PEFT, *BESIDE_PEFT))
+        assert of_models == set(expected)
         named = dict(stage.models[which].named_parameters())
+        weights = stored_weights(stage.folder / folder, named)
         assert weights.keys() == {key for key in named if cell.is_own(key)}
         same = [torch.equal(weights[key], named[key]) for key in weights]
         assert all(same) if folder == "model" else not any(same)
@@ -205,7 +208,7 @@ def test_it_resumes_exactly(cells: dict[str, Cell], which: str, name: str, tmp_p
     whole = cell.stage(name).folder
     shutil.copytree(whole.parent, tmp_path / "run", ignore=shutil.ignore_patterns(*set(VARIANTS) - {name}))
     folder = tmp_path / "run" / name
-    for path in folder.glob("*/adapter.safetensors"):
+    for path in folder.glob("*/adapter.json"):
         shutil.rmtree(path.parent)
     _, end = sorted((folder / "checkpoints").iterdir())
     shutil.rmtree(end)
@@ -367,8 +370,9 @@ def test_another_base_and_another_set_of_weights_are_refused(cells: dict[str, Ce
         build(recipe, False, tmp_path / "sft" / "model", cell.runs / "run" / "reward" / "model")
     for name, load in loads.items():
         folder = shutil.copytree(cell.runs / "run" / name / "model", tmp_path / "less" / name)
-        weights = load_file(folder / "adapter.safetensors")
-        gone = min(weights)
-        save_file({key: weight for key, weight in weights.items() if key != gone}, folder / "adapter.safetensors")
+        weights = load_file(folder / PEFT)
+        gone = min(key for key in weights if "lora_A" in key)
+        save_file({key: weight for key, weight in weights.items() if key != gone}, folder / PEFT)
+        gone = gone.removeprefix("base_model.model.").replace("lora_A.", "lora_A.default.")
         with pytest.raises(UserError, match=f"do not hold the same weights: {re.escape(gone)}"):
             load(folder, cell.section)

@@ -38,6 +38,7 @@ SCORES: dict[str, Callable[[int], tuple[Any, Any]]] = {
 }
 GOOD, BAD = "Rain falls because warm air rises, cools and lets its water go.", "the the the the the and"
 TEXTS = {"full": (BAD, BAD), "lora": (BAD, GOOD), "prompt": (GOOD, BAD)}  # of SFT and PPO
+FILES = {"full": "model.safetensors", "lora": "adapter_model.safetensors", "prompt": "adapter.safetensors"}
 SHAPES = {"full": {"a": (10, 10), "b": (50,)}, "lora": {"a": (3, 4), "b": (2,)}, "prompt": {"a": (4, 1)}}
 
 
@@ -46,7 +47,7 @@ def leave(folder: Path, stage: str, arm: str) -> dict[str, float]:
     folder.mkdir(parents=True, exist_ok=True)
     if stage in ("sft", "ppo-ptx"):
         (folder / "model").mkdir(exist_ok=True)
-        name = "model.safetensors" if arm == "full" else "adapter.safetensors"
+        name = FILES[arm]
         save_file({key: np.zeros(shape, np.float32) for key, shape in SHAPES[arm].items()}, folder / "model" / name)
     if stage == "sft":
         return {"sft/validation_loss_before": 3.5, "sft/validation_loss": 3.25}

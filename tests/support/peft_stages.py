@@ -25,6 +25,7 @@ from rlhf.rollout.experience import Experience
 from rlhf.rollout.scoring import response_logprobs
 from rlhf.training.ppo_state import Ppo
 from stages import ppo, reward, sft
+from support.adapter_files import stored_weights
 from support.stage_runs import rows
 
 SETTINGS = {  # of each method: the learning rate of SFT, of which the other stages take a part, and its sizes
@@ -72,7 +73,8 @@ class Stage:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        return load_file(self.folder / "model" / "adapter.safetensors")
+        model = self.models.get("reward") or self.models["policy"]
+        return stored_weights(self.folder / "model", dict(model.named_parameters()))
 
     def column(self, name: str) -> list[float]:
         """Return a metric over the steps of the stage."""

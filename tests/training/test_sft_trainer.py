@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -11,7 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rlhf.config import ModelSection, PeftSection, Recipe, TrackingSection
 from rlhf.data.encoding import Encoded, encode_prompt, encode_response
@@ -19,6 +29,7 @@ from rlhf.data.records import Demonstration, Drops, Prompt
 from rlhf.data.text_blocks import demonstration_row, text_rows
 from rlhf.errors import UserError
 from rlhf.models.loading import load_policy, save_model
+from rlhf.models.packing_probe import keeps_documents_apart
 from rlhf.models.peft.methods import add_adapter, peft_of, trainable
 from rlhf.run.checkpoints import Checkpoints
 from rlhf.run.tracking import Tracker
@@ -115,6 +126,36 @@ def test_the_loss_is_the_mean_over_response_tokens(model, packing, encoded, tiny
     assert len(points) == 1
     assert points[0]["sft/loss"] == pytest.approx(expected, rel=1e-4)
     assert points[0]["step"] == sum(len(e.prompt) + len(e.responses[0]) for e in encoded)
+
+
+ARCHITECTURES: dict[str, tuple[PretrainedConfig, bool]] = {  # with whether packed documents are kept apart
+    "llama": (LlamaConfig(num_hidden_layers=2, intermediate_size=96, hidden_size=64, num_attention_heads=4), True),
+    "gpt2": (GPT2Config(n_layer=2, n_embd=64, n_head=4), True),
+    "opt": (OPTConfig(num_hidden_layers=2, ffn_dim=96, hidden_size=64, num_attention_heads=4), False),
+    "bloom": (BloomConfig(n_layer=2, hidden_size=64, n_head=4), False),
+}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_first_loss_bears_out_the_probe_of_packing(kind: str, encoded, tiny_tokenizer, tmp_path: Path) -> None:
+    """What rlhf/models/packing_probe.py says of a random copy shows in the loss: packed it is that of single rows."""
+    config, apart = copy.deepcopy(ARCHITECTURES[kind])
+    config.vocab_size, config.word_embed_proj_dim = len(tiny_tokenizer), 64
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "attention_dropout", "hidden_dropout"):
+        setattr(config, name, 0.0)
+    attention = "eager" if kind == "bloom" else "sdpa"
+    torch.manual_seed(4)
+    policy = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.2)
+    expected = hand_loss(policy.eval(), encoded)
+    rows = [demonstration_row(e) for e in encoded]
+    run(policy, tiny_tokenizer, rows, make_recipe(packing=True, max_tokens=120), tmp_path)
+    gap = abs(logged(tmp_path)[0]["sft/loss"] - expected)
+    assert gap < 1e-3 if apart else gap > 1e-2
+    assert keeps_documents_apart(config, ModelSection(attention=attention)) is apart
 
 
 def test_packed_documents_would_be_noticed(tiny_policy, encoded) -> None:
@@ -285,7 +326,7 @@ def test_the_whole_stage(tmp_path, capsys) -> None:
     peft = PeftSection(method="lora", rank=4)
     assert peft_of(policy) == peft and len(trainable(policy)) == 4 * 7 * 2
     files = {path.name for path in (stage / "model").iterdir()}
-    assert "adapter.safetensors" in files and "model.safetensors" not in files
+    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
     assert not (stage / "trainer").exists()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
-from rlhf.config import JudgeSection, Recipe
+from rlhf.config import JudgeSection, ModelSection, Recipe
 from rlhf.data.few_shot import check_judge, judge_template
 from rlhf.data.prompt_template import Template, find_template, template_text
 from rlhf.errors import UserError
@@ -210,6 +210,11 @@ def judge_model(recipe: Recipe) -> str:
     return recipe.judge.model or recipe.model.name
 
 
+def _judge_section(recipe: Recipe) -> ModelSection:
+    """Return the settings that the local judge's tokenizer is loaded with: another model is asked in its own format."""
+    return recipe.model.in_its_own_format() if recipe.judge.model else recipe.model
+
+
 def judge_files(cfg: JudgeSection) -> list[Path]:
     """Return the files and folders that the labels depend on."""
     named = (cfg.demonstrations, "" if cfg.endpoint else cfg.model)
@@ -226,12 +231,12 @@ def check_context_fits(recipe: Recipe) -> None:
     if cfg.endpoint:
         return
     config = load_config(resolve_model(_with_config(judge_model(recipe))), recipe.model)
-    positions = getattr(config, "max_position_embeddings", 0)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", 0)
     limit = min(filter(None, (cfg.max_tokens, positions)), default=0)
     if not limit:
         return
     template = judge_template(cfg)
-    tokenizer = load_tokenizer(judge_model(recipe), recipe.model)
+    tokenizer = load_tokenizer(judge_model(recipe), _judge_section(recipe))
     empty = question_tokens(tokenizer, template, _fields(template, ("", "", "")), cfg.reasoning_tokens)
     outputs = 2 if template.kind == "pair" else 1
     longest = empty + data.max_prompt_tokens + outputs * data.max_response_tokens
@@ -263,7 +268,7 @@ def _local_reader(recipe: Recipe) -> LocalReader:
     from rlhf.models.zero import load_frozen_policy
 
     cfg, where = recipe.judge, judge_model(recipe)
-    tokenizer = load_tokenizer(where, recipe.model)
+    tokenizer = load_tokenizer(where, _judge_section(recipe))
     policy = load_frozen_policy(recipe, pick_device(recipe), where, tokenizer)
     return LocalReader(policy, tokenizer, cfg.batch_tokens, cfg.reasoning_tokens, cfg.max_tokens)
 

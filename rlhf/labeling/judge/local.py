@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.data.encoding import encode_untrusted, speaks_after_colon, stop_ids
+from rlhf.data.chat_template import encode_turns, speaks_after_colon, stop_ids
 from rlhf.data.prompt_template import Template, assistant_answer
 from rlhf.errors import UserError
 from rlhf.models.placement import materialized
@@ -66,7 +66,7 @@ class LocalReader:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.batch_tokens, self.reasoning_tokens = batch_tokens, reasoning_tokens
-        positions = getattr(model.config, "max_position_embeddings", None)
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.shares: bool | None = None  # whether the model can share demonstrations; None until there are some
         self.max_tokens = min(filter(None, [max_tokens, positions]), default=0)
 
@@ -99,7 +99,7 @@ class LocalReader:
     def _read(
         self, template: Template, questions: Sequence[Fields], advance: Callable[[int], None] | None
     ) -> list[LabelReading]:
-        prompts = [encode_untrusted(self.tokenizer, template.messages(fields)) for fields in questions]
+        prompts = [encode_turns(self.tokenizer, template.messages(fields)) for fields in questions]
         thoughts = self._reason(template, prompts) if template.reasons else [""] * len(prompts)
         encoded = [
             label_ids(self.tokenizer, prompt, assistant_answer(thought, template.cue), template.labels)
@@ -126,7 +126,7 @@ def question_tokens(
     tokenizer: PreTrainedTokenizerBase, template: Template, fields: Fields, reasoning_tokens: int
 ) -> int:
     """Return the tokens of a question with cue and label, and with the longest reasoning where the template has any."""
-    prompt = encode_untrusted(tokenizer, template.messages(fields))
+    prompt = encode_turns(tokenizer, template.messages(fields))
     cue = tokenizer(template.cue, add_special_tokens=False)["input_ids"]
     return len(prompt) + len(cue) + SPARE + reasoning_tokens * template.reasons
 

@@ -1,11 +1,15 @@
 """Write and read the folder of a stage with a parameter-efficient method: the trained weights, and their base's name.
 
-    adapter.safetensors    the trained weights by their names in the model, with the head of a reward model
-    adapter.json           the method and its settings, and the base's name and hash; for a reward model also the number
-                           of layers kept and the normalisation of the scores
+    adapter.json                 our record: the method and its settings, and the base's name and hash; for a reward
+                                 model also the number of layers kept and the normalisation of the scores
+    adapter_config.json,         format 2: the adapter in peft's own layout (rlhf/models/peft/peft_layout.py)
+    adapter_model.safetensors
+    adapter.safetensors          format 1: the trained weights by their names in the model, with a reward model's head
 
-The tokenizer is saved beside them. There is no config.json, so that a program that does not know this format cannot
-take the folder for a model. `rlhf export` writes a folder that any program can load.
+Format 2 is written for the methods whose weights peft stores one to one. Format 1 is written for the others: peft has
+no bottleneck adapter and no bitfit. prefix and p_tuning train a network that peft does not store; their folders have
+peft's two files as well, with what the network makes, and these are not read here. Format 1 is read for every method,
+since earlier versions wrote no other. The tokenizer is saved beside these files.
 """
 
 from __future__ import annotations
@@ -29,12 +33,12 @@ from transformers.utils import cached_file
 from rlhf.config import PeftSection
 from rlhf.errors import UserError
 from rlhf.models.peft.methods import peft_of, trainable
+from rlhf.models.peft.peft_layout import DERIVED, ONE_TO_ONE, PEFT_WEIGHTS, TOKENS, own_names, write_peft_layout
 from rlhf.models.placement import full_shape, writable
 from rlhf.models.resolve import ADAPTER_RECORD, BUILT_IN, resolve_model
 from rlhf.system.files import hash_path
 
-WEIGHTS = "adapter.safetensors"
-FORMAT = 1
+WEIGHTS = {1: "adapter.safetensors", 2: PEFT_WEIGHTS}  # by format
 HEAD = "score."
 KEYS_IGNORED_IN_HASH = ("transformers_version", "_name_or_path")  # keys of config.json that do not describe the model
 
@@ -58,15 +62,17 @@ class AdapterFolder:
     keep_layers: int  # layers kept of the base; 0: all
     reward_mean: float
     reward_std: float
+    format: int = 1
 
     @property
     def path(self) -> Path:
-        return self.folder / WEIGHTS
+        return self.folder / WEIGHTS[self.format]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the trained weights by name; raise UserError if the file cannot be read."""
+        """Return the trained weights by their names in the model, or TOKENS; raise UserError if they cannot be read."""
         try:
-            return load_file(self.path)
+            stored = load_file(self.path)
+            return stored if self.format == 1 else own_names(stored, self.peft)
         except (OSError, SafetensorError) as error:
             raise _broken(self.path, str(error)) from error
 
@@ -93,8 +99,8 @@ def find_adapter(folder: str | Path) -> AdapterFolder | None:
     path = Path(folder).expanduser() / ADAPTER_RECORD
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if record["format"] != FORMAT:
-            what = f"format {record['format']} of adapters is not known here, {FORMAT} is"
+        if record["format"] not in WEIGHTS:
+            what = f"format {record['format']} of adapters is not known here, {' and '.join(map(str, WEIGHTS))} are"
             raise UserError(what, str(path), "update rlhf")
         found = AdapterFolder(
             folder=path.parent,
@@ -104,6 +110,7 @@ def find_adapter(folder: str | Path) -> AdapterFolder | None:
             keep_layers=int(record["keep_layers"]),
             reward_mean=float(record["reward_mean"]),
             reward_std=float(record["reward_std"]),
+            format=record["format"],
         )
     except ValidationError as error:
         first = error.errors()[0]
@@ -125,7 +132,7 @@ def save_adapter(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: 
     assert peft is not None
     base = Origin(model.base_name, base_hash(model.base_name))
     record = {
-        "format": FORMAT,
+        "format": 2 if peft.method in ONE_TO_ONE else 1,
         "peft": peft.model_dump(),
         "base": asdict(base),
         "scalar": hasattr(model, "score"),
@@ -133,7 +140,11 @@ def save_adapter(model: PreTrainedModel, weights: Mapping[str, Tensor], folder: 
         "reward_mean": getattr(config, "reward_mean", 0.0),
         "reward_std": getattr(config, "reward_std", 1.0),
     }
-    save_file({name: weights[name].detach().cpu().contiguous() for name in trainable(model)}, folder / WEIGHTS)
+    trained = {name: weights[name].detach().cpu().contiguous() for name in trainable(model)}
+    if peft.method in (*ONE_TO_ONE, *DERIVED):
+        write_peft_layout(model, trained, resolve_model(model.base_name), folder)
+    if peft.method not in ONE_TO_ONE:
+        save_file(trained, folder / WEIGHTS[1])
     (folder / ADAPTER_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -144,6 +155,8 @@ def load_adapter_weights(model: PreTrainedModel, adapter: AdapterFolder, partly:
     `partly` is for a reward model that starts from a policy: it has a head of its own, and may have fewer layers.
     """
     stored, ours = adapter.tensors(), trainable(model)
+    if TOKENS in stored and (name := next((name for name in ours if name.endswith(f".{TOKENS}")), "")):
+        stored[name] = stored.pop(TOKENS)
     if not partly and (other := sorted(stored.keys() ^ ours.keys())):
         raise _broken(adapter.path, f"the file and the model do not hold the same weights: {other[0]} is in one alone")
     for name in sorted(stored.keys() & ours.keys()):

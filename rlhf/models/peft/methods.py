@@ -55,7 +55,7 @@ def add_adapter(model: PreTrainedModel, peft: PeftSection, round_to_model_dtype:
     if peft.method == "bitfit":
         _train_biases(model, layers if peft.last_layers else [model])
     elif peft.method == "adapter":
-        add_bottlenecks(layers, model.config.hidden_size, peft.bottleneck)
+        add_bottlenecks(layers, model.config.get_text_config().hidden_size, peft.bottleneck)
     elif peft.method in VIRTUAL_TOKEN_METHODS:
         add_virtual_tokens(model, peft)
     else:
@@ -110,14 +110,14 @@ def _inject(model: PreTrainedModel, layers: Sequence[nn.Module], peft: PeftSecti
     linear = {name: module for name, module in model.named_modules() if module in inside}
     transposed = any(isinstance(module, Conv1D) for module in linear.values())
     if peft.method == "ia3":
-        config = _ia3_config(model, list(linear), transposed)
+        config = ia3_config(*_ia3_maps(model, list(linear)), transposed)
     else:
-        config = _lora_config(list(linear), transposed, peft)
+        config = lora_config(list(linear), transposed, peft)
     inject_adapter_in_model(config, model, ADAPTER)
     del model.peft_config  # some libraries take a model with this attribute for a PeftModel
 
 
-def _lora_config(linear: list[str], transposed: bool, peft: PeftSection) -> Any:
+def lora_config(linear: list[str], transposed: bool, peft: PeftSection) -> Any:
     """Return the config of LoRA (Hu et al. 2021) or DoRA (Liu et al. 2024) on every linear map."""
     from peft import LoraConfig
 
@@ -131,13 +131,19 @@ def _lora_config(linear: list[str], transposed: bool, peft: PeftSection) -> Any:
     )
 
 
-def _ia3_config(model: PreTrainedModel, linear: list[str], transposed: bool) -> Any:
-    """Return the config that scales keys, values and the MLP's inner activations (Liu et al. 2022, arXiv 2205.05638).
+def ia3_config(linear: list[str], inner: list[str], transposed: bool) -> Any:
+    """Return the config of IA3 (Liu et al. 2022, arXiv 2205.05638) on linear maps, of which `inner` scale inputs."""
+    from peft import IA3Config
+
+    return IA3Config(target_modules=linear, feedforward_modules=inner, fan_in_fan_out=transposed)
+
+
+def _ia3_maps(model: PreTrainedModel, linear: list[str]) -> tuple[list[str], list[str]]:
+    """Return the maps of keys, values and the MLP's inner activations, and those of the latter alone.
 
     The maps are found by name: peft's own table names queries instead of keys for half of its architectures. Raises
     UserError if no map of the architecture is known to make them.
     """
-    from peft import IA3Config
 
     def named(endings: Sequence[str]) -> list[str]:
         return [name for name in linear if any(f".{name}".endswith(f".{ending}") for ending in endings)]
@@ -148,7 +154,7 @@ def _ia3_config(model: PreTrainedModel, linear: list[str], transposed: bool) -> 
         what = f"ia3 scales keys, values and inner activations, and no linear map of {kind} is known to make {missing}"
         fix = "take lora, or another architecture (Llama, Mistral, Qwen, Gemma, GPT-2, GPT-NeoX, OPT, BLOOM, Phi, ...)"
         raise UserError(what, "model.peft.method=ia3", fix)
-    return IA3Config(target_modules=[*attention, *inner], feedforward_modules=inner, fan_in_fan_out=transposed)
+    return [*attention, *inner], inner
 
 
 def is_plain_lora(module: nn.Module) -> bool:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf.config import Recipe
+from rlhf.models.auto_classes import scalar_class
 from rlhf.models.layers import cut_layers
 from rlhf.models.peft.methods import peft_of
 from rlhf.system.quiet import quiet_transformers
@@ -51,9 +52,10 @@ def share_base_with_scalar_head(
     _check_plain(policy)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
+    kind = scalar_class(config, policy.base_name)
     # Its own weights are thrown away: on the meta device they take no memory and no time.
     with torch.random.fork_rng(devices=[]), torch.device("meta"), quiet_transformers():
-        twin = AutoModelForSequenceClassification.from_config(
+        twin = kind.from_config(
             config,
             dtype=policy.dtype,
             attn_implementation=config._attn_implementation,
@@ -62,7 +64,9 @@ def share_base_with_scalar_head(
     body, prefix = getattr(policy, policy.base_model_prefix), twin.base_model_prefix
     if type(getattr(twin, prefix)) is not type(body) or not isinstance(getattr(twin, "score", None), nn.Linear):
         return None
-    setattr(twin, prefix, _share_modules(body, {id(policy.config): twin.config, id(body.config): twin.config}))
+    configs = {id(config): twin.config for config in (policy.config, body.config)}
+    configs[id(policy.config.get_text_config())] = twin.config.get_text_config()
+    setattr(twin, prefix, _share_modules(body, configs))
     head = torch.zeros(twin.score.weight.shape, device=policy.device, dtype=policy.dtype)
     twin.score.weight = nn.Parameter(head)
     if any(tensor.is_meta for tensor in (*twin.parameters(), *twin.buffers())):

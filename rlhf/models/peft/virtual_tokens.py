@@ -16,6 +16,7 @@ Shapes: B rows of L tokens, V virtual ones, H hidden size, N key-value heads of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -26,8 +27,10 @@ from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from rlhf.config import KV_PREFIX_METHODS, VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.errors import UserError
-from rlhf.models.layers import kv_heads
+from rlhf.models.layers import kv_heads, text_body
 from rlhf.models.placement import full_shape
+
+ENCODER = "virtual_tokens.encoder."  # in the names of all weights that are trained
 
 
 class VirtualTokens(nn.Module):
@@ -56,16 +59,37 @@ def add_virtual_tokens(model: PreTrainedModel, peft: PeftSection) -> None:
 
     They are drawn from the global generator. The body's `forward` keeps its arguments, and hides the cache positions of
     virtual tokens. Raises UserError for MPT, whose attention counts distances in columns, so that a row's padding would
-    count as distance to the virtual tokens; or if the number of key-value heads is unknown.
+    count as distance to the virtual tokens; for a multimodal model, which may make the masks of its text decoder before
+    it calls it; or if the number of key-value heads is unknown.
     """
     if model.config.model_type == "mpt":
         what = "MPT's attention counts padding as distance, and virtual tokens stand before a row's padding"
         fix = "take a method without virtual tokens, as lora, or another architecture"
         raise UserError(what, f"model.peft.method={peft.method}", fix)
+    if text_body(model) is not model:
+        what = f"{model.config.model_type} takes more than text, and virtual tokens stand before text alone"
+        raise UserError(what, f"model.peft.method={peft.method}", "take a method without virtual tokens, as lora")
     # OPT's language model and its body both call the decoder, so the tokens go in there.
     body: Any = model.get_decoder()
     body.virtual_tokens = VirtualTokens(model.config, model.get_input_embeddings(), peft)
     body.forward = partial(_forward, body, body.forward)
+
+
+def made_tokens(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> Tensor:
+    """Return the tokens that the trained weights make, as peft stores them; nothing of the model is called.
+
+    `weights` are named as in the model. Embeddings are [V, H], and keys and values [V, 2 layers * N * D].
+    """
+    trained = {name.partition(ENCODER)[2]: tensor for name, tensor in weights.items() if ENCODER in name}
+    if list(trained) == ["embedding.weight"]:
+        return trained["embedding.weight"]
+    peft: PeftSection = model.peft_method
+    heads, size = _heads(model.config) if peft.method in KV_PREFIX_METHODS else (0, 0)
+    with torch.random.fork_rng(devices=[]):  # what is drawn is replaced
+        encoder = _encoder(model.config, model.get_input_embeddings(), peft, heads * size)
+    encoder.load_state_dict({name: tensor.detach().float().cpu() for name, tensor in trained.items()})
+    with torch.no_grad():
+        return encoder(torch.arange(peft.virtual_tokens))
 
 
 def positions_taken(peft: PeftSection | None) -> int:

@@ -20,6 +20,7 @@ from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer, 
 from rlhf.models.peft.attaching import attach_adapter, check_method
 from rlhf.models.peft.folder import AdapterFolder, Origin, base_hash, find_adapter, load_adapter_weights
 from rlhf.models.peft.methods import add_adapter, peft_of, trainable
+from support.adapter_files import BESIDE_PEFT, IN_PEFT, OWN, PEFT, peft_name, stored_weights, weights_file
 from support.peft_references import CACHED, MERGED, METHODS, VIRTUAL, stir
 
 SECTION = ModelSection(name="tiny")
@@ -87,16 +88,19 @@ def refusal(error: pytest.ExceptionInfo[UserError]) -> tuple[str, str, str]:
 @pytest.mark.parametrize(("kind", "method"), CASES)
 def test_a_folder_holds_what_was_trained_alone_and_gives_it_back(kind, method, folders, bases) -> None:
     folder, model = folders[kind, method], policy(bases[kind], METHODS[method])
-    stored = load_file(folder / "adapter.safetensors")
+    stored = stored_weights(folder, trainable(model))
     assert stored.keys() == trainable(model).keys()
     assert all(torch.equal(stored[name], weight) for name, weight in trainable(model).items())
     names = {file.name for file in folder.iterdir()}
-    assert {"adapter.safetensors", "adapter.json", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert {"adapter.json", "tokenizer.json", "tokenizer_config.json"} <= names
+    assert (OWN in names) == (method not in IN_PEFT)
+    assert (PEFT in names) == ("adapter_config.json" in names) == (method in (*IN_PEFT, *BESIDE_PEFT))
     assert not any(name == "config.json" or name.startswith("model") for name in names)
     record = json.loads((folder / "adapter.json").read_text())
     assert PeftSection(**record["peft"]) == METHODS[method]
     assert record["base"] == {"name": bases[kind], "hash": base_hash(bases[kind])}
-    assert (record["format"], record["scalar"], record["keep_layers"]) == (1, False, 0)
+    layout = 2 if method in IN_PEFT else 1
+    assert (record["format"], record["scalar"], record["keep_layers"]) == (layout, False, 0)
 
     torch.manual_seed(99)
     again = load_policy(folder, SECTION)
@@ -123,7 +127,7 @@ def test_a_reward_model_brings_head_layers_and_normalisation(method, bases, tmp_
     base = bases["gpt2" if method == "bitfit" else "llama"]
     model = reward(base, METHODS[method], keep_layers=1)
     folder = saved(model, tmp_path / "model")
-    stored = load_file(folder / "adapter.safetensors")
+    stored = stored_weights(folder, trainable(model))
     assert torch.equal(stored["score.weight"], model.score.weight)
     record = json.loads((folder / "adapter.json").read_text())
     assert (record["scalar"], record["keep_layers"]) == (True, 1)
@@ -144,10 +148,14 @@ def test_written_as_a_plain_folder_it_needs_no_base(folders, tmp_path) -> None:
     assert torch.allclose(logits(plain), logits(model), atol=1e-5)
 
 
-def test_the_folder_is_no_model_to_other_programs_and_has_its_tokenizer(folders, tiny_tokenizer) -> None:
-    folder = folders["llama", "lora"]
+@pytest.mark.parametrize("method", ["bitfit", "adapter"])
+def test_a_folder_of_our_own_is_no_model_to_other_programs(method, folders) -> None:
     with pytest.raises((OSError, ValueError), match=r"config\.json"):
-        AutoModelForCausalLM.from_pretrained(folder)
+        AutoModelForCausalLM.from_pretrained(folders["gpt2", method])
+
+
+def test_the_folder_has_its_tokenizer(folders, tiny_tokenizer) -> None:
+    folder = folders["llama", "lora"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.get_vocab() == tiny_tokenizer.get_vocab()
     assert tokenizer.chat_template == tiny_tokenizer.chat_template
@@ -283,7 +291,7 @@ RECORD |= {"scalar": False, "keep_layers": 0, "reward_mean": 0.0, "reward_std": 
         ("[1]", "TypeError"),
         ('"text"', "TypeError"),
         ("{}", "format"),
-        (json.dumps(RECORD | {"format": 2}), "format 2 of adapters is not known here, 1 is"),
+        (json.dumps(RECORD | {"format": 3}), "format 3 of adapters is not known here, 1 and 2 are"),
         *((json.dumps({k: v for k, v in RECORD.items() if k != name}), name) for name in RECORD),
         (json.dumps(RECORD | {"peft": {"method": "magic"}}), "peft.method: Input should be 'none', 'lora'"),
         (json.dumps(RECORD | {"peft": {"method": "lora", "colour": 1}}), "peft.colour: Extra inputs"),
@@ -312,7 +320,7 @@ def test_a_sound_record_is_read(tmp_path) -> None:
 @pytest.mark.parametrize("damage", ["truncated", "missing", "empty"])
 def test_weights_that_cannot_be_read_are_refused(damage: str, folders, tmp_path) -> None:
     folder = copy_of(folders["llama", "lora"], tmp_path / "model")
-    weights = folder / "adapter.safetensors"
+    weights = weights_file(folder)
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"")
     if damage == "missing":
@@ -327,8 +335,8 @@ def test_weights_that_cannot_be_read_are_refused(damage: str, folders, tmp_path)
 def with_weights(folder: Path, to: Path, change: dict[str, Tensor | None]) -> AdapterFolder:
     """A copy with some weights replaced, or taken out where the change is None."""
     copy = copy_of(folder, to)
-    stored = load_file(copy / "adapter.safetensors") | change
-    save_file({name: each for name, each in stored.items() if each is not None}, copy / "adapter.safetensors")
+    stored = load_file(weights_file(copy)) | {peft_name(name): each for name, each in change.items()}
+    save_file({name: each for name, each in stored.items() if each is not None}, weights_file(copy))
     found = find_adapter(copy)
     assert found is not None
     return found

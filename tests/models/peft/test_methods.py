@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM, BloomConfig, FalconForCausalLM, G
 from rlhf.config import VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.errors import UserError
 from rlhf.models.loading import check_context, recompute_activations
+from rlhf.models.logit_map import verified_map
 from rlhf.models.peft.methods import add_adapter, peft_of, trainable
 from rlhf.models.peft.virtual_tokens import attention_window
 from rlhf.rollout import sampling
 from rlhf.rollout.batches import build_batch
 from rlhf.rollout.decoding import ModelDecoding, pad
-from rlhf.rollout.scoring import check_plain_head, raw_scores, response_logprobs, response_values
+from rlhf.rollout.scoring import raw_scores, response_logprobs, response_values
 from support import peft_references
 from support.peft_references import CACHED, CASES, EMBEDDED, METHODS, VIRTUAL, adapted, case, plain, stir
 from support.rollout_runs import PROMPTS, run
@@ -151,7 +152,7 @@ def test_logits_and_padded_logprobs_are_those_worked_out_apart(kind: str, method
         with torch.set_grad_enabled(gradients):
             found, _ = response_logprobs(given.model, batch, 1.0)
         assert torch.allclose(found, expected, atol=1e-5), gradients
-    check_plain_head(given.model)  # the head of virtual tokens' hidden states is nobody's logit
+    assert verified_map(given.model).plain  # the head of virtual tokens' hidden states is nobody's logit
 
 
 WAYS = [(kind, method, "sdpa") for kind, method in CASES]
