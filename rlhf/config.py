@@ -143,7 +143,7 @@ class SftSection(Section):
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    packing: bool = Field(True, description="several demonstrations in a row, apart; refused where models see across")
+    packing: bool = Field(True, description="several demonstrations in a row; refused if the model sees across them")
     loss_on: Literal["last", "all"] = Field("last", description="the assistant's turns that are trained")
     max_tokens: int = Field(512, ge=8, description="tokens of a packed row; longer demonstrations are dropped, counted")
     pretraining_mix: float = Field(0.0, ge=0, lt=1, description="share of pretraining rows in the data (paper: 0.1)")

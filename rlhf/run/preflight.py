@@ -122,7 +122,7 @@ def _check_models(recipe: Recipe, stages: list[str]) -> None:
     longest = max((limit.tokens for limit in row_limits(recipe, stages)), default=0)
     if named <= {*BUILT_IN, "", "sft"} and longest + recipe.model.peft.virtual_tokens <= SHORTEST_CONTEXT:
         return
-    from rlhf.models.preflight import check_models  # imports torch and transformers: seconds
+    from rlhf.models.model_check import check_models  # imports torch and transformers: seconds
 
     check_models(recipe, stages)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +38,20 @@ def test_what_loads_no_model_starts_without_torch() -> None:
     )
     check = f"import sys, {names}; assert not {{'torch', 'transformers', 'datasets'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)
+
+
+def test_run_refuses_questions_that_a_judge_cannot_take_before_any_stage(tmp_path: Path) -> None:
+    judge = ("evaluate.labeler=judge", "judge.template=pair-few-shot", "judge.max_tokens=300")
+    done = rlhf("run", "tiny", *judge, cwd=tmp_path)
+    assert done.returncode == 2 and "where: judge.max_tokens" in done.stderr
+    assert not list(tmp_path.glob("runs/*/sft"))
+
+
+def test_plan_refuses_an_unreadable_model_with_its_file(tiny_dir: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+    (folder / "tokenizer.json").write_text("{")
+    done = rlhf("plan", "tiny", f"model.name={folder}", cwd=tmp_path)
+    assert done.returncode == 2 and f"where: {folder / 'tokenizer.json'}" in done.stderr
 
 
 def test_recipes_lists_names_with_descriptions(tmp_path: Path) -> None:

@@ -70,18 +70,18 @@ def _look_at(recipe: Recipe, field: str, needed: bool = False) -> PretrainedConf
         return tiny.config() if name == tiny.NAME else smollm2.model_config()
     if not needed and not Path(name).expanduser().exists() and _is_path(name):
         return None
-    adapter = find_adapter(name)
-    where = resolve_model(adapter.base.name if adapter else name)
     try:
+        adapter = find_adapter(name)
+        where = resolve_model(adapter.base.name if adapter else name)
         config = load_config(where, recipe.model)
+        if Path(where).is_dir():
+            read_tokenizer(where, recipe.model)
     except UserError as error:
-        if not Path(where).exists() and isinstance(error.__cause__, OSError):
+        if isinstance(error.__cause__, OSError) and not Path(name).expanduser().exists():
             return None  # on the Hub, and not reached
-        raise
+        raise UserError(error.what, f"{error.where} ({field})", error.fix) from error
     kind = AutoModelForSequenceClassification if is_classifier(config) else AutoModelForCausalLM
     check_attention(kind, config, recipe.model.attention)
-    if Path(where).is_dir():
-        read_tokenizer(where, recipe.model)
     return config
 
 
@@ -94,8 +94,8 @@ def _check_packing(recipe: Recipe, config: PretrainedConfig) -> None:
     apart = keeps_documents_apart(config, recipe.model)
     if apart is None:
         note(
-            f"{config.model_type}: no small copy could be made to try whether packed demonstrations see each other; "
-            "sft.packing=false is safe"
+            f"{config.model_type}, {recipe.model.attention} attention: it could not be tried whether the "
+            "demonstrations of a packed row see each other; sft.packing=false is safe"
         )
     elif not apart:
         what = f"{config.model_type} does not keep the demonstrations of a packed row apart: "

@@ -135,7 +135,11 @@ def test_a_folder_with_whole_weights_and_an_adapter_is_refused(tiny_dir: str, tm
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     get_peft_model(load_policy(folder, ModelSection(name=str(folder))), lora).save_pretrained(folder)
     error = refusal(folder)
-    assert "whole weights and an adapter" in error.what and "merge" in error.fix and error.where == str(folder)
+    assert (
+        "whole weights and an adapter" in error.what
+        and "merge" in error.fix
+        and error.where == f"{folder} (model.name)"
+    )
     with pytest.raises(UserError, match="whole weights and an adapter"):
         load_policy(folder, ModelSection(name=str(folder)))
 
@@ -154,14 +158,14 @@ def test_a_file_that_cannot_be_read_is_named(file: str, change, tiny_dir: str, t
     change(state)
     (folder / file).write_text(json.dumps(state))
     error = refusal(folder)
-    assert error.where == str(folder / file) and "update transformers" in error.fix
+    assert error.where == f"{folder / file} (model.name)" and "update transformers" in error.fix
 
 
 def test_half_a_file_is_named(tiny_dir: str, tmp_path: Path) -> None:
     for file in ("tokenizer_config.json", "tokenizer.json", "config.json"):
         folder = Path(shutil.copytree(tiny_dir, tmp_path / file))
         (folder / file).write_text((folder / file).read_text()[:100])
-        assert refusal(folder).where == str(folder / file)
+        assert refusal(folder).where == f"{folder / file} (model.name)"
 
 
 def test_what_is_not_here_yet_is_let_pass(tmp_path: Path) -> None:
