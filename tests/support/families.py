@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from rlhf.models import tiny
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+MARKS = {"<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<|user|>", "<|assistant|>"}  # of the templates
+MARKS |= {"<|START_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
 LLAMA_LIKE = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2}
 
@@ -31,6 +33,7 @@ class Family:
     eos: str = "<|endoftext|>"
     bos: str = ""  # begins every text
     attention: str = "sdpa"
+    packing: bool = True  # whether packed documents are kept apart
     padding: int = 0  # rows of the embedding beyond the last token
 
 
@@ -62,9 +65,11 @@ FAMILIES = {
     "OLMo 2": Family("Olmo2Config"),
     "GPT-NeoX": Family("GPTNeoXConfig", SIZES | {"intermediate_size": 64}),
     "GPT-2": Family("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}),
-    "OPT": Family("OPTConfig", SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32}, eos="</s>"),
-    "BLOOM": Family("BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4}, eos="</s>", attention="eager"),
-    "Falcon": Family("FalconConfig", SIZES | {"num_kv_heads": 4, "new_decoder_architecture": True}),
+    "OPT": Family("OPTConfig", SIZES | {"ffn_dim": 64, "word_embed_proj_dim": 32}, eos="</s>", packing=False),
+    "BLOOM": Family(
+        "BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4}, eos="</s>", attention="eager", packing=False
+    ),
+    "Falcon": Family("FalconConfig", SIZES | {"num_kv_heads": 4, "new_decoder_architecture": True}, packing=False),
     "Granite": Family("GraniteConfig", LLAMA_LIKE | {"logits_scaling": 4.0}, eos="<|end_of_text|>"),
     "Cohere": Family(
         "CohereConfig",
@@ -97,7 +102,7 @@ FAMILIES = {
 def make_family(name: str, folder: Path) -> Path:
     """Write the model of a family with its tokenizer to a folder, and return it."""
     family, tokenizer = FAMILIES[name], tiny.train_tokenizer()
-    names = {family.end, family.eos, family.bos, "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>"} - {""}
+    names = {family.end, family.eos, family.bos, *MARKS} - {""}
     new = sorted(names - set(tokenizer.get_vocab()))
     tokenizer.add_special_tokens({"additional_special_tokens": new})
     tokenizer.eos_token, tokenizer.bos_token = family.eos, family.bos or None
