@@ -38,7 +38,7 @@ from rlhf.models.loading import load_tokenizer
 from rlhf.models.zero import load_frozen_policy
 from rlhf.rollout.sampling import sample
 from rlhf.rollout.sampling_params import SamplingParams
-from rlhf.run.fingerprints import ADDED
+from rlhf.run.fingerprints import counts
 from rlhf.run.stage import StageContext, run_stage
 from rlhf.system.console import Progress, console, show_drops
 from rlhf.system.phases import phase
@@ -193,7 +193,7 @@ def fingerprint(ctx: StageContext, sft_dir: Path) -> str:
     recipe, cfg = ctx.recipe, ctx.recipe.rank
     parts = [
         sorted(ctx.inputs.items()),
-        {k: v for k, v in recipe.model.model_dump().items() if f"model.{k}" not in ADDED or v != ADDED[f"model.{k}"]},
+        {key: value for key, value in recipe.model.model_dump().items() if counts(f"model.{key}", value)},
         [recipe.run.seed, cfg.outputs_per_prompt, cfg.temperature, cfg.batch_size, recipe.data.max_response_tokens],
     ]
     return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()

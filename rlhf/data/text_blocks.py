@@ -1,15 +1,16 @@
-"""Make token rows for language-model losses: blocks of plain text, and demonstrations with a mask of trained tokens."""
+"""Make token rows of texts: blocks for a loss, demonstrations with a mask of trained tokens, and cloze questions."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.chat_template import begins_with_bos, encode_turns
 from rlhf.data.encoding import Encoded, encode_response
-from rlhf.data.records import Demonstration
+from rlhf.data.records import Cloze, Demonstration
 from rlhf.errors import UserError
 
 MIN_BLOCK_TOKENS = 8  # tokens of a shorter last row have almost no context and would weigh as much as others
@@ -31,13 +32,16 @@ def token_blocks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, block
 
     BOS counts among the ids of a row, so that no row is longer than `block_tokens`.
     """
-    rows, first = [], first_ids(tokenizer)
-    size = block_tokens - len(first)
-    for text in texts:
-        ids = text_ids(tokenizer, text)
-        cut = [ids[i : i + size] for i in range(0, len(ids), size)]
-        rows += [[*first, *row] for row in cut if len(row) >= min(MIN_BLOCK_TOKENS, size)]
-    return rows
+    first = first_ids(tokenizer)
+    least = len(first) + min(MIN_BLOCK_TOKENS, block_tokens - len(first))
+    rows = (row for text in texts for row in _cut(text_ids(tokenizer, text), first, block_tokens))
+    return [row for row in rows if len(row) >= least]
+
+
+def _cut(ids: Sequence[int], first: Sequence[int], length: int) -> list[list[int]]:
+    """Return the ids in rows of at most `length`, each after `first`."""
+    size = length - len(first)
+    return [[*first, *ids[i : i + size]] for i in range(0, len(ids), size)]
 
 
 def demonstration_row(demonstration: Encoded[Demonstration], history: Sequence[int] = ()) -> TokenRow:
@@ -74,12 +78,22 @@ def text_rows(
 ) -> list[TokenRow]:
     """Draw `count` rows of up to `length` tokens, each text ended by EOS; raise UserError if there are fewer."""
     rows, first = [], first_ids(tokenizer)
-    size = length - len(first)
     for text in texts:
-        ids = [*text_ids(tokenizer, text), tokenizer.eos_token_id]
-        blocks = [[*first, *ids[i : i + size]] for i in range(0, len(ids), size)]
+        blocks = _cut([*text_ids(tokenizer, text), tokenizer.eos_token_id], first, length)
         rows += [{"input_ids": block, "completion_mask": [1] * len(block)} for block in blocks if len(block) > 1]
     if len(rows) < count:
         what = f"the pretraining mix needs {count} rows of text and there are {len(rows)}"
         raise UserError(what, "sft.pretraining_mix", "add text to data.pretraining or lower the mix")
     return random.Random(seed).sample(rows, count)
+
+
+def encode_question(tokenizer: PreTrainedTokenizerBase, question: Cloze) -> list[tuple[list[int], list[int]]]:
+    """Return (context ids, choice ids) for each choice of `context + " " + choice`.
+
+    The cut is where the encodings first differ: all choices are scored from there on, even if a token spans the border.
+    """
+    texts = [question.context, *(f"{question.context.rstrip()} {choice}" for choice in question.choices)]
+    alone, *full = ([*first_ids(tokenizer), *text_ids(tokenizer, text)] for text in texts)
+    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(alone, *full, strict=False)))
+    cut = max(1, shared)  # the first token has nothing to be predicted from
+    return [(ids[:cut], ids[cut:]) for ids in full]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.records import Cloze
-from rlhf.data.text_blocks import MIN_BLOCK_TOKENS, first_ids, text_ids
+from rlhf.data.text_blocks import MIN_BLOCK_TOKENS, encode_question
 from rlhf.errors import UserError
 from rlhf.functional.statistics import Interval, wilson_interval
 from rlhf.rollout.scoring import token_logprobs
@@ -54,18 +53,6 @@ class ClozeResult:
             "cloze_accuracy_sum": self.accuracy_sum.mean,
             "cloze_n": self.n,
         }
-
-
-def encode_question(tokenizer: PreTrainedTokenizerBase, question: Cloze) -> list[tuple[list[int], list[int]]]:
-    """Return (context ids, choice ids) for each choice of `context + " " + choice`.
-
-    The cut is where the encodings first differ: all choices are scored from there on, even if a token spans the border.
-    """
-    texts = [question.context, *(f"{question.context.rstrip()} {choice}" for choice in question.choices)]
-    alone, *full = ([*first_ids(tokenizer), *text_ids(tokenizer, text)] for text in texts)
-    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(alone, *full, strict=False)))
-    cut = max(1, shared)  # the first token has nothing to be predicted from
-    return [(ids[:cut], ids[cut:]) for ids in full]
 
 
 def cloze_accuracy(

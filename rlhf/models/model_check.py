@@ -9,19 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from rlhf.config import Recipe
 from rlhf.data.records import read_cloze
 from rlhf.data.sources import local_path
-from rlhf.data.text_blocks import first_ids, text_ids
+from rlhf.data.text_blocks import encode_question
 from rlhf.errors import UserError
 from rlhf.models import smollm2, tiny
+from rlhf.models.auto_classes import causal_class
 from rlhf.models.loading import check_positions
 from rlhf.models.packing_probe import keeps_documents_apart
 from rlhf.models.peft.folder import find_adapter
 from rlhf.models.pretrained import check_attention, is_classifier, load_config
-from rlhf.models.resolve import BUILT_IN, resolve_model
+from rlhf.models.resolve import BUILT_IN, looks_like_path, resolve_model
 from rlhf.models.tokenizer import read_tokenizer
 from rlhf.plan import row_limits
 from rlhf.system.console import note
@@ -68,7 +69,7 @@ def _look_at(recipe: Recipe, field: str, needed: bool = False) -> PretrainedConf
     name = getattr(getattr(recipe, section), key)
     if name in BUILT_IN:
         return tiny.config() if name == tiny.NAME else smollm2.model_config()
-    if not needed and not Path(name).expanduser().exists() and _is_path(name):
+    if not needed and not Path(name).expanduser().exists() and looks_like_path(name):
         return None
     try:
         adapter = find_adapter(name)
@@ -80,14 +81,9 @@ def _look_at(recipe: Recipe, field: str, needed: bool = False) -> PretrainedConf
         if isinstance(error.__cause__, OSError) and not Path(name).expanduser().exists():
             return None  # on the Hub, and not reached
         raise UserError(error.what, f"{error.where} ({field})", error.fix) from error
-    kind = AutoModelForSequenceClassification if is_classifier(config) else AutoModelForCausalLM
+    kind = AutoModelForSequenceClassification if is_classifier(config) else causal_class(config)
     check_attention(kind, config, recipe.model.attention)
     return config
-
-
-def _is_path(name: str) -> bool:
-    """Return whether a name is that of a folder, as `resolve_model` sees it."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _check_packing(recipe: Recipe, config: PretrainedConfig) -> None:
@@ -110,7 +106,6 @@ def _check_cloze(recipe: Recipe, config: PretrainedConfig) -> None:
         return
     tokenizer = read_tokenizer(where, recipe.model)
     questions = read_cloze(sources)[: recipe.evaluate.cloze_questions or None]
-    texts = [f"{question.context.rstrip()} {choice}" for question in questions for choice in question.choices]
-    first = len(first_ids(tokenizer))
-    longest = max((first + len(text_ids(tokenizer, text)) for text in texts), default=0)
+    rows = (pair for question in questions for pair in encode_question(tokenizer, question))
+    longest = max((len(context) + len(choice) for context, choice in rows), default=0)
     check_positions(config, recipe.model.peft, longest, "data.cloze")

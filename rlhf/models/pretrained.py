@@ -79,7 +79,7 @@ def load_plain(
 
 
 def check_attention(
-    kind: type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification],
+    kind: type[AutoModelForCausalLM] | type[AutoModelForImageTextToText] | type[AutoModelForSequenceClassification],
     config: PretrainedConfig,
     attention: str,
 ) -> None:

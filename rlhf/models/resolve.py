@@ -10,7 +10,8 @@ from rlhf.models import smollm2, tiny
 
 __all__ = ["ADAPTER_RECORD", "BUILT_IN", "not_loaded", "refuse_adapter_beside", "resolve_model"]
 
-PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")  # as peft saves an adapter
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as peft saves an adapter
+PEFT_FILES = (PEFT_CONFIG, PEFT_WEIGHTS, "adapter_model.bin")
 ADAPTER_RECORD = "adapter.json"  # marks a folder that a parameter-efficient method left (rlhf/models/peft/folder.py)
 
 
@@ -30,9 +31,14 @@ def resolve_model(name: str | Path) -> str:
             what = f"this folder holds no model (no config.json, no {ADAPTER_RECORD})"
             raise UserError(what, where=name, fix="name a model folder")
         return str(path)
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if path.exists() or looks_like_path(name):
         raise UserError("no such model folder", where=name, fix="check the path, or run the stage that writes it")
     return name
+
+
+def looks_like_path(name: str) -> bool:
+    """Return whether a name is that of a folder, there or not, and none of the Hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def refuse_adapter_beside(where: str) -> None:

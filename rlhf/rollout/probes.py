@@ -54,7 +54,7 @@ def check_probes(model: nn.Module, folder: Path) -> None:
     again = scores(model, [(row["prompt_ids"], row["response_ids"]) for row in rows])
     for row, score in zip(rows, again.tolist(), strict=True):
         types = {model.dtype, getattr(torch, row.get("dtype", "float32"))}
-        if not abs(score - row["score"]) <= max(TOLERANCE.get(each, 0.1) for each in types):
+        if not abs(score - row["score"]) <= max(TOLERANCE[each] for each in types):
             what = f"the reward model scores a stored probe {score:.4f}; when it was saved it scored {row['score']:.4f}"
             fix = "weights or head in this folder are not those that were trained: run the reward stage again"
             raise UserError(what, str(path), fix)

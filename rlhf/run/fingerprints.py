@@ -36,10 +36,15 @@ def depends_on(stage: str, key: str) -> bool:
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
 
+def counts(key: str, value: Any) -> bool:
+    """Return whether a field's value is part of fingerprints: not one that changes nothing for runs begun before it."""
+    return key not in ADDED or value != ADDED[key]
+
+
 def fingerprint(recipe: Recipe, stage: str) -> str:
     """Return the SHA-256 (hex) of the recipe fields that the stage depends on."""
     values = {key: field_value(recipe, key) for key, _ in fields() if depends_on(stage, key)}
-    values = {key: value for key, value in values.items() if key not in ADDED or value != ADDED[key]}
+    values = {key: value for key, value in values.items() if counts(key, value)}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -8,9 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf.data.records import Cloze
-from rlhf.data.text_blocks import token_blocks
+from rlhf.data.text_blocks import encode_question, token_blocks
 from rlhf.errors import UserError
-from rlhf.evaluation.alignment_tax import cloze_accuracy, encode_question, pretraining_loss
+from rlhf.evaluation.alignment_tax import cloze_accuracy, pretraining_loss
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,8 @@ MARKS = {"<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<|user|
 MARKS |= {"<|START_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
 LLAMA_LIKE = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2}
+GEMMA = LLAMA_LIKE | {"head_dim": 8, "query_pre_attn_scalar": 8}
+GEMMA_TOKENS = {"end": "<end_of_turn>", "eos": "<eos>", "bos": "<bos>"}
 
 
 @dataclass(frozen=True)
@@ -45,20 +47,16 @@ FAMILIES = {
     "Qwen 3": Family("Qwen3Config", LLAMA_LIKE | {"head_dim": 8}, template="qwen3", end="<|im_end|>", padding=64),
     "Gemma 2": Family(
         "Gemma2Config",
-        LLAMA_LIKE | {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0},
+        GEMMA | {"final_logit_softcapping": 5.0},
         template="gemma",
-        end="<end_of_turn>",
-        eos="<eos>",
-        bos="<bos>",
+        **GEMMA_TOKENS,
         attention="eager",
     ),
     "Gemma 3 (text)": Family(
         "Gemma3TextConfig",
-        LLAMA_LIKE | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 512},
+        GEMMA | {"sliding_window": 512},
         template="gemma3",
-        end="<end_of_turn>",
-        eos="<eos>",
-        bos="<bos>",
+        **GEMMA_TOKENS,
     ),
     "Phi-3": Family("Phi3Config", template="phi3", end="<|end|>"),
     "Mistral": Family("MistralConfig", LLAMA_LIKE | {"sliding_window": None}, eos="</s>", bos="<s>"),
@@ -90,11 +88,9 @@ FAMILIES = {
     ),
     "Gemma 3 (with images)": Family(
         "Gemma3Config",
-        {"text_config": LLAMA_LIKE | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 512}},
+        {"text_config": GEMMA | {"sliding_window": 512}},
         template="gemma3",
-        end="<end_of_turn>",
-        eos="<eos>",
-        bos="<bos>",
+        **GEMMA_TOKENS,
     ),
 }
 

@@ -33,9 +33,9 @@ from transformers.utils import cached_file
 from rlhf.config import PeftSection
 from rlhf.errors import UserError
 from rlhf.models.peft.methods import peft_of, trainable
-from rlhf.models.peft.peft_layout import DERIVED, ONE_TO_ONE, PEFT_WEIGHTS, TOKENS, own_names, write_peft_layout
+from rlhf.models.peft.peft_layout import DERIVED, ONE_TO_ONE, TOKENS, own_names, write_peft_layout
 from rlhf.models.placement import full_shape, writable
-from rlhf.models.resolve import ADAPTER_RECORD, BUILT_IN, resolve_model
+from rlhf.models.resolve import ADAPTER_RECORD, BUILT_IN, PEFT_WEIGHTS, resolve_model
 from rlhf.system.files import hash_path
 
 WEIGHTS = {1: "adapter.safetensors", 2: PEFT_WEIGHTS}  # by format

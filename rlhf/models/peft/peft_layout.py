@@ -23,8 +23,8 @@ from rlhf.models.layers import kv_heads
 from rlhf.models.peft.merging import LORA_A, LORA_B, MAGNITUDE, SCALE
 from rlhf.models.peft.methods import ia3_config, lora_config
 from rlhf.models.peft.virtual_tokens import ENCODER, made_tokens
+from rlhf.models.resolve import PEFT_CONFIG, PEFT_WEIGHTS
 
-PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ONE_TO_ONE = ("lora", "dora", "ia3", "prompt", "p_tuning_v2")  # peft stores the very weights that are trained
 DERIVED = ("prefix", "p_tuning")  # it stores what their network makes
 HEAD = "score"
