@@ -31,6 +31,12 @@ SECTION = ModelSection(name="tiny", attention="eager")
 DECLARED = {"gemma2": LogitMap(cap=2.0), "cohere": LogitMap(0.25), "granite": LogitMap(divisor=3.0)}
 
 
+@pytest.fixture(autouse=True)
+def nothing_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget what other tests of this process have verified: models of one class and config are looked at once."""
+    monkeypatch.setattr(logit_map, "_verified", set())
+
+
 @pytest.fixture(params=sorted(CHANGED_LOGITS))
 def loaded(request, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The product's policy, and transformers' own model with the same weights."""
@@ -126,7 +132,6 @@ def test_a_layer_between_body_and_head_is_refused() -> None:
 
 def test_a_model_is_verified_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[nn.Module] = []
-    monkeypatch.setattr(logit_map, "_verified", set())
     monkeypatch.setattr(logit_map, "_verify", lambda model, *_: calls.append(model))
     for _ in range(2):
         assert verified_map(llama()).plain
