@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.launcher import NO_REDO, REFUSED, Redo, how_ended, start
-from rlhf.config import BUILT_IN, Recipe
+from rlhf.config import Recipe
 from rlhf.costs.disk import disk_need
 from rlhf.errors import UserError
+from rlhf.model_config import BUILT_IN
 from rlhf.plan import recipe_processes
 from rlhf.recipe import load_recipe
 from rlhf.run.fingerprints import check_accepted, check_data_files

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.config import TRAINS_BASE_WEIGHTS, Recipe
+from rlhf.config import Recipe
 from rlhf.data.encoding import Encoded, fit_demonstrations
 from rlhf.data.records import Demonstration, Drops, read_demonstrations, read_texts
 from rlhf.data.splits import split_by_prompt
 from rlhf.data.text_blocks import TokenRow, demonstration_row, earlier_answers, text_rows
 from rlhf.errors import UserError
+from rlhf.model_config import TRAINS_BASE_WEIGHTS
 from rlhf.models.loading import check_context, load_policy, load_tokenizer, resolve_model, save_model
 from rlhf.models.peft.folder import has_adapter
 from rlhf.models.peft.methods import add_adapter

@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.config import ModelSection
+from rlhf.model_config import ModelSection
 from rlhf.models import loading, tiny
 
 torch.set_num_threads(1)

@@ -7,13 +7,14 @@ from typing import get_args
 from pydantic import ValidationError
 
 from launch.commands.plan import device_of
-from rlhf.config import KV_PREFIX_METHODS, METHODS_OF_SETTING, VIRTUAL_TOKEN_METHODS, PeftMethod, Recipe, read_settings
+from rlhf.config import Recipe
 from rlhf.costs.cards import Card, find_card, this_machine
 from rlhf.costs.fit_to_card import Settings, with_settings
 from rlhf.costs.model_memory import policy_spec
 from rlhf.costs.model_shapes import Shapes, count, shapes_of
 from rlhf.costs.stage_memory import stage_memory
 from rlhf.errors import UserError
+from rlhf.model_config import KV_PREFIX_METHODS, METHODS_OF_SETTING, VIRTUAL_TOKEN_METHODS, PeftMethod, read_settings
 from rlhf.models.peft.merging import why_not_mergeable
 from rlhf.system.console import console, table
 from rlhf.system.quiet import quiet_libraries

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from rlhf.config import TRAINS_BASE_WEIGHTS, UNMERGEABLE, PeftSection, Recipe
+from rlhf.config import Recipe
 from rlhf.costs.model_shapes import ModelSpec, Shapes, count
+from rlhf.model_config import TRAINS_BASE_WEIGHTS, UNMERGEABLE, PeftSection
 from rlhf.models.peft.shared_base import all_share_base
 from rlhf.models.zero import settings
 from rlhf.plan import recipe_processes

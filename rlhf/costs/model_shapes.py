@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
-from rlhf.config import VIRTUAL_TOKEN_METHODS, PeftSection, Recipe
+from rlhf.config import Recipe
+from rlhf.model_config import VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.models import smollm2, tiny
 from rlhf.models.auto_classes import causal_class, scalar_class
 from rlhf.models.layers import cut_layers, decoder_layers, freeze_other_modalities, kv_heads

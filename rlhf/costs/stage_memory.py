@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from rlhf.config import PeftSection, Recipe
+from rlhf.config import Recipe
 from rlhf.costs.activation_memory import Footprint, PassKind, PassShape, decoding_pass, scoring_pass, training_pass
 from rlhf.costs.cards import Card
 from rlhf.costs.model_memory import (
@@ -27,6 +27,7 @@ from rlhf.costs.model_memory import (
     value_and_reward_weights,
 )
 from rlhf.costs.model_shapes import ModelSpec, Shapes, count
+from rlhf.model_config import PeftSection
 from rlhf.models.peft.shared_base import policies_share_base
 from rlhf.plan import PpoPlan, plan_ppo, recipe_processes
 from rlhf.stage_table import is_ppo

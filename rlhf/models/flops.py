@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.config import VIRTUAL_TOKEN_METHODS
+from rlhf.model_config import VIRTUAL_TOKEN_METHODS
 from rlhf.models.layers import kv_heads, text_body
 from rlhf.models.peft.methods import peft_of
 from rlhf.models.placement import full_shape

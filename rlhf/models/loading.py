@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.config import ModelSection, PeftSection
 from rlhf.errors import UserError
+from rlhf.model_config import ModelSection, PeftSection
 from rlhf.models.auto_classes import causal_class, scalar_class
 from rlhf.models.layers import cut_layers
 from rlhf.models.logit_map import verified_map

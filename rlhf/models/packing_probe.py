@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from rlhf.config import ModelSection
+from rlhf.model_config import ModelSection
 from rlhf.models.layers import kv_heads
 from rlhf.system.quiet import quiet_transformers
 

@@ -19,9 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.config import ModelSection
 from rlhf.data.chat_template import stop_ids
 from rlhf.errors import UserError
+from rlhf.model_config import ModelSection
 from rlhf.models.layers import freeze_other_modalities
 from rlhf.models.placement import full_shape, writable
 from rlhf.models.resolve import not_loaded, refuse_adapter_beside

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf.config import BUILT_IN
 from rlhf.errors import UserError
+from rlhf.model_config import BUILT_IN
 from rlhf.models import smollm2, tiny
 
 __all__ = ["ADAPTER_RECORD", "BUILT_IN", "not_loaded", "refuse_adapter_beside", "resolve_model"]

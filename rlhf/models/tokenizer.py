@@ -8,9 +8,9 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf.config import ModelSection
 from rlhf.data.chat_template import begins_with_bos, hold_settings
 from rlhf.errors import UserError
+from rlhf.model_config import ModelSection
 from rlhf.models.resolve import not_loaded, resolve_model
 from rlhf.system.console import note
 

@@ -24,7 +24,7 @@ from torch.nn.functional import embedding
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rlhf.config import VIRTUAL_TOKEN_METHODS
+from rlhf.model_config import VIRTUAL_TOKEN_METHODS
 from rlhf.models.peft.methods import peft_of
 from rlhf.rollout.batches import Pair, build_batch
 from rlhf.rollout.scoring import evaluating, hidden_states

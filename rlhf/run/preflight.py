@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf.config import BUILT_IN, UNMERGEABLE, LabelSection, Recipe, settings_of
+from rlhf.config import LabelSection, Recipe
 from rlhf.data.few_shot import check_judge
 from rlhf.data.prompt_template import load_template
 from rlhf.errors import UserError
+from rlhf.model_config import BUILT_IN, UNMERGEABLE, settings_of
 from rlhf.plan import plan_ppo, plan_rank, plan_reward, plan_sft, read_hosts, recipe_processes, row_limits
 from rlhf.stage_table import STAGES
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.config import VIRTUAL_TOKEN_METHODS, ModelSection, PeftSection, Recipe
+from rlhf.config import Recipe
 from rlhf.errors import UserError
+from rlhf.model_config import VIRTUAL_TOKEN_METHODS, ModelSection, PeftSection
 from rlhf.models.loading import load_policy, load_reward_model
 from rlhf.models.peft.attaching import attach_adapter, base_settings, check_method
 from rlhf.models.peft.folder import base_hash, find_adapter

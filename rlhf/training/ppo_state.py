@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config import UNMERGEABLE, Recipe
+from rlhf.config import Recipe
 from rlhf.data.chat_template import stop_ids
 from rlhf.data.encoding import fit_prompts
 from rlhf.data.records import Drops, read_prompts, read_texts
 from rlhf.data.text_blocks import token_blocks
 from rlhf.errors import UserError
+from rlhf.model_config import UNMERGEABLE
 from rlhf.models.loading import check_context, load_tokenizer, recompute_activations, same_tokenizer, save_model
 from rlhf.models.placement import full_state_dict, with_tied_names
 from rlhf.models.zero import zero_stage

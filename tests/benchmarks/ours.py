@@ -17,11 +17,12 @@ import torch
 
 from benchmarks.flops import Shape
 from benchmarks.measure import Order
-from rlhf.config import ModelSection, Recipe
+from rlhf.config import Recipe
 from rlhf.data.encoding import encode_prompt, encode_response
 from rlhf.data.records import Drops, read_demonstrations, read_prompts, read_rankings
 from rlhf.data.text_blocks import demonstration_row
 from rlhf.functional.seeding import row_seed
+from rlhf.model_config import ModelSection
 from rlhf.models import loading
 from rlhf.rollout.experience import Experience
 from rlhf.rollout.probes import write_probes

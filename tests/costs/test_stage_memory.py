@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from rlhf.config import PeftSection, Recipe
+from rlhf.config import Recipe
 from rlhf.costs import fit_to_card
 from rlhf.costs.activation_memory import PassShape, scoring_pass, training_pass
 from rlhf.costs.cards import find_card
@@ -18,6 +18,7 @@ from rlhf.costs.model_shapes import ModelSpec, Shapes, count, shapes_of
 from rlhf.costs.stage_memory import stage_memory
 from rlhf.costs.stage_time import decode_seconds, forward_flops, training_flops
 from rlhf.errors import UserError
+from rlhf.model_config import PeftSection
 from rlhf.models import tiny
 from rlhf.recipe import load_recipe
 from support.command import rlhf

@@ -10,12 +10,12 @@ import trl
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config import ModelSection
 from rlhf.data.chat_template import begins_with_bos, encode_turns, hold_settings, stop_ids, turn_end
 from rlhf.data.encoding import encode_prompt, encode_response, fit_demonstrations, fit_prompts
 from rlhf.data.records import Cloze, Demonstration, Drops, Message, Prompt, read_demonstrations, read_prompts
 from rlhf.data.text_blocks import demonstration_row, earlier_answers, encode_question, text_rows, token_blocks
 from rlhf.errors import UserError
+from rlhf.model_config import ModelSection
 from rlhf.models.loading import load_policy, load_tokenizer
 from support.data_files import error_of, write_lines
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rlhf.config import ModelSection
 from rlhf.data.chat_template import stop_ids
 from rlhf.data.encoding import encode_prompt, encode_response, fit_demonstrations, fit_prompts, fit_rankings
 from rlhf.data.records import Demonstration, Drops, Message, Prompt, Ranking
+from rlhf.model_config import ModelSection
 from rlhf.models.loading import load_policy, load_tokenizer
 from support.data_files import user
 

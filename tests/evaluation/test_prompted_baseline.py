@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.config import ModelSection, Recipe
+from rlhf.config import Recipe
 from rlhf.data.chat_template import stop_ids
 from rlhf.data.encoding import encode_prompt, encode_response
 from rlhf.data.prompt_template import Template, load_template, parse_template
@@ -20,6 +20,7 @@ from rlhf.evaluation.heldout import HeldOut
 from rlhf.evaluation.prompted_baseline import PromptedResponses, answer_prompted, prompted_messages, response_ids
 from rlhf.evaluation.report import label, print_summary, write_report
 from rlhf.functional.seeding import row_seed
+from rlhf.model_config import ModelSection
 from rlhf.models.loading import load_policy, load_tokenizer, new_reward_model, save_model
 from rlhf.recipe import load_recipe
 from rlhf.rollout.probes import write_probes

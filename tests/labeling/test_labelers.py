@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.config import ModelSection, Recipe
+from rlhf.config import Recipe
 from rlhf.data.encoding import encode_prompt, encode_response
 from rlhf.data.records import Prompt
 from rlhf.errors import UserError
@@ -19,6 +19,7 @@ from rlhf.labeling.labelers import make_evaluation_labeler, make_labeler, stored
 from rlhf.labeling.reward_model_labeler import RewardModelLabeler
 from rlhf.labeling.rubric import rubric_score
 from rlhf.labeling.rubric_labeler import RubricLabeler, expected_agreement, noise_for_agreement
+from rlhf.model_config import ModelSection
 from rlhf.models.loading import load_tokenizer, new_reward_model
 from rlhf.rollout.scoring import scores
 from rlhf.run.folder import RunFolder

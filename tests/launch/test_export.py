@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from launch.commands.export import export_model
-from rlhf.config import ModelSection, PeftSection
 from rlhf.errors import UserError
+from rlhf.model_config import ModelSection, PeftSection
 from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer, new_reward_model, save_model
 from rlhf.models.peft.folder import find_adapter
 from rlhf.models.peft.methods import add_adapter

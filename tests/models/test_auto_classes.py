@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModel, BertConfig, PreTrainedTokenizerBase
 
-from rlhf.config import ModelSection, PeftSection
 from rlhf.costs.model_shapes import ModelSpec, count, model_config
 from rlhf.errors import UserError
 from rlhf.functional.ranking import ranking_loss
+from rlhf.model_config import ModelSection, PeftSection
 from rlhf.models.auto_classes import scalar_class
 from rlhf.models.loading import load_policy, load_reward_model, new_reward_model, save_model
 from rlhf.models.peft.attaching import attach_adapter

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from rlhf.config import ModelSection, PeftSection
+from rlhf.model_config import ModelSection, PeftSection
 from rlhf.models.flops import PassSize, model_cost, pass_size
 from rlhf.models.loading import load_policy, new_reward_model
 from rlhf.models.peft.methods import add_adapter

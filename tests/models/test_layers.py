@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import MistralForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.config import ModelSection, PeftSection
 from rlhf.costs.model_shapes import ModelSpec, count, model_config
 from rlhf.errors import UserError
+from rlhf.model_config import ModelSection, PeftSection
 from rlhf.models.flops import model_cost
 from rlhf.models.layers import decoder_layers, kv_heads
 from rlhf.models.loading import check_context, load_policy, load_reward_model, new_reward_model, save_model

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.config import ModelSection, PeftSection
 from rlhf.errors import UserError
+from rlhf.model_config import ModelSection, PeftSection
 from rlhf.models import loading
 from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer, new_reward_model, save_model
 from rlhf.models.peft.methods import add_adapter, trainable

@@ -15,8 +15,8 @@ from transformers import (
     RecurrentGemmaForCausalLM,
 )
 
-from rlhf.config import ModelSection
 from rlhf.errors import UserError
+from rlhf.model_config import ModelSection
 from rlhf.models import logit_map
 from rlhf.models.loading import load_policy
 from rlhf.models.logit_map import LogitMap, declared_map, verified_map

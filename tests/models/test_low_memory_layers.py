@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from rlhf.config import PeftSection
+from rlhf.model_config import PeftSection
 from rlhf.models.low_memory_layers import GatedDown, GatedDownLora, RmsNorm, use_low_memory_layers
 from rlhf.models.peft.methods import add_adapter, trainable
 

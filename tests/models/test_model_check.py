@@ -13,8 +13,8 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
-from rlhf.config import ModelSection
 from rlhf.errors import UserError
+from rlhf.model_config import ModelSection
 from rlhf.models.loading import load_policy
 from rlhf.models.tiny import train_tokenizer
 from rlhf.recipe import load_recipe

@@ -19,7 +19,7 @@ from transformers import (
 )
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from rlhf.config import ModelSection
+from rlhf.model_config import ModelSection
 from rlhf.models.packing_probe import keeps_documents_apart, packed_row, small_configs
 
 SDPA, EAGER = ModelSection(), ModelSection(attention="eager")

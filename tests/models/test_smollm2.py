@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.config import ModelSection
 from rlhf.errors import UserError
+from rlhf.model_config import ModelSection
 from rlhf.models import smollm2
 from rlhf.models.loading import load_policy, load_tokenizer
 

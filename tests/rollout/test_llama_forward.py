@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from rlhf.config import VIRTUAL_TOKEN_METHODS, PeftSection
+from rlhf.model_config import VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.models.peft.methods import add_adapter, trainable
 from rlhf.rollout.batches import build_batch
 from rlhf.rollout.decoding import LlamaDecoding, ModelDecoding

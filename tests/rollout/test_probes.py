@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.config import ModelSection
 from rlhf.errors import UserError
+from rlhf.model_config import ModelSection
 from rlhf.models.loading import load_reward_model, load_tokenizer, new_reward_model, save_model
 from rlhf.rollout.probes import check_probes, write_probes
 

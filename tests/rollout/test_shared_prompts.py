@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification as AutoModel
 from transformers import BloomConfig, GPT2Config, GPTNeoConfig, GPTNeoXConfig, LlamaConfig, MistralConfig
 
-from rlhf.config import PeftSection
+from rlhf.model_config import PeftSection
 from rlhf.models.peft.methods import add_adapter
 from rlhf.rollout.batches import Pair
 from rlhf.rollout.shared_prompts import build_shared, can_share, share_prompts, shared_scores

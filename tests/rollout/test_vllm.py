@@ -19,9 +19,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.config import LaunchSection, ModelSection, PeftSection
+from rlhf.config import LaunchSection
 from rlhf.errors import UserError
 from rlhf.functional.seeding import row_seed
+from rlhf.model_config import ModelSection, PeftSection
 from rlhf.models import tiny
 from rlhf.models.loading import load_policy, load_tokenizer, save_model
 from rlhf.models.peft.methods import add_adapter

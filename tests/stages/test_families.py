@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf.config import ModelSection
 from rlhf.data.chat_template import turn_end
 from rlhf.data.encoding import encode_prompt, fit_rankings
 from rlhf.data.records import Drops, Prompt, read_rankings
+from rlhf.model_config import ModelSection
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.rollout.llama_forward import llama_forward_for
 from rlhf.rollout.sampling import sample

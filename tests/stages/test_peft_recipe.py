@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config import UNMERGEABLE, VIRTUAL_TOKEN_METHODS, PeftSection, Recipe
+from rlhf.config import Recipe
 from rlhf.errors import UserError
+from rlhf.model_config import UNMERGEABLE, VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.recipe import changed_keys, load_recipe, recipe_hash, recipe_to_yaml
 from support.peft_references import CACHED, EMBEDDED, METHODS
 

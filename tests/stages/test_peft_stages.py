@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from rlhf.config import KV_PREFIX_METHODS, UNMERGEABLE, VIRTUAL_TOKEN_METHODS
 from rlhf.data.chat_template import stop_ids
 from rlhf.data.encoding import encode_prompt, encode_response
 from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.functional.ppo import masked_mean
+from rlhf.model_config import KV_PREFIX_METHODS, UNMERGEABLE, VIRTUAL_TOKEN_METHODS
 from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from rlhf.models.peft.methods import trainable
 from rlhf.recipe import load_recipe

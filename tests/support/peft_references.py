@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 from transformers import DynamicCache, OPTConfig, OPTForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from rlhf.config import PeftSection
+from rlhf.model_config import PeftSection
 from rlhf.models.peft.methods import add_adapter, trainable
 from support.small_models import EOS, gpt2, llama
 

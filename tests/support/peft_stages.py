@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import linear, relu
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from rlhf.config import KV_PREFIX_METHODS
 from rlhf.functional.seeding import shuffled_indices
+from rlhf.model_config import KV_PREFIX_METHODS
 from rlhf.models import tiny
 from rlhf.models.peft.methods import trainable
 from rlhf.recipe import load_recipe

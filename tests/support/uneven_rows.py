@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf.config import LaunchSection, ModelSection, Recipe, RunSection
+from rlhf.config import LaunchSection, Recipe, RunSection
 from rlhf.functional.seeding import row_seed
+from rlhf.model_config import ModelSection
 from rlhf.models.layers import decoder_layers
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.models.zero import frozen

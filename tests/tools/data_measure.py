@@ -28,11 +28,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this program is run by its path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from rlhf.config import ModelSection
 from rlhf.data.encoding import fit_rankings
 from rlhf.data.records import Drops, Ranking, ranking_row, read_cloze, read_rankings, write_jsonl
 from rlhf.evaluation.alignment_tax import cloze_accuracy
 from rlhf.functional.ranking import PairCounts, accuracy_interval, count_pairs, ordered_pairs
+from rlhf.model_config import ModelSection
 from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer
 from rlhf.system.console import Progress, table
 from rlhf.training.ranking_metrics import pair_counts

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.config import ModelSection, PeftSection, Recipe
+from rlhf.config import Recipe
 from rlhf.errors import UserError
+from rlhf.model_config import ModelSection, PeftSection
 from rlhf.models.loading import load_policy, load_tokenizer, new_reward_model, save_model
 from rlhf.models.peft.methods import add_adapter, peft_of, trainable
 from rlhf.training import ppo_networks

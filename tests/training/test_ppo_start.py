@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from rlhf.config import PeftSection
 from rlhf.errors import UserError
+from rlhf.model_config import PeftSection
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.peft.methods import add_adapter, trainable
 from rlhf.models.peft.shared_base import share_base

@@ -23,11 +23,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.config import ModelSection, PeftSection, Recipe, TrackingSection
+from rlhf.config import Recipe, TrackingSection
 from rlhf.data.encoding import Encoded, encode_prompt, encode_response
 from rlhf.data.records import Demonstration, Drops, Prompt
 from rlhf.data.text_blocks import demonstration_row, text_rows
 from rlhf.errors import UserError
+from rlhf.model_config import ModelSection, PeftSection
 from rlhf.models.loading import load_policy, save_model
 from rlhf.models.packing_probe import keeps_documents_apart
 from rlhf.models.peft.methods import add_adapter, peft_of, trainable

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerBase, TrainerCallback
 
-from rlhf.config import ModelSection, Recipe, TrackingSection
+from rlhf.config import Recipe, TrackingSection
+from rlhf.model_config import ModelSection
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.rollout.experience import Experience
 from rlhf.run.checkpoints import Checkpoints

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
-from rlhf.config import JudgeSection, ModelSection, Recipe
+from rlhf.config import JudgeSection, Recipe
 from rlhf.data.few_shot import check_judge, judge_template
 from rlhf.data.prompt_template import Template, find_template, template_text
 from rlhf.errors import UserError
@@ -29,6 +29,7 @@ from rlhf.functional.judge_odds import (
     win_log_odds,
 )
 from rlhf.labeling.judge.local import Fields, LabelReading, LocalReader, question_tokens
+from rlhf.model_config import ModelSection
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.peft.folder import find_adapter
 from rlhf.models.pretrained import load_config

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from rlhf.config import ModelSection, PeftSection, settings_of
 from rlhf.errors import UserError
+from rlhf.model_config import ModelSection, PeftSection, settings_of
 from rlhf.models.peft.folder import AdapterFolder, load_adapter_weights
 from rlhf.models.peft.merging import merge_into, why_not_mergeable
 from rlhf.models.peft.methods import add_adapter

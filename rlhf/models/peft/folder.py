@@ -30,8 +30,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from rlhf.config import PeftSection
 from rlhf.errors import UserError
+from rlhf.model_config import PeftSection
 from rlhf.models.peft.methods import peft_of, trainable
 from rlhf.models.peft.peft_layout import DERIVED, ONE_TO_ONE, TOKENS, own_names, write_peft_layout
 from rlhf.models.placement import full_shape, writable

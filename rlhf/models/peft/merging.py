@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.config import UNMERGEABLE, VIRTUAL_TOKEN_METHODS, PeftSection
+from rlhf.model_config import UNMERGEABLE, VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.models.peft.methods import ADAPTER, peft_of
 from rlhf.models.placement import writable
 

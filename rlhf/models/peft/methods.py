@@ -18,8 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.config import VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.errors import UserError
+from rlhf.model_config import VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.models.layers import decoder_layers
 from rlhf.models.peft.bottleneck import add_bottlenecks
 from rlhf.models.peft.virtual_tokens import add_virtual_tokens

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.config import KV_PREFIX_METHODS, VIRTUAL_TOKEN_METHODS, PeftSection
+from rlhf.model_config import KV_PREFIX_METHODS, VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.models.layers import kv_heads
 from rlhf.models.peft.merging import LORA_A, LORA_B, MAGNITUDE, SCALE
 from rlhf.models.peft.methods import ia3_config, lora_config

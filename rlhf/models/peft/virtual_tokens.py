@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
-from rlhf.config import KV_PREFIX_METHODS, VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.errors import UserError
+from rlhf.model_config import KV_PREFIX_METHODS, VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.models.layers import kv_heads, text_body
 from rlhf.models.placement import full_shape
 

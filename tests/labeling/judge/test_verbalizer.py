@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.config import ModelSection
 from rlhf.data.chat_template import encode_turns, stop_ids
 from rlhf.data.encoding import encode_prompt
 from rlhf.data.prompt_template import load_template, parse_template
@@ -17,6 +16,7 @@ from rlhf.data.records import Message, Prompt
 from rlhf.errors import UserError
 from rlhf.labeling.judge import local
 from rlhf.labeling.judge.local import LocalReader, label_ids
+from rlhf.model_config import ModelSection
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.scoring import next_token_logprobs
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rlhf.config import ModelSection, PeftSection
 from rlhf.errors import UserError
+from rlhf.model_config import ModelSection, PeftSection
 from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer, new_reward_model, save_model
 from rlhf.models.peft.attaching import attach_adapter, check_method
 from rlhf.models.peft.folder import AdapterFolder, Origin, base_hash, find_adapter, load_adapter_weights

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.config import PeftSection
+from rlhf.model_config import PeftSection
 from rlhf.models.layers import cut_layers
 from rlhf.models.peft import merging
 from rlhf.models.peft.merging import LORA_A, LORA_B, MAGNITUDE, SCALE, LinearWeights, merged_linear, merged_state_dict

@@ -14,8 +14,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, FalconForCausalLM, GPTNeoConfig, MistralConfig, Qwen2Config
 
-from rlhf.config import VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.errors import UserError
+from rlhf.model_config import VIRTUAL_TOKEN_METHODS, PeftSection
 from rlhf.models.loading import check_context, recompute_activations
 from rlhf.models.logit_map import verified_map
 from rlhf.models.peft.methods import add_adapter, peft_of, trainable

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from rlhf.config import ModelSection, PeftSection
+from rlhf.model_config import ModelSection, PeftSection
 from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer, new_reward_model, save_model
 from rlhf.models.peft.methods import add_adapter, trainable
 from rlhf.rollout.scoring import scores

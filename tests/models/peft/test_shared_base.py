@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf.config import ModelSection, PeftSection, Recipe
+from rlhf.config import Recipe
 from rlhf.errors import UserError
+from rlhf.model_config import ModelSection, PeftSection
 from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer, new_reward_model, save_model
 from rlhf.models.peft.folder import base_hash, find_adapter
 from rlhf.models.peft.merging import plain_name
