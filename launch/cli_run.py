@@ -122,11 +122,17 @@ def export(
     ] = None,
     ema: Annotated[bool, typer.Option("--ema", help="The averaged policy of a PPO stage.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: merged/ beside the model.")] = None,
+    push: Annotated[
+        str, typer.Option("--push-to-hub", metavar="OWNER/NAME", help="Upload the folder to this repository too.")
+    ] = "",
+    private: Annotated[bool, typer.Option("--private", help="A repository that is made now is private.")] = False,
 ) -> None:
-    """Write a stage's model as a plain Hugging Face folder, its adapter merged into the weights.
+    """Write a stage's model as a plain Hugging Face folder with a card, its adapter merged into the weights.
 
     A method that does not change weights (virtual tokens, bottleneck adapters) is refused with the reason.
     """
-    from launch.commands.export import export_model
+    from launch.commands.export import export_model, push_to_hub
 
-    export_model(run, stage or "", ema, out)
+    folder = export_model(run, stage or "", ema, out, copy=bool(push))
+    if push:
+        print(push_to_hub(folder, push, private))

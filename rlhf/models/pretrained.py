@@ -109,6 +109,17 @@ def scalar_head(reward: PreTrainedModel, where: str) -> nn.Linear:
     return head
 
 
+def fold_scale(reward: PreTrainedModel) -> None:
+    """Divide a reward model's head by `reward_std`, so that any program gets scores of that scale.
+
+    The head has no bias: `reward_mean`, divided too, is still subtracted by whoever wants demonstrations to score 0.
+    """
+    config = reward.config
+    with torch.no_grad():
+        reward.score.weight.div_(config.reward_std)
+    config.reward_mean, config.reward_std = config.reward_mean / config.reward_std, 1.0
+
+
 def set_dropout(config: PretrainedConfig, rate: float, where: str) -> None:
     """Set residual dropout to the probability `rate`, and every other dropout of the config to 0."""
     found = False

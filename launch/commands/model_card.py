@@ -1,0 +1,94 @@
+"""The model card of an exported folder: what it is, what it was made from, how it did, and how to use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config import Recipe
+from rlhf.data.chat_template import turn_end
+from rlhf.models import smollm2, tiny
+from rlhf.recipe import field_value, fields
+from rlhf.run.fingerprints import depends_on
+from rlhf.run.folder import RunFolder
+from rlhf.stage_table import STAGES
+
+FILE = "README.md"
+BUILT_IN = {
+    smollm2.NAME: ("HuggingFaceTB/SmolLM2-135M", "apache-2.0"),
+    tiny.NAME: (None, "apache-2.0"),
+}  # name, licence
+SCORING = """A reward model scores a whole conversation at the end of its last turn:
+
+```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForSequenceClassification.from_pretrained(FOLDER)
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+answer = tokenizer(text, add_special_tokens=False)["input_ids"] + [%d]  # %s ends the turn, and nothing follows it
+score = model(torch.tensor([prompt + answer])).logits[0, 0].item() - %.8g
+```
+
+The number that is subtracted is `reward_mean` of config.json: demonstrations then score 0 on average. Its scale is in
+the head. A template may write a line break after the end of a turn: leave it out, for no training text had one. Pad the
+rows of a batch on the right."""
+
+
+def write_card(
+    folder: Path, run: RunFolder, stage: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, offset: float
+) -> None:
+    """Write README.md into an exported folder; `offset` is what is subtracted from a reward model's score."""
+    base, licence = base_of(recipe.model.name)
+    data = ModelCardData(
+        base_model=base,
+        license=licence,
+        library_name="transformers",
+        pipeline_tag="text-classification" if stage == "reward" else "text-generation",
+        tags=["rlhf", stage],
+    )
+    metrics = (run.read_stage(stage) or {}).get("metrics") or {}
+    sources = {source: None for name in STAGES[stage].reads.data for source in getattr(recipe.data, name)}
+    settings = [f"{key}: {value}" for key, value in settings_read(recipe, stage).items()]
+    origin = base or public_name(recipe.model.name)
+    listed = "\n".join(f"- {public_name(source)}" for source in sources)
+    rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {run.path.name}: {stage}",
+        f"Made from {origin} by the stage `{stage}` of an RLHF run (InstructGPT, arXiv 2203.02155).",
+        f"## Data\n\n{listed}",
+        f"## Results\n\n| metric | value |\n|---|---|\n{rows}",
+    ]
+    if stage == "reward":
+        end = turn_end(tokenizer)
+        parts.append("## Use\n\n" + SCORING % (end, tokenizer.convert_ids_to_tokens(end), offset))
+    parts.append("## Recipe\n\n```yaml\n" + "\n".join(settings) + "\n```\n")
+    (folder / FILE).write_text("\n\n".join(parts), encoding="utf-8")
+
+
+def settings_read(recipe: Recipe, stage: str) -> dict[str, object]:
+    """Return the fields that the stage depends on, without those that name files: a card may be published."""
+    keys = [key for key, _ in fields() if depends_on(stage, key) and key not in ("model.name", "model.chat_template")]
+    values = {key: field_value(recipe, key) for key in keys}
+    return {key: value for key, value in values.items() if not (key.startswith("data.") and isinstance(value, list))}
+
+
+def public_name(source: str) -> str:
+    """Return a name of data or of a model without the folders of this machine."""
+    return Path(source).name if Path(source).expanduser().exists() else source
+
+
+def base_of(name: str) -> tuple[str | None, str | None]:
+    """Return the Hub name of the base model and the licence on its card; None for what is not known here."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return name, None
+    card = folder / FILE
+    # Without a licence in its head the card says nothing; the library warns of a missing head.
+    return None, ModelCard.load(card).data.license if card.is_file() else None
