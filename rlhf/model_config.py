@@ -77,7 +77,11 @@ def read_settings(peft: PeftSection) -> str:
 class ModelSection(Section):
     """The language model that the run starts from."""
 
-    name: str = Field("smollm2-135m", min_length=1, description="smollm2-135m, tiny, a local folder or a Hub name")
+    name: str = Field(
+        "smollm2-135m",
+        min_length=1,
+        description="smollm2-135m, tiny, a local folder or a Hub name, as owner/name or owner/name@revision",
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="type of the weights in memory")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel")
     trust_remote_code: bool = Field(False, description="run Python code of the Hub repository")

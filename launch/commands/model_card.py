@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.config import Recipe
 from rlhf.data.chat_template import turn_end
 from rlhf.models import smollm2, tiny
+from rlhf.models.resolve import hub_revision
 from rlhf.recipe import field_value, fields
 from rlhf.run.fingerprints import depends_on
 from rlhf.run.folder import RunFolder
@@ -88,7 +89,7 @@ def base_of(name: str) -> tuple[str | None, str | None]:
         return BUILT_IN[name]
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        return name, None
+        return hub_revision(name)[0], None
     card = folder / FILE
     # Without a licence in its head the card says nothing; the library warns of a missing head.
     return None, ModelCard.load(card).data.license if card.is_file() else None

@@ -15,7 +15,7 @@ from rlhf.models import smollm2, tiny
 from rlhf.models.auto_classes import causal_class, scalar_class
 from rlhf.models.layers import cut_layers, decoder_layers, freeze_other_modalities, kv_heads
 from rlhf.models.peft.methods import add_adapter
-from rlhf.models.resolve import not_loaded, resolve_model
+from rlhf.models.resolve import hub_revision, not_loaded, resolve_model
 from rlhf.system.quiet import quiet_transformers
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -85,9 +85,10 @@ def model_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig
     if name == smollm2.NAME:
         return smollm2.model_config()
     where = resolve_model(name)
+    repository, revision = hub_revision(where)
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+            return AutoConfig.from_pretrained(repository, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise not_loaded("model's config", where, error) from error
 

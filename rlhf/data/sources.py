@@ -4,7 +4,8 @@
     NAME.parquet                read by `datasets`
     NAME.txt                    one document (read_documents only)
     embedded:NAME               the data set shipped with the project
-    owner/name, name:split      a Hub data set; the split is `train` by default, and may be a slice: name:train[:100]
+    owner/name, name:split      a Hub data set; the split is `train` by default, and may be a slice: name:train[:100];
+                                name@revision:split is its state at a branch, tag or commit
 
 JSON is read here and not by `datasets`, so that an error can name the line.
 """
@@ -26,7 +27,7 @@ from rlhf.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", ".txt")
 EMBEDDED = "embedded:"
-_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w\[\]:%+.-]+)?")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?(:[\w\[\]:%+.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -257,8 +258,9 @@ def _tabular(source: str, name: str) -> Iterator[tuple[str, Any]]:
             # Streamed, so that `datasets` puts no second copy of the file into its cache.
             table = datasets.load_dataset("parquet", data_files=name, split="train", streaming=True)
         else:
-            hub_name, _, split = name.partition(":")
-            table = datasets.load_dataset(hub_name, split=split or "train")
+            named, _, split = name.partition(":")
+            hub_name, _, revision = named.partition("@")
+            table = datasets.load_dataset(hub_name, split=split or "train", revision=revision or None)
         for number, row in enumerate(table, start=1):
             yield f"{source}, row {number}", row
     except (OSError, ValueError) as error:

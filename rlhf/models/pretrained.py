@@ -24,7 +24,7 @@ from rlhf.errors import UserError
 from rlhf.model_config import ModelSection
 from rlhf.models.layers import freeze_other_modalities
 from rlhf.models.placement import full_shape, writable
-from rlhf.models.resolve import not_loaded, refuse_adapter_beside
+from rlhf.models.resolve import hub_revision, not_loaded, refuse_adapter_beside
 from rlhf.system.console import note
 from rlhf.system.quiet import quiet_transformers
 
@@ -37,8 +37,9 @@ def load_config(where: str, model: ModelSection) -> PretrainedConfig:
     Raises UserError if it cannot be read, if the model is not causal, or if an adapter lies beside whole weights.
     """
     refuse_adapter_beside(where)
+    repository, revision = hub_revision(where)
     try:
-        config = AutoConfig.from_pretrained(where, trust_remote_code=model.trust_remote_code)
+        config = AutoConfig.from_pretrained(repository, revision=revision, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         file = Path(where) / "config.json"
         raise not_loaded("model's config", str(file) if file.is_file() else where, error) from error
@@ -62,10 +63,12 @@ def load_plain(
     Raises UserError if the model cannot be loaded, or has no such attention kernel.
     """
     check_attention(kind, config, model.attention)
+    repository, revision = hub_revision(where)
     try:
         with quiet_transformers():
             loaded, info = kind.from_pretrained(
-                where,
+                repository,
+                revision=revision,
                 config=config,
                 dtype=getattr(torch, model.dtype),
                 attn_implementation=model.attention,

@@ -1,4 +1,8 @@
-"""Find the model that a name in a recipe stands for: a built-in model, a local folder or a Hub name."""
+"""Find the model that a name in a recipe stands for: a built-in model, a local folder or a Hub name.
+
+A Hub name may end in `@REVISION`, a branch, tag or commit, as owner/name@v1.0; it then stands for that state of the
+repository wherever the name is written, in records of runs and adapters too.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from rlhf.errors import UserError
 from rlhf.model_config import BUILT_IN
 from rlhf.models import smollm2, tiny
 
-__all__ = ["ADAPTER_RECORD", "BUILT_IN", "not_loaded", "refuse_adapter_beside", "resolve_model"]
+__all__ = ["ADAPTER_RECORD", "BUILT_IN", "hub_revision", "not_loaded", "refuse_adapter_beside", "resolve_model"]
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as peft saves an adapter
 PEFT_FILES = (PEFT_CONFIG, PEFT_WEIGHTS, "adapter_model.bin")
@@ -31,9 +35,15 @@ def resolve_model(name: str | Path) -> str:
             what = f"this folder holds no model (no config.json, no {ADAPTER_RECORD})"
             raise UserError(what, where=name, fix="name a model folder")
         return str(path)
-    if path.exists() or looks_like_path(name):
+    if path.exists() or looks_like_path(name.partition("@")[0]):
         raise UserError("no such model folder", where=name, fix="check the path, or run the stage that writes it")
     return name
+
+
+def hub_revision(where: str) -> tuple[str, str | None]:
+    """Return the repository and the revision (None: the newest) of a Hub name; a local folder is returned as it is."""
+    name, _, revision = where.partition("@")
+    return (where, None) if Path(where).exists() else (name, revision or None)
 
 
 def looks_like_path(name: str) -> bool:

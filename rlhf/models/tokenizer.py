@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from rlhf.data.chat_template import begins_with_bos, hold_settings
 from rlhf.errors import UserError
 from rlhf.model_config import ModelSection
-from rlhf.models.resolve import not_loaded, resolve_model
+from rlhf.models.resolve import hub_revision, not_loaded, resolve_model
 from rlhf.system.console import note
 
 PAD = "<|pad|>"
@@ -55,8 +55,11 @@ def read_tokenizer(where: str, model: ModelSection = DEFAULT) -> PreTrainedToken
 
     Raises UserError too if it has no EOS token.
     """
+    repository, revision = hub_revision(where)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=model.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            repository, revision=revision, trust_remote_code=model.trust_remote_code
+        )
     except Exception as error:  # the tokenizers library raises no narrower one for a file that it does not know
         raise not_loaded("tokenizer", _broken_file(where), error) from error
     if tokenizer.eos_token_id is None:

@@ -118,6 +118,23 @@ def test_a_hub_name_that_cannot_be_reached() -> None:
     assert "the data set cannot be read" in message and "where: owner-of-nothing/no-such-set:train" in message
 
 
+def test_a_hub_set_is_read_at_its_revision_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str, str | None]] = []
+
+    def load(name: str, split: str, revision: str | None) -> list[dict[str, str]]:
+        asked.append((name, split, revision))
+        return [{"prompt": "a"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for source in ("owner/name", "owner/name@v1.0:test", "owner/name@refs/pr/2"):
+        assert [row.place for row in read_rows(source)] == [f"{source}, row 1"]
+    assert asked == [
+        ("owner/name", "train", None),
+        ("owner/name", "test", "v1.0"),
+        ("owner/name", "train", "refs/pr/2"),
+    ]
+
+
 def test_embedded_names() -> None:
     names = {path.stem for path in (ROOT / "data").glob("*.jsonl")}
     assert names

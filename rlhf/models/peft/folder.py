@@ -35,7 +35,7 @@ from rlhf.model_config import PeftSection
 from rlhf.models.peft.methods import peft_of, trainable
 from rlhf.models.peft.peft_layout import DERIVED, ONE_TO_ONE, TOKENS, own_names, write_peft_layout
 from rlhf.models.placement import full_shape, writable
-from rlhf.models.resolve import ADAPTER_RECORD, BUILT_IN, PEFT_WEIGHTS, resolve_model
+from rlhf.models.resolve import ADAPTER_RECORD, BUILT_IN, PEFT_WEIGHTS, hub_revision, resolve_model
 from rlhf.system.files import hash_path
 
 WEIGHTS = {1: "adapter.safetensors", 2: PEFT_WEIGHTS}  # by format
@@ -175,7 +175,8 @@ def base_hash(name: str) -> str:
     where = resolve_model(name)
     folder = Path(where)
     if not folder.is_dir():
-        found = cached_file(where, "config.json", _raise_exceptions_for_missing_entries=False)
+        repository, revision = hub_revision(where)
+        found = cached_file(repository, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
         if found is None:
             raise UserError("the base model is not here", name, "load it once, or name a local folder")
         folder = Path(found).parent

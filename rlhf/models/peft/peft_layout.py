@@ -23,7 +23,7 @@ from rlhf.models.layers import kv_heads
 from rlhf.models.peft.merging import LORA_A, LORA_B, MAGNITUDE, SCALE
 from rlhf.models.peft.methods import ia3_config, lora_config
 from rlhf.models.peft.virtual_tokens import ENCODER, made_tokens
-from rlhf.models.resolve import PEFT_CONFIG, PEFT_WEIGHTS
+from rlhf.models.resolve import PEFT_CONFIG, PEFT_WEIGHTS, hub_revision
 
 ONE_TO_ONE = ("lora", "dora", "ia3", "prompt", "p_tuning_v2")  # peft stores the very weights that are trained
 DERIVED = ("prefix", "p_tuning")  # it stores what their network makes
@@ -45,7 +45,8 @@ def write_peft_layout(model: PreTrainedModel, weights: Mapping[str, Tensor], bas
         stored[PROMPT] = made_tokens(model, weights)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in stored.items()}, folder / PEFT_WEIGHTS)
     config = _tokens_config(model, peft) if peft.method in VIRTUAL_TOKEN_METHODS else _maps_config(model, weights, peft)
-    config.base_model_name_or_path, config.inference_mode = base, True
+    config.base_model_name_or_path, config.revision = hub_revision(base)
+    config.inference_mode = True
     config.task_type = "SEQ_CLS" if _has_head(model) else "CAUSAL_LM"
     config.modules_to_save = [HEAD] if _has_head(model) else None
     # peft's sets have another order in every process.
