@@ -142,6 +142,9 @@ class RewardSection(Section):
     """Training of the reward model on K-way rankings (paper section 3.5, equation 1, and C.2)."""
 
     model: str = Field("sft", min_length=1, description="start from: sft, a local folder or a Hub name")
+    train: bool = Field(
+        True, description="false: reward.model as it is; it is normalised, measured and its probe scores are taken"
+    )
     keep_layers: int = Field(0, ge=0, description="keep the first N layers: a smaller model, as in the paper; 0: all")
     head_init: Literal["zero", "normal"] = Field(
         "zero", description="zero: the first loss is log 2; normal: N(0, 1/(d + 1)) as in arXiv 2403.17031"
@@ -293,6 +296,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _methods_fit(self) -> Recipe:
         method, launch = self.model.peft.method, self.launch
+        if not self.reward.train and (self.reward.model == "sft" or self.reward.keep_layers):
+            what = "reward.train is false, so reward.model is used as it is: "
+            what += "it is sft, a policy" if self.reward.model == "sft" else "reward.keep_layers would cut it"
+            raise ValueError(what, "name a trained reward model (a folder or a Hub name), with reward.keep_layers=0")
         if method in UNMERGEABLE and self.reward.peft.method == "none" and self.reward.model == "sft":
             start = f"SFT's weights, which {method} does not change"
             fix = "set reward.peft.method=model, or name another reward.model"

@@ -6,6 +6,9 @@ train      optimiser steps over shuffled prompts, resumable at any of them
 normalise  demonstrations score 0 on average, ranked outputs have unit variance; both stored in the model
 measure    held-out pair accuracy with its interval, margins, calibration
 save       the model, and a few texts with their scores, which are checked whenever it is loaded
+
+With reward.train=false the first three are left out: reward.model is normalised, measured on all rankings that there
+are, and saved.
 """
 
 from __future__ import annotations
@@ -28,8 +31,9 @@ from rlhf.errors import UserError
 from rlhf.functional.ranking import PairCounts, TieHandling, calibration, has_pairs, ranking_loss, tied_pairs
 from rlhf.functional.schedule import lr_factor
 from rlhf.functional.seeding import shuffled_indices
-from rlhf.models.loading import load_tokenizer, save_model
+from rlhf.models.loading import check_context, load_reward_model, load_tokenizer, same_tokenizer, save_model
 from rlhf.models.placement import full_state_dict, materialized
+from rlhf.models.zero import frozen
 from rlhf.rollout.batches import Pair
 from rlhf.rollout.probes import write_probes
 from rlhf.rollout.scoring import scores
@@ -48,13 +52,16 @@ SCALE_SAMPLE = 128  # ranked outputs, spread evenly, that the std of the scores 
 
 
 def load_groups(ctx: StageContext, tokenizer: PreTrainedTokenizerBase, drops: Drops) -> tuple[list[Group], list[Group]]:
-    """Return training and held-out groups; no prompt is in both. Raises UserError if there are no rankings."""
+    """Return training and held-out groups; no prompt is in both.
+
+    Of a model that is not trained all are held out, and there may be none. Raises UserError if there are none to train.
+    """
     recipe = ctx.recipe
     ranked = ctx.run.path / "rank" / "rankings.jsonl"
     paths = [str(ranked)] if ranked.exists() else []
     if recipe.rank.labeler != "file" or not paths:
         paths += recipe.data.rankings
-    if not paths:
+    if not paths and recipe.reward.train:
         fix = "run the rank stage first, or set data.rankings"
         raise UserError("there are no rankings to learn from", str(ranked), fix)
     usable = []
@@ -71,7 +78,7 @@ def load_groups(ctx: StageContext, tokenizer: PreTrainedTokenizerBase, drops: Dr
         ]
         for part in split_by_prompt(usable, recipe.data.validation_fraction, recipe.run.seed)
     )
-    return train, heldout
+    return (train, heldout) if recipe.reward.train else ([], train + heldout)
 
 
 def load_demonstrations(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, drops: Drops) -> list[Pair]:
@@ -158,6 +165,15 @@ def train(engine: Engine, groups: list[Group], ctx: StageContext, pad_id: int) -
     return tokens if done == steps else None
 
 
+def load_untrained(recipe: Recipe, source: str, device: torch.device) -> nn.Module:
+    """Return the reward model in `source` as it is; raise UserError if it is none, or `check_context` refuses it."""
+    # Its weights are saved once more, for which every process needs them whole.
+    whole = recipe.model_copy(update={"launch": recipe.launch.model_copy(update={"frozen": "whole"})})
+    model = frozen(whole, device, lambda: load_reward_model(source, recipe.model, merged=True))
+    check_context(model, recipe.reward.max_tokens, "reward.max_tokens")
+    return model
+
+
 def normalise(model: nn.Module, demonstrations: list[Pair], ranked: list[Pair], scale: bool) -> dict[str, float]:
     """Store the bias that makes demonstrations score 0 on average, and optionally the std of ranked outputs.
 
@@ -207,23 +223,28 @@ def run(ctx: StageContext) -> dict[str, Any]:
     demonstrations = load_demonstrations(recipe, tokenizer, drops)
     show_drops(drops.table())
     for what, rows in (("ranking", train_groups), ("demonstration", demonstrations)):
-        if not rows:
+        if not rows and (cfg.train or what == "demonstration"):
             raise UserError(f"no {what} is left for the reward stage", where="data", fix="see the dropped rows above")
 
-    engine = build_engine(recipe, source)
-    tokens = train(engine, train_groups, ctx, int(tokenizer.pad_token_id))
-    if tokens is None:
-        return {}
+    if cfg.train:
+        engine = build_engine(recipe, source)
+        tokens = train(engine, train_groups, ctx, int(tokenizer.pad_token_id))
+        if tokens is None:
+            return {}
+        model = engine.module.model
+    else:
+        same_tokenizer(load_tokenizer(ctx.run.require("sft", "model"), recipe.model), tokenizer)
+        model, tokens = load_untrained(recipe, source, ctx.device), 0
 
     phase("score")
-    model = engine.module.model
-    ranked = random_outputs(train_groups, SCALE_SAMPLE, recipe.run.seed)
-    metrics = normalise(model, demonstrations, ranked, cfg.normalise_scale)
+    groups = train_groups or heldout
+    ranked = random_outputs(groups, SCALE_SAMPLE, recipe.run.seed) if groups else []
+    metrics = normalise(model, demonstrations, ranked, cfg.normalise_scale and bool(ranked))
     if heldout:
         metrics |= measure(ctx, model, heldout, tokens)
     metrics["reward/training_prompts"] = float(len(train_groups))
     metrics["reward/tied_pairs"] = float(sum(len(tied_pairs(g.ranks)) for g in train_groups))
-    save(model, tokenizer, ranked[:PROBES], ctx.dir / "model")
+    save(model, tokenizer, (ranked or demonstrations)[:PROBES], ctx.dir / "model")
     return metrics
 
 

@@ -25,7 +25,7 @@ from rlhf.system.files import hash_path, size_of, write_atomic
 ABSENT = "absent"  # recorded for an input that did not exist when the stage began
 # Fields that runs begun before them do not know, with the values that change nothing for these.
 ADDED = {"model.chat_template": "", "model.chat_template_kwargs": [], "model.template_date": "2024-07-26"}
-ADDED |= {"sft.loss_on": "last"}
+ADDED |= {"sft.loss_on": "last", "reward.train": True}
 SHARED = ("run.seed", "model", "data.max_prompt_tokens", "data.max_response_tokens", "data.validation_fraction")
 
 

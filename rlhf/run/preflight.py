@@ -29,7 +29,7 @@ def check(recipe: Recipe, stages: Sequence[str] | None = None) -> None:
             _need_data(recipe, "pretraining", "sft.pretraining_mix is above 0")
     if "rank" in stages:
         _check_rank(recipe)
-    if "reward" in stages:
+    if "reward" in stages and recipe.reward.train:
         plan_reward(recipe)
     if "ppo-ptx" in stages or "ppo" in stages:
         _check_ppo(recipe, "ppo-ptx" in stages)
@@ -67,7 +67,9 @@ def plan_rows(recipe: Recipe, stages: Sequence[str] | None = None) -> list[tuple
             rows.append(("rank", _people(recipe.label)))
         if recipe.rank.labeler == "judge":
             rows.append(("rank", _judge(recipe)))
-    if "reward" in stages:
+    if "reward" in stages and not recipe.reward.train:
+        rows.append(("reward", f"{recipe.reward.model} as it is"))
+    elif "reward" in stages:
         reward = plan_reward(recipe)
         split = f"{_count(reward.processes, 'process')} x {reward.batch_per_process}"
         step = f"{reward.batch_size} prompts per optimiser step = {split}, {_count(recipe.reward.epochs, 'epoch')}"
