@@ -293,6 +293,11 @@ class Recipe(Section):
         """Return the method of the reward model and the value model."""
         return self.model.peft if self.reward.peft.method == "model" else PeftSection()
 
+    @property
+    def reward_format(self) -> ModelSection:
+        """Return how the run's reward model is loaded: one that is not trained has a format of its own."""
+        return self.model if self.reward.train else self.model.in_its_own_format()
+
     @model_validator(mode="after")
     def _methods_fit(self) -> Recipe:
         method, launch = self.model.peft.method, self.launch

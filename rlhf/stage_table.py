@@ -39,7 +39,7 @@ _PPO = Stage(
     program="ppo",
     label="PPO",
     level=3,
-    reads=Reads(("ppo", "reward.peft"), ("prompts", "pretraining"), ("sft/model", "reward/model")),
+    reads=Reads(("ppo", "reward.peft", "reward.train"), ("prompts", "pretraining"), ("sft/model", "reward/model")),
     headlines=(("ppo/reward_score",), ("ppo/kl",)),
     axis="episodes",
     may_change=tuple(
@@ -97,7 +97,7 @@ STAGES: dict[str, Stage] = {
             label="evaluate",
             level=4,
             reads=Reads(
-                ("evaluate", "rank", *_JUDGE)
+                ("evaluate", "rank", "reward.train", *_JUDGE)
                 + ("ppo.ptx_tokens", "ppo.score_tokens", "ppo.rollout", "ppo.rollout_batch_size"),
                 ("prompts_heldout", "pretraining_heldout", "cloze", "prompts", "demonstrations", "rankings")
                 + ("pretraining",),

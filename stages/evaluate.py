@@ -41,6 +41,7 @@ from rlhf.models.loading import load_reward_model, load_tokenizer
 from rlhf.models.zero import frozen, load_frozen_policy
 from rlhf.rollout.probes import check_probes
 from rlhf.rollout.rescoring import rescore
+from rlhf.rollout.reward_format import own_format, reward_pairs
 from rlhf.rollout.sampling import sample
 from rlhf.rollout.sampling_params import SamplingParams
 from rlhf.rollout.scoring import scores, token_logprobs
@@ -169,17 +170,20 @@ def answer_all(
     return {name: answers[name] for name in [*folders, *(n for n in answers if n not in folders)]}
 
 
-def add_scores(ctx: StageContext, answers: dict[str, Answers]) -> None:
+def add_scores(
+    ctx: StageContext, tokenizer: PreTrainedTokenizerBase, asked: HeldOut, answers: dict[str, Answers]
+) -> None:
     """Add to every response its normalised reward-model score, if the run has a reward model."""
     recipe, reward_dir = ctx.recipe, ctx.run.model_dir("reward")
     if not reward_dir.is_dir():
         return
     ctx.use(reward_dir)
-    reward_model = frozen(recipe, ctx.device, lambda: load_reward_model(reward_dir, recipe.model))
+    reward_model = frozen(recipe, ctx.device, lambda: load_reward_model(reward_dir, recipe.reward_format))
     check_probes(reward_model, reward_dir)
+    own = own_format(recipe, tokenizer, reward_dir, zip(asked.row_prompts, asked.ids, strict=True))
     with Progress("reward model", total=sum(len(a.rollout) for a in answers.values()), unit="responses") as progress:
         for answer in answers.values():
-            pairs = answer.rollout.ended_pairs()
+            pairs = reward_pairs(answer.rollout, own)
             found: Tensor = scores(reward_model, pairs, recipe.ppo.score_tokens, progress.advance)
             answer.scores = found.tolist()
 
@@ -238,7 +242,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     answers = answer_all(ctx, folders, templates, tokenizer, asked)
     if ctx.stop_requested:
         return {}
-    add_scores(ctx, answers)
+    add_scores(ctx, tokenizer, asked, answers)
     pairs = compare_all(ctx, asked, answers)
     return {} if ctx.stop_requested else write_outputs(ctx, asked, answers, pairs, drops)
 

@@ -44,6 +44,7 @@ from rlhf.recipe import load_recipe
 from rlhf.rollout.batches import build_batch
 from rlhf.rollout.experience import Experience, ScoredEpisodes, summary
 from rlhf.rollout.rescoring import rescore
+from rlhf.rollout.reward_format import reward_pairs
 from rlhf.rollout.sampling import Rollout, sample
 from rlhf.rollout.sampling_params import SamplingParams
 from rlhf.rollout.scoring import scores, token_logprobs, token_values
@@ -80,7 +81,7 @@ def score(ppo: Ppo, episodes: Rollout) -> ScoredEpisodes:
         episodes,
         ref_logprobs=token_logprobs(ppo.reference, pairs, cfg.temperature, cfg.score_tokens),
         values=token_values(ppo.networks.value, pairs, cfg.score_tokens),
-        scores=scores(ppo.reward_model, episodes.ended_pairs(), cfg.score_tokens),
+        scores=scores(ppo.reward_model, reward_pairs(episodes, ppo.reward_format), cfg.score_tokens),
     )
 
 

@@ -31,7 +31,7 @@ from rlhf.errors import UserError
 from rlhf.functional.ranking import PairCounts, TieHandling, calibration, has_pairs, ranking_loss, tied_pairs
 from rlhf.functional.schedule import lr_factor
 from rlhf.functional.seeding import shuffled_indices
-from rlhf.models.loading import check_context, load_reward_model, load_tokenizer, same_tokenizer, save_model
+from rlhf.models.loading import check_context, load_reward_model, load_tokenizer, save_model
 from rlhf.models.placement import full_state_dict, materialized
 from rlhf.models.zero import frozen
 from rlhf.rollout.batches import Pair
@@ -169,7 +169,7 @@ def load_untrained(recipe: Recipe, source: str, device: torch.device) -> nn.Modu
     """Return the reward model in `source` as it is; raise UserError if it is none, or `check_context` refuses it."""
     # Its weights are saved once more, for which every process needs them whole.
     whole = recipe.model_copy(update={"launch": recipe.launch.model_copy(update={"frozen": "whole"})})
-    model = frozen(whole, device, lambda: load_reward_model(source, recipe.model, merged=True))
+    model = frozen(whole, device, lambda: load_reward_model(source, recipe.reward_format, merged=True))
     check_context(model, recipe.reward.max_tokens, "reward.max_tokens")
     return model
 
@@ -218,7 +218,7 @@ def run(ctx: StageContext) -> dict[str, Any]:
     source = str(ctx.run.require("sft", "model")) if cfg.model == "sft" else cfg.model
     if Path(source).exists():
         ctx.use(Path(source))
-    tokenizer = load_tokenizer(source, recipe.model)
+    tokenizer = load_tokenizer(source, recipe.reward_format)
     train_groups, heldout = load_groups(ctx, tokenizer, drops)
     demonstrations = load_demonstrations(recipe, tokenizer, drops)
     show_drops(drops.table())
@@ -233,7 +233,6 @@ def run(ctx: StageContext) -> dict[str, Any]:
             return {}
         model = engine.module.model
     else:
-        same_tokenizer(load_tokenizer(ctx.run.require("sft", "model"), recipe.model), tokenizer)
         model, tokens = load_untrained(recipe, source, ctx.device), 0
 
     phase("score")

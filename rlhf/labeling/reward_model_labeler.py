@@ -48,7 +48,7 @@ def load_reward_model_labeler(recipe: Recipe, run: RunFolder) -> RewardModelLabe
         section = recipe.model.in_its_own_format()
         model = load_reward_model(where, section)
     else:
-        where, section = str(run.require("reward", "model")), recipe.model
+        where, section = str(run.require("reward", "model")), recipe.reward_format
         model = load_reward_model(where, section)
         check_probes(model, Path(where))
     if recipe.run.device != "cpu" and torch.cuda.is_available():

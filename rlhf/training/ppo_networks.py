@@ -2,11 +2,13 @@
 
 The reference is the SFT policy, whatever the method: a separate model, or under a parameter-efficient method a second
 adapter with SFT's weights. The value model starts from the reward model, head and normalisation included. Where all of
-them are adapters on one base, the base is in memory once (rlhf/models/peft/shared_base.py).
+them are adapters on one base, the base is in memory once (rlhf/models/peft/shared_base.py). Where the reward model
+reads a format of its own, the value model starts from the policy, with a new head: it must read the policy's tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from transformers import PreTrainedModel
 from rlhf.config import Recipe
 from rlhf.errors import UserError
 from rlhf.model_config import VIRTUAL_TOKEN_METHODS, ModelSection, PeftSection
-from rlhf.models.loading import load_policy, load_reward_model
+from rlhf.models.loading import load_policy, load_reward_model, new_reward_model
 from rlhf.models.peft.attaching import attach_adapter, base_settings, check_method
 from rlhf.models.peft.folder import base_hash, find_adapter
 from rlhf.models.peft.merging import why_not_mergeable
@@ -38,19 +40,27 @@ class PpoNetworks:
     bases: str
 
 
-def load_networks(recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch.device) -> PpoNetworks:
+def load_networks(
+    recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch.device, value_from_policy: bool = False
+) -> PpoNetworks:
     """Load the four networks, the frozen ones placed as launch.frozen says.
 
     Raises UserError as rlhf/models/loading.py does, or if the recipe's PEFT method is not that of SFT or reward model.
     """
+
+    def value() -> PreTrainedModel:
+        if value_from_policy:
+            return new_reward_model(sft_dir, recipe.model, head_init="zero", peft=recipe.reward_peft)
+        return value_to_train(reward_dir, recipe)
+
     if policies_share_base(recipe, zero_stage(recipe)):
-        return _on_one_base(recipe, sft_dir, reward_dir, device)
+        return _on_one_base(recipe, sft_dir, reward_dir, device, value)
     load_scorer = partial(frozen, recipe, device, drop_after_use=True)
     return PpoNetworks(
         policy=trained(recipe, lambda: policy_to_train(sft_dir, recipe.model)),
         reference=load_scorer(lambda: _reference(sft_dir, recipe)),
-        value=trained(recipe, lambda: value_to_train(reward_dir, recipe)),
-        reward=load_scorer(lambda: load_reward_model(reward_dir, recipe.model)),
+        value=trained(recipe, value),
+        reward=load_scorer(lambda: load_reward_model(reward_dir, recipe.reward_format)),
         bases="each of the four networks has a base of its own" if recipe.model.peft.on else "",
     )
 
@@ -64,7 +74,9 @@ def _rounded(recipe: Recipe) -> bool:
     return processes() > 1 and recipe.model.dtype == "bfloat16"
 
 
-def _on_one_base(recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch.device) -> PpoNetworks:
+def _on_one_base(
+    recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch.device, load_value: Callable[[], PreTrainedModel]
+) -> PpoNetworks:
     """Load policy and reference on one base, and value and reward model on the same base too if they can be."""
     peft, sft, reward_adapter = recipe.model.peft, find_adapter(sft_dir), find_adapter(reward_dir)
     base, section = str(sft_dir), recipe.model
@@ -90,8 +102,10 @@ def _on_one_base(recipe: Recipe, sft_dir: Path, reward_dir: Path, device: torch.
         reward.requires_grad_(False).to(device)
         bases = f"one base of {size:.2g} GB for policy, reference, value and reward model"
     else:
-        value = trained(recipe, lambda: value_to_train(reward_dir, recipe))
-        reward = frozen(recipe, device, lambda: load_reward_model(reward_dir, recipe.model), drop_after_use=True)
+        value = trained(recipe, load_value)
+        reward = frozen(
+            recipe, device, lambda: load_reward_model(reward_dir, recipe.reward_format), drop_after_use=True
+        )
         bases = f"one base of {size:.2g} GB for policy and reference; value and reward model have their own"
     return PpoNetworks(policy, reference, value, reward, bases)
 

@@ -14,16 +14,17 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
 from rlhf.data.chat_template import stop_ids
-from rlhf.data.encoding import fit_prompts
-from rlhf.data.records import Drops, read_prompts, read_texts
+from rlhf.data.encoding import Encoded, fit_prompts
+from rlhf.data.records import Drops, Prompt, read_prompts, read_texts
 from rlhf.data.text_blocks import token_blocks
 from rlhf.errors import UserError
 from rlhf.model_config import UNMERGEABLE
-from rlhf.models.loading import check_context, load_tokenizer, recompute_activations, same_tokenizer, save_model
+from rlhf.models.loading import check_context, load_tokenizer, recompute_activations, save_model
 from rlhf.models.placement import full_state_dict, with_tied_names
 from rlhf.models.zero import zero_stage
 from rlhf.plan import PpoPlan, plan_ppo
 from rlhf.rollout.probes import check_probes
+from rlhf.rollout.reward_format import OwnFormat, own_format
 from rlhf.rollout.vllm_engine import check_server
 from rlhf.run.checkpoints import Checkpoints
 from rlhf.system.console import console, show_drops
@@ -55,6 +56,7 @@ class Ppo:
     reference: nn.Module  # the SFT policy, frozen
     reward_model: nn.Module
     kl_coef: float  # beta, per nat
+    reward_format: OwnFormat | None = None  # None: the reward model reads the policy's token ids
     ema: dict[str, Tensor] = field(default_factory=dict)  # of the policy, on the first process's CPU; else empty
     iteration: int = 0
     metrics: dict[str, float] = field(default_factory=dict)  # of the last iteration
@@ -88,10 +90,10 @@ def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
     if cfg.rollout == "vllm" and recipe.model.peft.method not in UNMERGEABLE:  # others are sampled natively
         check_server(recipe.launch, _longest_episode(recipe))
     tokenizer = load_tokenizer(sft_dir, recipe.model)
-    same_tokenizer(tokenizer, load_tokenizer(reward_dir, recipe.model))
     prompts, ptx_rows = _load_data(recipe, ptx, tokenizer)
+    own = own_format(recipe, tokenizer, reward_dir, ((row.item, row.prompt) for row in prompts))
     torch.manual_seed(recipe.run.seed)  # new adapters are drawn from the global generator
-    loaded = load_networks(recipe, sft_dir, reward_dir, pick_device(recipe))
+    loaded = load_networks(recipe, sft_dir, reward_dir, pick_device(recipe), value_from_policy=own is not None)
     if loaded.bases:
         console.print(loaded.bases, markup=False, soft_wrap=True)
     _check_models(recipe, ptx, loaded, reward_dir)
@@ -100,13 +102,14 @@ def build(recipe: Recipe, ptx: bool, sft_dir: Path, reward_dir: Path) -> Ppo:
         plan=plan,
         ptx_coef=cfg.ptx_coef if ptx else 0.0,
         tokenizer=tokenizer,
-        prompts=prompts,
+        prompts=[row.prompt for row in prompts],
         ptx_rows=ptx_rows,
         stop_ids=stop_ids(tokenizer, loaded.policy),
         engine=_make_engine(recipe, loaded),
         reference=loaded.reference,
         reward_model=loaded.reward,
         kl_coef=cfg.kl_coef,
+        reward_format=own,
     )
     machine_peaks(ppo.engine.device, next(ppo.networks.parameters()).dtype)  # before the first iteration is timed
     if cfg.ema_decay > 0:
@@ -123,8 +126,8 @@ def _longest_episode(recipe: Recipe) -> int:
 
 def _load_data(
     recipe: Recipe, ptx: bool, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the prompts and the rows of pretraining text as token ids, and show how many rows were dropped and why."""
+) -> tuple[list[Encoded[Prompt]], list[list[int]]]:
+    """Return prompts and the token ids of rows of pretraining text; show how many rows were dropped and why."""
     drops = Drops()
     prompts = fit_prompts(read_prompts(recipe.data.prompts, drops), tokenizer, recipe.data.max_prompt_tokens, drops)
     if not prompts:
@@ -134,7 +137,7 @@ def _load_data(
     if ptx and not ptx_rows:
         raise UserError("PPO-ptx has no pretraining text", where="data.pretraining", fix="name a text file or run ppo")
     show_drops(drops.table())
-    return [row.prompt for row in prompts], ptx_rows
+    return prompts, ptx_rows
 
 
 def _check_models(recipe: Recipe, ptx: bool, loaded: PpoNetworks, reward_dir: Path) -> None:
