@@ -17,7 +17,7 @@ from rlhf.models.loading import load_policy, load_reward_model, save_model
 from rlhf.models.peft.folder import AdapterFolder, find_adapter
 from rlhf.models.peft.merging import why_not_mergeable
 from rlhf.models.peft.peft_layout import DERIVED, ONE_TO_ONE
-from rlhf.models.pretrained import fold_scale
+from rlhf.models.pretrained import fold_scale, load_config
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.recipe import load_recipe
 from rlhf.rollout.probes import FILE as PROBES
@@ -83,8 +83,12 @@ def _require_new(out: Path) -> None:
 
 def _write(run: RunFolder, stage: str, source: Path, adapter: AdapterFolder | None, out: Path) -> Path:
     recipe = load_recipe(str(run.recipe_file()))
+    section = recipe.reward_format if stage == "reward" else recipe.model
+    if adapter is None:  # in the type that its weights are stored in
+        stored = str(load_config(str(source), section).dtype).removeprefix("torch.")
+        section = section.model_copy(update={"dtype": stored})
     load = load_reward_model if stage == "reward" else load_policy
-    model, tokenizer = load(source, recipe.model, merged=True), load_tokenizer(source, recipe.model)
+    model, tokenizer = load(source, section, merged=True), load_tokenizer(source, section)
     if stage == "reward":
         fold_scale(model)
     require_disk(out.parent, sum(p.numel() * p.element_size() for p in model.parameters()), "the exported model")

@@ -19,7 +19,8 @@ from rlhf.errors import UserError
 from rlhf.models import smollm2, tiny
 from rlhf.models.auto_classes import causal_class
 from rlhf.models.loading import check_positions
-from rlhf.models.packing_probe import keeps_documents_apart
+from rlhf.models.logit_map import verified_map
+from rlhf.models.packing_probe import keeps_documents_apart, small_copies
 from rlhf.models.peft.folder import find_adapter
 from rlhf.models.pretrained import check_attention, is_classifier, load_config
 from rlhf.models.resolve import BUILT_IN, looks_like_path, resolve_model
@@ -36,7 +37,9 @@ def check_models(recipe: Recipe, stages: Sequence[str]) -> None:
     policy = _look_at(recipe, "model.name", needed="sft" in stages)
     reward = policy
     if "reward" in stages and recipe.reward.model != "sft":
-        reward = _look_at(recipe, "reward.model")
+        reward = _look_at(recipe, "reward.model", needed=not recipe.reward.train)
+        if not recipe.reward.train:
+            _check_scores(recipe, reward)
     if recipe.rank.reward_model and _labels(recipe, stages, "reward_model"):
         _look_at(recipe, "rank.reward_model")
     if recipe.judge.model and not recipe.judge.endpoint and _labels(recipe, stages, "judge"):
@@ -47,6 +50,7 @@ def check_models(recipe: Recipe, stages: Sequence[str]) -> None:
             check_positions(config, peft, limit.tokens, limit.field)
     if policy is None or recipe.model.name in BUILT_IN:
         return
+    _check_logits(recipe, policy)
     if "sft" in stages and recipe.sft.packing:
         _check_packing(recipe, policy)
     if "evaluate" in stages:
@@ -84,6 +88,27 @@ def _look_at(recipe: Recipe, field: str, needed: bool = False) -> PretrainedConf
     kind = AutoModelForSequenceClassification if is_classifier(config) else causal_class(config)
     check_attention(kind, config, recipe.model.attention)
     return config
+
+
+def _check_scores(recipe: Recipe, config: PretrainedConfig | None) -> None:
+    """Raise UserError if the model that is to be used as it is gives no single score."""
+    adapter = find_adapter(recipe.reward.model)
+    scores = adapter.scalar if adapter else config is None or (is_classifier(config) and config.num_labels == 1)
+    if not scores:
+        what = f"reward.train is false, and {recipe.reward.model} is no reward model"
+        raise UserError(what, "reward.model", "name a sequence classifier with one label, or set reward.train=true")
+
+
+def _check_logits(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Raise UserError if the architecture does something unknown to its logits, which loading the policy would find."""
+    for copied in small_copies(config, recipe.model):
+        try:
+            verified_map(copied)
+        except UserError:
+            raise
+        except Exception:  # a cut that the architecture does not bear; another one may work
+            continue
+        return
 
 
 def _check_packing(recipe: Recipe, config: PretrainedConfig) -> None:

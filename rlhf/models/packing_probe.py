@@ -39,12 +39,10 @@ def keeps_documents_apart(config: PretrainedConfig, model: ModelSection) -> bool
     """
     if model.attention == "flash_attention_2":
         return None
-    for small in small_configs(config):
+    for copied in small_copies(config, model):
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet_transformers():
-                copied = random_copy(small, model)
-                if copied is None:
-                    continue
+                torch.manual_seed(1)
                 documents = [torch.randint(4, VOCABULARY, (1, length)) for length in DOCUMENTS]
                 alone = torch.cat([copied(input_ids=ids, use_cache=False).logits[0] for ids in documents])
         except Exception:  # an architecture that cannot be cut like this: any part of it may say so
@@ -72,6 +70,21 @@ def packed_row(documents: list[Tensor]) -> dict[str, Tensor | int]:
         "max_length_k": longest,
         "seq_idx": torch.repeat_interleave(torch.arange(len(documents), dtype=torch.int32), lengths)[None],
     }
+
+
+def small_copies(config: PretrainedConfig, model: ModelSection) -> Iterator[PreTrainedModel]:
+    """Yield small random models of an architecture, the smallest first; a forward pass of each may still fail.
+
+    The random stream and the given config are left as they were.
+    """
+    for small in small_configs(config):
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet_transformers():
+                copied = random_copy(small, model)
+        except Exception:  # an architecture that cannot be cut like this: any part of it may say so
+            continue
+        if copied is not None:
+            yield copied
 
 
 def small_configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:

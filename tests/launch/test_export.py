@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from launch.commands.export import export_model, push_to_hub
@@ -98,7 +99,11 @@ def test_the_card_tells_data_results_licence_and_how_to_score(tiny_dir: str, tmp
     for words in ("| reward/accuracy | 0.625 |", "- mine.jsonl\n", "- owner/set", "reward.lr: 9e-06", "0.16666667"):
         assert words in card
     assert str(tmp_path) not in card  # no path of this machine is published
-    assert "reward_mean" not in (export_model(run, "sft", copy=True) / "README.md").read_text()
+    (run / "recipe.yaml").write_text(f"model:\n  name: {base}\n  dtype: bfloat16\n")
+    copied = export_model(run, "sft", copy=True)
+    assert "reward_mean" not in (copied / "README.md").read_text()
+    files = [load_file(folder / "model.safetensors") for folder in (copied, run / "sft" / "model")]
+    assert all(torch.equal(files[0][name], tensor) for name, tensor in files[1].items())  # not rounded
 
 
 def test_pushing_makes_the_repository_and_uploads_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from transformers import BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+)
 
 from rlhf.errors import UserError
 from rlhf.model_config import ModelSection
@@ -31,6 +39,11 @@ def bloom() -> PreTrainedModel:
 
 def opt() -> PreTrainedModel:
     return OPTForCausalLM(OPTConfig(ffn_dim=48, num_hidden_layers=2, word_embed_proj_dim=32, **SMALL, **IDS))
+
+
+def recurrent_gemma() -> PreTrainedModel:
+    shape = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "lru_width": 32}
+    return RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**shape, num_attention_heads=4, **IDS))
 
 
 @pytest.fixture
@@ -64,6 +77,19 @@ def test_a_missing_kernel_is_refused_with_the_remedy_that_helps(write) -> None:
     look(folder, "model.attention=eager", "sft.packing=false")
     error = refusal(folder, "model.attention=flash_attention_2", "sft.packing=false")
     assert error.fix == "set model.attention=eager"
+
+
+def test_logits_that_are_changed_in_an_unknown_way_are_refused(write) -> None:
+    error = refusal(write(recurrent_gemma), "sft.packing=false", stages=["sft"])
+    assert "changes its logits after the LM head" in error.what and error.where == "model.name"
+
+
+def test_what_is_used_as_it_is_must_be_a_reward_model(write, tiny_dir: str) -> None:
+    for name in (tiny_dir, write(opt)):
+        error = refusal("tiny", f"reward.model={name}", "reward.train=false", stages=["reward"])
+        assert "is no reward model" in error.what and error.where == "reward.model"
+    error = refusal("tiny", "reward.model=./nothing", "reward.train=false", stages=["reward"])
+    assert "no such model folder" in error.what and "reward.model" in error.where
 
 
 def test_packing_is_refused_where_documents_see_each_other(write) -> None:
