@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import trl
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.data.chat_template import begins_with_bos, encode_turns, hold_settings, stop_ids, turn_end
-from rlhf.data.encoding import encode_prompt, encode_response, fit_demonstrations, fit_prompts
+from rlhf.data.encoding import Encoded, encode_prompt, encode_response, fit_demonstrations, fit_prompts
 from rlhf.data.records import Cloze, Demonstration, Drops, Message, Prompt, read_demonstrations, read_prompts
 from rlhf.data.text_blocks import demonstration_row, earlier_answers, encode_question, text_rows, token_blocks
 from rlhf.errors import UserError
 from rlhf.model_config import ModelSection
 from rlhf.models.loading import load_policy, load_tokenizer
+from rlhf.rollout.sampling import sample
+from rlhf.rollout.sampling_params import SamplingParams
+from rlhf.rollout.scoring import token_logprobs
 from support.data_files import error_of, write_lines
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -62,6 +66,42 @@ def test_the_end_of_a_turn_in_public_templates(tokenizer: PreTrainedTokenizerBas
     if family not in ("qwen3", "gptoss", "glm4moe", "deepseekv3"):  # these write thoughts or channels, or no end
         assert whole.startswith(ours)
     assert f"Yes.{end}" in whole
+
+
+@pytest.mark.parametrize(
+    "family", ["llama3", "phi3", "gemma", "gemma3", "qwen2_5", "qwen3_instruct_2507", "cohere", "cohere2"]
+)
+def test_public_templates_are_trained_sampled_and_scored(
+    tiny_dir: str, tokenizer: PreTrainedTokenizerBase, family: str
+) -> None:
+    """TRL's training templates mark what is trained; transformers' own forward gives the log-probabilities."""
+    end = tokenizer.convert_tokens_to_ids(ENDS[family])
+    tokenizer.chat_template = (TEMPLATES / f"{family}.jinja").read_text()
+    prompt, answer = Prompt.from_text("Is it?"), encode_response(tokenizer, "Yes, it is.")
+    asked = encode_prompt(tokenizer, prompt)
+    row = demonstration_row(Encoded(Demonstration(prompt, "Yes, it is."), asked, [answer]))
+    tokenizer.chat_template = (TEMPLATES / f"{family}_training.jinja").read_text()
+    said = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes, it is."}]
+    theirs = tokenizer.apply_chat_template(said, return_dict=True, return_assistant_tokens_mask=True)
+    length = len(row["input_ids"])
+    assert theirs["input_ids"][:length] == row["input_ids"]
+    marked = theirs["assistant_masks"][:length]
+    if family == "qwen2_5":  # it marks the line break before the answer, which is part of the prompt
+        marked[len(asked) - 1] = 0
+    assert marked == row["completion_mask"]
+
+    tokenizer.chat_template = (TEMPLATES / f"{family}.jinja").read_text()
+    policy = load_policy(tiny_dir, ModelSection(name="tiny"), tokenizer=tokenizer)
+    stops = [*stop_ids(tokenizer, policy), *range(40, 1000, 8)]  # many, so that a random model ends
+    rollout = sample(policy, tokenizer, [asked[-200:]] * 4, SamplingParams(16, 1.0, stops), seeds=[0, 1, 2, 3])
+    assert rollout.finished.any()
+    for (_, ids), finished in zip(rollout.ended_pairs(), rollout.finished.tolist(), strict=True):
+        assert (ids[-1] == end) or not finished
+    for logprobs, (before, ids) in zip(token_logprobs(policy, rollout.pairs()), rollout.pairs(), strict=True):
+        with torch.no_grad():
+            logits = policy(torch.tensor([before + ids])).logits[0, len(before) - 1 : -1, : len(tokenizer)]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        assert torch.allclose(logprobs, expected, atol=1e-4)
 
 
 def test_a_template_that_writes_no_token_leaves_the_eos(tiny_dir: str) -> None:
