@@ -41,7 +41,6 @@ from rlhf.models.loading import load_reward_model, load_tokenizer
 from rlhf.models.zero import frozen, load_frozen_policy
 from rlhf.rollout.probes import check_probes
 from rlhf.rollout.rescoring import rescore
-from rlhf.rollout.reward_format import own_format, reward_pairs
 from rlhf.rollout.sampling import sample
 from rlhf.rollout.sampling_params import SamplingParams
 from rlhf.rollout.scoring import scores, token_logprobs
@@ -52,6 +51,7 @@ from rlhf.system.console import Progress, show_drops
 from rlhf.system.files import write_atomic
 from rlhf.system.phases import phase
 from rlhf.system.ranks import is_main_process
+from rlhf.training.reward_format import own_format, reward_pairs
 
 
 def find_policies(run: RunFolder, ema: bool) -> dict[str, Path]:

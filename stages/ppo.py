@@ -44,7 +44,6 @@ from rlhf.recipe import load_recipe
 from rlhf.rollout.batches import build_batch
 from rlhf.rollout.experience import Experience, ScoredEpisodes, summary
 from rlhf.rollout.rescoring import rescore
-from rlhf.rollout.reward_format import reward_pairs
 from rlhf.rollout.sampling import Rollout, sample
 from rlhf.rollout.sampling_params import SamplingParams
 from rlhf.rollout.scoring import scores, token_logprobs, token_values
@@ -56,6 +55,7 @@ from rlhf.training.policy_value import GroupNames, text_pairs
 from rlhf.training.ppo_checks import check_first_minibatch, check_kl
 from rlhf.training.ppo_metrics import mean_metrics, performance, sample_rows
 from rlhf.training.ppo_state import Ppo, build, load_checkpoint, save_checkpoint, save_policies
+from rlhf.training.reward_format import reward_pairs
 
 
 def rollout(ppo: Ppo) -> Rollout:

@@ -24,7 +24,6 @@ from rlhf.models.placement import full_state_dict, with_tied_names
 from rlhf.models.zero import zero_stage
 from rlhf.plan import PpoPlan, plan_ppo
 from rlhf.rollout.probes import check_probes
-from rlhf.rollout.reward_format import OwnFormat, own_format
 from rlhf.rollout.vllm_engine import check_server
 from rlhf.run.checkpoints import Checkpoints
 from rlhf.system.console import console, show_drops
@@ -38,6 +37,7 @@ from rlhf.system.rng import load_rng, save_rng
 from rlhf.training.engine import Engine, ParamGroup
 from rlhf.training.policy_value import PolicyValue
 from rlhf.training.ppo_networks import PpoNetworks, load_networks
+from rlhf.training.reward_format import OwnFormat, own_format
 from rlhf.training.zero_engine import make_engine
 
 

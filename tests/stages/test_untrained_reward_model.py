@@ -21,9 +21,9 @@ from rlhf.errors import UserError
 from rlhf.model_config import ModelSection
 from rlhf.models.loading import load_policy, load_tokenizer
 from rlhf.recipe import load_recipe
-from rlhf.rollout.reward_format import own_format
 from rlhf.run.preflight import plan_rows
 from rlhf.training.ppo_state import build
+from rlhf.training.reward_format import own_format
 from stages import evaluate, ppo, reward, sft
 from support.data_files import write_lines
 from support.families import make_family
