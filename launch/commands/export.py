@@ -85,8 +85,8 @@ def _write(run: RunFolder, stage: str, source: Path, adapter: AdapterFolder | No
     recipe = load_recipe(str(run.recipe_file()))
     section = recipe.reward_format if stage == "reward" else recipe.model
     if adapter is None:  # in the type that its weights are stored in
-        stored = str(load_config(str(source), section).dtype).removeprefix("torch.")
-        section = section.model_copy(update={"dtype": stored})
+        stored = load_config(str(source), section).dtype
+        section = section.model_copy(update={"dtype": str(stored).removeprefix("torch.")} if stored else {})
     load = load_reward_model if stage == "reward" else load_policy
     model, tokenizer = load(source, section, merged=True), load_tokenizer(source, section)
     if stage == "reward":

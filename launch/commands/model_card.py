@@ -8,9 +8,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import Recipe
-from rlhf.data.chat_template import turn_end
+from rlhf.data.chat_template import speaks_after_colon, turn_end
 from rlhf.models import smollm2, tiny
-from rlhf.models.resolve import hub_revision
+from rlhf.models.resolve import hub_revision, looks_like_path
 from rlhf.recipe import field_value, fields
 from rlhf.run.fingerprints import depends_on
 from rlhf.run.folder import RunFolder
@@ -30,7 +30,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 model = AutoModelForSequenceClassification.from_pretrained(FOLDER)
 prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-answer = tokenizer(text, add_special_tokens=False)["input_ids"] + [%d]  # %s ends the turn, and nothing follows it
+answer = tokenizer(%s, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+answer.append(%d)  # %s ends the turn, and nothing follows it
 score = model(torch.tensor([prompt + answer])).logits[0, 0].item() - %.8g
 ```
 
@@ -66,21 +67,24 @@ def write_card(
     ]
     if stage == "reward":
         end = turn_end(tokenizer)
-        parts.append("## Use\n\n" + SCORING % (end, tokenizer.convert_ids_to_tokens(end), offset))
+        words = '" " + text.lstrip(" ")' if speaks_after_colon(tokenizer) else "text"
+        parts.append("## Use\n\n" + SCORING % (words, end, tokenizer.convert_ids_to_tokens(end), offset))
     parts.append("## Recipe\n\n```yaml\n" + "\n".join(settings) + "\n```\n")
     (folder / FILE).write_text("\n\n".join(parts), encoding="utf-8")
 
 
 def settings_read(recipe: Recipe, stage: str) -> dict[str, object]:
-    """Return the fields that the stage depends on, without those that name files: a card may be published."""
+    """Return the fields that the stage depends on, without lists of files and folders' places: cards are published."""
     keys = [key for key, _ in fields() if depends_on(stage, key) and key not in ("model.name", "model.chat_template")]
     values = {key: field_value(recipe, key) for key in keys}
-    return {key: value for key, value in values.items() if not (key.startswith("data.") and isinstance(value, list))}
+    shown = {key: value for key, value in values.items() if not (key.startswith("data.") and isinstance(value, list))}
+    return {key: public_name(value) if isinstance(value, str) else value for key, value in shown.items()}
 
 
 def public_name(source: str) -> str:
     """Return a name of data or of a model without the folders of this machine."""
-    return Path(source).name if Path(source).expanduser().exists() else source
+    path = looks_like_path(source.partition("@")[0]) or Path(source).expanduser().exists()
+    return Path(source).name if path else source
 
 
 def base_of(name: str) -> tuple[str | None, str | None]:

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from launch.commands.export import export_model, push_to_hub
+from rlhf.data.encoding import encode_prompt, encode_response
+from rlhf.data.records import Prompt
 from rlhf.errors import UserError
 from rlhf.model_config import ModelSection, PeftSection
 from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer, new_reward_model, save_model
@@ -92,7 +94,10 @@ def test_the_card_tells_data_results_licence_and_how_to_score(tiny_dir: str, tmp
     mine.parent.mkdir()
     mine.write_text("")
     run = run_folder(tmp_path / "run", str(base), "none")
-    (run / "recipe.yaml").write_text(f"model:\n  name: {base}\ndata:\n  demonstrations: [{mine}, owner/set]\n")
+    (run / "recipe.yaml").write_text(
+        f"model:\n  name: {base}\ndata:\n  demonstrations: [{mine}, owner/set]\n"
+        f"reward:\n  model: {tmp_path}/was/here\n  keep_layers: 2\n"
+    )
     RunFolder(run).write_stage("reward", {"stage": "reward", "state": "done", "metrics": {"reward/accuracy": 0.625}})
     card = (export_model(run, "reward") / "README.md").read_text()
     assert ModelCard(card).data.license == "mit" and ModelCard(card).data.pipeline_tag == "text-classification"
@@ -104,6 +109,21 @@ def test_the_card_tells_data_results_licence_and_how_to_score(tiny_dir: str, tmp
     assert "reward_mean" not in (copied / "README.md").read_text()
     files = [load_file(folder / "model.safetensors") for folder in (copied, run / "sft" / "model")]
     assert all(torch.equal(files[0][name], tensor) for name, tensor in files[1].items())  # not rounded
+
+
+@pytest.mark.parametrize("prompt_format", ["auto", "plain"])
+def test_the_program_on_the_card_gives_the_score(prompt_format: str, tiny_dir: str, tmp_path: Path) -> None:
+    section = ModelSection(name="tiny", prompt_format=prompt_format)
+    run = run_folder(tmp_path / "run", tiny_dir, "none")
+    (run / "recipe.yaml").write_text(f"model:\n  name: tiny\n  prompt_format: {prompt_format}\n")
+    tokenizer, ours = load_tokenizer(tiny_dir, section), load_reward_model(run / "reward" / "model", section)
+    tokenizer.save_pretrained(run / "reward" / "model")
+    out = export_model(run, "reward")
+    code = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    given = {"FOLDER": str(out), "messages": [{"role": "user", "content": "Why?"}], "text": "For fun."}
+    exec(code, given)
+    pair = (encode_prompt(tokenizer, Prompt.from_text("Why?")), encode_response(tokenizer, "For fun."))
+    assert given["score"] == pytest.approx(float(scores(ours, [pair])[0]), abs=1e-4)
 
 
 def test_pushing_makes_the_repository_and_uploads_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
