@@ -1,6 +1,7 @@
 """Define and read prompts, demonstrations, rankings, pretraining text and cloze questions. The forms of a row:
 
-    demonstration   {"prompt", "response"}, or {"messages": [..]} whose last message is the assistant's
+    demonstration   {"prompt", "response"}, or {"messages": [..]} whose last message is the assistant's,
+                    or {"prompt", "completion"}: texts, or a completion that is a list of one assistant's message
     ranking         {"prompt", "responses": [K texts], "ranks": [K numbers]}: 1 is best, equal ranks are a tie
                     {"prompt", "responses", "ranking": "D>C>A=B"}: the letters name the responses in order
                     {"prompt", "chosen", "rejected"}: texts, or message lists that may include the prompt
@@ -278,9 +279,21 @@ def _answered(row: SourceRow, name: str, value: Any) -> tuple[tuple[Message, ...
     return tuple(before), last.content
 
 
+def _response(row: SourceRow, name: str, value: Any) -> str:
+    """Return the words of a response: a text, or a list of one message of the assistant."""
+    if not isinstance(value, list):
+        return check_text(row, name, value)
+    before, response = _answered(row, name, value)
+    if before:
+        what = f"`{name}` has {len(before) + 1} messages"
+        raise row.fail(name, what, "put all messages but the assistant's last into `prompt`")
+    return response
+
+
 def _demonstration(row: SourceRow) -> Demonstration:
     if "messages" not in row.fields:
-        return Demonstration(_prompt(row), check_text(row, "response", row.need("response")))
+        name = "completion" if "completion" in row.fields and "response" not in row.fields else "response"
+        return Demonstration(_prompt(row), _response(row, name, row.need(name)))
     before, response = _answered(row, "messages", row.fields["messages"])
     if not before or before[-1].role not in ("user", "tool"):
         raise row.fail("messages", "no user message comes before the response", "put the prompt before it")

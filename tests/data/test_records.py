@@ -59,6 +59,18 @@ def test_empty_prompts_and_turns_are_refused(text: str) -> None:
 # Forms of rows
 
 
+def test_demonstrations_as_prompt_and_completion(tmp_path: Path) -> None:
+    """TRL's two forms of its prompt-completion format, one of them that of its TL;DR set."""
+    said = [{"role": "user", "content": "The sky is"}]
+    path = write_lines(
+        tmp_path / "d.jsonl",
+        {"prompt": "The sky is", "completion": " blue."},
+        {"prompt": said, "completion": [{"role": "assistant", "content": "It is grey."}]},
+    )
+    expected = [Demonstration(user("The sky is"), " blue."), Demonstration(user("The sky is"), "It is grey.")]
+    assert records.read_demonstrations([str(path)], Drops()) == expected
+
+
 def test_demonstrations(tmp_path: Path) -> None:
     path = write_lines(
         tmp_path / "d.jsonl",
@@ -228,6 +240,20 @@ MISTAKES = {
     records.read_demonstrations: [
         ({"prompt": "a"}, "response", ["the field `response` is missing"]),
         ({"prompt": "a", "response": ""}, "response", ["`response` is empty"]),
+        ({"prompt": "a", "completion": ""}, "completion", ["`completion` is empty"]),
+        (
+            {"prompt": "a", "completion": [{"role": "user", "content": "b"}]},
+            "completion",
+            ["message of `completion` is"],
+        ),
+        (
+            {
+                "prompt": "a",
+                "completion": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}],
+            },
+            "completion",
+            ["`completion` has 2 messages"],
+        ),
         ({"messages": "a"}, "messages", ["`messages` is a string, not a list"]),
         ({"messages": said(("user", "a"))}, "messages", ["last message of `messages` is the user's"]),
         ({"messages": said(("assistant", "a"))}, "messages", ["no user message comes before"]),
