@@ -64,12 +64,18 @@ def export_model(run: Path, stage: str = "", ema: bool = False, out: Path | None
 def push_to_hub(folder: Path, repository: str, private: bool) -> str:
     """Upload an exported folder to a repository of the Hub, made if it is not there, and return its address.
 
-    The token is the one of `hf auth login` or of HF_TOKEN. Raises UserError with the Hub's own words if it refuses.
+    The probes of a reward model stay here: they are prompts and responses of the run. The token is the one of
+    `hf auth login` or of HF_TOKEN. Raises UserError with the Hub's own words if it refuses.
     """
     hub = HfApi()
     try:
-        address = str(hub.create_repo(repository, private=private, exist_ok=True))
-        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by rlhf export")
+        address = str(hub.create_repo(repository, private=private or None, exist_ok=True))
+        hub.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            ignore_patterns=[PROBES],
+            commit_message="Upload by rlhf export",
+        )
     except (HTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
         fix = f"log in (`hf auth login`) and check the name OWNER/NAME; the folder is written: {folder}"
         raise UserError(f"the Hub did not take the model: {str(error).strip()}", repository, fix) from error

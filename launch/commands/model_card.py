@@ -44,7 +44,9 @@ def write_card(
     folder: Path, run: RunFolder, stage: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, offset: float
 ) -> None:
     """Write README.md into an exported folder; `offset` is what is subtracted from a reward model's score."""
-    base, licence = base_of(recipe.model.name)
+    foreign = stage == "reward" and recipe.reward.model != "sft"
+    start = recipe.reward.model if foreign else recipe.model.name
+    base, licence = base_of(start)
     data = ModelCardData(
         base_model=base,
         license=licence,
@@ -55,13 +57,15 @@ def write_card(
     metrics = (run.read_stage(stage) or {}).get("metrics") or {}
     sources = {source: None for name in STAGES[stage].reads.data for source in getattr(recipe.data, name)}
     settings = [f"{key}: {value}" for key, value in settings_read(recipe, stage).items()]
-    origin = base or public_name(recipe.model.name)
+    origin = base or public_name(start)
+    made = f"Made from {origin} by the stage `{stage}`" if not foreign or recipe.reward.train else ""
+    made = made or f"This is {origin}, normalised and not trained by the stage `{stage}`"
     listed = "\n".join(f"- {public_name(source)}" for source in sources)
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {run.path.name}: {stage}",
-        f"Made from {origin} by the stage `{stage}` of an RLHF run (InstructGPT, arXiv 2203.02155).",
+        f"{made} of an RLHF run (InstructGPT, arXiv 2203.02155).",
         f"## Data\n\n{listed}",
         f"## Results\n\n| metric | value |\n|---|---|\n{rows}",
     ]
@@ -93,7 +97,7 @@ def base_of(name: str) -> tuple[str | None, str | None]:
         return BUILT_IN[name]
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        return hub_revision(name)[0], None
+        return (None if looks_like_path(name.partition("@")[0]) else hub_revision(name)[0]), None
     card = folder / FILE
     # Without a licence in its head the card says nothing; the library warns of a missing head.
     return None, ModelCard.load(card).data.license if card.is_file() else None

@@ -96,7 +96,7 @@ def test_the_card_tells_data_results_licence_and_how_to_score(tiny_dir: str, tmp
     run = run_folder(tmp_path / "run", str(base), "none")
     (run / "recipe.yaml").write_text(
         f"model:\n  name: {base}\ndata:\n  demonstrations: [{mine}, owner/set]\n"
-        f"reward:\n  model: {tmp_path}/was/here\n  keep_layers: 2\n"
+        f"reward:\n  model: {base}\n  keep_layers: 2\n"
     )
     RunFolder(run).write_stage("reward", {"stage": "reward", "state": "done", "metrics": {"reward/accuracy": 0.625}})
     card = (export_model(run, "reward") / "README.md").read_text()
@@ -109,6 +109,18 @@ def test_the_card_tells_data_results_licence_and_how_to_score(tiny_dir: str, tmp
     assert "reward_mean" not in (copied / "README.md").read_text()
     files = [load_file(folder / "model.safetensors") for folder in (copied, run / "sft" / "model")]
     assert all(torch.equal(files[0][name], tensor) for name, tensor in files[1].items())  # not rounded
+
+
+def test_the_card_of_a_foreign_reward_model_names_its_origin(tiny_dir: str, tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run", tiny_dir, "none")
+    (run / "recipe.yaml").write_text("model:\n  name: tiny\nreward:\n  model: owner/judge@v1\n  train: false\n")
+    card = (export_model(run, "reward") / "README.md").read_text()
+    data = ModelCard(card).data
+    assert (data.base_model, data.license) == ("owner/judge", None)  # the licence of tiny is not that of the judge
+    assert "owner/judge, normalised and not trained" in card
+    (run / "recipe.yaml").write_text(f"model:\n  name: tiny\nreward:\n  model: {tmp_path}/gone/judge\n  train: false\n")
+    card = (export_model(run, "reward") / "README.md").read_text()
+    assert ModelCard(card).data.base_model is None and "This is judge," in card and str(tmp_path) not in card
 
 
 @pytest.mark.parametrize("prompt_format", ["auto", "plain"])
@@ -140,6 +152,9 @@ def test_pushing_makes_the_repository_and_uploads_the_folder(tmp_path: Path, mon
     monkeypatch.setattr("launch.commands.export.HfApi", Hub)
     assert push_to_hub(tmp_path, "me/policy", private=True) == "https://hub.example/me/policy"
     assert calls[0] == {"name": "me/policy", "private": True, "exist_ok": True}
+    assert calls[1]["ignore_patterns"] == ["probes.json"]  # prompts and responses of the run
+    push_to_hub(tmp_path, "me/policy", private=False)
+    assert calls[2]["private"] is None  # the owner's default
     assert calls[1]["repo_id"] == "me/policy" and calls[1]["folder_path"] == tmp_path
 
 
