@@ -7,9 +7,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from httpx2 import HTTPError
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError
 
 from launch.commands.model_card import write_card
 from rlhf.errors import UserError
@@ -76,7 +75,7 @@ def push_to_hub(folder: Path, repository: str, private: bool) -> str:
             ignore_patterns=[PROBES],
             commit_message="Upload by rlhf export",
         )
-    except (HTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         fix = f"log in (`hf auth login`) and check the name OWNER/NAME; the folder is written: {folder}"
         raise UserError(f"the Hub did not take the model: {str(error).strip()}", repository, fix) from error
     return address

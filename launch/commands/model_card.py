@@ -17,10 +17,10 @@ from rlhf.run.folder import RunFolder
 from rlhf.stage_table import STAGES
 
 FILE = "README.md"
-BUILT_IN = {
+ORIGINS = {  # of the built-in models: name on the Hub, licence
     smollm2.NAME: ("HuggingFaceTB/SmolLM2-135M", "apache-2.0"),
     tiny.NAME: (None, "apache-2.0"),
-}  # name, licence
+}
 SCORING = """A reward model scores a whole conversation at the end of its last turn:
 
 ```python
@@ -58,14 +58,14 @@ def write_card(
     sources = {source: None for name in STAGES[stage].reads.data for source in getattr(recipe.data, name)}
     settings = [f"{key}: {value}" for key, value in settings_read(recipe, stage).items()]
     origin = base or public_name(start)
-    made = f"Made from {origin} by the stage `{stage}`" if not foreign or recipe.reward.train else ""
-    made = made or f"This is {origin}, normalised and not trained by the stage `{stage}`"
+    trained = not foreign or recipe.reward.train
+    made = f"Made from {origin}" if trained else f"This is {origin}, normalised and not trained"
     listed = "\n".join(f"- {public_name(source)}" for source in sources)
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {run.path.name}: {stage}",
-        f"{made} of an RLHF run (InstructGPT, arXiv 2203.02155).",
+        f"{made} by the stage `{stage}` of an RLHF run (InstructGPT, arXiv 2203.02155).",
         f"## Data\n\n{listed}",
         f"## Results\n\n| metric | value |\n|---|---|\n{rows}",
     ]
@@ -87,17 +87,17 @@ def settings_read(recipe: Recipe, stage: str) -> dict[str, object]:
 
 def public_name(source: str) -> str:
     """Return a name of data or of a model without the folders of this machine."""
-    path = looks_like_path(source.partition("@")[0]) or Path(source).expanduser().exists()
+    path = looks_like_path(source) or Path(source).expanduser().exists()
     return Path(source).name if path else source
 
 
 def base_of(name: str) -> tuple[str | None, str | None]:
     """Return the Hub name of the base model and the licence on its card; None for what is not known here."""
-    if name in BUILT_IN:
-        return BUILT_IN[name]
+    if name in ORIGINS:
+        return ORIGINS[name]
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        return (None if looks_like_path(name.partition("@")[0]) else hub_revision(name)[0]), None
+        return (None if looks_like_path(name) else hub_revision(name)[0]), None
     card = folder / FILE
     # Without a licence in its head the card says nothing; the library warns of a missing head.
     return None, ModelCard.load(card).data.license if card.is_file() else None

@@ -27,7 +27,15 @@ from rlhf.models.peft.merging import merged_state_dict
 from rlhf.models.peft.methods import add_adapter, peft_of
 from rlhf.models.peft.virtual_tokens import attention_window, positions_taken
 from rlhf.models.placement import writable
-from rlhf.models.pretrained import fit_to_tokenizer, is_classifier, load_config, load_plain, scalar_head, set_dropout
+from rlhf.models.pretrained import (
+    fit_to_tokenizer,
+    is_classifier,
+    is_reward_model,
+    load_config,
+    load_plain,
+    scalar_head,
+    set_dropout,
+)
 from rlhf.models.resolve import resolve_model
 from rlhf.models.tokenizer import load_tokenizer, same_tokenizer
 from rlhf.system.files import publish
@@ -169,7 +177,7 @@ def load_reward_model(name_or_dir: str | Path, model: ModelSection, merged: bool
     where = resolve_model(name_or_dir)
     config = load_config(where, model)
     set_dropout(config, 0.0, where)
-    if not is_classifier(config) or config.num_labels != 1:
+    if not is_reward_model(config):
         raise _no_reward_model(f"{(config.architectures or ['unknown'])[0]}, {config.num_labels} labels", where)
     reward, missing = load_plain(scalar_class(config, where), where, model, config)
     if missing:

@@ -22,7 +22,7 @@ from rlhf.models.loading import check_positions
 from rlhf.models.logit_map import verified_map
 from rlhf.models.packing_probe import keeps_documents_apart, small_copies
 from rlhf.models.peft.folder import find_adapter
-from rlhf.models.pretrained import check_attention, is_classifier, load_config
+from rlhf.models.pretrained import check_attention, is_classifier, is_reward_model, load_config
 from rlhf.models.resolve import BUILT_IN, looks_like_path, resolve_model
 from rlhf.models.tokenizer import read_tokenizer
 from rlhf.plan import row_limits
@@ -93,7 +93,7 @@ def _look_at(recipe: Recipe, field: str, needed: bool = False) -> PretrainedConf
 def _check_scores(recipe: Recipe, config: PretrainedConfig | None) -> None:
     """Raise UserError if the model that is to be used as it is gives no single score."""
     adapter = find_adapter(recipe.reward.model)
-    scores = adapter.scalar if adapter else config is None or (is_classifier(config) and config.num_labels == 1)
+    scores = adapter.scalar if adapter else config is None or is_reward_model(config)
     if not scores:
         what = f"reward.train is false, and {recipe.reward.model} is no reward model"
         raise UserError(what, "reward.model", "name a sequence classifier with one label, or set reward.train=true")

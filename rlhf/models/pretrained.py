@@ -103,6 +103,11 @@ def is_classifier(config: PretrainedConfig) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
 
 
+def is_reward_model(config: PretrainedConfig) -> bool:
+    """Return whether the config is that of a classifier with a single score."""
+    return is_classifier(config) and config.num_labels == 1
+
+
 def scalar_head(reward: PreTrainedModel, where: str) -> nn.Linear:
     """Return the head [1, H] of a reward model; raise UserError if it is not one linear map to one score."""
     head = getattr(reward, "score", None)

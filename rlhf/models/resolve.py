@@ -35,7 +35,7 @@ def resolve_model(name: str | Path) -> str:
             what = f"this folder holds no model (no config.json, no {ADAPTER_RECORD})"
             raise UserError(what, where=name, fix="name a model folder")
         return str(path)
-    if path.exists() or looks_like_path(name.partition("@")[0]):
+    if path.exists() or looks_like_path(name):
         raise UserError("no such model folder", where=name, fix="check the path, or run the stage that writes it")
     return name
 
@@ -47,8 +47,9 @@ def hub_revision(where: str) -> tuple[str, str | None]:
 
 
 def looks_like_path(name: str) -> bool:
-    """Return whether a name is that of a folder, there or not, and none of the Hub."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
+    """Return whether a name is that of a folder, there or not, and none of the Hub, whatever its revision."""
+    repository = name.partition("@")[0]
+    return repository.startswith((".", "/", "~")) or repository.count("/") > 1
 
 
 def refuse_adapter_beside(where: str) -> None:

@@ -24,6 +24,7 @@ from transformers import (
 from rlhf.errors import UserError
 from rlhf.model_config import ModelSection
 from rlhf.models.loading import load_policy
+from rlhf.models.resolve import looks_like_path
 from rlhf.models.tiny import train_tokenizer
 from rlhf.recipe import load_recipe
 from rlhf.run.preflight import check
@@ -209,3 +210,8 @@ def test_built_in_models_are_not_looked_at_unless_rows_are_long() -> None:
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
     assert refusal("tiny", "reward.max_tokens=1025").where == "reward.max_tokens"
     look("smollm2-135m", "reward.max_tokens=1025")
+
+
+def test_a_revision_with_slashes_is_still_a_name_of_the_hub() -> None:
+    look("tiny", "reward.model=owner/name@refs/pr/3", stages=["reward"])  # not reached here, and let pass
+    assert looks_like_path("a/b/c@v1") and not looks_like_path("owner/name@refs/pr/3")

@@ -19,23 +19,10 @@ from rlhf.rollout.llama_forward import llama_forward_for
 from rlhf.rollout.sampling import sample
 from rlhf.rollout.sampling_params import SamplingParams
 from stages import evaluate, ppo, rank, reward, sft
-from support.families import FAMILIES, make_family
+from support.families import FAMILIES, SMALL_RECIPE, make_family
 from support.paths import ROOT
 
 QUICK = ("Llama 3", "Gemma 2", "Phi-3", "Granite")
-SIZES = ["tracking.wandb=disabled", "run.device=cpu", "run.name=run", "run.dir=runs", "data.max_prompt_tokens=64"]
-SIZES += ["data.max_response_tokens=24", "sft.max_tokens=128", "sft.batch_size=8", "sft.micro_batch_size=8"]
-SIZES += [
-    "sft.epochs=0.5",
-    "rank.prompts=8",
-    "rank.outputs_per_prompt=3",
-    "rank.tie_margin=0",
-    "reward.batch_size=4",
-    "reward.max_tokens=96",
-]
-SIZES += ["ppo.episodes=16", "ppo.batch_size=8", "ppo.minibatch_size=8", "ppo.micro_batch_size=4", "ppo.epochs=1"]
-SIZES += ["ppo.ptx_examples_per_episode=1", "ppo.ratio_tolerance=1e-4", "evaluate.prompts=4"]
-SIZES += ["evaluate.cloze_questions=2"]
 REFUSED: tuple[str, ...] = ()  # families that are told before anything is trained that they cannot be
 STAGES = {"sft": sft, "rank": rank, "reward": reward, "ppo": ppo, "evaluate": evaluate}
 TABLE: dict[str, list[str]] = {}
@@ -59,7 +46,7 @@ def test_the_whole_recipe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     make_family(name, tmp_path / "base")
     section = ModelSection(name=str(tmp_path / "base"), attention=family.attention)
-    arguments = ["tiny", f"model.name={section.name}", f"model.attention={section.attention}", *SIZES]
+    arguments = ["tiny", f"model.name={section.name}", f"model.attention={section.attention}", *SMALL_RECIPE]
     arguments.append(f"sft.packing={str(family.packing).lower()}")
     for stage, module in STAGES.items():
         code = module.main(arguments)

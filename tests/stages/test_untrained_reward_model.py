@@ -26,7 +26,7 @@ from rlhf.training.ppo_state import build
 from rlhf.training.reward_format import own_format
 from stages import evaluate, ppo, reward, sft
 from support.data_files import write_lines
-from support.families import make_family
+from support.families import SMALL_RECIPE, make_family
 from support.ppo_runs import network
 
 COLOURS = ["red", "green", "blue", "white", "black", "brown", "pink", "grey", "gold", "cyan", "teal", "plum"]
@@ -34,16 +34,8 @@ ROWS = [
     {"prompt": f"Name a colour like {colour}.", "response": f"A colour like {colour} is blue."} for colour in COLOURS
 ]
 RANKED = [{"prompt": row["prompt"], "responses": ["Blue.", "No.", "Well, red."], "ranks": [1, 3, 2]} for row in ROWS]
-SIZES = ["tiny", "run.name=run", "run.device=cpu", "tracking.wandb=disabled", "data.demonstrations=[demos.jsonl]"]
-SIZES += ["data.prompts=[demos.jsonl]", "sft.batch_size=4", "sft.micro_batch_size=4", "sft.epochs=1"]
-SIZES += [
-    "data.max_prompt_tokens=64",
-    "data.max_response_tokens=24",
-    "reward.max_tokens=96",
-    "ppo.ratio_tolerance=1e-4",
-]
-SIZES += ["ppo.episodes=8", "ppo.batch_size=8", "ppo.minibatch_size=8", "ppo.micro_batch_size=8", "ppo.epochs=1"]
-SIZES += ["data.prompts_heldout=[asked.jsonl]", "evaluate.cloze_questions=2"]
+RECIPE = ["tiny", *SMALL_RECIPE, "data.demonstrations=[demos.jsonl]", "data.prompts=[demos.jsonl]"]
+RECIPE += ["data.prompts_heldout=[asked.jsonl]"]
 
 
 @pytest.fixture
@@ -55,7 +47,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: PreTr
     write_lines(tmp_path / "asked.jsonl", *({"prompt": f"Is {colour} a colour?"} for colour in COLOURS[:4]))
     network(LlamaForSequenceClassification, tiny_tokenizer, seed=4).save_pretrained("shelf")
     tiny_tokenizer.save_pretrained("shelf")
-    return [*SIZES, "reward.train=false", "reward.model=shelf"]
+    return [*RECIPE, "reward.train=false", "reward.model=shelf"]
 
 
 def raw_scores(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[list[int], list[int]]]) -> torch.Tensor:

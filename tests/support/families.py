@@ -95,6 +95,34 @@ FAMILIES = {
 }
 
 
+# Settings of the recipe `tiny` under which a small model runs through every stage in seconds.
+SMALL_RECIPE = [
+    "tracking.wandb=disabled",
+    "run.device=cpu",
+    "run.name=run",
+    "run.dir=runs",
+    "data.max_prompt_tokens=64",
+]
+SMALL_RECIPE += ["data.max_response_tokens=24", "sft.max_tokens=128", "sft.batch_size=8", "sft.micro_batch_size=8"]
+SMALL_RECIPE += [
+    "sft.epochs=0.5",
+    "rank.prompts=8",
+    "rank.outputs_per_prompt=3",
+    "rank.tie_margin=0",
+    "reward.batch_size=4",
+    "reward.max_tokens=96",
+]
+SMALL_RECIPE += [
+    "ppo.episodes=16",
+    "ppo.batch_size=8",
+    "ppo.minibatch_size=8",
+    "ppo.micro_batch_size=4",
+    "ppo.epochs=1",
+]
+SMALL_RECIPE += ["ppo.ptx_examples_per_episode=1", "ppo.ratio_tolerance=1e-4", "evaluate.prompts=4"]
+SMALL_RECIPE += ["evaluate.cloze_questions=2"]
+
+
 def make_family(name: str, folder: Path) -> Path:
     """Write the model of a family with its tokenizer to a folder, and return it."""
     family, tokenizer = FAMILIES[name], tiny.train_tokenizer()
